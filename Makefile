@@ -1,0 +1,51 @@
+# Every target sets up .venv by itself: Python >= 3.11, a C compiler and PyPI are enough.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.opdlm-installed
+export OMP_NUM_THREADS ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-slow lint wheel clean env
+
+demo: env
+	@$(BIN)/opdlm convert tiny
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: env
+	$(BIN)/python -m pytest -m "slow and not gpu and not vllm"
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy opdlm
+
+wheel: env
+	rm -rf dist
+	$(BIN)/python -m build
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find opdlm tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# The stamp holds a checksum of what decides the environment's contents; the path is part of it because
+# an editable install points at its checkout. torch goes first and alone, so that whichever build of it
+# pip's configuration offers (CPU, CUDA) is kept by everything after.
+env:
+	@set -e; \
+	wanted=$$({ pwd; cat pyproject.toml requirements.lock; } | cksum); \
+	if [ "$$(cat $(STAMP) 2>/dev/null)" = "$$wanted" ]; then exit 0; fi; \
+	python=$(BIN)/python; $$python -c "" 2>/dev/null || python="$(PYTHON)"; \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  found=$$($$python -c 'import platform; print(platform.python_version())' 2>/dev/null || echo missing); \
+	  echo "opdlm needs Python 3.11 or newer, and $$python is $$found:" \
+	    "name another one, for example make PYTHON=python3.12 demo." >&2; exit 1; }; \
+	echo "Setting up .venv (a few minutes and about 2 GB the first time)"; \
+	[ "$$python" = $(BIN)/python ] || $$python -m venv --clear .venv; \
+	$(BIN)/python -c "import pip" 2>/dev/null || $(BIN)/python -m ensurepip; \
+	rm -f $(STAMP); \
+	$(BIN)/python -m pip install -q "$$(grep '^torch==' requirements.lock)"; \
+	$(BIN)/python -m pip install -q -r requirements.lock; \
+	$(BIN)/python -m pip install -q --no-deps -e .; \
+	echo "$$wanted" > $(STAMP)

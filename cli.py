@@ -1,0 +1,6 @@
+"""Run `opdlm` from a checkout: `python cli.py convert tiny`."""
+
+from opdlm.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,115 @@
+"""Index arithmetic: the block grid, slots, and who sees whom. No model, no token is looked at here.
+
+A *slot* is one column of a forward pass: a token id at a position. Clean slots carry known text and belong to
+group 0. Noised slots carry a denoising state of one block; the slots of one state of one block form a group.
+Two numbers per slot decide every mask of the project (training rows, cached decoding, lossless drafting):
+
+    visible(q, k) = k is clean and position(k) <= reach(q)      or      group(k) == group(q) != 0
+
+`reach` of a clean slot is its own position (`preserve`: token-causal, exactly the teacher) or the end of its block
+(`sdar`: block-causal). `reach` of a noised slot is the group's *anchor*, the last clean token before it.
+METHOD parts 1, 2 and 5; layout of arXiv 2503.09573 (BD3LM).
+
+Shape suffixes: B batch, S slots, Q query slots, K key slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+Format = Literal["preserve", "sdar"]
+GridKind = Literal["absolute", "response"]
+Position = TypeVar("Position", int, Tensor)
+
+CLEAN = 0
+FAR = 2**30  # the position of a padding slot: beyond every reach
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Where blocks start. `absolute` counts from token 0, `response` so that the response starts a block."""
+
+    block_size: int
+    kind: GridKind = "absolute"
+
+    def block_start(self, position: Position, num_prompt: Position) -> Position:
+        """First position of the block that holds `position` (ints or tensors). The only grid function."""
+        origin = num_prompt % self.block_size if self.kind == "response" else num_prompt * 0
+        return (position - origin) // self.block_size * self.block_size + origin
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """The columns of one forward pass; all tensors are int64 `[B, S]`.
+
+    A padding slot has position 0 for the model, `key_positions` FAR, and a group of its own, so it sees only
+    itself and nothing sees it.
+    """
+
+    ids_BS: Tensor
+    positions_BS: Tensor
+    reach_BS: Tensor
+    group_BS: Tensor
+
+    @property
+    def is_noised_BS(self) -> Tensor:
+        return self.group_BS > CLEAN
+
+    @property
+    def key_positions_BS(self) -> Tensor:
+        """Positions as keys: padding is out of everyone's reach."""
+        return self.positions_BS.masked_fill(self.group_BS < CLEAN, FAR)
+
+
+def make_slots(ids_BS: Tensor, positions_BS: Tensor, reach_BS: Tensor, group_BS: Tensor, valid_BS: Tensor) -> Slots:
+    """Slots with everything outside `valid_BS` turned into padding."""
+    column_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
+    return Slots(
+        torch.where(valid_BS, ids_BS, 0),
+        torch.where(valid_BS, positions_BS, 0),
+        torch.where(valid_BS, reach_BS, -1),
+        torch.where(valid_BS, group_BS, -1 - column_S),
+    )
+
+
+def join_slots(first: Slots, second: Slots) -> Slots:
+    """Columns of `second` after those of `first`; padding groups stay unique."""
+    shifted = torch.where(second.group_BS < CLEAN, second.group_BS - first.ids_BS.shape[1], second.group_BS)
+    return Slots(
+        torch.cat([first.ids_BS, second.ids_BS], 1),
+        torch.cat([first.positions_BS, second.positions_BS], 1),
+        torch.cat([first.reach_BS, second.reach_BS], 1),
+        torch.cat([first.group_BS, shifted], 1),
+    )
+
+
+def clean_reach(positions: Tensor, num_prompt: Tensor, grid: Grid, fmt: Format) -> Tensor:
+    """The last position a clean slot sees: itself (`preserve`) or the end of its block (`sdar`)."""
+    if fmt == "preserve":
+        return positions
+    return grid.block_start(positions, num_prompt) + grid.block_size - 1
+
+
+def clean_slots(ids_BL: Tensor, lengths_B: Tensor, num_prompt_B: Tensor, grid: Grid, fmt: Format) -> Slots:
+    """Whole sequences as clean slots, right-padded; `lengths_B` counts the real tokens."""
+    positions_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
+    valid_BL = positions_BL < lengths_B[:, None]
+    # In the last block of a row a slot must not look past the text that exists.
+    reach_BL = clean_reach(positions_BL, num_prompt_B[:, None], grid, fmt)
+    return make_slots(ids_BL, positions_BL, reach_BL, torch.zeros_like(ids_BL), valid_BL)
+
+
+def visible(queries: Slots, keys: Slots, window: int | None = None) -> Tensor:
+    """Which keys each query attends to: bool `[B, Q, K]`. `window` keeps the last `window` positions only."""
+    keys_clean_BQK = keys.key_positions_BS[:, None, :] <= queries.reach_BS[:, :, None]
+    keys_clean_BQK = keys_clean_BQK & (keys.group_BS == CLEAN)[:, None, :]
+    same_group_BQK = queries.group_BS[:, :, None] == keys.group_BS[:, None, :]
+    seen_BQK = keys_clean_BQK | (same_group_BQK & (queries.group_BS != CLEAN)[:, :, None])
+    if window is not None:
+        near_BQK = queries.positions_BS[:, :, None] - keys.positions_BS[:, None, :] < window
+        seen_BQK = seen_BQK & near_BQK
+    return seen_BQK

@@ -1,0 +1,64 @@
+"""The model card: what the folder is, how to load it, what was measured and by which command."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opdlm.config import Config
+
+USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+ar_model = AutoModelForCausalLM.from_pretrained(FOLDER)                          # {ar_meaning}
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)     # the diffusion model
+ids = tokenizer.apply_chat_template([{{"role": "user", "content": "..."}}], add_generation_prompt=True,
+                                    return_tensors="pt", return_dict=True)["input_ids"]
+print(tokenizer.decode(model.generate(ids, mode="{mode}", max_new_tokens=128)[0]))
+```"""
+
+
+def model_card(config: Config, results: dict[str, Any], report: dict[str, Any] | None) -> str:
+    preserve = config.format.name == "preserve"
+    usage = USAGE.format(
+        ar_meaning="the teacher, bit for bit" if preserve else "the student's weights read causally",
+        mode="lossless" if preserve else "threshold",
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+base_model: {config.model.path}
+tags: [opdlm, diffusion, block-diffusion]
+---
+
+# {config.model.path} as a block-diffusion model
+
+Converted by `opdlm convert` (format `{config.format.name}`, block size {config.format.block_size}, objective
+`{config.loss.objective}`) on {results.get("rollout_tokens", 0):,.0f} rollout tokens in
+{results["train_seconds"] / 60:.1f} minutes. The complete settings are in `opdlm_config.yaml`, which is a recipe.
+
+{usage}
+
+## What it kept
+
+{measured_table(report) if report else "Not measured: the run had no `eval.path`."}
+
+Versions: {", ".join(f"{name} {version}" for name, version in results["versions"].items())}.
+"""
+
+
+def measured_table(report: dict[str, Any]) -> str:
+    lines = [
+        "| mode | accuracy | seen skills | held-out skills | retention | equal to teacher | tokens per forward |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in [report["teacher"] | {"retention": 1.0}, *report["student"]]:
+        cells = (row[key] for key in ("accuracy", "accuracy_seen", "accuracy_held_out", "retention", "identical_to_teacher"))
+        shares = " | ".join("–" if cell is None else f"{100 * cell:.1f} %" for cell in cells)
+        lines.append(f"| {row['name']} | {shares} | {row['tokens_per_forward']:.2f} |")
+    num_prompts = report["teacher"]["num_prompts"]
+    lines.append(
+        f"\n{num_prompts} prompts, greedy; accuracy is the mean over skills of exact match; every forward pass is "
+        "counted, prefill and commits included. `teacher` is the original model, decoded token by token."
+    )
+    return "\n".join(lines)

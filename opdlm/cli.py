@@ -1,0 +1,309 @@
+"""The verbs. Only text in and out: each verb imports its room when it runs, so `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from opdlm.config import Config, build_section, check_config, describe_fields, load_config
+from opdlm.errors import ConfigError, OpdlmError
+
+CONVERT_HELP = """Turn an autoregressive checkpoint into a block-diffusion model and measure what it kept.
+
+TARGET is a recipe file, the name of a bundled recipe, or a checkpoint folder or hub id (then give data.path)."""
+CONVERT_EXAMPLE = """examples:
+  opdlm convert tiny                                        the bundled teacher, minutes on a laptop
+  opdlm convert tiny output_dir=runs/b8 format.block_size=8
+  opdlm convert ./my-model data.path=prompts.jsonl format.name=sdar lora.enabled=false"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; 0 on success, 2 with one sentence on a user's mistake, 130 on Ctrl-C."""
+    options = build_parser().parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return options.run(options)
+    except OpdlmError as error:
+        print(f"opdlm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("opdlm: interrupted. The same command continues from the last checkpoint.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"opdlm: {error.strerror or error} ({error.filename or 'no file'}).", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="opdlm",
+        description="Convert autoregressive language models to diffusion language models, and prove what they kept.",
+        epilog="try: opdlm convert tiny",
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    add_convert(verbs)
+    add_generate(verbs)
+    add_eval(verbs)
+    add_recipes(verbs)
+    add_env(verbs)
+    return parser
+
+
+Verbs = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def add_verb(verbs: Verbs, name: str, summary: str, description: str, example: str) -> argparse.ArgumentParser:
+    return verbs.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_convert(verbs: Verbs) -> None:
+    parser = add_verb(verbs, "convert", "checkpoint -> diffusion checkpoint", CONVERT_HELP, CONVERT_EXAMPLE)
+    parser.add_argument("target", nargs="?", metavar="TARGET")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--list-keys", action="store_true", help="print every setting with its default and meaning")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
+    parser.set_defaults(run=run_convert)
+
+
+def add_generate(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "generate",
+        "answer prompts with a converted checkpoint",
+        "Answer prompts with a folder written by `opdlm convert`.",
+        'example:\n  opdlm generate runs/tiny/model "add 47 38" --mode lossless',
+    )
+    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    parser.add_argument("--mode", choices=("static", "threshold", "lossless", "ar"), default="threshold")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = arg-max (default)")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--threshold", type=float, default=0.9, help="confidence that reveals a token (0.9)")
+    parser.add_argument("--denoising-steps", type=int, help="steps per block at most (block size)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=run_generate)
+
+
+def add_eval(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "eval",
+        "retention report of a converted checkpoint",
+        "Measure a converted folder against its teacher: accuracy per skill in each decoding mode, tokens per\n"
+        "forward with every forward counted, share of outputs identical to the teacher's.",
+        "examples:\n  opdlm eval runs/tiny/model\n"
+        "  opdlm eval runs/tiny/model eval.limit=10 eval.modes=static,lossless --out report",
+    )
+    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument("overrides", nargs="*", metavar="eval.key=value")
+    parser.add_argument("--teacher", help="the original checkpoint (sdar folders; default: the one in the record)")
+    parser.add_argument("--out", help="write retention.json, retention.png and generations.jsonl here")
+    parser.set_defaults(run=run_eval)
+
+
+def add_recipes(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "recipes",
+        "list bundled recipes, or copy one",
+        "List the bundled recipes, or copy one to a file of your own.",
+        "examples:\n  opdlm recipes\n  opdlm recipes tiny mine.yaml",
+    )
+    parser.add_argument("name", nargs="?")
+    parser.add_argument("file", nargs="?")
+    parser.set_defaults(run=run_recipes)
+
+
+def add_env(verbs: Verbs) -> None:
+    parser = add_verb(verbs, "env", "versions, for bug reports", "Print versions.", "example:\n  opdlm env")
+    parser.set_defaults(run=run_env)
+
+
+def recipe_folder() -> Path:
+    """In a wheel the recipes lie in the package, in a checkout beside it."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def bundled_recipes() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+
+
+def resolve_target(target: str, overrides: Sequence[str]) -> Config:
+    """A recipe file, a bundled recipe's name, or a model."""
+    if target.endswith((".yaml", ".yml")):
+        return load_config(Path(target), overrides)
+    recipes = bundled_recipes()
+    if target in recipes:
+        return load_config(recipes[target], overrides)
+    if "=" in target:
+        raise ConfigError(f"TARGET ({target}) looks like an override: put the recipe or model before it.")
+    looks_like_name = not Path(target).exists() and "/" not in target and ":" not in target
+    if looks_like_name:
+        raise ConfigError(
+            f"TARGET ({target}) is neither a bundled recipe ({', '.join(recipes)}) nor a recipe file nor a folder."
+        )
+    return load_config(None, [f"model.path={target}", *overrides])
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    if options.list_keys:
+        for key, default, text in describe_fields():
+            print(f"{key} = {default!r}\n    {text}")
+        return 0
+    if options.target is None:
+        raise ConfigError("convert needs a TARGET: a recipe, a recipe's name or a model. Try: opdlm convert tiny")
+    config = resolve_target(options.target, options.overrides)
+    if options.print_config:
+        print(config.to_yaml(), end="")
+        return 0
+    quiet_libraries()
+    from rich.console import Console
+
+    from opdlm.pipeline import convert_checkpoint, read_report
+
+    console = Console()
+    folder = convert_checkpoint(config, console)
+    report = read_report(folder)
+    if report is not None:
+        from opdlm.card import measured_table
+
+        console.print(measured_table(report), markup=False, soft_wrap=True)
+    console.print(f"\nconverted checkpoint: {folder}", soft_wrap=True)
+    return 0
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    quiet_libraries()
+    from opdlm.data import encode_prompt
+    from opdlm.generate import DecodeConfig, generate
+    from opdlm.models import load
+    from opdlm.rollout import generator_for
+
+    check_generate_options(options)
+    model, tokenizer = load(options.folder)
+    if options.mode == "lossless" and model.spec.format == "sdar":
+        raise ConfigError("--mode lossless needs a preserve checkpoint; this one is sdar. Use static or threshold.")
+    if options.denoising_steps is not None and options.denoising_steps > model.spec.block_size:
+        raise ConfigError(
+            f"--denoising-steps ({options.denoising_steps}) exceeds the block size ({model.spec.block_size})."
+        )
+    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in options.prompts]
+    config = DecodeConfig(
+        mode=options.mode,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        denoising_steps=options.denoising_steps,
+        confidence_threshold=options.threshold,
+    )
+    rollouts, stats = generate(model, prompts, config, generator_for(options.seed))
+    for rollout in rollouts:
+        print(tokenizer.decode(list(rollout.text_ids), skip_special_tokens=True))
+    print(
+        f"{stats.num_tokens} tokens in {stats.num_forwards} forwards: {stats.tokens_per_forward:.2f} per forward",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def check_generate_options(options: argparse.Namespace) -> None:
+    if any(not text.strip() for text in options.prompts):
+        raise ConfigError("PROMPT is empty: give some text.")
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens ({options.max_new_tokens}) must be at least 1.")
+    if options.temperature < 0:
+        raise ConfigError(f"--temperature ({options.temperature:g}) must be 0 (arg-max) or greater.")
+    if not 0 <= options.threshold <= 1:
+        raise ConfigError(f"--threshold ({options.threshold:g}) must lie between 0 and 1.")
+    if options.top_k is not None and options.top_k < 1:
+        raise ConfigError(f"--top-k ({options.top_k}) must be at least 1.")
+    if options.top_p is not None and not 0 < options.top_p <= 1:
+        raise ConfigError(f"--top-p ({options.top_p:g}) must lie in (0, 1].")
+
+
+def run_eval(options: argparse.Namespace) -> int:
+    quiet_libraries()
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from opdlm import pipeline
+    from opdlm.data import load_tasks
+    from opdlm.evaluate import evaluate, markdown_table, skill_table, write_outputs
+    from opdlm.models import read_spec
+
+    folder = Path(options.folder)
+    read_spec(folder)
+    record = pipeline.read_config_of(folder)
+    values = {"eval": record.to_dict()["eval"]}
+    from opdlm.config import apply_override
+
+    for override in options.overrides:
+        if not override.startswith("eval."):
+            raise ConfigError(f"{override}: only eval.* keys matter here, for example eval.limit=10.")
+        apply_override(values, override)
+    config = replace(record, eval=build_section(Config, values).eval)
+    check_config(config)
+    if not config.eval.path:
+        raise ConfigError("eval.path is empty: the run had no evaluation set. Give eval.path=FILE.jsonl.")
+    model, tokenizer = pipeline.load_for_evaluation(folder, options.teacher or config.model.path, config.model.dtype)
+    tasks = load_tasks(config.eval.path, tokenizer, limit=config.eval.limit)
+    report, outputs = evaluate(model, tokenizer, tasks, config.eval)
+    console = Console()
+    console.print(markdown_table(report), markup=False, soft_wrap=True)
+    console.print("\n" + skill_table(report), markup=False, soft_wrap=True)
+    if options.out:
+        out = Path(options.out)
+        out.mkdir(parents=True, exist_ok=True)
+        pipeline.write_report(out, report)
+        write_outputs(out / "generations.jsonl", tasks, outputs, tokenizer)
+        console.print(f"\nreport: {out}", soft_wrap=True)
+    return 0
+
+
+def run_recipes(options: argparse.Namespace) -> int:
+    recipes = bundled_recipes()
+    if options.name is None:
+        for name, path in recipes.items():
+            print(f"{name:12} {path.read_text().splitlines()[0].lstrip('# ')}")
+        return 0
+    if options.name not in recipes:
+        raise ConfigError(f"no bundled recipe is called {options.name}. There are: {', '.join(recipes)}.")
+    if options.file is None:
+        print(recipes[options.name].read_text(), end="")
+        return 0
+    target = Path(options.file)
+    if target.exists():
+        raise ConfigError(f"{target} exists already. Choose another name.")
+    target.write_text(recipes[options.name].read_text())
+    return 0
+
+
+def run_env(_: argparse.Namespace) -> int:
+    from opdlm.pipeline import versions
+
+    for name, version in versions().items():
+        print(f"{name} {version}")
+    return 0
+
+
+def quiet_libraries() -> None:
+    """Progress bars and notices of the libraries would tear our own apart."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

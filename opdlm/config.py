@@ -1,0 +1,439 @@
+"""One tree of settings: defaults < recipe < command line, one syntax `section.key=value`, one explanation of mistakes.
+
+Every section is one dataclass and belongs to one room. The docstring under a field is its help text. A recipe is a
+complete YAML file: no includes, no interpolation. The resolved tree is saved beside the checkpoint and is itself a
+recipe. Not here: anything that needs torch, so that `opdlm --help` stays fast.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from opdlm.errors import ConfigError
+
+Section = TypeVar("Section")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSection:
+    path: str = ""
+    """Folder or hub id of the autoregressive checkpoint to convert; `bundled:teacher` is the one that ships."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the weights in memory; softmax and losses are float32 always."""
+    trust_remote_code: bool = False
+    """Run Python code that the checkpoint brings along. Off unless you trust its author."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormatSection:
+    name: Literal["preserve", "sdar"] = "preserve"
+    """preserve: clean tokens stay the AR model's, drafts can be verified. sdar: servable by SDAR engines."""
+    block_size: int = 4
+    """Tokens per diffusion block."""
+    grid: Literal["absolute", "response"] = "absolute"
+    """Where blocks are counted from: token 0, or the first response token."""
+    mask_token: str = "<|mask|>"
+    """Text of the mask token; an existing token of this text is used, else an unused row, else a new one."""
+    mask_init: Literal["mean", "zero", "noise", "stop"] = "mean"
+    """Start of the mask embedding: mean of all embeddings, zero, mean plus noise, or the stop token's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSection:
+    enabled: bool = True
+    """Train a LoRA adapter (gated in preserve) instead of a full copy of the weights."""
+    r: int = 32
+    """Rank."""
+    alpha: int = 64
+    """Scale: the adapter's output is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input. Only 0 keeps rollouts and training states consistent."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Which linear layers get an adapter, as PEFT reads it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSection:
+    path: str = ""
+    """Prompts: a .jsonl or .parquet file, or a `datasets` name. Rows need `prompt` or `messages`."""
+    split: str = "train"
+    """Split of a `datasets` name; slices such as train[:1000] work."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are an error, never cut."""
+    system_prompt: str = ""
+    """Put before every prompt through the chat template."""
+    limit: int | None = None
+    """Use the first so many prompts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSection:
+    prompts_per_step: int = 64
+    """Prompts that get a response in each step."""
+    batch_size: int = 64
+    """Rows decoded at once."""
+    max_new_tokens: int = 256
+    """Length cap of a response at the end of the curriculum."""
+    start_new_tokens: int | None = None
+    """Length cap at step 0; None = no curriculum."""
+    ramp_steps: int = 100
+    """Steps from the first cap to the last."""
+    ramp: Literal["cosine", "linear"] = "cosine"
+    """Shape of the length curriculum."""
+    temperature: float = 1.0
+    """0 = arg-max."""
+    top_k: int | None = None
+    """Sample among the k most likely tokens."""
+    top_p: float | None = None
+    """Sample within the smallest set of this probability mass."""
+    remasking: Literal["static", "threshold"] = "threshold"
+    """How many tokens a denoising step reveals: a fixed number, or all that are confident."""
+    denoising_steps: int | None = None
+    """Steps per block at most; None = block_size."""
+    confidence_threshold: float = 0.9
+    """threshold remasking reveals every token whose probability exceeds this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatesSection:
+    selection: Literal["one_per_block", "all", "complementary", "random_mask"] = "all"
+    """Which denoising states of a rollout are trained on (objective opd)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSection:
+    objective: Literal["opd", "opd_random", "off_policy", "sft"] = "opd"
+    """opd: own rollouts and their states; opd_random: own rollouts, random masks; off_policy: teacher responses;
+    sft: teacher responses, cross-entropy weighted 1/t."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """Between teacher and student token distributions."""
+    jsd_beta: float = 0.5
+    """Weight of the teacher in the mixture of the Jensen-Shannon divergence."""
+    reverse_weight: float = 0.0
+    """Share of reverse KL mixed into forward_kl."""
+    top_k: int | None = None
+    """Use the teacher's k most likely tokens only; None = full vocabulary."""
+    tail: bool = True
+    """With top_k: the rest of the mass is one more outcome, so the loss stays a divergence."""
+    normalization: Literal["row", "token"] = "token"
+    """Mean over rows of the row mean (the paper), or mean over all supervised positions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSection:
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    min_learning_rate_ratio: float = 0.1
+    """The cosine ends at this share of the peak."""
+    warmup_steps: int = 0
+    """Optimiser updates of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW."""
+    weight_decay: float = 0.0
+    """AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSection:
+    num_steps: int = 100
+    """Rollout steps. Each generates responses, then makes the updates below."""
+    rows_per_update: int = 8
+    """Rollouts per optimiser update."""
+    micro_batch_rows: int = 8
+    """Rollouts per forward and backward; changes memory, not results."""
+    passes_per_rollout: int = 1
+    """How often each rollout is trained on."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16 runs the forward under autocast."""
+    seed: int = 0
+    """Every random draw derives from (seed, step, rank)."""
+    save_every: int = 50
+    """Steps between checkpoints."""
+    save_total_limit: int = 2
+    """Older checkpoints are deleted."""
+    resume_from_checkpoint: bool = True
+    """Continue an interrupted run found in output_dir."""
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Trackers beside metrics.jsonl."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSection:
+    path: str = ""
+    """JSONL with `prompt`, and optionally `answer`, `skill`, `held_out`. Empty: no evaluation."""
+    modes: tuple[Literal["ar", "static", "threshold", "lossless"], ...] = ("static", "threshold", "lossless")
+    """Decodings to measure; those the format cannot do are refused."""
+    max_new_tokens: int = 256
+    """Length cap of a response."""
+    batch_size: int = 64
+    """Rows decoded at once."""
+    confidence_threshold: float = 0.9
+    """For the threshold mode."""
+    limit: int | None = None
+    """Prompts per skill; None = all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    format: FormatSection = field(default_factory=FormatSection)
+    lora: LoraSection = field(default_factory=LoraSection)
+    data: DataSection = field(default_factory=DataSection)
+    rollout: RolloutSection = field(default_factory=RolloutSection)
+    states: StatesSection = field(default_factory=StatesSection)
+    loss: LossSection = field(default_factory=LossSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    output_dir: str = "runs/opdlm"
+    """The converted checkpoint and everything about the run."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain(asdict(self))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+BUNDLED = "bundled:"
+
+
+def resolve_path(path: str) -> str:
+    """`bundled:NAME` is a file or folder that ships inside the package; anything else is itself."""
+    if path.startswith(BUNDLED):
+        return str(Path(__file__).parent / "bundled" / path.removeprefix(BUNDLED))
+    return path
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, recursively, as YAML and JSON have them."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def load_config(recipe: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the recipe, then `section.key=value` strings; checked as a whole."""
+    values: dict[str, Any] = {}
+    if recipe is not None:
+        values = read_recipe(recipe)
+    for override in overrides:
+        apply_override(values, override)
+    config = build_section(Config, values)
+    check_config(config)
+    return config
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}. Give an existing YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first_line = " ".join(str(error).split())
+        raise ConfigError(f"recipe {path} is not valid YAML: {first_line}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {path} must be a mapping of sections, not {type(values).__name__}.")
+    return values
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value, for example train.num_steps=10.")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        value = text
+    *sections, name = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{key}: {section} is a value, not a section.")
+    values[name] = value
+
+
+def build_section(cls: type[Section], values: Mapping[str, Any], prefix: str = "") -> Section:
+    """A dataclass from plain values; unknown keys and wrong types are explained."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise ConfigError(unknown_key(f"{prefix}{key}", cls, prefix))
+    built = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{name} is a section: set its keys, for example {name}.{fields(hints[key])[0].name}.")
+            built[key] = build_section(hints[key], value, f"{name}.")
+        else:
+            built[key] = convert_value(name, value, hints[key])
+    return cls(**built)
+
+
+def unknown_key(name: str, cls: type, prefix: str) -> str:
+    key = name.removeprefix(prefix)
+    near = difflib.get_close_matches(key, [f.name for f in fields(cls)], n=1, cutoff=0.6)
+    candidates = [prefix + near[0]] if near else []
+    if not candidates:  # the right name in another section
+        candidates = [full for full, _, _ in describe_fields() if full.split(".")[-1] == key.split(".")[-1]]
+    if not candidates:
+        candidates = difflib.get_close_matches(name, [full for full, _, _ in describe_fields()], n=1, cutoff=0.4)
+    hint = f" Did you mean {candidates[0]}?" if candidates else ""
+    return f"unknown key {name}.{hint} `opdlm convert --list-keys` shows all."
+
+
+def convert_value(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`, or a ConfigError naming key, value and rule."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        options = [a for a in arguments if a is not type(None)]
+        if len(options) > 1 and isinstance(value, list | tuple):
+            options = [a for a in options if typing.get_origin(a) is tuple]
+        return convert_value(name, value, options[0])
+    if origin is Literal:
+        if value not in arguments:
+            near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
+            hint_text = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{name} ({value!r}) must be one of {', '.join(map(str, arguments))}.{hint_text}")
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [p for p in str(value).split(",") if p]
+        kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else list(arguments)
+        if len(items) != len(kinds):
+            raise ConfigError(f"{name} ({value!r}) needs {len(kinds)} values.")
+        return tuple(convert_value(name, item, kind) for item, kind in zip(items, kinds, strict=True))
+    return convert_scalar(name, value, hint)
+
+
+def convert_scalar(name: str, value: Any, kind: type) -> Any:
+    is_bool = isinstance(value, bool)
+    if kind is bool and is_bool:
+        return value
+    if kind is int and isinstance(value, int) and not is_bool:
+        return value
+    if kind is float and not is_bool and isinstance(value, int | float | str):
+        try:
+            return float(value)  # YAML reads 1e-5 as text
+        except ValueError:
+            pass
+    if kind is str and isinstance(value, str | int | float) and not is_bool:
+        return str(value)
+    raise ConfigError(f"{name} ({value!r}) must be {kind.__name__}, not {type(value).__name__}.")
+
+
+def describe_fields(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(dotted key, default, help text) of every setting."""
+    hints = typing.get_type_hints(cls)
+    docs = field_docstrings(cls)
+    default = cls()
+    for f in fields(cls):
+        if is_dataclass(hints[f.name]):
+            yield from describe_fields(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", getattr(default, f.name), docs.get(f.name, "")
+
+
+def field_docstrings(cls: type) -> dict[str, str]:
+    """The string literal that stands under each field."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for statement, following in zip(body, body[1:], strict=False):
+        is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+        if isinstance(statement, ast.AnnAssign) and is_text:
+            docs[statement.target.id] = " ".join(following.value.value.split())
+    return docs
+
+
+def check_config(config: Config) -> None:
+    """Rules across keys. Raises ConfigError for the first that does not hold."""
+    check_ranges(config)
+    b, rollout = config.format.block_size, config.rollout
+    if rollout.denoising_steps is not None and rollout.denoising_steps > b:
+        raise ConfigError(
+            f"rollout.denoising_steps ({rollout.denoising_steps}) exceeds format.block_size ({b}): "
+            "each step reveals at least one token, so use at most block_size steps."
+        )
+    if rollout.start_new_tokens is not None and rollout.start_new_tokens > rollout.max_new_tokens:
+        raise ConfigError(
+            f"rollout.start_new_tokens ({rollout.start_new_tokens}) exceeds rollout.max_new_tokens "
+            f"({rollout.max_new_tokens}): the curriculum only grows. Lower the start."
+        )
+    if config.train.rows_per_update > rollout.prompts_per_step:
+        raise ConfigError(
+            f"train.rows_per_update ({config.train.rows_per_update}) exceeds rollout.prompts_per_step "
+            f"({rollout.prompts_per_step}): an update uses the rollouts of one step. Lower rows_per_update."
+        )
+    if rollout.prompts_per_step % config.train.rows_per_update:
+        raise ConfigError(
+            f"rollout.prompts_per_step ({rollout.prompts_per_step}) is not a multiple of train.rows_per_update "
+            f"({config.train.rows_per_update}): the rest would never be trained on. Make it one."
+        )
+    if config.loss.top_k is not None and not config.loss.tail:
+        if config.loss.divergence == "reverse_kl":
+            raise ConfigError(
+                "loss.divergence (reverse_kl) with loss.top_k and loss.tail=false has a degenerate optimum: "
+                "set loss.tail=true or use forward_kl."
+            )
+    if config.format.name == "sdar" and "lossless" in config.eval.modes:
+        raise ConfigError(
+            "eval.modes contains lossless, but format.name is sdar, which changes the AR weights and cannot verify: "
+            "drop lossless or use format.name=preserve."
+        )
+    if config.format.name == "preserve" and b < 2:
+        raise ConfigError("format.block_size (1) leaves preserve nothing to draft: use at least 2.")
+
+
+def check_ranges(config: Config) -> None:
+    """Numbers that must be positive, or lie in an interval."""
+    positive = (
+        "format.block_size rollout.prompts_per_step rollout.batch_size rollout.max_new_tokens rollout.ramp_steps "
+        "train.num_steps train.rows_per_update train.micro_batch_rows train.passes_per_rollout train.save_every "
+        "train.save_total_limit eval.max_new_tokens eval.batch_size lora.r lora.alpha data.max_prompt_tokens "
+        "optimizer.learning_rate optimizer.max_grad_norm rollout.denoising_steps rollout.start_new_tokens "
+        "rollout.top_k loss.top_k data.limit eval.limit"
+    ).split()
+    for name in positive:
+        value = lookup(config, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name} ({value}) must be greater than 0.")
+    intervals = {
+        "rollout.temperature": (0.0, 100.0),
+        "rollout.confidence_threshold": (0.0, 1.0),
+        "eval.confidence_threshold": (0.0, 1.0),
+        "rollout.top_p": (1e-6, 1.0),
+        "loss.jsd_beta": (1e-6, 1 - 1e-6),
+        "loss.reverse_weight": (0.0, 1.0),
+        "lora.dropout": (0.0, 0.9),
+        "optimizer.min_learning_rate_ratio": (0.0, 1.0),
+        "optimizer.weight_decay": (0.0, 10.0),
+        "optimizer.warmup_steps": (0, 10**9),
+    }
+    for name, (low, high) in intervals.items():
+        value = lookup(config, name)
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"{name} ({value}) must lie between {low} and {high}.")
+
+
+def lookup(config: Config, dotted: str) -> Any:
+    section, key = dotted.split(".")
+    return getattr(getattr(config, section), key)

@@ -1,0 +1,167 @@
+"""An autoregressive checkpoint becomes a diffusion student: mask token, format, and a probe that asks the model.
+
+The probe runs the family's own code on tiny inputs and checks what the method needs: the mask we pass is the mask
+it uses, positions are ours, the cache agrees with the full pass, and our LM head is its LM head. A family that fails
+is refused with the reason; no list of families is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opdlm.attention import SlotCache
+from opdlm.blocks import CLEAN, clean_slots, join_slots, make_slots
+from opdlm.config import Config, FormatSection
+from opdlm.diffusion import DiffusionLM, DiffusionSpec, head_logits
+from opdlm.errors import ConfigError, DataError
+from opdlm.models import add_lora, assemble, copy_of, vocabulary_rows
+
+PROBE_TOLERANCE = 2e-3
+
+
+def make_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> DiffusionLM:
+    """The student at step 0. `model` becomes its base; the tokenizer gains the mask token."""
+    mask_token_id = add_mask_token(model, tokenizer, config.format)
+    spec = make_spec(model, tokenizer, config, mask_token_id)
+    probe(model, spec)
+    initial = initial_mask_embedding(model, spec, config.format.mask_init, config.train.seed)
+    model.requires_grad_(not config.lora.enabled)
+    if config.lora.enabled:
+        student = assemble(model, spec, lora=config.lora, mask_embedding=initial)
+        assert isinstance(student, DiffusionLM)
+        return student
+    teacher = copy_of(model)
+    if spec.format == "sdar":
+        with torch.no_grad():
+            model.get_input_embeddings().weight[mask_token_id] = initial
+        return assemble(model, spec, lora=None, teacher=teacher)
+    return assemble(model, spec, lora=None, teacher=teacher, mask_embedding=initial)
+
+
+def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: FormatSection) -> int:
+    """The id of [MASK]: the named token if it exists, else the first unused row of the embedding, else a new row."""
+    vocabulary = tokenizer.get_vocab()
+    if max(vocabulary.values()) >= vocabulary_rows(model):
+        raise DataError(
+            f"the tokenizer has ids up to {max(vocabulary.values())}, but the model's embedding has only "
+            f"{vocabulary_rows(model)} rows: they do not belong together. Use the checkpoint's own tokenizer."
+        )
+    if section.mask_token in vocabulary:
+        return vocabulary[section.mask_token]
+    tokenizer.add_special_tokens({"mask_token": section.mask_token})
+    mask_token_id = tokenizer.convert_tokens_to_ids(section.mask_token)
+    if mask_token_id >= vocabulary_rows(model):
+        model.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
+    return mask_token_id
+
+
+def make_spec(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, mask_token_id: int
+) -> DiffusionSpec:
+    used = set(tokenizer.get_vocab().values())
+    unused = [i for i in range(vocabulary_rows(model)) if i not in used]
+    stops = stop_token_ids(model, tokenizer)
+    if not stops:
+        raise ConfigError("the checkpoint has no stop token (eos_token_id) in config, generation config or tokenizer.")
+    return DiffusionSpec(
+        format=config.format.name,
+        block_size=config.format.block_size,
+        grid=config.format.grid,
+        mask_token_id=mask_token_id,
+        stop_token_ids=stops,
+        banned_token_ids=tuple(sorted({*unused, mask_token_id})),
+        adapter=config.lora.enabled and config.format.name == "preserve",
+    )
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a response, from the generation config, the config and the tokenizer."""
+    found: set[int] = set()
+    for value in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            found.update([value] if isinstance(value, int) else value)
+    return tuple(sorted(i for i in found if i < vocabulary_rows(model)))
+
+
+def initial_mask_embedding(model: PreTrainedModel, spec: DiffusionSpec, kind: str, seed: int) -> Tensor:
+    """Where the mask embedding starts `[H]`, at the scale at which embeddings enter the model."""
+    ids = [i for i in range(vocabulary_rows(model)) if i not in spec.banned_token_ids]
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        if kind == "stop":
+            return embedding(torch.tensor(spec.stop_token_ids[:1], device=model.device))[0].clone()
+        used_VH = embedding(torch.tensor(ids, device=model.device))
+        mean_H = used_VH.float().mean(0)
+        if kind == "zero":
+            mean_H = torch.zeros_like(mean_H)
+        if kind == "noise":
+            noise_H = torch.randn(mean_H.shape, generator=torch.Generator().manual_seed(seed))
+            mean_H = mean_H + noise_H.to(mean_H.device) * used_VH.float().std(0)
+        return mean_H.to(used_VH.dtype)
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, spec: DiffusionSpec) -> None:
+    """Ask the model whether it can do block diffusion; DataError with the reason if not."""
+    family = model.config.model_type
+    try:
+        failure = find_failure(model, spec)
+    except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, AssertionError) as error:
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{family} models cannot be converted: the probe failed with: {text}") from error
+    if failure:
+        raise DataError(f"{family} models cannot be converted: {failure}.")
+
+
+def find_failure(model: PreTrainedModel, spec: DiffusionSpec) -> str | None:
+    """The first property that does not hold, in words; None when all do."""
+    ids = [i for i in range(vocabulary_rows(model)) if i not in spec.banned_token_ids]
+    ids_BL = torch.tensor(ids, device=model.device).repeat(12)[:12][None]
+    plain = model(input_ids=ids_BL, use_cache=False)
+    asked = DiffusionLM(model, spec)
+    lengths_B = torch.tensor([ids_BL.shape[1]], device=model.device)
+    causal = clean_slots(ids_BL, lengths_B, lengths_B, spec.block_grid, "preserve")
+    hidden_BLH = asked.student_hidden(causal)
+    if not close(head_logits(model, hidden_BLH), plain.logits.float()):
+        return "its logits under our causal mask differ from its own, or its head is more than a linear map"
+
+    later_BL = ids_BL.clone()
+    later_BL[0, 8] = ids[-1]
+    changed = clean_slots(later_BL, lengths_B, lengths_B, spec.block_grid, "preserve")
+    if not close(asked.student_hidden(changed)[:, :8], hidden_BLH[:, :8]):
+        return "a later token changes earlier states although the mask is causal (not a plain attention model)"
+    bidirectional = make_slots(
+        later_BL, causal.positions_BS, torch.full_like(ids_BL, 11), torch.full_like(ids_BL, CLEAN), ids_BL >= 0
+    )
+    both = make_slots(ids_BL, *_parts(bidirectional), ids_BL >= 0)
+    if close(asked.student_hidden(bidirectional)[:, :8], asked.student_hidden(both)[:, :8]):
+        return "it ignores a mask that lets earlier tokens see later ones"
+    return cache_failure(asked, causal, hidden_BLH)
+
+
+def _parts(slots):  # type: ignore[no-untyped-def]
+    return slots.positions_BS, slots.reach_BS, slots.group_BS
+
+
+def cache_failure(asked: DiffusionLM, causal, hidden_BLH: Tensor) -> str | None:  # type: ignore[no-untyped-def]
+    """Cached decoding must equal the full pass, and a noised group must see its anchor and not what follows."""
+    cache = SlotCache(1, 16)
+    first = make_slots(*_all(causal), causal.positions_BS < 6)
+    rest = make_slots(*_all(causal), causal.positions_BS >= 6)
+    asked.student_hidden(first, cache)
+    if not close(asked.student_hidden(rest, cache)[:, 6:], hidden_BLH[:, 6:]):
+        return "states computed with the key-value cache differ from the full pass"
+    return None
+
+
+def _all(slots):  # type: ignore[no-untyped-def]
+    return slots.ids_BS, slots.positions_BS, slots.reach_BS, slots.group_BS
+
+
+def close(left: Tensor, right: Tensor) -> bool:
+    """Equal up to rounding, relative to the size of the values."""
+    return bool((left - right).abs().max() <= PROBE_TOLERANCE * right.abs().max().clamp_min(1e-3))
+
+

@@ -1,0 +1,200 @@
+"""Prompts from JSONL, Parquet or a `datasets` name, chat-templated, as token ids. Nothing is cut or skipped.
+
+Rows need `prompt` (text) or `messages` (a list of role/content). Tokenizers without a chat template get the plain
+prompt. A wrong row is one `DataError` that names file, line and fix, before any training starts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from opdlm.config import DataSection, resolve_path
+from opdlm.errors import DataError
+from opdlm.records import Prompt
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One evaluation prompt with its expected answer."""
+
+    prompt: Prompt
+    text: str
+    answer: str | None
+    skill: str
+    held_out: bool
+
+
+def read_rows(path: str, split: str = "train") -> list[tuple[str, Row]]:
+    """(place, row) pairs; `place` says where to look when something is wrong."""
+    file = Path(resolve_path(path))
+    if file.suffix == ".jsonl":
+        return read_jsonl(file)
+    if file.suffix == ".parquet":
+        return read_parquet(file)
+    if file.suffix or file.exists():
+        raise DataError(f"data.path ({path}) must be a .jsonl or .parquet file, or the name of a dataset.")
+    return read_dataset(path, split)
+
+
+def read_jsonl(file: Path) -> list[tuple[str, Row]]:
+    rows = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise DataError(f"{file} does not exist. Give a JSONL file with one prompt per line.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{file}:{number} is not valid JSON ({error.msg}). Fix or remove the line.") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{file}:{number} must be a JSON object, not {type(row).__name__}.")
+        rows.append((f"{file}:{number}", row))
+    return rows
+
+
+def read_parquet(file: Path) -> list[tuple[str, Row]]:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(file)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise DataError(f"{file} cannot be read as Parquet: {error}") from error
+    return [(f"{file} row {i}", row) for i, row in enumerate(table.to_pylist())]
+
+
+def read_dataset(name: str, split: str) -> list[tuple[str, Row]]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise DataError(f"data.path ({name}), split {split}, cannot be loaded by `datasets`: {first}") from error
+    return [(f"{name} row {i}", row) for i, row in enumerate(loaded)]
+
+
+def messages_of(place: str, row: Row, system_prompt: str) -> list[dict[str, str]]:
+    """The conversation up to the response, checked."""
+    if "messages" in row:
+        messages = row["messages"]
+        if not isinstance(messages, list) or not all(isinstance(m, dict) and "content" in m for m in messages):
+            raise DataError(f"{place}: `messages` must be a list of objects with `role` and `content`.")
+        if messages and messages[-1].get("role") == "assistant":
+            messages = messages[:-1]  # the response is the student's to write
+    elif "prompt" in row:
+        if not isinstance(row["prompt"], str):
+            raise DataError(f"{place}: `prompt` must be text, not {type(row['prompt']).__name__}.")
+        messages = [{"role": "user", "content": row["prompt"]}]
+    else:
+        raise DataError(f"{place} has neither `prompt` nor `messages` (found: {', '.join(row) or 'nothing'}).")
+    if not messages or not str(messages[-1]["content"]).strip():
+        raise DataError(f"{place} has an empty prompt. Remove the row.")
+    return ([{"role": "system", "content": system_prompt}] if system_prompt else []) + messages
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids up to where the response starts."""
+    if tokenizer.chat_template:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    return list(tokenizer(messages[-1]["content"])["input_ids"])
+
+
+def encode_rows(
+    rows: Sequence[tuple[str, Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    system_prompt: str,
+    max_prompt_tokens: int,
+    mask_token_id: int | None = None,
+) -> list[Prompt]:
+    prompts = []
+    for index, (place, row) in enumerate(rows):
+        ids = encode_prompt(tokenizer, messages_of(place, row, system_prompt))
+        if len(ids) > max_prompt_tokens:
+            raise DataError(
+                f"{place} has {len(ids)} prompt tokens, more than data.max_prompt_tokens ({max_prompt_tokens}). "
+                "Raise the limit (up to the model's context) or remove the row."
+            )
+        if mask_token_id is not None and mask_token_id in ids:
+            raise DataError(f"{place} contains the mask token. Choose another format.mask_token.")
+        prompts.append(Prompt(ids=tuple(ids), index=index))
+    return prompts
+
+
+def load_prompts(section: DataSection, tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> list[Prompt]:
+    """Every conversion prompt of the run."""
+    if not section.path:
+        raise DataError("data.path is empty: conversion needs prompts. Give a .jsonl or .parquet file or a dataset.")
+    rows = read_rows(section.path, section.split)[: section.limit]
+    if not rows:
+        raise DataError(f"data.path ({section.path}) holds no rows.")
+    return encode_rows(
+        rows,
+        tokenizer,
+        system_prompt=section.system_prompt,
+        max_prompt_tokens=section.max_prompt_tokens,
+        mask_token_id=mask_token_id,
+    )
+
+
+def load_tasks(
+    path: str, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None, max_prompt_tokens: int = 10**9
+) -> list[Task]:
+    """Evaluation prompts; `limit` keeps that many of each skill."""
+    rows = read_rows(path)
+    if not rows:
+        raise DataError(f"eval.path ({path}) holds no rows.")
+    prompts = encode_rows(rows, tokenizer, system_prompt="", max_prompt_tokens=max_prompt_tokens)
+    tasks, counts = [], dict[str, int]()
+    for prompt, (place, row) in zip(prompts, rows, strict=True):
+        skill = str(row.get("skill", "all"))
+        counts[skill] = counts.get(skill, 0) + 1
+        if limit is not None and counts[skill] > limit:
+            continue
+        answer = row.get("answer")
+        tasks.append(
+            Task(
+                prompt=prompt,
+                text=str(messages_of(place, row, "")[-1]["content"]),
+                answer=None if answer is None else str(answer),
+                skill=skill,
+                held_out=bool(row.get("held_out", False)),
+            )
+        )
+    return tasks
+
+
+class PromptStream:
+    """Endless shuffled passes over the prompts; step s always yields the same ones, so resuming needs no state."""
+
+    def __init__(self, prompts: Sequence[Prompt], per_step: int, seed: int) -> None:
+        self.prompts, self.per_step, self.seed = prompts, per_step, seed
+
+    def at(self, step: int) -> list[Prompt]:
+        """The prompts of rollout step `step` (0-based)."""
+        first = step * self.per_step
+        return [self._item(i) for i in range(first, first + self.per_step)]
+
+    def _item(self, index: int) -> Prompt:
+        epoch, place = divmod(index, len(self.prompts))
+        return self.prompts[self._order(epoch)[place]]
+
+    def _order(self, epoch: int) -> list[int]:
+        if getattr(self, "_epoch", None) != epoch:
+            rng = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._epoch, self._permutation = epoch, torch.randperm(len(self.prompts), generator=rng).tolist()
+        return self._permutation

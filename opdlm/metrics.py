@@ -1,0 +1,78 @@
+"""A run made visible: one progress line with ETA, `metrics.jsonl`, trackers, and plots of the finished run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Tracker(Protocol):
+    """What `accelerate` trackers offer and this room needs."""
+
+    def log(self, values: dict[str, float], step: int) -> None: ...
+
+
+class MetricsLog:
+    """Progress on the console and one JSON line per step in `metrics.jsonl`."""
+
+    def __init__(self, output_dir: Path, console: Console, trackers: Sequence[Tracker] = ()) -> None:
+        self.path = output_dir / "metrics.jsonl"
+        self.console, self.trackers = console, trackers
+        self.progress = Progress(
+            TextColumn("[bold]convert"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def start(self, num_steps: int, first_step: int) -> None:
+        """Begin at `first_step`: later lines of an interrupted run are dropped, they will be written again."""
+        keep = [row for row in read_metrics(self.path) if row["step"] <= first_step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in keep))
+        self.num_steps, self.first_step, self.started = num_steps, first_step, time.monotonic()
+        self.task = self.progress.add_task("convert", total=num_steps, completed=first_step, status="")
+        self.progress.start()
+        if first_step:
+            self.console.print(f"resumed at step {first_step} of {num_steps}")
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for tracker in self.trackers:
+            tracker.log(dict(metrics), step)
+        status = (
+            f"loss {metrics['loss']:.4f}  {metrics['tokens_per_forward']:.2f} tok/fwd  "
+            f"{metrics['rollout_tokens_per_second']:.0f} tok/s"
+        )
+        self.progress.update(self.task, completed=step, status=status)
+        if not self.console.is_terminal and (step % max(1, self.num_steps // 20) == 0 or step == self.num_steps):
+            seconds = time.monotonic() - self.started
+            left = seconds / (step - self.first_step) * (self.num_steps - step)
+            self.console.print(f"step {step}/{self.num_steps}  {status}  {seconds:.0f} s, {left:.0f} s left")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Complete lines of a `metrics.jsonl`; a line cut off by a crash is ignored."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows

@@ -1,0 +1,179 @@
+"""`opdlm convert` from start to end: check everything, train, write the folder, measure what the folder kept.
+
+Nothing is written before every input has been checked. The measurement is made on the folder as a user would load
+it, not on the model in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from opdlm import __version__
+from opdlm.card import model_card
+from opdlm.checkpoint import atomic_folder, find_checkpoints, write_atomic
+from opdlm.config import Config, load_config
+from opdlm.convert import make_student
+from opdlm.data import Task, load_prompts, load_tasks
+from opdlm.diffusion import DiffusionLM
+from opdlm.errors import ConfigError, DataError
+from opdlm.evaluate import RetentionReport, evaluate, write_outputs
+from opdlm.export import write_model
+from opdlm.metrics import MetricsLog, read_metrics
+from opdlm.models import load, load_causal_lm, load_tokenizer
+from opdlm.plots import plot_metrics, plot_retention
+from opdlm.records import Prompt
+from opdlm.trainer import train
+
+MODEL_FOLDER = "model"
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Everything a run reads, loaded and checked."""
+
+    student: DiffusionLM
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    tasks: list[Task]
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Load and check model, prompts and evaluation tasks; raises before anything is written."""
+    if not config.model.path:
+        raise ConfigError("model.path is empty: give a recipe or a checkpoint folder as the target.")
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    model = load_causal_lm(config.model.path, config.model.dtype, config.model.trust_remote_code)
+    context = model.config.get_text_config().to_dict().get("max_position_embeddings")
+    student = make_student(model, tokenizer, config)
+    prompts = load_prompts(config.data, tokenizer, student.spec.mask_token_id)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    if context is not None and longest + config.rollout.max_new_tokens > context:
+        raise DataError(
+            f"the longest prompt ({longest} tokens) plus rollout.max_new_tokens ({config.rollout.max_new_tokens}) "
+            f"exceeds the model's context ({context}). Lower max_new_tokens or remove long prompts."
+        )
+    tasks = load_tasks(config.eval.path, tokenizer, limit=config.eval.limit) if config.eval.path else []
+    return Inputs(student, tokenizer, prompts, tasks)
+
+
+def prepare_output(config: Config) -> Path:
+    """Make the run folder; refuse to mix two different runs in one."""
+    output_dir = Path(config.output_dir)
+    saved = output_dir / CONFIG_FILE
+    text = config.to_yaml()
+    if saved.is_file() and saved.read_text() != text and find_checkpoints(output_dir):
+        raise ConfigError(
+            f"output_dir ({output_dir}) holds a run with other settings (see {saved}). "
+            "Choose another output_dir, or delete the folder to start over."
+        )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_atomic(saved, text)
+    except OSError as error:
+        raise ConfigError(f"output_dir ({output_dir}) cannot be written: {error.strerror}.") from error
+    return output_dir
+
+
+def convert_checkpoint(config: Config, console: Console) -> Path:
+    """Run a conversion (or continue it); returns the folder of the converted model."""
+    started = time.time()
+    inputs = load_inputs(config)
+    output_dir = prepare_output(config)
+    describe(inputs, config, console)
+    with MetricsLog(output_dir, console) as log:
+        run = train(inputs.student, inputs.prompts, config, log)
+    train_seconds = time.time() - started
+    folder = output_dir / MODEL_FOLDER
+    if run.accelerator.is_main_process:
+        with atomic_folder(folder) as partial:
+            write_model(partial, run.model.eval(), inputs.tokenizer)
+            write_record(partial, output_dir, config, train_seconds)
+        if inputs.tasks:
+            measure(folder, inputs.tasks, config, console)
+        write_card(folder, config)
+    return folder
+
+
+def describe(inputs: Inputs, config: Config, console: Console) -> None:
+    student = inputs.student
+    total = sum(p.numel() for p in student.student.parameters())
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    console.print(
+        f"{config.model.path}: {student.student.config.model_type}, {total / 1e6:.2f} M parameters, "
+        f"{trained / 1e6:.2f} M trained; format {student.spec.format}, block size {student.spec.block_size}, "
+        f"objective {config.loss.objective}, {len(inputs.prompts)} prompts, mask token id {student.spec.mask_token_id}"
+    )
+
+
+def write_record(folder: Path, output_dir: Path, config: Config, seconds: float) -> None:
+    """Settings, versions and curves of the run, beside the weights."""
+    (folder / "opdlm_config.yaml").write_text(config.to_yaml())
+    metrics = read_metrics(output_dir / "metrics.jsonl")
+    results = {"train_seconds": round(seconds, 1), "versions": versions(), **(metrics[-1] if metrics else {})}
+    (folder / "all_results.json").write_text(json.dumps(results, indent=2))
+    plot_metrics(metrics, folder / "training.png")
+
+
+def versions() -> dict[str, str]:
+    return {
+        "opdlm": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def measure(folder: Path, tasks: list[Task], config: Config, console: Console) -> RetentionReport:
+    """Evaluate the folder and write `retention.json`, the plot and the raw generations into it."""
+    model, tokenizer = load_for_evaluation(folder, config.model.path, config.model.dtype)
+    report, outputs = evaluate(model, tokenizer, tasks, config.eval)
+    write_report(folder, report)
+    write_outputs(folder / "generations.jsonl", tasks, outputs, tokenizer)
+    return report
+
+
+def load_for_evaluation(folder: Path, teacher_path: str, dtype: str) -> tuple[DiffusionLM, Any]:
+    """A converted folder; an `sdar` folder no longer holds its teacher, which is then loaded beside it."""
+    model, tokenizer = load(folder, dtype)
+    if model.spec.format == "sdar":
+        teacher = load_causal_lm(teacher_path, dtype)
+        rows = model.student.get_input_embeddings().weight.shape[0]
+        if rows != teacher.get_input_embeddings().weight.shape[0]:
+            teacher.resize_token_embeddings(rows, mean_resizing=False)
+        model = DiffusionLM(model.student, model.spec, teacher=teacher).eval()
+    return model, tokenizer
+
+
+def write_report(folder: Path, report: RetentionReport) -> None:
+    write_atomic(folder / "retention.json", json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+    plot_retention(report, folder / "retention.png")
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    path = folder / "retention.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_card(folder: Path, config: Config) -> None:
+    results = json.loads((folder / "all_results.json").read_text())
+    write_atomic(folder / "README.md", model_card(config, results, read_report(folder)))
+
+
+def read_config_of(folder: Path) -> Config:
+    """The settings a converted folder was made with."""
+    path = folder / "opdlm_config.yaml"
+    if not path.is_file():
+        raise DataError(f"{folder} has no opdlm_config.yaml: it was not written by opdlm convert.")
+    return load_config(path)

@@ -1,0 +1,51 @@
+"""Pictures of a run: training curves and retention bars. PNG files, drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from opdlm.evaluate import RetentionReport
+
+CURVES = ("divergence", "tokens_per_forward", "response_length", "grad_norm")
+
+
+def new_figure(columns: int, width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")
+
+
+def plot_metrics(metrics: Sequence[dict[str, float]], path: Path) -> None:
+    """Loss and what came with it, against rollout tokens seen."""
+    figure, axes = new_figure(len(CURVES), 14, 3)
+    tokens = [row["rollout_tokens"] for row in metrics]
+    for axis, name in zip(axes[0], CURVES, strict=True):
+        axis.plot(tokens, [row[name] for row in metrics], linewidth=1)
+        axis.set_title(name.replace("_", " "))
+        axis.set_xlabel("rollout tokens seen")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_yscale("log")
+    figure.savefig(path, dpi=120)
+
+
+def plot_retention(report: RetentionReport, path: Path) -> None:
+    """Accuracy of teacher and student modes: all skills, seen skills, held-out skills."""
+    figure, axes = new_figure(1, 8, 3.6)
+    axis = axes[0][0]
+    modes = [report.teacher, *report.student]
+    groups = {"all skills": "accuracy", "seen": "accuracy_seen", "held out": "accuracy_held_out"}
+    for offset, (label, attribute) in enumerate(groups.items()):
+        values = [100 * (getattr(mode, attribute) or 0.0) for mode in modes]
+        places = [i + 0.27 * (offset - 1) for i in range(len(modes))]
+        bars = axis.bar(places, values, width=0.25, label=label)
+        axis.bar_label(bars, fmt="%.0f", fontsize=8)
+    axis.set_xticks(range(len(modes)), [f"{m.name}\n{m.tokens_per_forward:.2f} tok/fwd" for m in modes])
+    axis.set_ylabel("exact match, %")
+    axis.set_ylim(0, 112)
+    axis.legend(loc="lower right")
+    figure.savefig(path, dpi=120)

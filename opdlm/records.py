@@ -1,0 +1,39 @@
+"""What flows between rooms: token ids and small tensors, never text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+NEVER = 2**30  # unmask_step of a position that was still [MASK] when its row finished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt as token ids; `index` is its place in the data set."""
+
+    ids: tuple[int, ...]
+    index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One generated response with its trajectory.
+
+    `response_ids` and `unmask_step` cover whole blocks: past the stop token they hold what the sampler saw last
+    ([MASK] with step NEVER where it had not revealed a token). `num_response` counts the tokens up to and
+    including the stop token; only these are ever supervised or shown.
+    """
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    unmask_step: tuple[int, ...]
+    num_response: int
+    finish_reason: FinishReason
+
+    @property
+    def text_ids(self) -> tuple[int, ...]:
+        """The response that counts: up to and including the stop token."""
+        return self.response_ids[: self.num_response]

@@ -1,0 +1,72 @@
+"""Prompts -> rollouts: the student's own reverse trajectories, or the teacher's responses for the baselines.
+
+Rows of similar prompt length are decoded together. The length cap grows over the first steps (length curriculum),
+METHOD part 3. Random draws derive from (seed, step, rank, batch), never from what ran before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from opdlm.config import RolloutSection
+from opdlm.diffusion import DiffusionLM
+from opdlm.generate import DecodeConfig, DecodeStats, generate
+from opdlm.records import Prompt, Rollout
+
+
+def generator_for(*numbers: int) -> torch.Generator:
+    """A CPU generator that depends on all of the numbers and on nothing else."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % (2**63 - 1)
+    return torch.Generator().manual_seed(seed)
+
+
+def length_cap(section: RolloutSection, step: int, block_size: int) -> int:
+    """Response tokens allowed in rollout step `step` (counted from 1), a multiple of the block size while it grows."""
+    if section.start_new_tokens is None or step >= section.ramp_steps:
+        return section.max_new_tokens
+    progress = step / section.ramp_steps
+    share = 1 - math.cos(math.pi / 2 * progress) if section.ramp == "cosine" else progress
+    length = section.start_new_tokens + share * (section.max_new_tokens - section.start_new_tokens)
+    return max(block_size, round(length / block_size) * block_size)
+
+
+def decode_config(section: RolloutSection, max_new_tokens: int, *, from_teacher: bool) -> DecodeConfig:
+    return DecodeConfig(
+        mode="ar" if from_teacher else section.remasking,
+        max_new_tokens=max_new_tokens,
+        temperature=section.temperature,
+        top_k=section.top_k,
+        top_p=section.top_p,
+        denoising_steps=section.denoising_steps,
+        confidence_threshold=section.confidence_threshold,
+    )
+
+
+def generate_rollouts(
+    model: DiffusionLM,
+    prompts: Sequence[Prompt],
+    section: RolloutSection,
+    *,
+    step: int,
+    seed: int,
+    rank: int = 0,
+    from_teacher: bool = False,
+) -> tuple[list[Rollout], DecodeStats]:
+    """One response per prompt, in the order of the prompts. `step` counts from 1."""
+    config = decode_config(section, length_cap(section, step, model.spec.block_size), from_teacher=from_teacher)
+    decoder = model.teacher_decoder() if from_teacher else model
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    rollouts: dict[int, Rollout] = {}
+    total = DecodeStats()
+    for number, first in enumerate(range(0, len(order), section.batch_size)):
+        chosen = order[first : first + section.batch_size]
+        rng = generator_for(seed, step, rank, number)
+        batch, stats = generate(decoder, [prompts[i].ids for i in chosen], config, rng)
+        rollouts.update(zip(chosen, batch, strict=True))
+        total += stats
+    return [rollouts[i] for i in range(len(prompts))], total

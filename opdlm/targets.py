@@ -1,0 +1,56 @@
+"""What the frozen teacher says about a rollout: one causal pass, once per rollout, whatever states are trained on.
+
+The teacher's prediction of the token at position t is its state at t - 1. Only states are kept; the loss turns them
+into log-probs chunk by chunk, so `[R, V]` is never stored. In `preserve` the same pass fills the cache with the
+clean keys and values that the student reads. METHOD part 6.
+
+Shape suffixes: B rows, L clean row, M supervised positions, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opdlm.attention import SlotCache
+from opdlm.config import LossSection
+from opdlm.diffusion import DiffusionLM
+from opdlm.losses import HiddenTargets, TokenTargets, TopKTargets, top_k_targets
+from opdlm.models import head_of
+from opdlm.states import StateBatch
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherPass:
+    """Teacher states `[B, L, H]` of the clean rows, and (`preserve`) the cache that holds their keys and values."""
+
+    hidden_BLH: Tensor
+    cache: SlotCache | None
+
+
+@torch.no_grad()
+def score_rows(model: DiffusionLM, ids_BL: Tensor, lengths_B: Tensor, num_prompt_B: Tensor) -> TeacherPass:
+    """The teacher's causal pass over right-padded rows."""
+    if model.spec.format == "sdar":
+        return TeacherPass(model.teacher_causal_hidden(ids_BL), None)
+    cache = SlotCache(*ids_BL.shape)
+    slots = model.clean_slots(ids_BL, lengths_B, num_prompt_B)
+    return TeacherPass(model.teacher_hidden(slots, cache), cache)
+
+
+def targets_at_supervised(
+    model: DiffusionLM, states: StateBatch, scored: TeacherPass, section: LossSection
+) -> HiddenTargets | TopKTargets | TokenTargets:
+    """Targets of the supervised slots, in the order of `is_supervised_BS.nonzero()`."""
+    row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
+    target_M = states.target_BS[row_M, column_M]
+    if section.objective == "sft":
+        return TokenTargets(ids_M=states.ids_BL[row_M, target_M])
+    hidden_MH = scored.hidden_BLH[row_M, target_M - 1]
+    banned = torch.tensor(model.spec.banned_token_ids, device=hidden_MH.device)
+    head = head_of(model.teacher or model.student, banned)
+    if section.top_k is None:
+        return HiddenTargets(hidden_MH=hidden_MH, head=head)
+    return top_k_targets(hidden_MH, head, section.top_k, tail=section.tail)

@@ -1,0 +1,18 @@
+"""What every test shares: no network, two threads, the bundled teacher."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def teacher_folder() -> Path:
+    """The tiny autoregressive model that is shipped with the package."""
+    return Path(__file__).parent.parent / "opdlm" / "bundled" / "teacher"
