@@ -1,4 +1,5 @@
-"""opdlm: turn a pretrained autoregressive language model into a diffusion language model, and prove what it kept.
+"""opdlm: turn a pretrained autoregressive language model into a diffusion language model, and prove what it
+kept.
 
     import opdlm
     model, tokenizer = opdlm.load("runs/tiny/model")

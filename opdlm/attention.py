@@ -1,8 +1,9 @@
 """Visibility -> the mask a model reads: an additive float mask `[B, 1, Q, K]` for sdpa, one per layer type.
 
-Booleans would be right for sdpa and silently wrong for eager, which *adds* its mask; additive floats are right for
-both and faster on CPU. A 4D mask replaces everything the model would build, so sliding windows are put into it
-here. Masks are built fresh for every forward and never changed in place: a checkpointed backward reads them again.
+Booleans would be right for sdpa and silently wrong for eager, which *adds* its mask; additive floats are
+right for both and faster on CPU. A 4D mask replaces everything the model would build, so sliding windows are
+put into it here. Masks are built fresh for every forward and never changed in place: a checkpointed backward
+reads them again.
 
 Shape suffixes: B batch, S current slots, K keys, Q queries, H heads, D head dimension, N a flat selection.
 """
@@ -17,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .blocks import CLEAN, Slots, join_slots, make_slots, visible
+from .blocks import CLEAN, Slots, join_slots, visible
 
 ATTENTION_NAME = "opdlm"
 
@@ -40,18 +41,21 @@ def additive_mask(seen_BQK: Tensor, dtype: torch.dtype) -> Tensor:
     return mask_BQK.masked_fill_(~seen_BQK, torch.finfo(dtype).min)[:, None]
 
 
-def layer_masks(queries: Slots, keys: Slots, windows: dict[str, int | None], dtype: torch.dtype) -> LayerMasks:
+def layer_masks(
+    queries: Slots, keys: Slots, windows: dict[str, int | None], dtype: torch.dtype
+) -> LayerMasks:
     """Masks for every layer type of a model; a plain tensor where there is only one."""
     masks = {kind: additive_mask(visible(queries, keys, window), dtype) for kind, window in windows.items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 class SlotCache:
-    """Keys and values of clean slots, one buffer per layer, indexed by position: no cropping, no reallocation.
+    """Keys and values of clean slots, one buffer per layer, indexed by position: no cropping, no
+    reallocation.
 
-    A forward pass writes its clean slots at their positions and reads `[0, length)`; the mask decides who sees what
-    (`buffer_slots`). Positions beyond every `reach` may hold stale entries of rejected drafts: they are rewritten
-    before anything can see them. Tensors are `[B, kv heads, capacity, head_dim]`.
+    A forward pass writes its clean slots at their positions and reads `[0, length)`; the mask decides who
+    sees what (`buffer_slots`). Positions beyond every `reach` may hold stale entries of rejected drafts: they
+    are rewritten before anything can see them. Tensors are `[B, kv heads, capacity, head_dim]`.
     """
 
     def __init__(self, num_rows: int, capacity: int) -> None:
@@ -94,9 +98,7 @@ def keys_with_cache(slots: Slots, cache_length: int) -> Slots:
     positions_BK = torch.arange(cache_length, device=slots.ids_BS.device).expand(num_rows, -1)
     zeros_BK = torch.zeros_like(positions_BK)
     buffer = Slots(zeros_BK, positions_BK, positions_BK, zeros_BK)
-    is_noised_BS = slots.is_noised_BS
-    current = make_slots(slots.ids_BS, slots.positions_BS, slots.reach_BS, slots.group_BS, is_noised_BS)
-    return join_slots(buffer, current)
+    return join_slots(buffer, slots.only(slots.is_noised_BS))
 
 
 def slot_attention(

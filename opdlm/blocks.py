@@ -6,9 +6,9 @@ Two numbers per slot decide every mask of the project (training rows, cached dec
 
     visible(q, k) = k is clean and position(k) <= reach(q)      or      group(k) == group(q) != 0
 
-`reach` of a clean slot is its own position (`preserve`: token-causal, exactly the teacher) or the end of its block
-(`sdar`: block-causal). `reach` of a noised slot is the group's *anchor*, the last clean token before it.
-METHOD parts 1, 2 and 5; layout of arXiv 2503.09573 (BD3LM).
+`reach` of a clean slot is its own position (`preserve`: token-causal, exactly the teacher) or the end of its
+block (`sdar`: block-causal). `reach` of a noised slot is the group's *anchor*, the last clean token before
+it. METHOD parts 1, 2 and 5; layout of arXiv 2503.09573 (BD3LM).
 
 Shape suffixes: B batch, S slots, Q query slots, K key slots.
 """
@@ -64,8 +64,15 @@ class Slots:
         """Positions as keys: padding is out of everyone's reach."""
         return self.positions_BS.masked_fill(self.group_BS < CLEAN, FAR)
 
+    def only(self, keep_BS: Tensor) -> Slots:
+        """The same columns with everything outside `keep_BS` turned into padding."""
+        keep_BS = keep_BS & (self.group_BS >= CLEAN)
+        return make_slots(self.ids_BS, self.positions_BS, self.reach_BS, self.group_BS, keep_BS)
 
-def make_slots(ids_BS: Tensor, positions_BS: Tensor, reach_BS: Tensor, group_BS: Tensor, valid_BS: Tensor) -> Slots:
+
+def make_slots(
+    ids_BS: Tensor, positions_BS: Tensor, reach_BS: Tensor, group_BS: Tensor, valid_BS: Tensor
+) -> Slots:
     """Slots with everything outside `valid_BS` turned into padding."""
     column_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
     return Slots(
@@ -98,7 +105,6 @@ def clean_slots(ids_BL: Tensor, lengths_B: Tensor, num_prompt_B: Tensor, grid: G
     """Whole sequences as clean slots, right-padded; `lengths_B` counts the real tokens."""
     positions_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
     valid_BL = positions_BL < lengths_B[:, None]
-    # In the last block of a row a slot must not look past the text that exists.
     reach_BL = clean_reach(positions_BL, num_prompt_B[:, None], grid, fmt)
     return make_slots(ids_BL, positions_BL, reach_BL, torch.zeros_like(ids_BL), valid_BL)
 

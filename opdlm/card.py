@@ -35,7 +35,7 @@ tags: [opdlm, diffusion, block-diffusion]
 
 Converted by `opdlm convert` (format `{config.format.name}`, block size {config.format.block_size}, objective
 `{config.loss.objective}`) on {results.get("rollout_tokens", 0):,.0f} rollout tokens in
-{results["train_seconds"] / 60:.1f} minutes. The complete settings are in `opdlm_config.yaml`, which is a recipe.
+{results["train_seconds"] / 60:.1f} minutes. All settings are in `opdlm_config.yaml`, itself a recipe.
 
 {usage}
 
@@ -49,16 +49,19 @@ Versions: {", ".join(f"{name} {version}" for name, version in results["versions"
 
 def measured_table(report: dict[str, Any]) -> str:
     lines = [
-        "| mode | accuracy | seen skills | held-out skills | retention | equal to teacher | tokens per forward |",
+        "| mode | accuracy | seen skills | held-out skills | retention | = teacher | tokens per forward |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in [report["teacher"] | {"retention": 1.0}, *report["student"]]:
-        cells = (row[key] for key in ("accuracy", "accuracy_seen", "accuracy_held_out", "retention", "identical_to_teacher"))
+        cells = (
+            row[key]
+            for key in ("accuracy", "accuracy_seen", "accuracy_held_out", "retention", "identical_to_teacher")
+        )
         shares = " | ".join("–" if cell is None else f"{100 * cell:.1f} %" for cell in cells)
         lines.append(f"| {row['name']} | {shares} | {row['tokens_per_forward']:.2f} |")
     num_prompts = report["teacher"]["num_prompts"]
     lines.append(
-        f"\n{num_prompts} prompts, greedy; accuracy is the mean over skills of exact match; every forward pass is "
-        "counted, prefill and commits included. `teacher` is the original model, decoded token by token."
+        f"\n{num_prompts} prompts, greedy; accuracy is the mean over skills of exact match; every forward "
+        "pass is counted, prefill and commits included. `teacher` is the original model, decoded token by token."
     )
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """Atomic saving, finding and resuming of a run's state. safetensors and JSON only.
 
-A `checkpoint-N/` holds the trainable weights, the optimiser's moments and counters: everything else (prompts, random
-draws, curriculum) is a function of (seed, step), so a run that continues is bit for bit the run that never stopped.
-A folder is written beside its final name and renamed when it is complete.
+A `checkpoint-N/` holds the trainable weights, the optimiser's moments and counters: everything else (prompts,
+random draws, curriculum) is a function of (seed, step), so a run that continues is bit for bit the run that
+never stopped. A folder is written beside its final name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -58,11 +58,18 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Moments and counters as `index.name` -> tensor."""
     state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": value.contiguous() for i, values in state.items() for name, value in values.items()}
+    return {
+        f"{i}.{name}": value.contiguous() for i, values in state.items() for name, value in values.items()
+    }
 
 
 def save_checkpoint(
-    output_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any], keep: int
+    output_dir: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Write `checkpoint-{step}` and delete the oldest beyond `keep`."""
     final = output_dir / f"{PREFIX}{step}"

@@ -13,7 +13,8 @@ from opdlm.errors import ConfigError, OpdlmError
 
 CONVERT_HELP = """Turn an autoregressive checkpoint into a block-diffusion model and measure what it kept.
 
-TARGET is a recipe file, the name of a bundled recipe, or a checkpoint folder or hub id (then give data.path)."""
+TARGET is a recipe file, the name of a bundled recipe, or a checkpoint
+folder or hub id (then give data.path)."""
 CONVERT_EXAMPLE = """examples:
   opdlm convert tiny                                        the bundled teacher, minutes on a laptop
   opdlm convert tiny output_dir=runs/b8 format.block_size=8
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="opdlm",
-        description="Convert autoregressive language models to diffusion language models, and prove what they kept.",
+        description="Turn autoregressive language models into diffusion models, and prove what they kept.",
         epilog="try: opdlm convert tiny",
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -55,7 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
 Verbs = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
-def add_verb(verbs: Verbs, name: str, summary: str, description: str, example: str) -> argparse.ArgumentParser:
+def add_verb(
+    verbs: Verbs, name: str, summary: str, description: str, example: str
+) -> argparse.ArgumentParser:
     return verbs.add_parser(
         name,
         help=summary,
@@ -69,7 +72,9 @@ def add_convert(verbs: Verbs) -> None:
     parser = add_verb(verbs, "convert", "checkpoint -> diffusion checkpoint", CONVERT_HELP, CONVERT_EXAMPLE)
     parser.add_argument("target", nargs="?", metavar="TARGET")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--list-keys", action="store_true", help="print every setting with its default and meaning")
+    parser.add_argument(
+        "--list-keys", action="store_true", help="print every setting with its default and meaning"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
     parser.set_defaults(run=run_convert)
 
@@ -100,14 +105,16 @@ def add_eval(verbs: Verbs) -> None:
         verbs,
         "eval",
         "retention report of a converted checkpoint",
-        "Measure a converted folder against its teacher: accuracy per skill in each decoding mode, tokens per\n"
-        "forward with every forward counted, share of outputs identical to the teacher's.",
+        "Measure a converted folder against its teacher: accuracy per skill in each decoding mode, tokens\n"
+        "per forward with every forward counted, share of outputs identical to the teacher's.",
         "examples:\n  opdlm eval runs/tiny/model\n"
         "  opdlm eval runs/tiny/model eval.limit=10 eval.modes=static,lossless --out report",
     )
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="eval.key=value")
-    parser.add_argument("--teacher", help="the original checkpoint (sdar folders; default: the one in the record)")
+    parser.add_argument(
+        "--teacher", help="the original checkpoint (sdar folders; default: the one in the record)"
+    )
     parser.add_argument("--out", help="write retention.json, retention.png and generations.jsonl here")
     parser.set_defaults(run=run_eval)
 
@@ -152,7 +159,8 @@ def resolve_target(target: str, overrides: Sequence[str]) -> Config:
     looks_like_name = not Path(target).exists() and "/" not in target and ":" not in target
     if looks_like_name:
         raise ConfigError(
-            f"TARGET ({target}) is neither a bundled recipe ({', '.join(recipes)}) nor a recipe file nor a folder."
+            f"TARGET ({target}) is neither a bundled recipe ({', '.join(recipes)}), nor a recipe file, "
+            "nor a checkpoint folder or hub id."
         )
     return load_config(None, [f"model.path={target}", *overrides])
 
@@ -163,7 +171,9 @@ def run_convert(options: argparse.Namespace) -> int:
             print(f"{key} = {default!r}\n    {text}")
         return 0
     if options.target is None:
-        raise ConfigError("convert needs a TARGET: a recipe, a recipe's name or a model. Try: opdlm convert tiny")
+        raise ConfigError(
+            "convert needs a TARGET: a recipe, a recipe's name or a model. Try: opdlm convert tiny"
+        )
     config = resolve_target(options.target, options.overrides)
     if options.print_config:
         print(config.to_yaml(), end="")
@@ -194,7 +204,9 @@ def run_generate(options: argparse.Namespace) -> int:
     check_generate_options(options)
     model, tokenizer = load(options.folder)
     if options.mode == "lossless" and model.spec.format == "sdar":
-        raise ConfigError("--mode lossless needs a preserve checkpoint; this one is sdar. Use static or threshold.")
+        raise ConfigError(
+            "--mode lossless needs a preserve checkpoint; this one is sdar. Use static or threshold."
+        )
     if options.denoising_steps is not None and options.denoising_steps > model.spec.block_size:
         raise ConfigError(
             f"--denoising-steps ({options.denoising_steps}) exceeds the block size ({model.spec.block_size})."
@@ -213,7 +225,8 @@ def run_generate(options: argparse.Namespace) -> int:
     for rollout in rollouts:
         print(tokenizer.decode(list(rollout.text_ids), skip_special_tokens=True))
     print(
-        f"{stats.num_tokens} tokens in {stats.num_forwards} forwards: {stats.tokens_per_forward:.2f} per forward",
+        f"{stats.num_tokens} tokens in {stats.num_forwards} forwards, "
+        f"{stats.tokens_per_forward:.2f} per forward",
         file=sys.stderr,
     )
     return 0
@@ -259,7 +272,9 @@ def run_eval(options: argparse.Namespace) -> int:
     check_config(config)
     if not config.eval.path:
         raise ConfigError("eval.path is empty: the run had no evaluation set. Give eval.path=FILE.jsonl.")
-    model, tokenizer = pipeline.load_for_evaluation(folder, options.teacher or config.model.path, config.model.dtype)
+    model, tokenizer = pipeline.load_for_evaluation(
+        folder, options.teacher or config.model.path, config.model.dtype
+    )
     tasks = load_tasks(config.eval.path, tokenizer, limit=config.eval.limit)
     report, outputs = evaluate(model, tokenizer, tasks, config.eval)
     console = Console()

@@ -1,8 +1,8 @@
-"""One tree of settings: defaults < recipe < command line, one syntax `section.key=value`, one explanation of mistakes.
+"""One tree of settings: defaults < recipe < command line, one syntax, one explanation of mistakes.
 
-Every section is one dataclass and belongs to one room. The docstring under a field is its help text. A recipe is a
-complete YAML file: no includes, no interpolation. The resolved tree is saved beside the checkpoint and is itself a
-recipe. Not here: anything that needs torch, so that `opdlm --help` stays fast.
+Every section is one dataclass and belongs to one room. The docstring under a field is its help text. A recipe
+is a complete YAML file: no includes, no interpolation. The resolved tree is saved beside the checkpoint and
+is itself a recipe. Not here: anything that needs torch, so that `opdlm --help` stays fast.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import itertools
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,9 @@ Section = TypeVar("Section")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSection:
     path: str = ""
-    """Folder or hub id of the autoregressive checkpoint to convert; `bundled:teacher` is the one that ships."""
+    """Folder or hub id of the autoregressive checkpoint to convert; `bundled:teacher` is the one that
+    ships.
+    """
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the weights in memory; softmax and losses are float32 always."""
     trust_remote_code: bool = False
@@ -113,8 +116,8 @@ class StatesSection:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossSection:
     objective: Literal["opd", "opd_random", "off_policy", "sft"] = "opd"
-    """opd: own rollouts and their states; opd_random: own rollouts, random masks; off_policy: teacher responses;
-    sft: teacher responses, cross-entropy weighted 1/t."""
+    """opd: own rollouts and their states; opd_random: own rollouts, random masks; off_policy: teacher
+    responses; sft: teacher responses, cross-entropy weighted 1/t."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """Between teacher and student token distributions."""
     jsd_beta: float = 0.5
@@ -244,7 +247,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}. Give an existing YAML file.") from error
+        raise ConfigError(
+            f"cannot read the recipe {path}: {error.strerror}. Give an existing YAML file."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         first_line = " ".join(str(error).split())
         raise ConfigError(f"recipe {path} is not valid YAML: {first_line}") from error
@@ -256,7 +261,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r} is not of the form section.key=value, for example train.num_steps=10.")
+        raise ConfigError(
+            f"override {override!r} is not of the form section.key=value, for example train.num_steps=10."
+        )
     try:
         value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
@@ -281,7 +288,9 @@ def build_section(cls: type[Section], values: Mapping[str, Any], prefix: str = "
         name = f"{prefix}{key}"
         if is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{name} is a section: set its keys, for example {name}.{fields(hints[key])[0].name}.")
+                raise ConfigError(
+                    f"{name} is a section: set its keys, for example {name}.{fields(hints[key])[0].name}."
+                )
             built[key] = build_section(hints[key], value, f"{name}.")
         else:
             built[key] = convert_value(name, value, hints[key])
@@ -295,7 +304,9 @@ def unknown_key(name: str, cls: type, prefix: str) -> str:
     if not candidates:  # the right name in another section
         candidates = [full for full, _, _ in describe_fields() if full.split(".")[-1] == key.split(".")[-1]]
     if not candidates:
-        candidates = difflib.get_close_matches(name, [full for full, _, _ in describe_fields()], n=1, cutoff=0.4)
+        candidates = difflib.get_close_matches(
+            name, [full for full, _, _ in describe_fields()], n=1, cutoff=0.4
+        )
     hint = f" Did you mean {candidates[0]}?" if candidates else ""
     return f"unknown key {name}.{hint} `opdlm convert --list-keys` shows all."
 
@@ -314,7 +325,9 @@ def convert_value(name: str, value: Any, hint: Any) -> Any:
         if value not in arguments:
             near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
             hint_text = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{name} ({value!r}) must be one of {', '.join(map(str, arguments))}.{hint_text}")
+            raise ConfigError(
+                f"{name} ({value!r}) must be one of {', '.join(map(str, arguments))}.{hint_text}"
+            )
         return value
     if origin is tuple:
         items = value if isinstance(value, list | tuple) else [p for p in str(value).split(",") if p]
@@ -357,7 +370,7 @@ def field_docstrings(cls: type) -> dict[str, str]:
     """The string literal that stands under each field."""
     body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
     docs = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in itertools.pairwise(body):
         is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
         if isinstance(statement, ast.AnnAssign) and is_text:
             docs[statement.target.id] = " ".join(following.value.value.split())
@@ -385,50 +398,71 @@ def check_config(config: Config) -> None:
         )
     if rollout.prompts_per_step % config.train.rows_per_update:
         raise ConfigError(
-            f"rollout.prompts_per_step ({rollout.prompts_per_step}) is not a multiple of train.rows_per_update "
-            f"({config.train.rows_per_update}): the rest would never be trained on. Make it one."
+            f"rollout.prompts_per_step ({rollout.prompts_per_step}) is not a multiple of "
+            f"train.rows_per_update ({config.train.rows_per_update}): the rest would never be trained on."
         )
-    if config.loss.top_k is not None and not config.loss.tail:
-        if config.loss.divergence == "reverse_kl":
-            raise ConfigError(
-                "loss.divergence (reverse_kl) with loss.top_k and loss.tail=false has a degenerate optimum: "
-                "set loss.tail=true or use forward_kl."
-            )
+    sparse = config.loss.top_k is not None and not config.loss.tail
+    if sparse and config.loss.divergence == "reverse_kl":
+        raise ConfigError(
+            "loss.divergence (reverse_kl) with loss.top_k and loss.tail=false has a degenerate optimum: "
+            "set loss.tail=true or use forward_kl."
+        )
     if config.format.name == "sdar" and "lossless" in config.eval.modes:
         raise ConfigError(
-            "eval.modes contains lossless, but format.name is sdar, which changes the AR weights and cannot verify: "
-            "drop lossless or use format.name=preserve."
+            "eval.modes contains lossless, but format.name is sdar, which changes the AR weights and cannot "
+            "verify: drop lossless or use format.name=preserve."
         )
     if config.format.name == "preserve" and b < 2:
         raise ConfigError("format.block_size (1) leaves preserve nothing to draft: use at least 2.")
 
 
+POSITIVE = (
+    "format.block_size",
+    "lora.r",
+    "lora.alpha",
+    "data.max_prompt_tokens",
+    "data.limit",
+    "rollout.prompts_per_step",
+    "rollout.batch_size",
+    "rollout.max_new_tokens",
+    "rollout.start_new_tokens",
+    "rollout.ramp_steps",
+    "rollout.denoising_steps",
+    "rollout.top_k",
+    "loss.top_k",
+    "optimizer.learning_rate",
+    "optimizer.max_grad_norm",
+    "train.num_steps",
+    "train.rows_per_update",
+    "train.micro_batch_rows",
+    "train.passes_per_rollout",
+    "train.save_every",
+    "train.save_total_limit",
+    "eval.max_new_tokens",
+    "eval.batch_size",
+    "eval.limit",
+)
+INTERVALS = {
+    "lora.dropout": (0.0, 0.9),
+    "rollout.temperature": (0.0, 100.0),
+    "rollout.confidence_threshold": (0.0, 1.0),
+    "rollout.top_p": (1e-6, 1.0),
+    "loss.jsd_beta": (1e-6, 1 - 1e-6),
+    "loss.reverse_weight": (0.0, 1.0),
+    "optimizer.min_learning_rate_ratio": (0.0, 1.0),
+    "optimizer.weight_decay": (0.0, 10.0),
+    "optimizer.warmup_steps": (0, 10**9),
+    "eval.confidence_threshold": (0.0, 1.0),
+}
+
+
 def check_ranges(config: Config) -> None:
     """Numbers that must be positive, or lie in an interval."""
-    positive = (
-        "format.block_size rollout.prompts_per_step rollout.batch_size rollout.max_new_tokens rollout.ramp_steps "
-        "train.num_steps train.rows_per_update train.micro_batch_rows train.passes_per_rollout train.save_every "
-        "train.save_total_limit eval.max_new_tokens eval.batch_size lora.r lora.alpha data.max_prompt_tokens "
-        "optimizer.learning_rate optimizer.max_grad_norm rollout.denoising_steps rollout.start_new_tokens "
-        "rollout.top_k loss.top_k data.limit eval.limit"
-    ).split()
-    for name in positive:
+    for name in POSITIVE:
         value = lookup(config, name)
         if value is not None and not value > 0:
             raise ConfigError(f"{name} ({value}) must be greater than 0.")
-    intervals = {
-        "rollout.temperature": (0.0, 100.0),
-        "rollout.confidence_threshold": (0.0, 1.0),
-        "eval.confidence_threshold": (0.0, 1.0),
-        "rollout.top_p": (1e-6, 1.0),
-        "loss.jsd_beta": (1e-6, 1 - 1e-6),
-        "loss.reverse_weight": (0.0, 1.0),
-        "lora.dropout": (0.0, 0.9),
-        "optimizer.min_learning_rate_ratio": (0.0, 1.0),
-        "optimizer.weight_decay": (0.0, 10.0),
-        "optimizer.warmup_steps": (0, 10**9),
-    }
-    for name, (low, high) in intervals.items():
+    for name, (low, high) in INTERVALS.items():
         value = lookup(config, name)
         if value is not None and not low <= value <= high:
             raise ConfigError(f"{name} ({value}) must lie between {low} and {high}.")

@@ -1,7 +1,7 @@
 """Prompts from JSONL, Parquet or a `datasets` name, chat-templated, as token ids. Nothing is cut or skipped.
 
-Rows need `prompt` (text) or `messages` (a list of role/content). Tokenizers without a chat template get the plain
-prompt. A wrong row is one `DataError` that names file, line and fix, before any training starts.
+Rows need `prompt` (text) or `messages` (a list of role/content). Tokenizers without a chat template get the
+plain prompt. A wrong row is one `DataError` that names file, line and fix, before any training starts.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def read_jsonl(file: Path) -> list[tuple[str, Row]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{file}:{number} is not valid JSON ({error.msg}). Fix or remove the line.") from error
+            raise DataError(
+                f"{file}:{number} is not valid JSON ({error.msg}). Fix or remove the line."
+            ) from error
         if not isinstance(row, dict):
             raise DataError(f"{file}:{number} must be a JSON object, not {type(row).__name__}.")
         rows.append((f"{file}:{number}", row))
@@ -83,7 +85,9 @@ def read_dataset(name: str, split: str) -> list[tuple[str, Row]]:
         loaded = datasets.load_dataset(name, split=split)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise DataError(f"data.path ({name}), split {split}, cannot be loaded by `datasets`: {first}") from error
+        raise DataError(
+            f"data.path ({name}), split {split}, cannot be loaded by `datasets`: {first}"
+        ) from error
     return [(f"{name} row {i}", row) for i, row in enumerate(loaded)]
 
 
@@ -91,7 +95,9 @@ def messages_of(place: str, row: Row, system_prompt: str) -> list[dict[str, str]
     """The conversation up to the response, checked."""
     if "messages" in row:
         messages = row["messages"]
-        if not isinstance(messages, list) or not all(isinstance(m, dict) and "content" in m for m in messages):
+        if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and "content" in m for m in messages
+        ):
             raise DataError(f"{place}: `messages` must be a list of objects with `role` and `content`.")
         if messages and messages[-1].get("role") == "assistant":
             messages = messages[:-1]  # the response is the student's to write
@@ -100,7 +106,9 @@ def messages_of(place: str, row: Row, system_prompt: str) -> list[dict[str, str]
             raise DataError(f"{place}: `prompt` must be text, not {type(row['prompt']).__name__}.")
         messages = [{"role": "user", "content": row["prompt"]}]
     else:
-        raise DataError(f"{place} has neither `prompt` nor `messages` (found: {', '.join(row) or 'nothing'}).")
+        raise DataError(
+            f"{place} has neither `prompt` nor `messages` (found: {', '.join(row) or 'nothing'})."
+        )
     if not messages or not str(messages[-1]["content"]).strip():
         raise DataError(f"{place} has an empty prompt. Remove the row.")
     return ([{"role": "system", "content": system_prompt}] if system_prompt else []) + messages
@@ -126,7 +134,8 @@ def encode_rows(
         ids = encode_prompt(tokenizer, messages_of(place, row, system_prompt))
         if len(ids) > max_prompt_tokens:
             raise DataError(
-                f"{place} has {len(ids)} prompt tokens, more than data.max_prompt_tokens ({max_prompt_tokens}). "
+                f"{place} has {len(ids)} prompt tokens, more than data.max_prompt_tokens "
+                f"({max_prompt_tokens}). "
                 "Raise the limit (up to the model's context) or remove the row."
             )
         if mask_token_id is not None and mask_token_id in ids:
@@ -135,10 +144,14 @@ def encode_rows(
     return prompts
 
 
-def load_prompts(section: DataSection, tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> list[Prompt]:
+def load_prompts(
+    section: DataSection, tokenizer: PreTrainedTokenizerBase, mask_token_id: int
+) -> list[Prompt]:
     """Every conversion prompt of the run."""
     if not section.path:
-        raise DataError("data.path is empty: conversion needs prompts. Give a .jsonl or .parquet file or a dataset.")
+        raise DataError(
+            "data.path is empty: conversion needs prompts. Give a .jsonl or .parquet file or a dataset."
+        )
     rows = read_rows(section.path, section.split)[: section.limit]
     if not rows:
         raise DataError(f"data.path ({section.path}) holds no rows.")
@@ -179,7 +192,9 @@ def load_tasks(
 
 
 class PromptStream:
-    """Endless shuffled passes over the prompts; step s always yields the same ones, so resuming needs no state."""
+    """Endless shuffled passes over the prompts; step s always yields the same ones, so resuming needs no
+    state.
+    """
 
     def __init__(self, prompts: Sequence[Prompt], per_step: int, seed: int) -> None:
         self.prompts, self.per_step, self.seed = prompts, per_step, seed

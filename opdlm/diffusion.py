@@ -1,12 +1,13 @@
 """The diffusion model: a stock causal LM asked about slots instead of sequences.
 
-One object holds what both formats need: the student that computes noised slots, the frozen teacher that computes
-clean ones (`preserve`) or the targets, the mask embedding, and the block grid. Where teacher and student share
-weights (LoRA), the adapter is *gated*: a factor per slot, 1 on noised and 0 on clean, multiplies its output, so one
-forward pass computes exact teacher states and drafts together. METHOD parts 2 and 8.
+One object holds what both formats need: the student that computes noised slots, the frozen teacher that
+computes clean ones (`preserve`) or the targets, the mask embedding, and the block grid. Where teacher and
+student share weights (LoRA), the adapter is *gated*: a factor per slot, 1 on noised and 0 on clean,
+multiplies its output, so one forward pass computes exact teacher states and drafts together. METHOD parts 2
+and 8.
 
-This room, `attention`, `blocks`, `unmasking` and `generate` import only torch and transformers: they travel inside
-every converted checkpoint as its remote code.
+This room, `attention`, `blocks`, `unmasking` and `generate` import only torch and transformers: they travel
+inside every converted checkpoint as its remote code.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention import SlotCache, attention_windows, keys_with_cache, layer_masks, use_slot_attention
-from .blocks import Format, Grid, GridKind, Slots, clean_slots, make_slots
+from .blocks import Format, Grid, GridKind, Slots, clean_slots
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +51,9 @@ class DiffusionSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DiffusionSpec:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        return cls(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        )
 
 
 class Gate:
@@ -71,7 +74,9 @@ class Gate:
 
     @contextmanager
     def only(self, is_open_BS: Tensor) -> Iterator[None]:
-        """Open the gate on some slots. Inference only: a checkpointed backward would find it open everywhere."""
+        """Open the gate on some slots. Inference only: a checkpointed backward would find it open
+        everywhere.
+        """
         assert not torch.is_grad_enabled(), "the gate is for forwards without a backward"
         self.value_BS = is_open_BS
         try:
@@ -83,7 +88,8 @@ class Gate:
 class DiffusionLM(nn.Module):
     """Student, teacher and mask embedding behind one call on slots.
 
-    `teacher` is None where the student's base with the adapter off is the teacher (`adapter_off` then switches it).
+    `teacher` is None where the student's base with the adapter off is the teacher (`adapter_off` then
+    switches it).
     """
 
     def __init__(
@@ -117,7 +123,9 @@ class DiffusionLM(nn.Module):
         return self.spec.format == "sdar" or self.spec.adapter
 
     def student_hidden(self, slots: Slots, cache: SlotCache | None = None) -> Tensor:
-        """Student states `[B, S, H]`, adapter open everywhere. With a cache, clean slots are written to it."""
+        """Student states `[B, S, H]`, adapter open everywhere. With a cache, clean slots are written to
+        it.
+        """
         return self._hidden(self.student, slots, cache)
 
     @torch.no_grad()
@@ -137,8 +145,8 @@ class DiffusionLM(nn.Module):
         if self.is_one_forward:
             with self.gate.only(is_noised_BS):
                 return self.student_hidden(slots, cache), 1
-        clean_BSH = self.teacher_hidden(self._only(slots, ~is_noised_BS), cache)
-        noised_BSH = self.student_hidden(self._only(slots, is_noised_BS), cache)
+        clean_BSH = self.teacher_hidden(slots.only(~is_noised_BS), cache)
+        noised_BSH = self.student_hidden(slots.only(is_noised_BS), cache)
         return torch.where(is_noised_BS[..., None], noised_BSH, clean_BSH), 2
 
     @torch.no_grad()
@@ -157,7 +165,9 @@ class DiffusionLM(nn.Module):
                 yield self.student
 
     def logits(self, hidden: Tensor, is_clean: Tensor | None = None) -> Tensor:
-        """Float32 logits `[..., V]` with the banned ids at -inf. States of clean slots go through the teacher's head."""
+        """Float32 logits `[..., V]` with the banned ids at -inf. States of clean slots go through the
+        teacher's head.
+        """
         scores = head_logits(self.student, hidden)
         if is_clean is not None and self.teacher is not None:
             scores = torch.where(is_clean[..., None], head_logits(self.teacher, hidden), scores)
@@ -196,10 +206,6 @@ class DiffusionLM(nn.Module):
             use_cache=False,
             slot_cache=cache,
         ).last_hidden_state
-
-    @staticmethod
-    def _only(slots: Slots, keep_BS: Tensor) -> Slots:
-        return make_slots(slots.ids_BS, slots.positions_BS, slots.reach_BS, slots.group_BS, keep_BS & (slots.group_BS >= 0))
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:

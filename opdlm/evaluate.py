@@ -1,8 +1,8 @@
 """What survived: the teacher and the student in every decoding mode, on the same prompts.
 
-Per skill: exact match, share of outputs identical to the teacher's, tokens per forward with every forward counted
-(prefill and commits included). Where prompts carry no answer, the teacher's greedy output is the reference.
-Retention is the student's mean over skills divided by the teacher's.
+Per skill: exact match, share of outputs identical to the teacher's, tokens per forward with every forward
+counted (prefill and commits included). Where prompts carry no answer, the teacher's greedy output is the
+reference. Retention is the student's mean over skills divided by the teacher's.
 """
 
 from __future__ import annotations
@@ -104,16 +104,18 @@ def evaluate(
 ) -> tuple[RetentionReport, dict[str, Outputs]]:
     """The retention report and the raw outputs per mode (`teacher` is the AR reference)."""
     if model.spec.format == "sdar" and "lossless" in section.modes:
-        raise ConfigError("mode lossless needs format preserve; this checkpoint is sdar. Drop it from eval.modes.")
+        raise ConfigError(
+            "mode lossless needs format preserve; this checkpoint is sdar. Drop it from eval.modes."
+        )
     teacher = decode_tasks(model.teacher_decoder(), tasks, "ar", section, on_batch)
     outputs = {"teacher": teacher}
     for mode in section.modes:
-        outputs[mode] = teacher if mode == "ar" and model.spec.format == "preserve" else decode_tasks(
-            model, tasks, mode, section, on_batch
+        outputs[mode] = (
+            teacher
+            if mode == "ar" and model.spec.format == "preserve"
+            else decode_tasks(model, tasks, mode, section, on_batch)
         )
-    reports = {
-        name: report_mode(name, output, teacher, tasks, tokenizer) for name, output in outputs.items()
-    }
+    reports = {name: report_mode(name, output, teacher, tasks, tokenizer) for name, output in outputs.items()}
     report = RetentionReport(
         teacher=reports.pop("teacher"),
         student=list(reports.values()),
@@ -158,12 +160,16 @@ def mean(values: Sequence[float]) -> float | None:
 
 def markdown_table(report: RetentionReport) -> str:
     """The report as people read it."""
-    rows = ["| | accuracy | seen | held out | retention | = teacher | tok/forward | tok/s |", "|---|" + "---:|" * 7]
+    rows = [
+        "| | accuracy | seen | held out | retention | = teacher | tok/forward | tok/s |",
+        "|---|" + "---:|" * 7,
+    ]
     for mode in [report.teacher, *report.student]:
         rows.append(
             f"| {mode.name} | {percent(mode.accuracy)} | {percent(mode.accuracy_seen)} | "
             f"{percent(mode.accuracy_held_out)} | {percent(report.retention(mode))} | "
-            f"{percent(mode.identical_to_teacher)} | {mode.tokens_per_forward:.2f} | {mode.tokens_per_second:.0f} |"
+            f"{percent(mode.identical_to_teacher)} | {mode.tokens_per_forward:.2f} | "
+            f"{mode.tokens_per_second:.0f} |"
         )
     return "\n".join(rows)
 
@@ -182,7 +188,9 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def write_outputs(path: Path, tasks: Sequence[Task], outputs: dict[str, Outputs], tokenizer: PreTrainedTokenizerBase) -> None:
+def write_outputs(
+    path: Path, tasks: Sequence[Task], outputs: dict[str, Outputs], tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Every generation as one JSON line."""
     with path.open("w", encoding="utf-8") as file:
         for name, output in outputs.items():

@@ -1,8 +1,8 @@
 """The result folder: one directory that is the AR model, the diffusion model, and the record of the run.
 
-`AutoModelForCausalLM.from_pretrained(folder)` is the base architecture with the base weights (`preserve`: the teacher,
-bit for bit). With `trust_remote_code=True` it is the diffusion model: the remote code is a copy of this package's own
-decoding rooms, so there is one implementation.
+`AutoModelForCausalLM.from_pretrained(folder)` is the base architecture with the base weights (`preserve`: the
+teacher, bit for bit). With `trust_remote_code=True` it is the diffusion model: the remote code is a copy of
+this package's own decoding rooms, so there is one implementation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ AUTO_MAP = {"AutoModelForCausalLM": "modeling_opdlm.OpdlmForCausalLM"}
 
 
 def write_model(folder: Path, model: DiffusionLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write weights, adapter, tokenizer, config and remote code. Takes the LoRA layers off `model`: load it again."""
+    """Write weights, adapter, tokenizer, config and remote code. Takes the LoRA layers off `model`: load it
+    again.
+    """
     spec, peft_model = model.spec, vars(model).get("peft_model")
     if isinstance(peft_model, PeftModel):
         peft_model.save_pretrained(folder / ADAPTER_FOLDER)
@@ -40,7 +42,9 @@ def write_model(folder: Path, model: DiffusionLM, tokenizer: PreTrainedTokenizer
             with torch.no_grad():
                 base.get_input_embeddings().weight[spec.mask_token_id] = model.mask_embedding
         else:
-            save_file({"mask_embedding": model.mask_embedding.detach().contiguous()}, folder / MASK_EMBEDDING_FILE)
+            save_file(
+                {"mask_embedding": model.mask_embedding.detach().contiguous()}, folder / MASK_EMBEDDING_FILE
+            )
     base.config.block_diffusion = spec.to_dict()
     base.config.auto_map = AUTO_MAP
     base.save_pretrained(folder)

@@ -1,10 +1,11 @@
 """The one decode loop: every step is one forward over [new clean slots | slots of the block being denoised].
 
-The clean slots commit what the last step completed, so the commit costs no forward of its own, and the prompt's
-prefill is simply the first commit. Modes are one loop: `static` and `threshold` denoise blocks; `ar` is `preserve`
-with blocks of one token, where nothing is ever noised. `preserve` predicts the first unknown token of a block from
-a clean slot, so that prediction *is* the AR model's. Lossless decoding (`generate_lossless`) drafts and verifies.
-METHOD parts 3 and 8. Not here: which prompts, what to train on, text.
+The clean slots commit what the last step completed, so the commit costs no forward of its own, and the
+prompt's prefill is simply the first commit. Modes are one loop: `static` and `threshold` denoise blocks; `ar`
+is `preserve` with blocks of one token, where nothing is ever noised. `preserve` predicts the first unknown
+token of a block from a clean slot, so that prediction *is* the AR model's. Lossless decoding
+(`generate_lossless`) drafts and verifies. METHOD parts 3 and 8. Not here: which prompts, what to train on,
+text.
 
 Shape suffixes: B rows, L row capacity, S slots, T positions of a block, M masked positions, D draft length.
 """
@@ -29,7 +30,9 @@ Mode = Literal["ar", "static", "threshold", "lossless"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeConfig:
-    """How to decode. Temperature 0 is arg-max; `max_new_tokens` counts response tokens, the stop token included."""
+    """How to decode. Temperature 0 is arg-max; `max_new_tokens` counts response tokens, the stop token
+    included.
+    """
 
     mode: Mode = "threshold"
     max_new_tokens: int = 256
@@ -49,7 +52,9 @@ class DecodeConfig:
 
 @dataclass(slots=True)
 class DecodeStats:
-    """What decoding cost. `num_forwards` counts every forward pass that a row took part in, prefill included."""
+    """What decoding cost. `num_forwards` counts every forward pass that a row took part in, prefill
+    included.
+    """
 
     num_tokens: int = 0
     num_forwards: int = 0
@@ -88,7 +93,9 @@ class Rows:
     cache: SlotCache
 
     @classmethod
-    def start(cls, prompts: Sequence[Sequence[int]], capacity: int, mask_token_id: int, device: torch.device) -> Rows:
+    def start(
+        cls, prompts: Sequence[Sequence[int]], capacity: int, mask_token_id: int, device: torch.device
+    ) -> Rows:
         tokens_BL = torch.full((len(prompts), capacity), mask_token_id)
         for i, ids in enumerate(prompts):
             tokens_BL[i, : len(ids)] = torch.tensor(ids)
@@ -148,7 +155,9 @@ def generate(
     return in_order(finished)
 
 
-def start_rows(model: DiffusionLM, prompts: Sequence[Sequence[int]], config: DecodeConfig, grid: Grid) -> Rows:
+def start_rows(
+    model: DiffusionLM, prompts: Sequence[Sequence[int]], config: DecodeConfig, grid: Grid
+) -> Rows:
     """Rows with room for the longest prompt, the response and one block more."""
     longest = max(len(ids) for ids in prompts)
     capacity = longest + config.max_new_tokens + 2 * max(grid.block_size, model.spec.block_size) + 1
@@ -192,8 +201,12 @@ def denoise_step(
 
     confidence_BT = torch.zeros(masked_BT.shape, device=masked_BT.device)
     confidence_BT[row_M, offset_M] = confidence_M
-    num_B = num_to_reveal(rows.block_step_B, block_size, min(config.denoising_steps or block_size, block_size))
-    revealed_BT = choose_revealed(confidence_BT, masked_BT, num_B, config.remasking, config.confidence_threshold)
+    num_B = num_to_reveal(
+        rows.block_step_B, block_size, min(config.denoising_steps or block_size, block_size)
+    )
+    revealed_BT = choose_revealed(
+        confidence_BT, masked_BT, num_B, config.remasking, config.confidence_threshold
+    )
     chosen_M = revealed_BT[row_M, offset_M]
     row_N, target_N = row_M[chosen_M], target_M[chosen_M]
     rows.tokens_BL[row_N, target_N] = ids_M[chosen_M]
@@ -258,12 +271,11 @@ def in_order(finished: dict[int, tuple[Rollout, DecodeStats]]) -> tuple[list[Rol
     return [rollout for rollout, _ in pairs], sum((stats for _, stats in pairs), DecodeStats())
 
 
-# ---- lossless -------------------------------------------------------------------------------------------------
-
-
 @dataclass(slots=True)
 class Draft:
-    """Proposed tokens after each row's last known token, and (sampling) the distributions they were drawn from."""
+    """Proposed tokens after each row's last known token, and (sampling) the distributions they were drawn
+    from.
+    """
 
     ids_BD: Tensor
     probs_BDV: Tensor | None = None
@@ -275,13 +287,16 @@ class Draft:
 
 @torch.no_grad()
 def generate_lossless(
-    model: DiffusionLM, prompts: Sequence[Sequence[int]], config: DecodeConfig, rng: torch.Generator | None = None
+    model: DiffusionLM,
+    prompts: Sequence[Sequence[int]],
+    config: DecodeConfig,
+    rng: torch.Generator | None = None,
 ) -> tuple[list[Rollout], DecodeStats]:
     """Draft with noised slots, verify with clean ones: exactly the AR model's output, in fewer forwards.
 
     One-forward form: after the clean slots [u, d_1 .. d_m] stands one group of masks per possible number k of
-    accepted tokens, so the forward that verifies a draft also holds the draft that follows. Two-forward form: only
-    the forwards without a draft to verify carry a group. Needs the `preserve` format.
+    accepted tokens, so the forward that verifies a draft also holds the draft that follows. Two-forward form:
+    only the forwards without a draft to verify carry a group. Needs the `preserve` format.
     """
     assert model.spec.format == "preserve", "only preserve computes clean slots with the AR weights"
     grid = Grid(block_size=1)
@@ -320,13 +335,19 @@ def verify_and_draft(
 
     anchor_B = frontier_B - 1 - clean_from_B
     columns_BD = anchor_B[:, None] + torch.arange(num_draft + 1, device=frontier_B.device)
-    teacher_BDV = model.logits(hidden_BSH.gather(1, spread(columns_BD, hidden_BSH)), torch.ones_like(columns_BD, dtype=torch.bool))
+    teacher_BDV = model.logits(
+        hidden_BSH.gather(1, spread(columns_BD, hidden_BSH)), torch.ones_like(columns_BD, dtype=torch.bool)
+    )
     accepted_B, next_B = accept(teacher_BDV, draft, config, rng)
 
-    rows.tokens_BL.scatter_(1, drafted_BD, torch.where(drafted_BD < (frontier_B + accepted_B)[:, None], draft.ids_BD, mask_id))
+    rows.tokens_BL.scatter_(
+        1, drafted_BD, torch.where(drafted_BD < (frontier_B + accepted_B)[:, None], draft.ids_BD, mask_id)
+    )
     rows.tokens_BL[batch_B, frontier_B + accepted_B] = next_B
     rows.unmask_step_BL = torch.where(
-        (rows.tokens_BL != mask_id) & (rows.unmask_step_BL == NEVER), rows.num_steps_B[:, None], rows.unmask_step_BL
+        (rows.tokens_BL != mask_id) & (rows.unmask_step_BL == NEVER),
+        rows.num_steps_B[:, None],
+        rows.unmask_step_BL,
     )
     rows.committed_B = frontier_B + accepted_B
     if not has_groups:
@@ -355,9 +376,9 @@ def accept(
 ) -> tuple[Tensor, Tensor]:
     """How many draft tokens survive `[B]`, and the teacher's token after them `[B]`.
 
-    Greedy: the longest prefix equal to the arg-max. Sampling: accept d with probability min(1, p(d)/q(d)); the
-    first rejected place is drawn from max(p - q, 0), so the output follows p exactly (speculative sampling,
-    arXiv 2211.17192).
+    Greedy: the longest prefix equal to the arg-max. Sampling: accept d with probability min(1, p(d)/q(d));
+    the first rejected place is drawn from max(p - q, 0), so the output follows p exactly (speculative
+    sampling, arXiv 2211.17192).
     """
     num_draft = draft.length
     batch_B = torch.arange(len(teacher_BDV), device=teacher_BDV.device)
@@ -366,7 +387,9 @@ def accept(
         accepted_B = (best_BD[:, :num_draft] == draft.ids_BD).long().cumprod(1).sum(1)
         return accepted_B, best_BD[batch_B, accepted_B]
     shape = teacher_BDV.shape
-    p_BDV = sampling_probs(teacher_BDV.flatten(0, 1), config.temperature, config.top_k, config.top_p).view(shape)
+    p_BDV = sampling_probs(teacher_BDV.flatten(0, 1), config.temperature, config.top_k, config.top_p).view(
+        shape
+    )
     if num_draft == 0:
         return torch.zeros_like(batch_B), draw(p_BDV[:, 0], rng)
     assert draft.probs_BDV is not None

@@ -1,4 +1,6 @@
-"""A run made visible: one progress line with ETA, `metrics.jsonl`, trackers, and plots of the finished run."""
+"""A run made visible: one progress line with ETA, `metrics.jsonl`, trackers, and plots of the finished
+run.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class MetricsLog:
         self.progress.stop()
 
     def start(self, num_steps: int, first_step: int) -> None:
-        """Begin at `first_step`: later lines of an interrupted run are dropped, they will be written again."""
+        """Begin at `first_step`: later lines of an interrupted run are dropped, they will be written
+        again.
+        """
         keep = [row for row in read_metrics(self.path) if row["step"] <= first_step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in keep))
         self.num_steps, self.first_step, self.started = num_steps, first_step, time.monotonic()
@@ -60,7 +64,9 @@ class MetricsLog:
             f"{metrics['rollout_tokens_per_second']:.0f} tok/s"
         )
         self.progress.update(self.task, completed=step, status=status)
-        if not self.console.is_terminal and (step % max(1, self.num_steps // 20) == 0 or step == self.num_steps):
+        if not self.console.is_terminal and (
+            step % max(1, self.num_steps // 20) == 0 or step == self.num_steps
+        ):
             seconds = time.monotonic() - self.started
             left = seconds / (step - self.first_step) * (self.num_steps - step)
             self.console.print(f"step {step}/{self.num_steps}  {status}  {seconds:.0f} s, {left:.0f} s left")

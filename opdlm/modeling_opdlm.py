@@ -1,8 +1,8 @@
 """The class that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` returns.
 
-It needs torch, transformers and safetensors only: the adapter is read from its PEFT files and attached by hooks, and
-the decode loop is the project's own, copied beside this file. Without `trust_remote_code` the same folder is the
-plain autoregressive model. Not here: training.
+It needs torch, transformers and safetensors only: the adapter is read from its PEFT files and attached by
+hooks, and the decode loop is the project's own, copied beside this file. Without `trust_remote_code` the same
+folder is the plain autoregressive model. Not here: training.
 """
 
 from __future__ import annotations
@@ -78,9 +78,13 @@ class OpdlmForCausalLM(nn.Module):
         self.config, self.diffusion = config, diffusion
 
     @classmethod
-    def from_pretrained(cls, name: str, *_: Any, config: PreTrainedConfig, **options: Any) -> OpdlmForCausalLM:
+    def from_pretrained(
+        cls, name: str, *_: Any, config: PreTrainedConfig, **options: Any
+    ) -> OpdlmForCausalLM:
         """Load a folder or hub id written by `opdlm convert`. `dtype` and `revision` work as usual."""
-        loading = {key: options[key] for key in ("dtype", "torch_dtype", "revision", "token") if key in options}
+        loading = {
+            key: options[key] for key in ("dtype", "torch_dtype", "revision", "token") if key in options
+        }
         base = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **loading)
         spec = DiffusionSpec.from_dict(config.block_diffusion)
         if spec.format == "sdar":
@@ -90,11 +94,17 @@ class OpdlmForCausalLM(nn.Module):
         if not spec.adapter:
             student = AutoModelForCausalLM.from_pretrained(name, subfolder="student", **loading)
             return cls(config, DiffusionLM(student, spec, teacher=base, mask_embedding=mask_embedding)).eval()
-        weights_file = cached_file(name, "adapter/adapter_model.safetensors", revision=loading.get("revision"))
+        weights_file = cached_file(
+            name, "adapter/adapter_model.safetensors", revision=loading.get("revision")
+        )
         cached_file(name, "adapter/adapter_config.json", revision=loading.get("revision"))
         adapter = Adapter(base, Path(weights_file).parent)
         diffusion = DiffusionLM(
-            base, spec, mask_embedding=mask_embedding, adapter_outputs=list(adapter.layers), adapter_off=adapter.off
+            base,
+            spec,
+            mask_embedding=mask_embedding,
+            adapter_outputs=list(adapter.layers),
+            adapter_off=adapter.off,
         )
         return cls(config, diffusion).eval()
 

@@ -1,7 +1,8 @@
 """Load what a run needs: tokenizer, teacher, student, adapter; and converted folders back as a `DiffusionLM`.
 
-LoRA goes through PEFT. In `preserve` the student is the teacher plus a gated adapter: one set of weights. Anything a
-checkpoint can be wrong about (missing, not causal, broken numbers, wrong vocabulary) is one `DataError` here.
+LoRA goes through PEFT. In `preserve` the student is the teacher plus a gated adapter: one set of weights.
+Anything a checkpoint can be wrong about (missing, not causal, broken numbers, wrong vocabulary) is one
+`DataError` here.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def check_is_checkpoint(path: str) -> None:
     if folder.is_file():
         raise DataError(f"model.path ({path}) is a file. Give the folder that holds config.json.")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise DataError(f"model.path ({path}) has no config.json, so it is not a Hugging Face checkpoint folder.")
+        raise DataError(
+            f"model.path ({path}) has no config.json, so it is not a Hugging Face checkpoint folder."
+        )
 
 
 def first_line(error: Exception) -> str:
@@ -70,12 +73,18 @@ def head_of(model: PreTrainedModel, banned: Tensor | None = None) -> Head:
     """The LM head as plain tensors, for the chunked loss."""
     softcap, scale = head_constants(model)
     linear = model.get_output_embeddings()
-    return Head(weight=linear.weight, bias=getattr(linear, "bias", None), softcap=softcap, scale=scale, banned=banned)
+    return Head(
+        weight=linear.weight, bias=getattr(linear, "bias", None), softcap=softcap, scale=scale, banned=banned
+    )
 
 
 def add_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
-    """Wrap the model with a fresh adapter; the base is frozen, and bit for bit itself while the adapter is off."""
-    target = section.target_modules if isinstance(section.target_modules, str) else list(section.target_modules)
+    """Wrap the model with a fresh adapter; the base is frozen, and bit for bit itself while the adapter is
+    off.
+    """
+    target = (
+        section.target_modules if isinstance(section.target_modules, str) else list(section.target_modules)
+    )
     config = LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,
@@ -99,7 +108,9 @@ def assemble(
     teacher: PreTrainedModel | None = None,
     mask_embedding: Tensor | None = None,
 ) -> DiffusionLM:
-    """A trainable student. With LoRA the base is shared with the teacher, else the student is a copy of it."""
+    """A trainable student. With LoRA the base is shared with the teacher, else the student is a copy of
+    it.
+    """
     if lora is None:
         return DiffusionLM(base, spec, teacher=teacher, mask_embedding=mask_embedding)
     peft_model = lora if isinstance(lora, PeftModel) else add_lora(base, lora)
@@ -121,7 +132,9 @@ def copy_of(model: PreTrainedModel) -> PreTrainedModel:
 
 def as_autoregressive(model: PreTrainedModel, spec: DiffusionSpec) -> DiffusionLM:
     """A plain causal LM behind the decode loop: mode `ar` only."""
-    return DiffusionLM(model, DiffusionSpec.from_dict(spec.to_dict() | {"format": "preserve", "adapter": False}))
+    return DiffusionLM(
+        model, DiffusionSpec.from_dict(spec.to_dict() | {"format": "preserve", "adapter": False})
+    )
 
 
 def read_spec(folder: str | Path) -> DiffusionSpec:
@@ -129,7 +142,9 @@ def read_spec(folder: str | Path) -> DiffusionSpec:
     try:
         values = json.loads((Path(folder) / "config.json").read_text())["block_diffusion"]
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder} is not a folder written by opdlm convert (no block_diffusion in config.json).") from error
+        raise DataError(
+            f"{folder} is not a folder written by opdlm convert (no block_diffusion in config.json)."
+        ) from error
     return DiffusionSpec.from_dict(values)
 
 
@@ -154,5 +169,3 @@ def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> tup
 
 def vocabulary_rows(model: PreTrainedModel) -> int:
     return model.get_input_embeddings().weight.shape[0]
-
-

@@ -1,7 +1,7 @@
 """`opdlm convert` from start to end: check everything, train, write the folder, measure what the folder kept.
 
-Nothing is written before every input has been checked. The measurement is made on the folder as a user would load
-it, not on the model in memory.
+Nothing is written before every input has been checked. The measurement is made on the folder as a user would
+load it, not on the model in memory.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def load_inputs(config: Config) -> Inputs:
     longest = max(len(prompt.ids) for prompt in prompts)
     if context is not None and longest + config.rollout.max_new_tokens > context:
         raise DataError(
-            f"the longest prompt ({longest} tokens) plus rollout.max_new_tokens ({config.rollout.max_new_tokens}) "
-            f"exceeds the model's context ({context}). Lower max_new_tokens or remove long prompts."
+            f"the longest prompt ({longest} tokens) plus rollout.max_new_tokens "
+            f"({config.rollout.max_new_tokens}) exceeds the model's context ({context}). "
+            "Lower max_new_tokens or remove long prompts."
         )
     tasks = load_tasks(config.eval.path, tokenizer, limit=config.eval.limit) if config.eval.path else []
     return Inputs(student, tokenizer, prompts, tasks)
@@ -112,7 +113,8 @@ def describe(inputs: Inputs, config: Config, console: Console) -> None:
     console.print(
         f"{config.model.path}: {student.student.config.model_type}, {total / 1e6:.2f} M parameters, "
         f"{trained / 1e6:.2f} M trained; format {student.spec.format}, block size {student.spec.block_size}, "
-        f"objective {config.loss.objective}, {len(inputs.prompts)} prompts, mask token id {student.spec.mask_token_id}"
+        f"objective {config.loss.objective}, {len(inputs.prompts)} prompts, "
+        f"mask token id {student.spec.mask_token_id}"
     )
 
 

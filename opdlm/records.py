@@ -22,9 +22,9 @@ class Prompt:
 class Rollout:
     """One generated response with its trajectory.
 
-    `response_ids` and `unmask_step` cover whole blocks: past the stop token they hold what the sampler saw last
-    ([MASK] with step NEVER where it had not revealed a token). `num_response` counts the tokens up to and
-    including the stop token; only these are ever supervised or shown.
+    `response_ids` and `unmask_step` cover whole blocks: past the stop token they hold what the sampler saw
+    last ([MASK] with step NEVER where it had not revealed a token). `num_response` counts the tokens up to
+    and including the stop token; only these are ever supervised or shown.
     """
 
     prompt_ids: tuple[int, ...]

@@ -1,7 +1,7 @@
 """Prompts -> rollouts: the student's own reverse trajectories, or the teacher's responses for the baselines.
 
-Rows of similar prompt length are decoded together. The length cap grows over the first steps (length curriculum),
-METHOD part 3. Random draws derive from (seed, step, rank, batch), never from what ran before.
+Rows of similar prompt length are decoded together. The length cap grows over the first steps (length
+curriculum), METHOD part 3. Random draws derive from (seed, step, rank, batch), never from what ran before.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def generator_for(*numbers: int) -> torch.Generator:
 
 
 def length_cap(section: RolloutSection, step: int, block_size: int) -> int:
-    """Response tokens allowed in rollout step `step` (counted from 1), a multiple of the block size while it grows."""
+    """Response tokens allowed in rollout step `step` (counted from 1), a multiple of the block size while it
+    grows.
+    """
     if section.start_new_tokens is None or step >= section.ramp_steps:
         return section.max_new_tokens
     progress = step / section.ramp_steps
@@ -58,7 +60,9 @@ def generate_rollouts(
     from_teacher: bool = False,
 ) -> tuple[list[Rollout], DecodeStats]:
     """One response per prompt, in the order of the prompts. `step` counts from 1."""
-    config = decode_config(section, length_cap(section, step, model.spec.block_size), from_teacher=from_teacher)
+    config = decode_config(
+        section, length_cap(section, step, model.spec.block_size), from_teacher=from_teacher
+    )
     decoder = model.teacher_decoder() if from_teacher else model
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     rollouts: dict[int, Rollout] = {}

@@ -1,9 +1,9 @@
 """Which denoising states of a rollout are trained on, and the slots that present them to the student.
 
-A state of a block is the set of its positions that are still [MASK]. With distinct reveal steps v_1 < ... < v_T,
-state k masks {i : unmask_step_i >= v_k}. Selections (METHOD part 4): `one_per_block` draws one state per block,
-`all` takes every realised one, `complementary` masks M and then the rest, `random_mask` draws t ~ U(0, 1) and needs
-no trajectory. Several states of a rollout share one clean half (part 5).
+A state of a block is the set of its positions that are still [MASK]. With distinct reveal steps v_1 < ... <
+v_T, state k masks {i : unmask_step_i >= v_k}. Selections (METHOD part 4): `one_per_block` draws one state per
+block, `all` takes every realised one, `complementary` masks M and then the rest, `random_mask` draws t ~ U(0,
+1) and needs no trajectory. Several states of a rollout share one clean half (part 5).
 
 Shape suffixes: B rollouts, C copies (states), N blocks, T positions of a block, L clean row, S noised slots.
 """
@@ -110,7 +110,9 @@ def trajectory_masks(table: BlockTable, can_mask_BNT: Tensor, rng: torch.Generat
         threshold_BNT = torch.where(is_new_BNT, sorted_BNT, NEVER + 1)
         masked_BNTT = can_mask_BNT[:, :, None, :] & (step_BNT[:, :, None, :] >= threshold_BNT[..., None])
         return masked_BNTT.transpose(1, 2)
-    score_BNT = torch.rand(is_new_BNT.shape, generator=rng).to(is_new_BNT.device) * is_new_BNT - (~is_new_BNT).float()
+    score_BNT = (
+        torch.rand(is_new_BNT.shape, generator=rng).to(is_new_BNT.device) * is_new_BNT - (~is_new_BNT).float()
+    )
     pick_BN1 = score_BNT.argmax(-1, keepdim=True)
     has_state_BN1 = is_new_BNT.any(-1, keepdim=True)
     threshold_BN1 = torch.where(has_state_BN1, sorted_BNT.gather(-1, pick_BN1), NEVER + 1)
@@ -127,7 +129,11 @@ def random_masks(can_mask_BNT: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def select_states(
-    rollouts: Sequence[Rollout], spec: DiffusionSpec, selection: Selection, rng: torch.Generator, device: torch.device
+    rollouts: Sequence[Rollout],
+    spec: DiffusionSpec,
+    selection: Selection,
+    rng: torch.Generator,
+    device: torch.device,
 ) -> StateBatch:
     """Pick the denoising states to train on, one row per rollout."""
     table = block_table(rollouts, spec, device)
@@ -151,9 +157,9 @@ def select_states(
 def noised_slots(table: BlockTable, masked_BCNT: Tensor, spec: DiffusionSpec) -> tuple[Slots, Tensor, Tensor]:
     """The student's slots for these states, what each predicts, and the masked fraction of its block.
 
-    `sdar`: the whole block, slot i predicts token i. `preserve`: the first masked token is predicted by the clean
-    slot before it (the teacher: nothing to learn), so the slots run from it to the last but one position and slot
-    i predicts token i + 1.
+    `sdar`: the whole block, slot i predicts token i. `preserve`: the first masked token is predicted by the
+    clean slot before it (the teacher: nothing to learn), so the slots run from it to the last but one
+    position and slot i predicts token i + 1.
     """
     num_copies, size = masked_BCNT.shape[1], spec.block_size
     offset_T = torch.arange(size, device=masked_BCNT.device)
@@ -174,7 +180,9 @@ def noised_slots(table: BlockTable, masked_BCNT: Tensor, spec: DiffusionSpec) ->
     ids_BCNT = torch.where(masked_BCNT, spec.mask_token_id, table.ids_BNT[:, None])
     target_BCNT = torch.where(predicts_BCNT, positions_BCNT + shift, -1)
     num_blocks = masked_BCNT.shape[2]
-    group_CN = 1 + torch.arange(num_copies * num_blocks, device=masked_BCNT.device).view(num_copies, num_blocks)
+    group_CN = 1 + torch.arange(num_copies * num_blocks, device=masked_BCNT.device).view(
+        num_copies, num_blocks
+    )
     group_BCNT = group_CN[None, :, :, None].expand_as(masked_BCNT)
     response_BCN1 = table.is_response_BNT[:, None].sum(-1, keepdim=True).clamp_min(1)
     fraction_BCNT = (learnable_BCNT.sum(-1, keepdim=True) / response_BCN1).expand_as(masked_BCNT)
@@ -182,7 +190,14 @@ def noised_slots(table: BlockTable, masked_BCNT: Tensor, spec: DiffusionSpec) ->
     columns_BS, valid_BS = compact_columns(is_slot_BCNT.flatten(1))
     ids_BS, positions_BS, reach_BS, group_BS, target_BS, fraction_BS = (
         x.flatten(1).gather(1, columns_BS)
-        for x in (ids_BCNT, positions_BCNT, anchor_BCN1.expand_as(masked_BCNT), group_BCNT, target_BCNT, fraction_BCNT)
+        for x in (
+            ids_BCNT,
+            positions_BCNT,
+            anchor_BCN1.expand_as(masked_BCNT),
+            group_BCNT,
+            target_BCNT,
+            fraction_BCNT,
+        )
     )
     slots = make_slots(ids_BS, positions_BS, reach_BS, group_BS, valid_BS)
     return slots, torch.where(valid_BS, target_BS, -1), fraction_BS

@@ -1,8 +1,9 @@
-"""What the frozen teacher says about a rollout: one causal pass, once per rollout, whatever states are trained on.
+"""What the frozen teacher says about a rollout: one causal pass, once per rollout, whatever states are
+trained on.
 
-The teacher's prediction of the token at position t is its state at t - 1. Only states are kept; the loss turns them
-into log-probs chunk by chunk, so `[R, V]` is never stored. In `preserve` the same pass fills the cache with the
-clean keys and values that the student reads. METHOD part 6.
+The teacher's prediction of the token at position t is its state at t - 1. Only states are kept; the loss
+turns them into log-probs chunk by chunk, so `[R, V]` is never stored. In `preserve` the same pass fills the
+cache with the clean keys and values that the student reads. METHOD part 6.
 
 Shape suffixes: B rows, L clean row, M supervised positions, H hidden.
 """
@@ -24,7 +25,9 @@ from opdlm.states import StateBatch
 
 @dataclass(frozen=True, slots=True)
 class TeacherPass:
-    """Teacher states `[B, L, H]` of the clean rows, and (`preserve`) the cache that holds their keys and values."""
+    """Teacher states `[B, L, H]` of the clean rows, and (`preserve`) the cache that holds their keys and
+    values.
+    """
 
     hidden_BLH: Tensor
     cache: SlotCache | None

@@ -5,8 +5,8 @@
     states   = masked versions of the rollout        those the sampler visited
     loss     = D(teacher token | student at state)   at supervised positions only
 
-`accelerate` places the model, syncs gradients and runs trackers. The loss is normalised over the whole update, so
-micro-batching and the number of ranks change no gradient. METHOD parts 3 to 7.
+`accelerate` places the model, syncs gradients and runs trackers. The loss is normalised over the whole
+update, so micro-batching and the number of ranks change no gradient. METHOD parts 3 to 7.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ from opdlm.targets import TeacherPass, score_rows, targets_at_supervised
 
 
 class StudentLoss(nn.Module):
-    """The student's forward and its loss as one module, so that wrappers (DDP) see every use of the weights."""
+    """The student's forward and its loss as one module, so that wrappers (DDP) see every use of the
+    weights.
+    """
 
     def __init__(self, model: DiffusionLM, section: LossSection) -> None:
         super().__init__()
@@ -62,8 +64,8 @@ class StudentLoss(nn.Module):
 def noised_hidden(model: DiffusionLM, states: StateBatch, scored: TeacherPass) -> Tensor:
     """Student states of the noised slots `[B, S, H]`.
 
-    `preserve` reads the teacher's keys and values: no clean pass, no gradient through clean text. `sdar` computes
-    the clean half with the student.
+    `preserve` reads the teacher's keys and values: no clean pass, no gradient through clean text. `sdar`
+    computes the clean half with the student.
     """
     if scored.cache is not None:
         return model.student_hidden(states.noised, scored.cache)
@@ -104,7 +106,7 @@ def start_run(model: DiffusionLM, prompts: Sequence[Prompt], config: Config) -> 
     model.to(accelerator.device)
     if config.train.gradient_checkpointing:
         model.student.gradient_checkpointing_enable({"use_reentrant": False})
-        model.student.train()  # checkpointing is only active in training mode; converted models have no dropout
+        model.student.train()  # checkpointing acts in training mode only
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
@@ -113,7 +115,9 @@ def start_run(model: DiffusionLM, prompts: Sequence[Prompt], config: Config) -> 
         weight_decay=config.optimizer.weight_decay,
     )
     student_loss, optimizer = accelerator.prepare(StudentLoss(model, config.loss), optimizer)
-    stream = PromptStream(prompts, config.rollout.prompts_per_step * accelerator.num_processes, config.train.seed)
+    stream = PromptStream(
+        prompts, config.rollout.prompts_per_step * accelerator.num_processes, config.train.seed
+    )
     return Run(config, model, student_loss, optimizer, accelerator, stream)
 
 
@@ -173,7 +177,11 @@ class UpdateSums:
 
 
 def update(
-    run: Run, rollouts: Sequence[Rollout], chosen: list[int], scored: dict[int, TeacherPass], rng: torch.Generator
+    run: Run,
+    rollouts: Sequence[Rollout],
+    chosen: list[int],
+    scored: dict[int, TeacherPass],
+    rng: torch.Generator,
 ) -> UpdateSums:
     """One optimiser update on the chosen rollouts, in micro-batches of similar length."""
     config, device = run.config, run.accelerator.device
@@ -182,7 +190,8 @@ def update(
     micro_batches = [chosen[first : first + size] for first in range(0, len(chosen), size)]
     selection: Selection = config.states.selection if config.loss.objective == "opd" else "random_mask"
     states = [
-        select_states([rollouts[i] for i in batch], run.model.spec, selection, rng, device) for batch in micro_batches
+        select_states([rollouts[i] for i in batch], run.model.spec, selection, rng, device)
+        for batch in micro_batches
     ]
     weights = normalized_weights(run, states)
     sums = UpdateSums(num_updates=1)
@@ -212,8 +221,8 @@ def update(
 def normalized_weights(run: Run, states: list[StateBatch]) -> list[Tensor]:
     """Weight of every supervised slot so that the update's loss is the mean over the global batch.
 
-    `token`: over supervised positions. `row`: over rows, of the mean over each row (the paper). `sft` weights a
-    position by 1 / (masked fraction of its block) first.
+    `token`: over supervised positions. `row`: over rows, of the mean over each row (the paper). `sft` weights
+    a position by 1 / (masked fraction of its block) first.
     """
     per_batch, total = [], torch.zeros((), device=run.accelerator.device)
     for batch in states:
@@ -254,7 +263,12 @@ def set_learning_rate(run: Run) -> None:
 
 
 def step_metrics(
-    run: Run, rollouts: Sequence[Rollout], decoding: Any, sums: UpdateSums, rollout_seconds: float, seconds: float
+    run: Run,
+    rollouts: Sequence[Rollout],
+    decoding: Any,
+    sums: UpdateSums,
+    rollout_seconds: float,
+    seconds: float,
 ) -> dict[str, float]:
     """What is logged for one step; totals grow over the run."""
     run.totals["rollout_tokens"] += decoding.num_tokens

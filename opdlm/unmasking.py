@@ -1,8 +1,9 @@
 """Which tokens a denoising step proposes, and which of them it reveals.
 
-Filters (temperature, top-k, top-p) shape what is sampled; the confidence of a token is its *unfiltered* probability.
-Static: the n_s most confident positions. Dynamic: every position above the threshold, and at least the top n_s;
-n_s = block_size // denoising_steps, one more in the first block_size % denoising_steps steps. METHOD part 3.
+Filters (temperature, top-k, top-p) shape what is sampled; the confidence of a token is its *unfiltered*
+probability. Static: the n_s most confident positions. Dynamic: every position above the threshold, and at
+least the top n_s; n_s = block_size // denoising_steps, one more in the first block_size % denoising_steps
+steps. METHOD part 3.
 
 Shape suffixes: M masked positions (flat), V vocabulary, B rows, T positions of a block.
 """

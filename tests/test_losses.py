@@ -208,6 +208,18 @@ def test_top_k_of_the_whole_vocabulary_equals_the_full_divergence(
     )
 
 
+def test_a_top_k_of_the_whole_vocabulary_leaves_no_tail_to_round() -> None:
+    teacher_MV, student_MV = (make_tensor(M, V, seed=seed, dtype=torch.float32) for seed in (10, 11))
+    head = Head(weight=torch.eye(V))
+    losses = [
+        chunked_divergence(
+            student_MV, head, top_k_targets(teacher_MV, head, V, tail=tail), torch.ones(M)
+        ).loss
+        for tail in (True, False)
+    ]
+    assert losses[0].item() == losses[1].item()
+
+
 def test_the_tail_keeps_the_kl_non_negative_where_the_sparse_variant_is_negative() -> None:
     student_MV = make_tensor(200, V, seed=6, dtype=torch.float32)
     teacher_MV = student_MV + 0.3 * make_tensor(200, V, seed=7, dtype=torch.float32)

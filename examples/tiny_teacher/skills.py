@@ -191,12 +191,16 @@ def draw_story(rng: random.Random) -> tuple[str, str, Split]:
 
 
 def draw_count(rng: random.Random) -> tuple[str, str, Split]:
-    """A running count letter by letter: `count a in dana` -> `d0 a1 n1 a2 -> 2`."""
+    """A running count, each letter beside the wanted one: `count a in dan` -> `da0 aa1 na1 -> 1`.
+
+    Steps without the wanted letter (`d0 a1 n1`) were tried: after 2,000 training steps the model still
+    counted nothing, since to compare it must look past the word's own copy of each letter.
+    """
     alphabet = rng.sample("abcdefghijklmnopqrstuvwxyz", 4)
     word = "".join(rng.choice(alphabet) for _ in range(rng.randint(3, 8)))
     letter = rng.choice(alphabet)
     counts = [word[: i + 1].count(letter) for i in range(len(word))]
-    steps = " ".join(f"{char}{count}" for char, count in zip(word, counts, strict=True))
+    steps = " ".join(f"{char}{letter}{count}" for char, count in zip(word, counts, strict=True))
     prompt = f"count {letter} in {word}"
     return prompt, f"{steps} -> {counts[-1]}", split_of(prompt)
 
@@ -212,13 +216,13 @@ def draw_calendar(rng: random.Random) -> tuple[str, str, Split]:
 
 SKILLS = (
     Skill(name="add", held_out=False, weight=1.0, draw=draw_add),
-    Skill(name="sort", held_out=False, weight=1.3, draw=draw_sort),
-    Skill(name="capital", held_out=False, weight=1.4, draw=draw_capital),
-    Skill(name="brackets", held_out=False, weight=1.5, draw=draw_brackets),
-    Skill(name="story", held_out=False, weight=0.5, draw=draw_story),
+    Skill(name="sort", held_out=False, weight=1.2, draw=draw_sort),
+    Skill(name="capital", held_out=False, weight=2.0, draw=draw_capital),
+    Skill(name="brackets", held_out=False, weight=1.0, draw=draw_brackets),
+    Skill(name="story", held_out=False, weight=0.8, draw=draw_story),
     Skill(name="subtract", held_out=True, weight=1.0, draw=draw_subtract),
-    Skill(name="reverse", held_out=True, weight=1.5, draw=draw_reverse),
-    Skill(name="river", held_out=True, weight=1.4, draw=draw_river),
+    Skill(name="reverse", held_out=True, weight=1.0, draw=draw_reverse),
+    Skill(name="river", held_out=True, weight=2.0, draw=draw_river),
     Skill(name="count", held_out=True, weight=1.0, draw=draw_count),
     Skill(name="calendar", held_out=True, weight=0.5, draw=draw_calendar),
 )

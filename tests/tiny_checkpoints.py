@@ -1,0 +1,114 @@
+"""Tiny random checkpoints of real families, written to disk: what the end-to-end tests convert."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+CHARACTERS = " abcdefghijklmnopqrstuvwxyz0123456789+-*=>\n"
+TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}> {% endif %}"
+)
+NUM_TOKENS = len(CHARACTERS) + 3
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+EXTRA: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+    "mistral": {"sliding_window": 6},
+    "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 48},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"], "num_experts": 0},
+    "mamba": {"state_size": 4},
+}
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character, an eos, a pad and a one-line chat template."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
+    """A random model of a family; its weights are large enough that predictions differ from token to token."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SMALL | EXTRA.get(family, {}) | changes)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    return model.eval()
+
+
+def write_checkpoint(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """A checkpoint folder as a hub download would look."""
+    tiny_model(family, **changes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_data(folder: Path) -> tuple[Path, Path]:
+    """`prompts.jsonl` and `eval.jsonl` of a few short prompts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = [{"prompt": f"add {i} {7 * i % 10}"} for i in range(10)]
+    tasks = [
+        {"prompt": "add 1 2", "answer": "3", "skill": "add"},
+        {"prompt": "copy ab", "answer": "ab", "skill": "copy", "held_out": True},
+        {"prompt": "what is 12", "skill": "open"},
+    ]
+    return write_rows(folder / "prompts.jsonl", prompts), write_rows(folder / "eval.jsonl", tasks)
+
+
+def tiny_overrides(model: Path, data: Path, output_dir: Path) -> list[str]:
+    """Settings of a conversion that takes a second; `data` must hold what `write_data` wrote."""
+    return [
+        f"model.path={model}",
+        f"data.path={data / 'prompts.jsonl'}",
+        f"output_dir={output_dir}",
+        "lora.r=4",
+        "lora.alpha=8",
+        "rollout.prompts_per_step=4",
+        "rollout.max_new_tokens=10",
+        "train.rows_per_update=2",
+        "train.micro_batch_rows=2",
+        "train.num_steps=2",
+        "optimizer.learning_rate=1e-2",
+        "eval.max_new_tokens=10",
+    ]
