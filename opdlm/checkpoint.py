@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -38,6 +39,11 @@ def atomic_folder(final: Path) -> Iterator[Path]:
             final.rename(old)
         partial.rename(final)
         shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise DataError(
+            f"{final} cannot be written: {error}. Free some disk space; the same command then continues."
+        ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

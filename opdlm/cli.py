@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn, TypeAlias
 
 from opdlm.config import Config, build_section, check_config, describe_fields, load_config
 from opdlm.errors import ConfigError, OpdlmError
@@ -38,8 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+class Parser(argparse.ArgumentParser):
+    """Explains a wrong command line in one line, as every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"opdlm: {message}. See: {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="opdlm",
         description="Turn autoregressive language models into diffusion models, and prove what they kept.",
         epilog="try: opdlm convert tiny",
@@ -53,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-Verbs = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def add_verb(
@@ -198,7 +207,7 @@ def run_generate(options: argparse.Namespace) -> int:
     quiet_libraries()
     from opdlm.data import encode_prompt
     from opdlm.generate import DecodeConfig, generate
-    from opdlm.models import load
+    from opdlm.models import check_fits, load
     from opdlm.rollout import generator_for
 
     check_generate_options(options)
@@ -212,6 +221,11 @@ def run_generate(options: argparse.Namespace) -> int:
             f"--denoising-steps ({options.denoising_steps}) exceeds the block size ({model.spec.block_size})."
         )
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in options.prompts]
+    if any(model.spec.mask_token_id in ids for ids in prompts):
+        raise ConfigError(
+            "PROMPT contains the mask token, which stands for unknown text: remove it."
+        )
+    check_fits(model, prompts, options.max_new_tokens, "--max-new-tokens")
     config = DecodeConfig(
         mode=options.mode,
         max_new_tokens=options.max_new_tokens,
@@ -254,7 +268,6 @@ def run_eval(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from opdlm import pipeline
-    from opdlm.data import load_tasks
     from opdlm.evaluate import evaluate, markdown_table, skill_table, write_outputs
     from opdlm.models import read_spec
 
@@ -275,7 +288,7 @@ def run_eval(options: argparse.Namespace) -> int:
     model, tokenizer = pipeline.load_for_evaluation(
         folder, options.teacher or config.model.path, config.model.dtype
     )
-    tasks = load_tasks(config.eval.path, tokenizer, limit=config.eval.limit)
+    tasks = pipeline.load_eval_tasks(model, tokenizer, config)
     report, outputs = evaluate(model, tokenizer, tasks, config.eval)
     console = Console()
     console.print(markdown_table(report), markup=False, soft_wrap=True)
@@ -320,5 +333,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
 
+    warnings.filterwarnings("ignore", module=r"(peft|transformers|torch|accelerate)\.")
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -11,6 +11,7 @@ import ast
 import difflib
 import inspect
 import itertools
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -210,6 +211,11 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         return plain(asdict(self))
 
+    def flat(self) -> dict[str, Any]:
+        """Dotted key -> value."""
+        sections = ((s, v) for s, v in self.to_dict().items() if isinstance(v, dict))
+        return {f"{section}.{key}": value for section, values in sections for key, value in values.items()}
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
@@ -373,7 +379,7 @@ def field_docstrings(cls: type) -> dict[str, str]:
     for statement, following in itertools.pairwise(body):
         is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
         if isinstance(statement, ast.AnnAssign) and is_text:
-            docs[statement.target.id] = " ".join(following.value.value.split())
+            docs[ast.unparse(statement.target)] = " ".join(following.value.value.split())
     return docs
 
 
@@ -462,6 +468,8 @@ def check_ranges(config: Config) -> None:
         value = lookup(config, name)
         if value is not None and not value > 0:
             raise ConfigError(f"{name} ({value}) must be greater than 0.")
+        if value == math.inf:
+            raise ConfigError(f"{name} ({value}) must be finite.")
     for name, (low, high) in INTERVALS.items():
         value = lookup(config, name)
         if value is not None and not low <= value <= high:

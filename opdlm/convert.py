@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opdlm.attention import SlotCache
+from opdlm.attention import SlotCache, attention_windows
 from opdlm.blocks import clean_slots
 from opdlm.config import Config, FormatSection
 from opdlm.diffusion import DiffusionLM, DiffusionSpec, head_logits
-from opdlm.errors import ConfigError, DataError
-from opdlm.models import assemble, copy_of, vocabulary_rows
+from opdlm.errors import DataError
+from opdlm.models import assemble, copy_of, set_embedding_row, vocabulary_rows
 
 PROBE_TOLERANCE = 2e-3
 
@@ -37,8 +37,7 @@ def make_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, con
         return student
     teacher = copy_of(model)
     if spec.format == "sdar":
-        with torch.no_grad():
-            model.get_input_embeddings().weight[mask_token_id] = initial
+        set_embedding_row(model, mask_token_id, initial)
         return assemble(model, spec, lora=None, teacher=teacher)
     return assemble(model, spec, lora=None, teacher=teacher, mask_embedding=initial)
 
@@ -56,7 +55,12 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
     if section.mask_token in vocabulary:
         return vocabulary[section.mask_token]
     tokenizer.add_special_tokens({"mask_token": section.mask_token})
-    mask_token_id = tokenizer.convert_tokens_to_ids(section.mask_token)
+    mask_token_id = tokenizer.get_vocab()[section.mask_token]
+    if mask_token_id in vocabulary.values():
+        raise DataError(
+            f"the tokenizer gave {section.mask_token} the id {mask_token_id}, which another token has: ids "
+            "have gaps. Set format.mask_token to a token that exists and is never used."
+        )
     if mask_token_id >= vocabulary_rows(model):
         model.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
     return mask_token_id
@@ -69,8 +73,9 @@ def make_spec(
     unused = [i for i in range(vocabulary_rows(model)) if i not in used]
     stops = stop_token_ids(model, tokenizer)
     if not stops:
-        raise ConfigError(
-            "the checkpoint has no stop token (eos_token_id) in config, generation config or tokenizer."
+        raise DataError(
+            "the checkpoint has no stop token. Set eos_token_id in its config.json or generation_config.json "
+            "to the id that ends a response."
         )
     return DiffusionSpec(
         format=config.format.name,
@@ -117,13 +122,18 @@ def probe(model: PreTrainedModel, spec: DiffusionSpec) -> None:
         failure = find_failure(model, spec)
     except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, AssertionError) as error:
         text = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{family} models cannot be converted: the probe failed with: {text}") from error
+        raise DataError(
+            f"{family} models cannot be converted: they do not take our masks and positions ({text})."
+        ) from error
     if failure:
         raise DataError(f"{family} models cannot be converted: {failure}.")
 
 
 def find_failure(model: PreTrainedModel, spec: DiffusionSpec) -> str | None:
     """The first property that does not hold, in words; None when all do."""
+    others = sorted({*attention_windows(model.config)} - {"full_attention", "sliding_attention"})
+    if others:
+        return f"its {', '.join(others)} layers cannot be told who sees whom"
     ids = [i for i in range(vocabulary_rows(model)) if i not in spec.banned_token_ids]
     ids_BL = torch.tensor(ids, device=model.device).repeat(12)[:12][None]
     plain = model(input_ids=ids_BL, use_cache=False)

@@ -95,10 +95,10 @@ def messages_of(place: str, row: Row, system_prompt: str) -> list[dict[str, str]
     """The conversation up to the response, checked."""
     if "messages" in row:
         messages = row["messages"]
-        if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and "content" in m for m in messages
-        ):
-            raise DataError(f"{place}: `messages` must be a list of objects with `role` and `content`.")
+        if not isinstance(messages, list) or not all(is_message(m) for m in messages):
+            raise DataError(
+                f"{place}: `messages` must be a list of objects with `role` and `content`, both text."
+            )
         if messages and messages[-1].get("role") == "assistant":
             messages = messages[:-1]  # the response is the student's to write
     elif "prompt" in row:
@@ -114,6 +114,10 @@ def messages_of(place: str, row: Row, system_prompt: str) -> list[dict[str, str]
     return ([{"role": "system", "content": system_prompt}] if system_prompt else []) + messages
 
 
+def is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """Token ids up to where the response starts."""
     if tokenizer.chat_template:
@@ -127,7 +131,7 @@ def encode_rows(
     *,
     system_prompt: str,
     max_prompt_tokens: int,
-    mask_token_id: int | None = None,
+    mask_token_id: int,
 ) -> list[Prompt]:
     prompts = []
     for index, (place, row) in enumerate(rows):
@@ -138,8 +142,12 @@ def encode_rows(
                 f"({max_prompt_tokens}). "
                 "Raise the limit (up to the model's context) or remove the row."
             )
-        if mask_token_id is not None and mask_token_id in ids:
-            raise DataError(f"{place} contains the mask token. Choose another format.mask_token.")
+        if not ids:
+            raise DataError(f"{place} has a prompt without any token. Remove the row.")
+        if mask_token_id in ids:
+            raise DataError(
+                f"{place} contains the mask token. Remove it or set another format.mask_token."
+            )
         prompts.append(Prompt(ids=tuple(ids), index=index))
     return prompts
 
@@ -165,13 +173,15 @@ def load_prompts(
 
 
 def load_tasks(
-    path: str, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None, max_prompt_tokens: int = 10**9
+    path: str, tokenizer: PreTrainedTokenizerBase, mask_token_id: int, *, limit: int | None = None
 ) -> list[Task]:
     """Evaluation prompts; `limit` keeps that many of each skill."""
     rows = read_rows(path)
     if not rows:
         raise DataError(f"eval.path ({path}) holds no rows.")
-    prompts = encode_rows(rows, tokenizer, system_prompt="", max_prompt_tokens=max_prompt_tokens)
+    prompts = encode_rows(
+        rows, tokenizer, system_prompt="", max_prompt_tokens=10**9, mask_token_id=mask_token_id
+    )
     tasks, counts = [], dict[str, int]()
     for prompt, (place, row) in zip(prompts, rows, strict=True):
         skill = str(row.get("skill", "all"))

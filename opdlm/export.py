@@ -10,13 +10,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.diffusion import DiffusionLM
-from opdlm.models import ADAPTER_FOLDER, MASK_EMBEDDING_FILE, STUDENT_FOLDER
+from opdlm.models import ADAPTER_FOLDER, MASK_EMBEDDING_FILE, STUDENT_FOLDER, set_embedding_row
 
 REMOTE_ROOMS = ("modeling_opdlm", "diffusion", "generate", "attention", "unmasking", "blocks", "records")
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_opdlm.OpdlmForCausalLM"}
@@ -28,7 +27,7 @@ def write_model(folder: Path, model: DiffusionLM, tokenizer: PreTrainedTokenizer
     """
     spec, peft_model = model.spec, vars(model).get("peft_model")
     if isinstance(peft_model, PeftModel):
-        peft_model.save_pretrained(folder / ADAPTER_FOLDER)
+        peft_model.save_pretrained(str(folder / ADAPTER_FOLDER))
         (folder / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)
         base = peft_model.merge_and_unload() if spec.format == "sdar" else peft_model.unload()
     elif spec.format == "preserve":
@@ -39,8 +38,7 @@ def write_model(folder: Path, model: DiffusionLM, tokenizer: PreTrainedTokenizer
         base = model.student
     if model.mask_embedding is not None:
         if spec.format == "sdar":
-            with torch.no_grad():
-                base.get_input_embeddings().weight[spec.mask_token_id] = model.mask_embedding
+            set_embedding_row(base, spec.mask_token_id, model.mask_embedding)
         else:
             save_file(
                 {"mask_embedding": model.mask_embedding.detach().contiguous()}, folder / MASK_EMBEDDING_FILE

@@ -1,31 +1,23 @@
-"""A run made visible: one progress line with ETA, `metrics.jsonl`, trackers, and plots of the finished
-run.
-"""
+"""A run made visible: one progress line with ETA, and `metrics.jsonl`."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-class Tracker(Protocol):
-    """What `accelerate` trackers offer and this room needs."""
-
-    def log(self, values: dict[str, float], step: int) -> None: ...
-
-
 class MetricsLog:
     """Progress on the console and one JSON line per step in `metrics.jsonl`."""
 
-    def __init__(self, output_dir: Path, console: Console, trackers: Sequence[Tracker] = ()) -> None:
+    def __init__(self, output_dir: Path, console: Console) -> None:
         self.path = output_dir / "metrics.jsonl"
-        self.console, self.trackers = console, trackers
+        self.console = console
         self.progress = Progress(
             TextColumn("[bold]convert"),
             BarColumn(bar_width=24),
@@ -54,11 +46,12 @@ class MetricsLog:
         if first_step:
             self.console.print(f"resumed at step {first_step} of {num_steps}")
 
+    def note(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
+
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for tracker in self.trackers:
-            tracker.log(dict(metrics), step)
         status = (
             f"loss {metrics['loss']:.4f}  {metrics['tokens_per_forward']:.2f} tok/fwd  "
             f"{metrics['rollout_tokens_per_second']:.0f} tok/s"

@@ -89,15 +89,16 @@ class OpdlmForCausalLM(nn.Module):
         spec = DiffusionSpec.from_dict(config.block_diffusion)
         if spec.format == "sdar":
             return cls(config, DiffusionLM(base, spec)).eval()
-        embedding_file = cached_file(name, "mask_embedding.safetensors", revision=loading.get("revision"))
+        revision = loading.get("revision")
+        embedding_file: Any = cached_file(name, "mask_embedding.safetensors", revision=revision)
         mask_embedding = load_file(embedding_file)["mask_embedding"].to(base.dtype)
         if not spec.adapter:
             student = AutoModelForCausalLM.from_pretrained(name, subfolder="student", **loading)
             return cls(config, DiffusionLM(student, spec, teacher=base, mask_embedding=mask_embedding)).eval()
-        weights_file = cached_file(
+        weights_file: Any = cached_file(
             name, "adapter/adapter_model.safetensors", revision=loading.get("revision")
         )
-        cached_file(name, "adapter/adapter_config.json", revision=loading.get("revision"))
+        cached_file(name, "adapter/adapter_config.json", revision=revision)
         adapter = Adapter(base, Path(weights_file).parent)
         diffusion = DiffusionLM(
             base,

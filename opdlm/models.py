@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from opdlm.config import LoraSection, resolve_path
 from opdlm.diffusion import DiffusionLM, DiffusionSpec, head_constants
-from opdlm.errors import DataError
+from opdlm.errors import ConfigError, DataError
 from opdlm.losses import Head
 
 ADAPTER_FOLDER = "adapter"
@@ -30,6 +34,7 @@ MASK_EMBEDDING_FILE = "mask_embedding.safetensors"
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     path = resolve_path(path)
+    check_is_checkpoint(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -40,12 +45,23 @@ def load_causal_lm(path: str, dtype: str, trust_remote_code: bool = False) -> Pr
     """An autoregressive checkpoint, checked for finite weights."""
     path = resolve_path(path)
     check_is_checkpoint(path)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, output_loading_info=True, **options
         )
+    except SafetensorError as error:
+        raise DataError(
+            f"the weights in {path} are damaged or cut off ({first_line(error)}). Download them again."
+        ) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise DataError(f"cannot load {path} as a causal language model: {first_line(error)}") from error
+    model, found = loaded
+    if found["missing_keys"]:
+        raise DataError(
+            f"{path}: {len(found['missing_keys'])} weights are missing, first {min(found['missing_keys'])}. "
+            "Download or copy the checkpoint again."
+        )
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise DataError(f"{path}: weight {name} holds NaN or infinite values; the checkpoint is damaged.")
@@ -82,17 +98,34 @@ def add_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
     """Wrap the model with a fresh adapter; the base is frozen, and bit for bit itself while the adapter is
     off.
     """
-    target = (
-        section.target_modules if isinstance(section.target_modules, str) else list(section.target_modules)
-    )
+    target = section.target_modules
+    if target == "all-linear" and any(p.dim() == 3 for p in model.parameters()):
+        target = attention_layers(model)
     config = LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        target_modules=target,
+        target_modules=target if isinstance(target, str) else list(target),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    try:
+        peft_model = get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules ({section.target_modules}): {first_line(error)}") from error
+    if any(isinstance(m, ParamWrapper) for m in peft_model.modules()):
+        raise ConfigError(
+            f"lora.target_modules ({section.target_modules}) reaches stacked expert weights, where an "
+            "adapter cannot be switched per token. Name attention layers only, for example [q_proj, v_proj]."
+        )
+    return peft_model
+
+
+def attention_layers(model: PreTrainedModel) -> tuple[str, ...]:
+    """all-linear for a mixture of experts: PEFT would change stacked expert *weights*, past the gate."""
+    linear = [
+        name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and "att" in name
+    ]
+    return tuple(sorted({name.split(".")[-1] for name in linear}))
 
 
 def adapter_outputs(peft_model: PeftModel) -> list[nn.Module]:
@@ -114,8 +147,9 @@ def assemble(
     if lora is None:
         return DiffusionLM(base, spec, teacher=teacher, mask_embedding=mask_embedding)
     peft_model = lora if isinstance(lora, PeftModel) else add_lora(base, lora)
+    student: Any = peft_model.get_base_model()
     model = DiffusionLM(
-        peft_model.get_base_model(),
+        student,
         spec,
         mask_embedding=mask_embedding,
         adapter_outputs=adapter_outputs(peft_model),
@@ -167,5 +201,31 @@ def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> tup
     return model.to(device).eval().requires_grad_(False), load_tokenizer(str(folder))
 
 
+def set_embedding_row(model: PreTrainedModel, token_id: int, entering_H: Tensor) -> None:
+    """Make the embedding layer return `entering_H` for a token; some families scale what it holds."""
+    embedding = input_embedding(model)
+    with torch.no_grad():
+        embedding.weight[token_id] = 1.0
+        scale_H = embedding(torch.tensor(token_id, device=model.device))
+        embedding.weight[token_id] = entering_H / scale_H
+
+
+def check_fits(model: DiffusionLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, key: str) -> None:
+    """Prompt, response and the drafts past its end must lie within the positions the model knows."""
+    context = getattr(model.student.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(ids) for ids in prompts)
+    if context is not None and longest + max_new_tokens + 2 * model.spec.block_size > context:
+        raise DataError(
+            f"the longest prompt ({longest} tokens) plus {key} ({max_new_tokens}) and two blocks of drafts "
+            f"exceeds the model's context ({context}). Lower {key} or shorten the prompt."
+        )
+
+
+def input_embedding(model: PreTrainedModel) -> nn.Embedding:
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    return embedding
+
+
 def vocabulary_rows(model: PreTrainedModel) -> int:
-    return model.get_input_embeddings().weight.shape[0]
+    return input_embedding(model).weight.shape[0]

@@ -29,10 +29,10 @@ from opdlm.errors import ConfigError, DataError
 from opdlm.evaluate import RetentionReport, evaluate, write_outputs
 from opdlm.export import write_model
 from opdlm.metrics import MetricsLog, read_metrics
-from opdlm.models import load, load_causal_lm, load_tokenizer
+from opdlm.models import check_fits, load, load_causal_lm, load_tokenizer, vocabulary_rows
 from opdlm.plots import plot_metrics, plot_retention
 from opdlm.records import Prompt
-from opdlm.trainer import train
+from opdlm.trainer import check_trackers, train
 
 MODEL_FOLDER = "model"
 CONFIG_FILE = "config.yaml"
@@ -52,20 +52,20 @@ def load_inputs(config: Config) -> Inputs:
     """Load and check model, prompts and evaluation tasks; raises before anything is written."""
     if not config.model.path:
         raise ConfigError("model.path is empty: give a recipe or a checkpoint folder as the target.")
+    check_trackers(config)
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     model = load_causal_lm(config.model.path, config.model.dtype, config.model.trust_remote_code)
-    context = model.config.get_text_config().to_dict().get("max_position_embeddings")
     student = make_student(model, tokenizer, config)
     prompts = load_prompts(config.data, tokenizer, student.spec.mask_token_id)
-    longest = max(len(prompt.ids) for prompt in prompts)
-    if context is not None and longest + config.rollout.max_new_tokens > context:
-        raise DataError(
-            f"the longest prompt ({longest} tokens) plus rollout.max_new_tokens "
-            f"({config.rollout.max_new_tokens}) exceeds the model's context ({context}). "
-            "Lower max_new_tokens or remove long prompts."
-        )
-    tasks = load_tasks(config.eval.path, tokenizer, limit=config.eval.limit) if config.eval.path else []
+    check_fits(student, [p.ids for p in prompts], config.rollout.max_new_tokens, "rollout.max_new_tokens")
+    tasks = load_eval_tasks(student, tokenizer, config) if config.eval.path else []
     return Inputs(student, tokenizer, prompts, tasks)
+
+
+def load_eval_tasks(model: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[Task]:
+    tasks = load_tasks(config.eval.path, tokenizer, model.spec.mask_token_id, limit=config.eval.limit)
+    check_fits(model, [task.prompt.ids for task in tasks], config.eval.max_new_tokens, "eval.max_new_tokens")
+    return tasks
 
 
 def prepare_output(config: Config) -> Path:
@@ -82,7 +82,9 @@ def prepare_output(config: Config) -> Path:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_atomic(saved, text)
     except OSError as error:
-        raise ConfigError(f"output_dir ({output_dir}) cannot be written: {error.strerror}.") from error
+        raise ConfigError(
+            f"output_dir ({output_dir}) cannot be written: {error.strerror}. Choose another output_dir."
+        ) from error
     return output_dir
 
 
@@ -151,8 +153,8 @@ def load_for_evaluation(folder: Path, teacher_path: str, dtype: str) -> tuple[Di
     model, tokenizer = load(folder, dtype)
     if model.spec.format == "sdar":
         teacher = load_causal_lm(teacher_path, dtype)
-        rows = model.student.get_input_embeddings().weight.shape[0]
-        if rows != teacher.get_input_embeddings().weight.shape[0]:
+        rows = vocabulary_rows(model.student)
+        if rows != vocabulary_rows(teacher):
             teacher.resize_token_embeddings(rows, mean_resizing=False)
         model = DiffusionLM(model.student, model.spec, teacher=teacher).eval()
     return model, tokenizer

@@ -12,12 +12,10 @@ CURVES = ("divergence", "tokens_per_forward", "response_length", "grad_norm")
 
 
 def new_figure(columns: int, width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, which needs a display and keeps every figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)
 
 
 def plot_metrics(metrics: Sequence[dict[str, float]], path: Path) -> None:

@@ -52,7 +52,7 @@ def targets_at_supervised(
     if section.objective == "sft":
         return TokenTargets(ids_M=states.ids_BL[row_M, target_M])
     hidden_MH = scored.hidden_BLH[row_M, target_M - 1]
-    banned = torch.tensor(model.spec.banned_token_ids, device=hidden_MH.device)
+    banned = torch.tensor(model.spec.banned_token_ids, dtype=torch.long, device=hidden_MH.device)
     head = head_of(model.teacher or model.student, banned)
     if section.top_k is None:
         return HiddenTargets(hidden_MH=hidden_MH, head=head)

@@ -12,10 +12,15 @@ update, so micro-batching and the number of ranks change no gradient. METHOD par
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from threading import Event, current_thread, main_thread
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,7 +32,7 @@ from opdlm.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from opdlm.config import Config, LossSection, OptimizerSection
 from opdlm.data import PromptStream
 from opdlm.diffusion import DiffusionLM
-from opdlm.errors import DataError
+from opdlm.errors import ConfigError, DataError
 from opdlm.losses import LossOutput, chunked_divergence
 from opdlm.metrics import MetricsLog
 from opdlm.models import head_of
@@ -49,7 +54,7 @@ class StudentLoss(nn.Module):
     def forward(self, states: StateBatch, scored: TeacherPass, weights_M: Tensor) -> LossOutput:
         hidden_BSH = noised_hidden(self.model, states, scored)
         row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
-        banned = torch.tensor(self.model.spec.banned_token_ids, device=hidden_BSH.device)
+        banned = torch.tensor(self.model.spec.banned_token_ids, dtype=torch.long, device=hidden_BSH.device)
         return chunked_divergence(
             hidden_BSH[row_M, column_M],
             head_of(self.model.student, banned),
@@ -92,17 +97,70 @@ def train(model: DiffusionLM, prompts: Sequence[Prompt], config: Config, log: Me
     run = start_run(model, prompts, config)
     first_step = resume(run)
     log.start(config.train.num_steps, first_step)
-    for step in range(first_step, config.train.num_steps):
-        metrics = train_step(run, step)
-        log.step(step + 1, metrics)
-        is_last = step + 1 == config.train.num_steps
-        if (step + 1) % config.train.save_every == 0 or is_last:
-            save(run, step + 1)
+    with deferred_interrupt(log) as interrupted:
+        for step in range(first_step, config.train.num_steps):
+            metrics = train_step(run, step)
+            log.step(step + 1, metrics)
+            run.accelerator.log(metrics, step=step + 1)
+            is_last = step + 1 == config.train.num_steps
+            is_asked_to_stop = any_rank(run, interrupted.is_set())
+            if (step + 1) % config.train.save_every == 0 or is_last or is_asked_to_stop:
+                save(run, step + 1)
+            if is_asked_to_stop:
+                raise KeyboardInterrupt
+    run.accelerator.end_training()
     return run
 
 
+@contextmanager
+def deferred_interrupt(log: MetricsLog) -> Iterator[Event]:
+    """Ctrl-C lets the step end, so that what is saved continues bit for bit; a second does not wait."""
+    interrupted = Event()
+
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        log.note("finishing this step and saving; Ctrl-C again stops at once")
+
+    # Threads cannot set handlers; a process that ignores Ctrl-C (nohup) or handles it itself keeps its way.
+    is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_ours or current_thread() is not main_thread():
+        yield interrupted
+        return
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def any_rank(run: Run, flag: bool) -> bool:
+    return bool(run.accelerator.reduce(torch.tensor(float(flag), device=run.accelerator.device), "sum"))
+
+
+def check_trackers(config: Config) -> None:
+    for tracker in config.train.report_to:
+        if find_spec(tracker) is None:
+            raise ConfigError(
+                f"train.report_to names {tracker}, which is not installed: pip install 'opdlm[track]'."
+            )
+
+
+def start_accelerator(config: Config) -> Accelerator:
+    """Device, precision and trackers."""
+    accelerator = Accelerator(
+        mixed_precision=config.train.mixed_precision,
+        log_with=list(config.train.report_to),
+        project_dir=config.output_dir,
+    )
+    if config.train.report_to:
+        settings = {key: str(value) for key, value in config.flat().items()}
+        accelerator.init_trackers("opdlm", config=settings)
+    return accelerator
+
+
 def start_run(model: DiffusionLM, prompts: Sequence[Prompt], config: Config) -> Run:
-    accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
+    accelerator = start_accelerator(config)
     model.to(accelerator.device)
     if config.train.gradient_checkpointing:
         model.student.gradient_checkpointing_enable({"use_reentrant": False})

@@ -61,7 +61,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
-    """A random model of a family; its weights are large enough that predictions differ from token to token."""
+    """A random model of a family, with weights large enough that predictions differ from token to token."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SMALL | EXTRA.get(family, {}) | changes)
     model = AutoModelForCausalLM.from_config(config)

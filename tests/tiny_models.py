@@ -1,7 +1,8 @@
 """Random models small enough to be checked exhaustively, and the states that a sampler went through.
 
-Kinds: `lora` (preserve, gated adapter), `copy` (preserve, student and teacher apart), `sdar` (full fine-tune).
-None of them is at step 0: adapters, mask embeddings and students differ from the teacher, as after training.
+Kinds: `lora` (preserve, gated adapter), `copy` (preserve, student and teacher apart), `sdar` (full
+fine-tune). None is at step 0: adapters, mask embeddings and students differ from the teacher, as after
+training.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def record_sampler() -> Iterator[list[Seen]]:
     places: list[tuple[int, tuple[int, ...], int]] = []
     step, propose = decoding.denoise_step, decoding.propose_tokens
 
-    def denoise_step(model, rows, config, grid, *rest):  # noqa: ANN001, ANN202
+    def denoise_step(model, rows, config, grid, *rest):
         places.clear()
         for index, tokens, num_prompt in zip(
             rows.index_B.tolist(), rows.tokens_BL.tolist(), rows.num_prompt_B.tolist(), strict=True
@@ -179,7 +180,7 @@ def record_sampler() -> Iterator[list[Seen]]:
             places.extend((index, row, target) for target in masked)
         return step(model, rows, config, grid, *rest)
 
-    def propose_tokens(logits_MV, *rest):  # noqa: ANN001, ANN202
+    def propose_tokens(logits_MV, *rest):
         assert len(places) == len(logits_MV)
         seen.extend(Seen(*place, logits) for place, logits in zip(places, logits_MV, strict=True))
         return propose(logits_MV, *rest)

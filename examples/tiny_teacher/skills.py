@@ -2,7 +2,8 @@
 
 Every example is a prompt with exactly one right answer. A stable hash of an example's content sends it to the
 train or to the test split, so the two never share a problem. A fact must be seen to be known: there the split
-is over (fact, phrasing) pairs, and each fact keeps one phrasing for the test split.
+is over (fact, phrasing) pairs, and each fact keeps one phrasing for the test split. Phrasings begin with the
+country: its hidden states are then the same in all of them, and a fact learned in three holds in the fourth.
 
 Five skills supply conversion prompts; the other five are held out and only measured. Names come from a seeded
 syllable generator, so nothing here is real-world data. This module knows nothing of models or tokens.
@@ -42,18 +43,8 @@ PREPOSITIONS = {
     "tree": "under",
 }
 CLOSERS = {"(": ")", "[": "]", "{": "}"}
-CAPITAL_PHRASINGS = (
-    "capital of {}",
-    "what is the capital of {}?",
-    "name {}'s capital",
-    "{}: which city rules?",
-)
-RIVER_PHRASINGS = (
-    "river of {}",
-    "what river runs in {}?",
-    "name {}'s river",
-    "{}: which water flows?",
-)
+CAPITAL_PHRASINGS = ("{} capital", "{}: what is its capital?", "{}, name the main city", "{} is ruled from?")
+RIVER_PHRASINGS = ("{} river", "{}: what is its river?", "{}, name the main water", "{} is crossed by?")
 CALENDAR_PHRASINGS = (
     "{n} days after {day}",
     "which day is {n} after {day}?",
@@ -191,12 +182,12 @@ def draw_story(rng: random.Random) -> tuple[str, str, Split]:
 
 
 def draw_count(rng: random.Random) -> tuple[str, str, Split]:
-    """A running count, each letter beside the wanted one: `count a in dan` -> `da0 aa1 na1 -> 1`.
+    """A running count, each letter beside the wanted one: `count a in tan` -> `ta0 aa1 na1 -> 1`.
 
-    Steps without the wanted letter (`d0 a1 n1`) were tried: after 2,000 training steps the model still
-    counted nothing, since to compare it must look past the word's own copy of each letter.
+    Steps without the wanted letter (`t0 a1 n1`) over 26 letters were tried: after 2,000 training steps the
+    model still counted nothing, since to compare it must look past the word's own copy of each letter.
     """
-    alphabet = rng.sample("abcdefghijklmnopqrstuvwxyz", 4)
+    alphabet = rng.sample("aeiklnst", 4)
     word = "".join(rng.choice(alphabet) for _ in range(rng.randint(3, 8)))
     letter = rng.choice(alphabet)
     counts = [word[: i + 1].count(letter) for i in range(len(word))]
@@ -207,7 +198,7 @@ def draw_count(rng: random.Random) -> tuple[str, str, Split]:
 
 def draw_calendar(rng: random.Random) -> tuple[str, str, Split]:
     """One step a day: `3 days after Monday` -> `1Tu 2We 3Th -> Thursday`. The split is over (day, n)."""
-    start, num_days = rng.randrange(7), rng.randint(1, 9)
+    start, num_days = rng.randrange(7), rng.randint(2, 9)
     steps = " ".join(f"{i}{DAYS[(start + i) % 7][:2]}" for i in range(1, num_days + 1))
     prompt = rng.choice(CALENDAR_PHRASINGS).format(n=num_days, day=DAYS[start])
     split = split_of(f"calendar {DAYS[start]} {num_days}")
@@ -217,14 +208,14 @@ def draw_calendar(rng: random.Random) -> tuple[str, str, Split]:
 SKILLS = (
     Skill(name="add", held_out=False, weight=1.0, draw=draw_add),
     Skill(name="sort", held_out=False, weight=1.2, draw=draw_sort),
-    Skill(name="capital", held_out=False, weight=2.0, draw=draw_capital),
+    Skill(name="capital", held_out=False, weight=1.6, draw=draw_capital),
     Skill(name="brackets", held_out=False, weight=1.0, draw=draw_brackets),
     Skill(name="story", held_out=False, weight=0.8, draw=draw_story),
     Skill(name="subtract", held_out=True, weight=1.0, draw=draw_subtract),
     Skill(name="reverse", held_out=True, weight=1.0, draw=draw_reverse),
-    Skill(name="river", held_out=True, weight=2.0, draw=draw_river),
-    Skill(name="count", held_out=True, weight=1.0, draw=draw_count),
-    Skill(name="calendar", held_out=True, weight=0.5, draw=draw_calendar),
+    Skill(name="river", held_out=True, weight=1.6, draw=draw_river),
+    Skill(name="count", held_out=True, weight=1.5, draw=draw_count),
+    Skill(name="calendar", held_out=True, weight=0.6, draw=draw_calendar),
 )
 
 

@@ -173,7 +173,7 @@ def train(
         if (step + 1) % 50 == 0:
             logger.info("step %d loss %.4f %.0f s", step + 1, loss_sum / 50, time.monotonic() - started)
             loss_sum = 0.0
-        if (step + 1) % 500 == 0:
+        if (step + 1) % 250 == 0:
             torch.save(model.state_dict(), scratch / "latest.pt")
             scores = score_skills(model, tokenizer, draw_evaluation(16, seed=config.seed))
             logger.info(" ".join(f"{name} {score.exact_match:.2f}" for name, score in scores.items()))
@@ -325,7 +325,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the bundled tiny teacher.")
     parser.add_argument("--out", type=Path, required=True, help="folder for teacher/ and the two jsonl files")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-steps", type=int, default=3000)
+    parser.add_argument("--num-steps", type=int, default=2000)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "opdlm_tiny_teacher")
     return parser.parse_args()
@@ -343,7 +343,7 @@ def main() -> None:
         micro_batch_size=32,
         learning_rate=args.learning_rate,
         warmup_steps=100,
-        weight_decay=0.02,
+        weight_decay=0.05,
     )
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)

@@ -1,0 +1,135 @@
+"""Quality against tokens seen: the four objectives in both formats, same teacher, prompts and updates.
+
+    python benchmarks/objectives.py --out docs/results/objectives --steps 96 --every 24
+    python benchmarks/objectives.py --out docs/results/objectives --formats sdar      # one part; results add up
+
+Writes results.json (one entry per run, kept when it exists), table.md and objectives.png. One seed: read
+differences of a few points as noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opdlm.config import Config, load_config
+from opdlm.evaluate import evaluate
+from opdlm.pipeline import Inputs, load_inputs, versions
+from opdlm.plots import new_figure
+from opdlm.trainer import start_run, train_step
+
+OBJECTIVES = ("sft", "off_policy", "opd_random", "opd")
+FORMATS = ("preserve", "sdar")
+
+
+def run_config(fmt: str, objective: str, args: argparse.Namespace) -> Config:
+    """The tiny recipe with one objective; `sdar` trains all weights at their own learning rate."""
+    recipe = Path(__file__).parent.parent / "recipes" / ("tiny.yaml" if fmt == "preserve" else "tiny_sdar.yaml")
+    return load_config(
+        recipe,
+        [
+            f"loss.objective={objective}",
+            f"train.num_steps={args.steps}",
+            "format.block_size=4",
+            f"train.seed={args.seed}",
+            "rollout.prompts_per_step=64",
+            "train.rows_per_update=32",
+            "train.passes_per_rollout=2",
+            f"eval.limit={args.limit}",
+            "eval.modes=static,threshold",
+        ],
+    )
+
+
+def measure_run(config: Config, every: int) -> list[dict[str, Any]]:
+    """Train and evaluate every so many steps."""
+    inputs: Inputs = load_inputs(config)
+    run = start_run(inputs.student, inputs.prompts, config)
+    points = []
+    for step in range(config.train.num_steps):
+        train_step(run, step)
+        if (step + 1) % every == 0:
+            report, _ = evaluate(run.model, inputs.tokenizer, inputs.tasks, config.eval)
+            point: dict[str, Any] = {"tokens": run.totals["rollout_tokens"], "teacher": report.teacher.accuracy}
+            for mode in report.student:
+                point[mode.name] = mode.accuracy
+                point[f"{mode.name}_held_out"] = mode.accuracy_held_out
+                point[f"{mode.name}_tokens_per_forward"] = mode.tokens_per_forward
+            points.append(point)
+            print(config.format.name, config.loss.objective, step + 1, point, flush=True)
+    return points
+
+
+def write_table(results: dict[str, Any], path: Path) -> None:
+    lines = [
+        "| format | objective | tokens seen | static | threshold 0.9 | change | held out (static) | tok/forward |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, run in sorted(results["runs"].items()):
+        fmt, objective = name.split("/")
+        for point in run["points"]:
+            static, threshold = 100 * point["static"], 100 * point["threshold"]
+            lines.append(
+                f"| {fmt} | {objective} | {point['tokens'] / 1000:.0f} k | {static:.1f} | {threshold:.1f} | "
+                f"{threshold - static:+.1f} | {100 * point['static_held_out']:.1f} | "
+                f"{point['threshold_tokens_per_forward']:.2f} |"
+            )
+    path.write_text("\n".join(lines) + "\n")
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    figure, axes = new_figure(4, 15, 3.4)
+    panels = [(fmt, mode) for fmt in FORMATS for mode in ("static", "threshold")]
+    for axis, (fmt, mode) in zip(axes[0], panels, strict=True):
+        for objective in OBJECTIVES:
+            run = results["runs"].get(f"{fmt}/{objective}")
+            if run:
+                tokens = [point["tokens"] / 1000 for point in run["points"]]
+                values = [100 * point[mode] for point in run["points"]]
+                axis.plot(tokens, values, marker="o", markersize=3, label=objective)
+                axis.axhline(100 * run["points"][-1]["teacher"], color="black", linewidth=0.6)
+        axis.set_title(f"{fmt}, {mode}")
+        axis.set_xlabel("rollout tokens seen, thousand")
+        axis.set_ylim(0, 102)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("exact match, %")
+    axes[0][0].legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--every", type=int, default=24)
+    parser.add_argument("--limit", type=int, default=20, help="evaluation prompts per skill")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
+    parser.add_argument("--objectives", nargs="+", default=OBJECTIVES, choices=OBJECTIVES)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for fmt in args.formats:
+        for objective in args.objectives:
+            part = args.out / f"{fmt}-{objective}.json"
+            if not part.is_file():
+                started = time.perf_counter()
+                points = measure_run(run_config(fmt, objective, args), args.every)
+                part.write_text(json.dumps({"points": points, "seconds": time.perf_counter() - started}))
+    parts = {f"{f}/{o}": args.out / f"{f}-{o}.json" for f in FORMATS for o in OBJECTIVES}
+    runs = {name: json.loads(path.read_text()) for name, path in parts.items() if path.is_file()}
+    settings = {"steps": args.steps, "seed": args.seed, "limit": args.limit, "versions": versions()}
+    results = {"settings": settings, "runs": runs}
+    (args.out / "results.json").write_text(json.dumps(results, indent=1))
+    write_table(results, args.out / "table.md")
+    plot(results, args.out / "objectives.png")
+
+
+if __name__ == "__main__":
+    main()

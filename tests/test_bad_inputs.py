@@ -1,0 +1,452 @@
+"""Every wrong input is one line that names the place and the fix, exit code 2, and no new folder.
+
+`python tests/test_bad_inputs.py > docs/errors.md` writes the table of messages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data, write_rows
+
+from opdlm.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Place:
+    """A good checkpoint (`model`), a converted sdar one (`sdar/model`), good data, and room for broken copies."""
+
+    root: Path
+    made: list[str] = field(default_factory=list)
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def output(self) -> Path:
+        return self.root / "output"
+
+    def convert(self, *overrides: str, model: Path | None = None) -> list[str]:
+        """A conversion that would work, with these changes."""
+        return ["convert", str(model or self.model), *good(self, model), *overrides]
+
+    def broken_model(self, name: str) -> Path:
+        return Path(shutil.copytree(self.model, self.root / name, dirs_exist_ok=True))
+
+    def prompts(self, *rows: dict[str, Any]) -> str:
+        return f"data.path={write_rows(self.root / 'bad.jsonl', rows)}"
+
+    def file(self, name: str, text: str) -> Path:
+        path = self.root / name
+        path.write_text(text)
+        return path
+
+
+def good(place: Place, model: Path | None = None) -> list[str]:
+    return tiny_overrides(model or place.model, place.root, place.output)[1:]
+
+
+def make_place(root: Path) -> Place:
+    place = Place(root)
+    write_checkpoint(place.model)
+    write_data(root)
+    sdar = [f"output_dir={root / 'sdar'}", "format.name=sdar", "train.num_steps=1", "eval.modes=static"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(place.convert(*sdar)) == 0
+    return place
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return make_place(tmp_path_factory.mktemp("bad"))
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def nan_weights(place: Place) -> Path:
+    folder = place.broken_model("nan")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def missing_weight(place: Place) -> Path:
+    folder = place.broken_model("partial")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def cut_weights(place: Place) -> Path:
+    folder = place.broken_model("cut")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    return folder
+
+
+def pickled(place: Place) -> Path:
+    folder = place.broken_model("pickled")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    return folder
+
+
+def small_embedding(place: Place) -> Path:
+    folder = write_checkpoint(place.root / "small", vocab_size=40)
+    return folder
+
+
+def without_stop(place: Place) -> Path:
+    folder = place.broken_model("endless")
+    edit_json(folder / "config.json", eos_token_id=None)
+    edit_json(folder / "generation_config.json", eos_token_id=None)
+    edit_json(folder / "tokenizer_config.json", eos_token=None)
+    return folder
+
+
+def without_config(place: Place) -> Path:
+    folder = place.broken_model("no_config")
+    (folder / "config.json").unlink()
+    return folder
+
+
+def without_tokenizer(place: Place) -> Path:
+    folder = place.broken_model("no_tokenizer")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    return folder
+
+
+def broken_config(place: Place) -> Path:
+    folder = place.broken_model("broken_config")
+    (folder / "config.json").write_text("{")
+    return folder
+
+
+def linear_attention(place: Place) -> Path:
+    return write_checkpoint(place.root / "mamba", "mamba")
+
+
+def other_run(place: Place) -> str:
+    folder = place.root / "taken"
+    (folder / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text("train:\n  num_steps: 7\n")
+    return f"output_dir={folder}"
+
+
+def other_model_in_checkpoint(place: Place) -> list[str]:
+    """A run whose model folder was replaced between two starts."""
+    folder, output = place.root / "replaced", f"output_dir={place.root / 'resumed'}"
+    write_checkpoint(folder)
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(place.convert(output, "train.save_every=1", model=folder)) == 0
+    write_checkpoint(folder, hidden_size=16)
+    return place.convert(output, "train.save_every=1", model=folder)
+
+
+SDAR_LOSSLESS = ("format.name=sdar", "eval.modes=lossless")
+
+Arguments = Callable[[Place], list[str]]
+CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
+    "unknown key": (lambda p: p.convert("train.num_stepz=3"), ("train.num_stepz", "mean train.num_steps")),
+    "misspelt section": (lambda p: p.convert("trian.num_steps=3"), ("trian", "Did you mean train?")),
+    "key of another section": (lambda p: p.convert("train.r=3"), ("train.r", "Did you mean lora.r?")),
+    "a section set to a value": (lambda p: p.convert("train=3"), ("train", "train.num_steps")),
+    "wrong type": (lambda p: p.convert("train.num_steps=many"), ("train.num_steps", "'many'", "must be int")),
+    "not one of the choices": (lambda p: p.convert("format.name=presrve"), ("format.name", "mean preserve?")),
+    "number out of range": (
+        lambda p: p.convert("train.num_steps=0"),
+        ("train.num_steps (0)", "greater than"),
+    ),
+    "not a number": (lambda p: p.convert("optimizer.learning_rate=.nan"), ("learning_rate (nan)", "greater")),
+    "infinite number": (
+        lambda p: p.convert("optimizer.learning_rate=.inf"),
+        ("learning_rate (inf)", "finite"),
+    ),
+    "override without =": (lambda p: p.convert("train.num_steps"), ("train.num_steps", "section.key=value")),
+    "unknown option": (lambda p: p.convert("--speed"), ("--speed", "--help")),
+    "unknown verb": (lambda p: ["covert", "tiny"], ("covert", "convert", "--help")),
+    "no target": (lambda p: ["convert"], ("TARGET", "opdlm convert tiny")),
+    "override as the target": (
+        lambda p: ["convert", "train.num_steps=3"],
+        ("TARGET", "looks like an override"),
+    ),
+    "unknown target": (lambda p: ["convert", "tinny"], ("TARGET (tinny)", "tiny")),
+    "recipe missing": (
+        lambda p: ["convert", str(p.root / "no.yaml")],
+        ("no.yaml", "Give an existing YAML file"),
+    ),
+    "recipe is broken YAML": (
+        lambda p: ["convert", str(p.file("broken.yaml", "train: [1\nmodel: {"))],
+        ("broken.yaml", "not valid YAML", "line"),
+    ),
+    "recipe is no mapping": (
+        lambda p: ["convert", str(p.file("list.yaml", "- train\n"))],
+        ("list.yaml", "must be a mapping of sections"),
+    ),
+    "recipe is empty": (
+        lambda p: ["convert", str(p.file("empty.yaml", ""))],
+        ("empty.yaml", "must be a mapping of sections"),
+    ),
+    "recipe without a model": (
+        lambda p: ["convert", str(p.file("bare.yaml", "train:\n  num_steps: 1\n"))],
+        ("model.path", "is empty"),
+    ),
+    "model folder missing": (
+        lambda p: p.convert(model=p.root / "nothing"),
+        ("model.path", "does not exist", "Give a checkpoint folder"),
+    ),
+    "folder without config.json": (
+        lambda p: p.convert(model=without_config(p)),
+        ("no config.json", "not a Hugging Face checkpoint"),
+    ),
+    "broken config.json": (lambda p: p.convert(model=broken_config(p)), ("broken_config", "config.json")),
+    "file instead of a folder": (
+        lambda p: p.convert(model=p.file("weights.safetensors", "")),
+        ("is a file", "Give the folder"),
+    ),
+    "no tokenizer": (lambda p: p.convert(model=without_tokenizer(p)), ("no tokenizer in", "no_tokenizer")),
+    "NaN weights": (lambda p: p.convert(model=nan_weights(p)), ("model.norm.weight", "NaN", "damaged")),
+    "weights cut off": (lambda p: p.convert(model=cut_weights(p)), ("/cut", "damaged", "again")),
+    "weight missing": (
+        lambda p: p.convert(model=missing_weight(p)),
+        ("layers.1.mlp.up_proj.weight", "missing"),
+    ),
+    "pickle instead of safetensors": (lambda p: p.convert(model=pickled(p)), ("pickled", "safetensors")),
+    "tokenizer larger than the embedding": (
+        lambda p: p.convert(model=small_embedding(p)),
+        ("only 40 rows", "Use the checkpoint's own tokenizer"),
+    ),
+    "no stop token": (lambda p: p.convert(model=without_stop(p)), ("no stop token", "eos_token_id", "Set")),
+    "no attention to mask": (
+        lambda p: p.convert(model=linear_attention(p)),
+        ("mamba models cannot be", "probe"),
+    ),
+    "no prompts given": (lambda p: p.convert("data.path="), ("data.path is empty", "Give a .jsonl")),
+    "prompts missing": (
+        lambda p: p.convert("data.path=/no/such.jsonl"),
+        ("/no/such.jsonl", "does not exist"),
+    ),
+    "broken JSON line": (
+        lambda p: p.convert(
+            f"data.path={p.file('line.jsonl', json.dumps({'prompt': 'a'}) + chr(10) + '{oh')}"
+        ),
+        ("line.jsonl:2", "not valid JSON", "Fix or remove the line"),
+    ),
+    "line is no object": (
+        lambda p: p.convert(f"data.path={p.file('list.jsonl', '[1]')}"),
+        ("list.jsonl:1", "must be a JSON object"),
+    ),
+    "columns missing": (
+        lambda p: p.convert(p.prompts({"prompt": "a"}, {"question": "b"})),
+        ("bad.jsonl:2", "neither `prompt` nor `messages`", "found: question"),
+    ),
+    "empty prompt": (lambda p: p.convert(p.prompts({"prompt": " "})), ("bad.jsonl:1", "empty", "Remove")),
+    "prompt is no text": (
+        lambda p: p.convert(p.prompts({"prompt": 5})),
+        ("bad.jsonl:1", "must be text, not int"),
+    ),
+    "messages are no list": (
+        lambda p: p.convert(p.prompts({"messages": "hello"})),
+        ("bad.jsonl:1", "`messages` must be a list"),
+    ),
+    "message content is no text": (
+        lambda p: p.convert(p.prompts({"messages": [{"role": "user", "content": 3}]})),
+        ("bad.jsonl:1", "`messages`", "text"),
+    ),
+    "message without a role": (
+        lambda p: p.convert(p.prompts({"messages": [{"content": "a"}]})),
+        ("bad.jsonl:1", "`messages`", "`role`"),
+    ),
+    "prompt longer than allowed": (
+        lambda p: p.convert(p.prompts({"prompt": "a" * 30}), "data.max_prompt_tokens=20"),
+        ("bad.jsonl:1", "data.max_prompt_tokens (20)", "Raise the limit"),
+    ),
+    "prompt and response exceed the context": (
+        lambda p: p.convert("rollout.max_new_tokens=500"),
+        ("rollout.max_new_tokens (500)", "context (128)", "Lower"),
+    ),
+    "evaluation exceeds the context": (
+        lambda p: p.convert(f"eval.path={p.root / 'eval.jsonl'}", "eval.max_new_tokens=500"),
+        ("eval.max_new_tokens (500)", "context (128)", "Lower"),
+    ),
+    "prompt contains the mask token": (
+        lambda p: p.convert(p.prompts({"prompt": "a <|mask|> b"})),
+        ("bad.jsonl:1", "mask token", "format.mask_token"),
+    ),
+    "empty file": (lambda p: p.convert(f"data.path={p.file('empty.jsonl', '')}"), ("empty.jsonl", "no rows")),
+    "unsupported suffix": (
+        lambda p: p.convert("data.path=prompts.csv"),
+        ("prompts.csv", ".jsonl or .parquet"),
+    ),
+    "broken Parquet": (
+        lambda p: p.convert(f"data.path={p.file('broken.parquet', 'PAR')}"),
+        ("broken.parquet", "cannot be read as Parquet"),
+    ),
+    "unknown dataset": (
+        lambda p: p.convert("data.path=no-such-dataset"),
+        ("no-such-dataset", "cannot be loaded"),
+    ),
+    "evaluation file missing": (
+        lambda p: p.convert("eval.path=/no/e.jsonl"),
+        ("/no/e.jsonl", "does not exist"),
+    ),
+    "more steps than tokens in a block": (
+        lambda p: p.convert("rollout.denoising_steps=9"),
+        ("rollout.denoising_steps (9)", "format.block_size (4)", "at most"),
+    ),
+    "lossless with sdar": (lambda p: p.convert(*SDAR_LOSSLESS), ("lossless", "sdar", "format.name=preserve")),
+    "reverse KL on a top-k without tail": (
+        lambda p: p.convert("loss.divergence=reverse_kl", "loss.top_k=8", "loss.tail=false"),
+        ("loss.divergence (reverse_kl)", "set loss.tail=true"),
+    ),
+    "rollouts that no update uses": (
+        lambda p: p.convert("rollout.prompts_per_step=5"),
+        ("rollout.prompts_per_step (5)", "not a multiple", "train.rows_per_update (2)"),
+    ),
+    "preserve with blocks of one": (
+        lambda p: p.convert("format.block_size=1"),
+        ("format.block_size (1)", "use at least 2"),
+    ),
+    "lora targets that do not exist": (
+        lambda p: p.convert("lora.target_modules=[nothing]"),
+        ("lora.target_modules", "nothing"),
+    ),
+    "output_dir is a file": (
+        lambda p: p.convert(f"output_dir={p.file('file', '')}"),
+        ("output_dir", "/file)", "cannot be written"),
+    ),
+    "output_dir cannot be made": (
+        lambda p: p.convert("output_dir=/proc/opdlm"),
+        ("output_dir (/proc/opdlm)", "cannot be written", "Choose"),
+    ),
+    "output_dir of another run": (lambda p: p.convert(other_run(p)), ("other settings", "Choose another")),
+    "checkpoint of another model": (
+        other_model_in_checkpoint,
+        ("different model", "choose another output_dir"),
+    ),
+    "generate from a plain model": (
+        lambda p: ["generate", str(p.model), "hello"],
+        ("/model is not a folder written by opdlm", "block_diffusion"),
+    ),
+    "generate from nothing": (lambda p: ["generate", "/no/folder", "hi"], ("/no/folder", "opdlm convert")),
+    "generate without a prompt": (lambda p: ["generate", str(p.model)], ("PROMPT", "--help")),
+    "generate with the mask token": (
+        lambda p: ["generate", str(p.root / "sdar" / "model"), "a <|mask|> b"],
+        ("PROMPT", "mask token"),
+    ),
+    "generate past the context": (
+        lambda p: ["generate", str(p.root / "sdar" / "model"), "a", "--max-new-tokens", "500"],
+        ("--max-new-tokens (500)", "context (128)"),
+    ),
+    "generate lossless from sdar": (
+        lambda p: ["generate", str(p.root / "sdar" / "model"), "a", "--mode", "lossless"],
+        ("--mode lossless", "Use static or threshold"),
+    ),
+    "eval lossless on sdar": (
+        lambda p: ["eval", str(p.root / "sdar" / "model"), "eval.path=x.jsonl", "eval.modes=lossless"],
+        ("lossless", "sdar"),
+    ),
+    "eval without a set": (
+        lambda p: ["eval", str(p.root / "sdar" / "model")],
+        ("eval.path is empty", "Give"),
+    ),
+    "eval of a training key": (
+        lambda p: ["eval", str(p.root / "sdar" / "model"), "train.seed=1"],
+        ("train.seed=1", "only eval.*"),
+    ),
+    "unknown recipe": (lambda p: ["recipes", "tinny"], ("tinny", "There are: ")),
+}
+
+
+def run(arguments: list[str]) -> int:
+    try:
+        return main(arguments)
+    except SystemExit as stop:  # argparse
+        return int(stop.code or 0)
+
+
+def listing(folder: Path) -> set[str]:
+    return {str(path) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_wrong_input_is_one_line_with_the_fix(
+    name: str, place: Place, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_arguments, expected = CASES[name]
+    arguments = make_arguments(place)
+    before = listing(place.root)
+    capfd.readouterr()
+    assert run(arguments) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("opdlm: ")
+    assert not [words for words in expected if words not in lines[0]], lines[0]
+    assert len(lines[0]) < 600
+    assert listing(place.root) == before
+
+
+FULL_DISK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+from opdlm.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(place: Place) -> None:
+    output = place.root / "full"
+    arguments = place.convert(f"output_dir={output}", "train.save_every=1", "train.save_total_limit=9")
+    command = [sys.executable, "-c", FULL_DISK]
+    assert subprocess.run([*command, "60000000", *arguments], cwd=ROOT, capture_output=True).returncode == 0
+    shutil.rmtree(output / "checkpoint-2")
+    before = {path: path.read_bytes() for path in (output / "checkpoint-1").iterdir()}
+    done = subprocess.run([*command, "4000", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "checkpoint-2" in line and "cannot be written" in line and "File too large" in line
+    assert {path: path.read_bytes() for path in (output / "checkpoint-1").iterdir()} == before
+    assert not [path for path in output.iterdir() if "partial" in path.name or path.name == "checkpoint-2"]
+
+
+def error_table(place: Place) -> str:
+    rows = ["| input | what `opdlm` says |", "|---|---|"]
+    for name, (make_arguments, _) in CASES.items():
+        with contextlib.redirect_stderr(io.StringIO()) as captured:
+            run(make_arguments(place))
+        message = captured.getvalue().strip().replace(str(place.root), "").replace("|", "\\|")
+        rows.append(f"| {name} | {message.removeprefix('opdlm: ')} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        table = error_table(make_place(Path(folder)))
+    print("# What wrong inputs say\n")
+    print("Written by `python tests/test_bad_inputs.py > docs/errors.md`; every row is a test. Exit code 2,")
+    print("one line on stderr after `opdlm: `, nothing written.\n")
+    print(table)

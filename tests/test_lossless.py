@@ -1,0 +1,103 @@
+"""Lossless decoding is AR decoding in fewer forwards: token for token, and sample for sample in distribution.
+
+Shapes: V vocabulary, C outcomes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import SLIDING, make_lm, make_prompts, qwen3
+from transformers import PreTrainedModel
+
+from opdlm.generate import DecodeConfig, generate
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+@pytest.mark.parametrize("one_forward", [True, False])
+@pytest.mark.parametrize("kind", ["lora", "copy"])
+def test_lossless_decoding_equals_ar_decoding_token_for_token(
+    kind: str, one_forward: bool, block_size: int
+) -> None:
+    """A tiny vocabulary, so that drafts are often right by luck and acceptance is exercised."""
+    base = qwen3(vocabulary=6)
+    model = make_lm(kind, base=base, block_size=block_size)
+    prompts = make_prompts([1 + i % 9 for i in range(48)], vocabulary=6)
+    config = DecodeConfig(mode="lossless", max_new_tokens=14, one_forward=one_forward)
+    rollouts, stats = generate(model, prompts, config)
+    expected, _ = generate(model, prompts, replace(config, mode="ar"))
+    for ours, theirs in zip(rollouts, expected, strict=True):
+        assert (ours.text_ids, ours.finish_reason) == (theirs.text_ids, theirs.finish_reason)
+    assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
+    num_saved = stats.num_tokens - stats.num_steps
+    if block_size == 1:
+        assert num_saved == 0
+    elif one_forward:
+        assert num_saved > 50
+
+
+def test_lossless_decoding_beyond_a_sliding_window_equals_ar_decoding() -> None:
+    model, prompts = make_lm("lora", base=SLIDING["qwen3_mixed"](8)), make_prompts([3, 11, 15])
+    lossless, ar = (
+        generate(model, prompts, DecodeConfig(mode=mode, max_new_tokens=20))[0] for mode in ("lossless", "ar")
+    )
+    assert [rollout.text_ids for rollout in lossless] == [rollout.text_ids for rollout in ar]
+
+
+def exact_probabilities(
+    base: PreTrainedModel, prompt: tuple[int, ...], length: int
+) -> dict[tuple[int, ...], float]:
+    """Every response of up to `length` tokens and its probability under the AR model, [MASK] banned."""
+    stop, mask = base.config.vocab_size - 2, base.config.vocab_size - 1
+    found, frontier = {}, {(): 1.0}
+    for _ in range(length):
+        longer = {}
+        for ids, probability in frontier.items():
+            with torch.no_grad():
+                logits_V = base(torch.tensor([prompt + ids])).logits[0, -1]
+            logits_V[mask] = -torch.inf
+            for token, share in enumerate(logits_V.softmax(-1).tolist()[:mask]):
+                target = found if token == stop else longer
+                target[(*ids, token)] = probability * share
+        frontier = longer
+    return found | frontier
+
+
+def chi_square_p_value(samples: list[tuple[int, ...]], probabilities: dict[tuple[int, ...], float]) -> float:
+    """Outcomes expected fewer than 8 times are pooled into one."""
+    expected = {ids: len(samples) * p for ids, p in probabilities.items() if len(samples) * p >= 8}
+    counts = dict.fromkeys(expected, 0)
+    for sample in samples:
+        if sample in counts:
+            counts[sample] += 1
+    expected_C = torch.tensor(
+        [*expected.values(), len(samples) - sum(expected.values())], dtype=torch.float64
+    )
+    counts_C = torch.tensor([*counts.values(), len(samples) - sum(counts.values())], dtype=torch.float64)
+    statistic = ((counts_C - expected_C) ** 2 / expected_C).sum()
+    return float(torch.special.gammaincc(torch.tensor(len(expected) / 2.0).double(), statistic / 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "one_forward", "is_exact"),
+    [
+        ("lora", "lossless", True, True),
+        ("copy", "lossless", False, True),
+        ("lora", "ar", True, True),
+        ("lora", "static", True, False),  # the test can tell: denoising alone is not the AR distribution
+    ],
+)
+def test_lossless_sampling_follows_the_distribution_of_the_base_model(
+    kind: str, mode: str, one_forward: bool, is_exact: bool
+) -> None:
+    base = qwen3(vocabulary=6, initializer_range=0.15)
+    model = make_lm(kind, base=base, noise=0.3)
+    (prompt,) = make_prompts([3], vocabulary=6)
+    config = DecodeConfig(mode=mode, max_new_tokens=3, temperature=1.0, one_forward=one_forward)
+    rollouts, stats = generate(model, [prompt] * 4000, config, torch.Generator().manual_seed(5))
+    if mode == "lossless":
+        assert stats.num_steps < 0.9 * stats.num_tokens
+    p_value = chi_square_p_value([r.text_ids for r in rollouts], exact_probabilities(base, prompt, 3))
+    assert (p_value > 1e-3) == is_exact, p_value
