@@ -29,7 +29,9 @@ FORMATS = ("preserve", "sdar")
 
 def run_config(fmt: str, objective: str, args: argparse.Namespace) -> Config:
     """The tiny recipe with one objective; `sdar` trains all weights at their own learning rate."""
-    recipe = Path(__file__).parent.parent / "recipes" / ("tiny.yaml" if fmt == "preserve" else "tiny_sdar.yaml")
+    recipe = (
+        Path(__file__).parent.parent / "recipes" / ("tiny.yaml" if fmt == "preserve" else "tiny_sdar.yaml")
+    )
     return load_config(
         recipe,
         [
@@ -55,7 +57,10 @@ def measure_run(config: Config, every: int) -> list[dict[str, Any]]:
         train_step(run, step)
         if (step + 1) % every == 0:
             report, _ = evaluate(run.model, inputs.tokenizer, inputs.tasks, config.eval)
-            point: dict[str, Any] = {"tokens": run.totals["rollout_tokens"], "teacher": report.teacher.accuracy}
+            point: dict[str, Any] = {
+                "tokens": run.totals["rollout_tokens"],
+                "teacher": report.teacher.accuracy,
+            }
             for mode in report.student:
                 point[mode.name] = mode.accuracy
                 point[f"{mode.name}_held_out"] = mode.accuracy_held_out
@@ -103,7 +108,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--every", type=int, default=24)

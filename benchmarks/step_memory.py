@@ -1,14 +1,20 @@
-"""Peak memory and time of one distillation step: the straightforward way against ours.
+"""Peak memory and time of one training step: the straightforward way against ours.
 
-naive: copies of student and teacher, both on the doubled row [prompt | clean | noised] with full logits and
-dense log-softmaxes; KL, mean over the supervised positions, backward. ours: causal teacher pass that keeps
-hidden states only, student hidden states of the supervised positions, chunked_divergence, backward.
-`loss` starts from the hidden states of the last layer (no transformer layers), `step` is the whole step.
-Each measurement runs in a process of its own, once to warm up and once timed; the optimiser is not included.
-    python benchmarks/step_memory.py --layers 2 --parts loss step --json out.json
+naive     student and teacher copies, both on the doubled row [prompt | clean | noised], full logits of both,
+dense
+          log-softmaxes, KL averaged over the supervised positions, backward, AdamW on all weights
+sdar      ours, same format, same weights trained, same loss: only the computation differs
+preserve  ours, the default recipe: gated LoRA, one set of weights, noised slots only
 
-Shapes: B batch (1), H hidden, L row, M supervised positions, V vocabulary.
+Every side runs in a process of its own: one step to warm up, one step timed. Peak memory is the process's
+maximum resident size, less what it was before the models were built.
+
+    python benchmarks/step_memory.py --json docs/results/step_memory.json
+
+Shapes: B batch (1), L row, M supervised positions, V vocabulary.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -17,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,143 +30,108 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from opdlm.blocks import Slots, join_slots, visible
+from opdlm.config import LoraSection, LossSection
+from opdlm.diffusion import DiffusionLM, DiffusionSpec
+from opdlm.models import assemble, copy_of
+from opdlm.records import Rollout
+from opdlm.rollout import generator_for
+from opdlm.states import StateBatch, select_states
+from opdlm.targets import score_rows
+from opdlm.trainer import StudentLoss
 
-from opdlm.losses import Head, HiddenTargets, chunked_divergence
-
-BLOCK_SIZE = 4
 MIB = 2**20
+SIDES = ("naive", "sdar", "preserve")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One doubled row in which, of each block, a random non-empty part is masked."""
-
-    input_ids_BL: Tensor
-    position_ids_BL: Tensor
-    visible_LL: Tensor
-    supervised_M: Tensor
-    """Indices into the row of the masked noised slots (same position predicts: sdar format)."""
-    teacher_M: Tensor
-    """Indices into [prompt | clean] of the states that predict the same tokens: one earlier."""
-    num_clean: int
-
-
-def make_row(num_prompt: int, num_response: int, mask_token_id: int) -> Row:
-    rng = torch.Generator().manual_seed(0)
-    num_clean = num_prompt + num_response
-    clean = torch.randint(mask_token_id, (num_clean,), generator=rng)
-    mask_rate = torch.rand(num_response // BLOCK_SIZE, 1, generator=rng)
-    draws = torch.rand(num_response // BLOCK_SIZE, BLOCK_SIZE, generator=rng)
-    masked = ((draws < mask_rate) | (draws == draws.amin(-1, keepdim=True))).flatten()
-    noised = clean[num_prompt:].masked_fill(masked, mask_token_id)
-    position = torch.cat([torch.arange(num_clean), torch.arange(num_prompt, num_clean)])
-    block = position // BLOCK_SIZE
-    is_noised = torch.arange(len(position)) >= num_clean
-    to_clean = ~is_noised & (block < block[:, None] + (~is_noised)[:, None])
-    to_noised = is_noised[:, None] & is_noised & (block == block[:, None])
-    return Row(
-        input_ids_BL=torch.cat([clean, noised])[None],
-        position_ids_BL=position[None],
-        visible_LL=to_clean | to_noised,
-        supervised_M=num_clean + masked.nonzero().flatten(),
-        teacher_M=num_prompt - 1 + masked.nonzero().flatten(),
-        num_clean=num_clean,
+def make_spec(args: argparse.Namespace, fmt: str) -> DiffusionSpec:
+    mask_token_id = args.vocabulary - 1
+    return DiffusionSpec(
+        format="preserve" if fmt == "preserve" else "sdar",
+        block_size=4,
+        grid="absolute",
+        mask_token_id=mask_token_id,
+        stop_token_ids=(0,),
+        banned_token_ids=(),
+        adapter=fmt == "preserve",
     )
 
 
-def make_model(args: argparse.Namespace, seed: int) -> Qwen3ForCausalLM:
-    torch.manual_seed(seed)
+def make_rollout(args: argparse.Namespace) -> Rollout:
+    ids = torch.randint(1, args.vocabulary - 1, (args.prompt + args.response,), generator=generator_for(0))
+    return Rollout(
+        prompt_ids=tuple(ids[: args.prompt].tolist()),
+        response_ids=tuple(ids[args.prompt :].tolist()),
+        unmask_step=tuple(range(args.response)),
+        num_response=args.response,
+        finish_reason="length",
+    )
+
+
+def make_model(args: argparse.Namespace) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=args.vocabulary,
         hidden_size=args.hidden,
         intermediate_size=3 * args.hidden,
         num_hidden_layers=args.layers,
-        num_attention_heads=16,
-        num_key_value_heads=8,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=args.hidden // 128,
         head_dim=128,
         tie_word_embeddings=True,
     )
-    return Qwen3ForCausalLM(config).train()
-
-
-def hidden_states(model: Qwen3ForCausalLM, row: Row) -> Tensor:
-    """Last hidden states of the doubled row, [B, L, H]."""
-    return model.model(
-        input_ids=row.input_ids_BL,
-        position_ids=row.position_ids_BL,
-        attention_mask=row.visible_LL[None, None],
-        use_cache=False,
-    ).last_hidden_state
-
-
-def causal_hidden_states(model: Qwen3ForCausalLM, row: Row) -> Tensor:
-    """Last hidden states of [prompt | clean] under a plain causal mask, [B, L, H]."""
-    return model.model(input_ids=row.input_ids_BL[:, : row.num_clean], use_cache=False).last_hidden_state
+    return Qwen3ForCausalLM(config)
 
 
 def naive_loss(
-    student_BLH: Tensor, student_VH: Tensor, teacher_BLH: Tensor, teacher_VH: Tensor, row: Row
+    student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, row: Slots, states: StateBatch
 ) -> Tensor:
-    """Dense: full logits and log-probabilities of both models at every slot of the row."""
+    """Both models over the whole doubled row, everything dense."""
+    inputs = {
+        "input_ids": row.ids_BS,
+        "position_ids": row.positions_BS,
+        "attention_mask": visible(row, row)[:, None],
+        "use_cache": False,
+    }
+    causal = {"input_ids": row.ids_BS, "position_ids": row.positions_BS, "use_cache": False}
+    num_clean = states.ids_BL.shape[1]
+    slot = torch.arange(row.ids_BS.shape[1])
+    causal["attention_mask"] = (slot[:, None] >= slot)[None, None]
     with torch.no_grad():
-        logp_BLV = (teacher_BLH @ teacher_VH.T).log_softmax(-1)
-    logq_BLV = (student_BLH @ student_VH.T).log_softmax(-1)
-    logp_MV, logq_MV = logp_BLV[0, row.teacher_M], logq_BLV[0, row.supervised_M]
+        logp_BLV = teacher(**causal).logits.log_softmax(-1)
+    logq_BLV = student(**inputs).logits.log_softmax(-1)
+    target_M = states.target_BS[states.is_supervised_BS]
+    logp_MV = logp_BLV[0, target_M - 1]
+    logq_MV = logq_BLV[0, num_clean + states.is_supervised_BS[0].nonzero()[:, 0]]
     return (logp_MV.exp() * (logp_MV - logq_MV)).sum(-1).mean()
 
 
-def ours_loss(
-    student_BLH: Tensor, student_VH: Tensor, teacher_BLH: Tensor, teacher_VH: Tensor, row: Row
-) -> Tensor:
-    num_supervised = len(row.supervised_M)
-    targets = HiddenTargets(hidden_MH=teacher_BLH[0, row.teacher_M], head=Head(weight=teacher_VH))
-    weights_M = torch.full((num_supervised,), 1 / num_supervised)
-    student_MH = student_BLH[0, row.supervised_M]
-    return chunked_divergence(student_MH, Head(weight=student_VH), targets, weights_M).loss
-
-
-def naive_step(student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, row: Row) -> Tensor:
-    with torch.no_grad():
-        teacher_BLH = hidden_states(teacher, row)
-    student_BLH = hidden_states(student, row)
-    return naive_loss(student_BLH, student.lm_head.weight, teacher_BLH, teacher.lm_head.weight, row)
-
-
-def ours_step(student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, row: Row) -> Tensor:
-    with torch.no_grad():
-        teacher_BLH = causal_hidden_states(teacher, row)
-    student_BLH = hidden_states(student, row)
-    return ours_loss(student_BLH, student.lm_head.weight, teacher_BLH, teacher.lm_head.weight, row)
-
-
-def make_step(args: argparse.Namespace) -> Callable[[], Tensor]:
-    """Forward and backward of one step from zero gradients; returns the loss."""
-    row = make_row(args.prompt, args.response, mask_token_id=args.vocabulary - 1)
-    shared = args.teacher == "shared" and args.side == "ours"
-    if args.part == "step":
-        student = make_model(args, seed=0)
-        teacher = student if shared else make_model(args, seed=1)
-        forward: Callable[..., Tensor] = {"naive": naive_step, "ours": ours_step}[args.side]
-        leaves: list[Tensor] = list(student.parameters())
-        inputs: tuple[Any, ...] = (student, teacher, row)
+def make_loss(args: argparse.Namespace) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """The loss of one step as a function of nothing, and the weights it trains."""
+    spec = make_spec(args, args.side)
+    states = select_states([make_rollout(args)], spec, "random_mask", generator_for(1), torch.device("cpu"))
+    base = make_model(args)
+    if args.side == "naive":
+        teacher = copy_of(base)
+        shapes = DiffusionLM(base, spec)  # for its slots only
+        clean = shapes.clean_slots(states.ids_BL, states.lengths_B, states.num_prompt_B)
+        row = join_slots(clean, states.noised)
+        return lambda: naive_loss(base, teacher, row, states), list(base.parameters())
+    if args.side == "sdar":
+        model = assemble(base, spec, lora=None, teacher=copy_of(base))
     else:
-        torch.manual_seed(0)
-        student_BLH, teacher_BLH = torch.randn(2, 1, len(row.visible_LL), args.hidden)
-        student_VH = (torch.randn(args.vocabulary, args.hidden) * 0.02).requires_grad_()
-        teacher_VH = student_VH if shared else torch.randn(args.vocabulary, args.hidden) * 0.02
-        forward = {"naive": naive_loss, "ours": ours_loss}[args.side]
-        leaves = [student_BLH.requires_grad_(), student_VH]
-        inputs = (student_BLH, student_VH, teacher_BLH, teacher_VH, row)
+        base.requires_grad_(False)
+        model = assemble(
+            base, spec, lora=LoraSection(r=32, alpha=64), mask_embedding=torch.zeros(args.hidden)
+        )
+    student_loss = StudentLoss(model, LossSection())
+    weights_M = states.is_supervised_BS.float()[states.is_supervised_BS] / states.is_supervised_BS.sum()
 
-    def step() -> Tensor:
-        for leaf in leaves:
-            leaf.grad = None
-        loss = forward(*inputs)
-        loss.backward()
-        return loss.detach()
+    def loss() -> Tensor:
+        scored = score_rows(model, states.ids_BL, states.lengths_B, states.num_prompt_B)
+        return student_loss(states, scored, weights_M).loss
 
-    return step
+    return loss, [p for p in model.parameters() if p.requires_grad]
 
 
 def peak_mib() -> float:
@@ -169,72 +139,55 @@ def peak_mib() -> float:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """One side of one part, in this process."""
+    """One side, in this process."""
     start_mib = peak_mib()
-    step = make_step(args)
-    step()
+    loss_of, parameters = make_loss(args)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+
+    def step() -> float:
+        loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    first_loss = step()
     begin = time.perf_counter()
-    loss = step()
+    step()
     seconds = time.perf_counter() - begin
-    return {
-        "part": args.part,
-        "side": args.side,
-        "seconds": seconds,
-        "peak_mib": peak_mib(),
-        "added_mib": peak_mib() - start_mib,
-        "loss": loss.item(),
-    }
+    return {"side": args.side, "seconds": seconds, "added_mib": peak_mib() - start_mib, "loss": first_loss}
 
 
-def measure_in_subprocess(args: argparse.Namespace, side: str, part: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--side", side, "--parts", part, "--teacher", args.teacher]
+def measure_in_subprocess(args: argparse.Namespace, side: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--side", side]
     for name in ("layers", "hidden", "vocabulary", "prompt", "response"):
         command += [f"--{name}", str(getattr(args, name))]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def print_table(results: list[dict[str, Any]]) -> None:
-    print(f"{'part':<6}{'side':<7}{'seconds':>9}{'peak MiB':>10}{'added MiB':>11}{'loss':>9}")
-    for r in results:
-        print(
-            f"{r['part']:<6}{r['side']:<7}{r['seconds']:>9.2f}{r['peak_mib']:>10.0f}"
-            f"{r['added_mib']:>11.0f}{r['loss']:>9.4f}"
-        )
-    for naive, ours in zip(results[::2], results[1::2], strict=True):
-        ratios = (naive[key] / ours[key] for key in ("seconds", "peak_mib", "added_mib"))
-        print("{:<6}{:<7}{:>8.2f}x{:>9.2f}x{:>10.2f}x".format(naive["part"], "ratio", *ratios))
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--side", choices=["naive", "ours"], help="measure one side here, print JSON")
-    parser.add_argument("--parts", nargs="+", choices=["loss", "step"], default=["loss", "step"])
-    parser.add_argument(
-        "--teacher",
-        choices=["shared", "copy"],
-        default="copy",
-        help="ours only: the teacher is the student's own weights, or a copy as in naive",
-    )
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--side", choices=SIDES, help="measure one side here and print JSON")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--response", type=int, default=512, help="a multiple of 4, like --prompt")
+    parser.add_argument("--response", type=int, default=512)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    args = parser.parse_args()
     if args.side is not None:
-        (args.part,) = args.parts
         print(json.dumps(measure(args)))
         return
-    results = [measure_in_subprocess(args, side, part) for part in args.parts for side in ("naive", "ours")]
-    print_table(results)
+    results = [measure_in_subprocess(args, side) for side in SIDES]
+    print("| side | seconds | peak MiB | time | memory | loss |\n|---|---:|---:|---:|---:|---:|")
+    for r in results:
+        time_ratio, memory_ratio = (r[key] / results[0][key] for key in ("seconds", "added_mib"))
+        print(
+            f"| {r['side']} | {r['seconds']:.2f} | {r['added_mib']:.0f} | {time_ratio:.2f} | {memory_ratio:.2f} | "
+            f"{r['loss']:.4f} |"
+        )
     if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 

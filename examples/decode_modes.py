@@ -1,6 +1,6 @@
 """Decode one prompt in every mode of a converted checkpoint and count the forwards.
 
-    python examples/decode_modes.py runs/tiny/model "add 47 38"
+python examples/decode_modes.py runs/tiny/model "add 47 38"
 """
 
 import sys

@@ -1,6 +1,6 @@
 """The stages of a conversion by hand: a student, a few training steps, what one step looks like from inside.
 
-    python examples/train_in_python.py runs/by_hand
+python examples/train_in_python.py runs/by_hand
 """
 
 import sys
@@ -18,7 +18,9 @@ from opdlm.trainer import train
 
 def main(output_dir: str) -> None:
     recipe = Path(__file__).parent.parent / "recipes" / "tiny.yaml"
-    config = load_config(recipe, [f"output_dir={output_dir}", "train.num_steps=3", "rollout.prompts_per_step=32"])
+    config = load_config(
+        recipe, [f"output_dir={output_dir}", "train.num_steps=3", "rollout.prompts_per_step=32"]
+    )
     inputs = load_inputs(config)
     student, tokenizer = inputs.student, inputs.tokenizer
 

@@ -106,6 +106,8 @@ class RolloutSection:
     """Steps per block at most; None = block_size."""
     confidence_threshold: float = 0.9
     """threshold remasking reveals every token whose probability exceeds this."""
+    warm_start_steps: int = 0
+    """The first so many steps train on the teacher's responses with random masks, before the student can write."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,7 +326,7 @@ def convert_value(name: str, value: Any, hint: Any) -> Any:
         if value is None and type(None) in arguments:
             return None
         options = [a for a in arguments if a is not type(None)]
-        if len(options) > 1 and isinstance(value, list | tuple):
+        if len(options) > 1 and (isinstance(value, list | tuple) or "," in str(value)):
             options = [a for a in options if typing.get_origin(a) is tuple]
         return convert_value(name, value, options[0])
     if origin is Literal:
@@ -458,6 +460,7 @@ INTERVALS = {
     "optimizer.min_learning_rate_ratio": (0.0, 1.0),
     "optimizer.weight_decay": (0.0, 10.0),
     "optimizer.warmup_steps": (0, 10**9),
+    "rollout.warm_start_steps": (0, 10**9),
     "eval.confidence_threshold": (0.0, 1.0),
 }
 

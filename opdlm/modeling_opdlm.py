@@ -95,9 +95,7 @@ class OpdlmForCausalLM(nn.Module):
         if not spec.adapter:
             student = AutoModelForCausalLM.from_pretrained(name, subfolder="student", **loading)
             return cls(config, DiffusionLM(student, spec, teacher=base, mask_embedding=mask_embedding)).eval()
-        weights_file: Any = cached_file(
-            name, "adapter/adapter_model.safetensors", revision=loading.get("revision")
-        )
+        weights_file: Any = cached_file(name, "adapter/adapter_model.safetensors", revision=revision)
         cached_file(name, "adapter/adapter_config.json", revision=revision)
         adapter = Adapter(base, Path(weights_file).parent)
         diffusion = DiffusionLM(

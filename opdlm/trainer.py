@@ -183,7 +183,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     """One rollout step (0-based): generate, then `passes_per_rollout` passes of updates over the rollouts."""
     config, started = run.config, time.perf_counter()
     prompts = rank_share(run, run.prompts.at(step))
-    from_teacher = config.loss.objective in ("off_policy", "sft")
+    from_teacher = is_from_teacher(config, step)
     rollouts, decoding = generate_rollouts(
         run.model,
         prompts,
@@ -195,11 +195,17 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     )
     rollout_seconds = time.perf_counter() - started
     rng = generator_for(config.train.seed, step + 1, run.accelerator.process_index, 10**6)
-    scored: dict[int, TeacherPass] = {}
+    on_trajectory = config.loss.objective == "opd" and not from_teacher
+    selection: Selection = config.states.selection if on_trajectory else "random_mask"
     sums = UpdateSums()
     for chosen in update_order(len(rollouts), config, rng):
-        sums += update(run, rollouts, chosen, scored, rng)
+        sums += update(run, rollouts, chosen, selection, rng)
     return step_metrics(run, rollouts, decoding, sums, rollout_seconds, time.perf_counter() - started)
+
+
+def is_from_teacher(config: Config, step: int) -> bool:
+    """Whose responses step `step` (0-based) trains on."""
+    return config.loss.objective in ("off_policy", "sft") or step < config.rollout.warm_start_steps
 
 
 def rank_share(run: Run, prompts: list[Prompt]) -> list[Prompt]:
@@ -238,7 +244,7 @@ def update(
     run: Run,
     rollouts: Sequence[Rollout],
     chosen: list[int],
-    scored: dict[int, TeacherPass],
+    selection: Selection,
     rng: torch.Generator,
 ) -> UpdateSums:
     """One optimiser update on the chosen rollouts, in micro-batches of similar length."""
@@ -246,7 +252,6 @@ def update(
     chosen = sorted(chosen, key=lambda i: len(rollouts[i].prompt_ids) + rollouts[i].num_response)
     size = config.train.micro_batch_rows
     micro_batches = [chosen[first : first + size] for first in range(0, len(chosen), size)]
-    selection: Selection = config.states.selection if config.loss.objective == "opd" else "random_mask"
     states = [
         select_states([rollouts[i] for i in batch], run.model.spec, selection, rng, device)
         for batch in micro_batches

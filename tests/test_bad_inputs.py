@@ -242,7 +242,7 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     "no stop token": (lambda p: p.convert(model=without_stop(p)), ("no stop token", "eos_token_id", "Set")),
     "no attention to mask": (
         lambda p: p.convert(model=linear_attention(p)),
-        ("mamba models cannot be", "probe"),
+        ("mamba models cannot be converted", "masks"),
     ),
     "no prompts given": (lambda p: p.convert("data.path="), ("data.path is empty", "Give a .jsonl")),
     "prompts missing": (

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opdlm.attention import SlotCache
-from opdlm.blocks import GridKind, join_slots
+from opdlm.blocks import CLEAN, GridKind, join_slots
 from opdlm.diffusion import DiffusionLM
 from opdlm.generate import DecodeConfig, generate
 from opdlm.models import as_autoregressive
@@ -87,7 +87,7 @@ def check_training_rows(model: DiffusionLM, prompts: list[tuple[int, ...]], conf
     with record_sampler() as seen:
         rollouts, _ = generate(model, prompts, config, torch.Generator().manual_seed(3))
     sampled, trained = sampler_logits(seen, rollouts, model), training_logits(model, rollouts)
-    assert len(sampled) > 2 * len(prompts)
+    assert len(sampled) > len(prompts)
     assert sampled.keys() == trained.keys()
     for key, logits_V in sampled.items():
         torch.testing.assert_close(
@@ -159,10 +159,8 @@ def test_a_later_block_never_moves_an_earlier_logit(kind: str, grid: GridKind) -
         training_logits(model, [one]) for one in (rollout, replace(rollout, response_ids=tuple(changed)))
     )
     assert before.keys() == after.keys()
-    is_earlier = {key: key[2] < later_block for key in before}
-    assert 0 < sum(is_earlier.values()) < len(is_earlier)
-    for key in before:
-        assert torch.equal(before[key], after[key]) == is_earlier[key], key
+    moved = [key for key in before if not torch.equal(before[key], after[key])]
+    assert moved and min(target for _, _, target in moved) >= later_block
 
 
 def base_generate(base: PreTrainedModel, prompt: tuple[int, ...], max_new_tokens: int) -> tuple[int, ...]:
@@ -209,16 +207,15 @@ def test_clean_slots_are_the_base_model_bitwise_beside_noised_ones(kind: str) ->
         CPU,
     )
     clean = model.clean_slots(states.ids_BL, states.lengths_B, states.num_prompt_B)
-    slots, num_clean = join_slots(clean, states.noised), clean.ids_BS.shape[1]
+    slots = join_slots(clean, states.noised)
     with torch.no_grad():
-        expected_BLH = untouched.student_hidden(clean)
-        assert torch.equal(model.teacher_hidden(clean), expected_BLH)
+        assert torch.equal(model.teacher_hidden(clean), untouched.student_hidden(clean))
         assert torch.equal(
             model.teacher_causal_hidden(states.ids_BL), untouched.teacher_causal_hidden(states.ids_BL)
         )
         both_BSH, num_forwards = model.decode_hidden(slots, SlotCache(2, 20))
         alone_BSH = untouched.student_hidden(slots, SlotCache(2, 20))
     assert num_forwards == (1 if kind == "lora" else 2)
-    is_noised_BS = slots.is_noised_BS[:, num_clean:]
-    assert torch.equal(both_BSH[:, :num_clean], alone_BSH[:, :num_clean])
-    assert (both_BSH - alone_BSH)[:, num_clean:][is_noised_BS].abs().min(-1).values.max() > 1e-3
+    is_clean_BS = slots.group_BS == CLEAN
+    assert torch.equal(both_BSH[is_clean_BS], alone_BSH[is_clean_BS])
+    assert (both_BSH - alone_BSH)[slots.is_noised_BS].abs().max(-1).values.min() > 1e-3

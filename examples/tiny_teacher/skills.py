@@ -242,3 +242,15 @@ def draw_set(skill: Skill, split: Split, num_examples: int, rng: random.Random) 
             break
     distinct = list(found.values())
     return [distinct[i % len(distinct)] for i in range(num_examples)]
+
+
+def draw_noise(rng: random.Random) -> str:
+    """A prompt that means nothing: what the teacher answers then covers its habits, but asks no skill's question."""
+    makers = (
+        lambda: "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 8))),
+        lambda: invent_name(rng, 2, ("", "n", "k", "st")),
+        lambda: str(rng.randint(0, 99)),
+        lambda: rng.choice("([{?:,+."),
+    )
+    words = rng.choices(makers, weights=(5, 2, 2, 1), k=rng.randint(1, 5))
+    return " ".join(make() for make in words)

@@ -1,0 +1,114 @@
+"""Families go convert, train, write, load, decode. One that cannot is refused with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_checkpoints import tiny_model, tiny_overrides, tiny_tokenizer, write_checkpoint, write_data
+
+import opdlm
+from opdlm.cli import main
+from opdlm.config import load_config
+from opdlm.convert import make_student
+from opdlm.diffusion import DiffusionLM
+from opdlm.errors import ConfigError, DataError
+from opdlm.generate import DecodeConfig, Mode, generate
+from opdlm.models import add_lora, load_causal_lm
+
+FAMILIES = [
+    *("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gemma3_text", "gpt2", "phi3"),
+    *("smollm3", "olmo2", "granite", "glm4"),
+]
+PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [20]]
+
+
+def convert(folder: Path, family: str, *overrides: str) -> Path:
+    """The folder of a converted checkpoint of this family."""
+    model = write_checkpoint(folder / family, family)
+    write_data(folder)
+    assert main(["convert", str(model), *tiny_overrides(model, folder, folder / "run")[1:], *overrides]) == 0
+    return folder / "run" / "model"
+
+
+def decode(model: DiffusionLM, mode: Mode, num_tokens: int = 12) -> list[tuple[int, ...]]:
+    rollouts, _ = generate(model, PROMPTS, DecodeConfig(mode=mode, max_new_tokens=num_tokens))
+    return [rollout.text_ids for rollout in rollouts]
+
+
+def plain_greedy(model: torch.nn.Module, prompt: list[int], num_tokens: int, banned: list[int]) -> list[int]:
+    """The family's own greedy decoding, without a cache, a mask or a line of this project."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + num_tokens:
+        logits_V = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].clone()
+        logits_V[banned] = -torch.inf
+        ids.append(int(logits_V.argmax()))
+        if ids[-1] == 1:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_converts_and_lossless_decoding_equals_its_own(family: str, tmp_path: Path) -> None:
+    folder = convert(tmp_path, family)
+    model, _ = opdlm.load(folder)
+    with torch.no_grad():
+        teacher = load_causal_lm(str(tmp_path / family), "float32")
+        banned = list(model.spec.banned_token_ids)
+        expected = [tuple(plain_greedy(teacher, prompt, 12, banned)) for prompt in PROMPTS]
+    assert decode(model, "ar") == expected
+    assert decode(model, "lossless") == expected
+    assert decode(model, "static") != expected  # the adapter is there, and open on drafts
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma3_text", "gpt2", "mistral"])
+@pytest.mark.parametrize("lora", ["true", "false"])
+def test_a_family_converts_to_sdar(family: str, lora: str, tmp_path: Path) -> None:
+    folder = convert(tmp_path, family, "format.name=sdar", f"lora.enabled={lora}")
+    model, _ = opdlm.load(folder)
+    assert [len(ids) for ids in decode(model, "static")] == [
+        min(len(ids), 12) for ids in decode(model, "static")
+    ]
+    trained = load_causal_lm(str(folder), "float32").state_dict()
+    before = load_causal_lm(str(tmp_path / family), "float32").state_dict()
+    assert any(not torch.equal(trained[name], weight) for name, weight in before.items())
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "granite"])
+def test_the_mask_enters_the_folder_as_it_entered_the_model(family: str, tmp_path: Path) -> None:
+    """Families that scale their embeddings: the row that is stored must give back the trained vector."""
+    model, tokenizer = tiny_model(family), tiny_tokenizer()
+    config = load_config(None, ["format.name=sdar", "lora.enabled=false", "model.path=unused"])
+    student = make_student(model, tokenizer, config)
+    embedding = model.get_input_embeddings()
+    used = [i for i in range(64) if i not in student.spec.banned_token_ids]
+    mean_H = embedding(torch.tensor(used)).mean(0)
+    mask_H = embedding(torch.tensor(student.spec.mask_token_id))
+    torch.testing.assert_close(mask_H, mean_H, atol=1e-5, rtol=1e-4)
+
+
+def test_adapters_of_a_mixture_of_experts_stay_where_the_gate_is() -> None:
+    section = load_config(None, ["lora.r=4"]).lora
+    peft_model = add_lora(tiny_model("qwen3_moe"), section)
+    adapted = [name for name, p in peft_model.named_parameters() if p.requires_grad]
+    assert adapted and all("self_attn" in name for name in adapted)
+    with pytest.raises(ConfigError, match="expert weights"):
+        add_lora(
+            tiny_model("qwen3_moe"),
+            load_config(None, ["lora.target_modules=[gate_proj,up_proj]"]).lora,
+        )
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("qwen3_next", "its linear_attention layers cannot be told who sees whom"),
+        ("mamba", "they do not take our masks and positions"),
+        ("gemma2", "does not support `softcap`"),
+    ],
+)
+def test_a_family_that_cannot_work_is_refused_with_the_reason(family: str, reason: str) -> None:
+    config = load_config(None, ["model.path=unused"])
+    with pytest.raises(DataError, match=f"{family} models cannot be converted: .*{reason}"):
+        make_student(tiny_model(family), tiny_tokenizer(), config)
