@@ -3,7 +3,7 @@
     python benchmarks/objectives.py --out docs/results/objectives --steps 96 --every 24
     python benchmarks/objectives.py --out docs/results/objectives --formats sdar      # one part; results add up
 
-Writes results.json (one entry per run, kept when it exists), table.md and objectives.png. One seed: read
+Writes a JSON per run (kept when it exists), results.json, table.md and a plot. One seed: read
 differences of a few points as noise.
 """
 
@@ -72,7 +72,7 @@ def measure_run(config: Config, every: int) -> list[dict[str, Any]]:
 
 def write_table(results: dict[str, Any], path: Path) -> None:
     lines = [
-        "| format | objective | tokens seen | static | threshold 0.9 | change | held out (static) | tok/forward |",
+        "| format | objective | tokens seen | static | threshold 0.9 | change | static, held out | tok/fwd |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, run in sorted(results["runs"].items()):

@@ -183,8 +183,8 @@ def main() -> None:
     for r in results:
         time_ratio, memory_ratio = (r[key] / results[0][key] for key in ("seconds", "added_mib"))
         print(
-            f"| {r['side']} | {r['seconds']:.2f} | {r['added_mib']:.0f} | {time_ratio:.2f} | {memory_ratio:.2f} | "
-            f"{r['loss']:.4f} |"
+            f"| {r['side']} | {r['seconds']:.2f} | {r['added_mib']:.0f} | {time_ratio:.2f} | "
+            f"{memory_ratio:.2f} | {r['loss']:.4f} |"
         )
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,7 @@ def measured_table(report: dict[str, Any]) -> str:
         lines.append(f"| {row['name']} | {shares} | {row['tokens_per_forward']:.2f} |")
     num_prompts = report["teacher"]["num_prompts"]
     lines.append(
-        f"\n{num_prompts} prompts, greedy; accuracy is the mean over skills of exact match. Every forward pass "
-        "is counted, prefill and commits included. `teacher` is the original model, decoded token by token."
+        f"\n{num_prompts} prompts, greedy; accuracy is the mean over skills of exact match. Every forward "
+        "is counted, prefill and commits included. `teacher` is the original, decoded token by token."
     )
     return "\n".join(lines)

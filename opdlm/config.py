@@ -107,7 +107,7 @@ class RolloutSection:
     confidence_threshold: float = 0.9
     """threshold remasking reveals every token whose probability exceeds this."""
     warm_start_steps: int = 0
-    """The first so many steps train on the teacher's responses with random masks, before the student can write."""
+    """Steps at the start that train on randomly masked teacher responses: a new student cannot write yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,8 +181,8 @@ class TrainSection:
 class EvalSection:
     path: str = ""
     """JSONL with `prompt`, and optionally `answer`, `skill`, `held_out`. Empty: no evaluation."""
-    modes: tuple[Literal["ar", "static", "threshold", "lossless"], ...] = ("static", "threshold", "lossless")
-    """Decodings to measure; those the format cannot do are refused."""
+    modes: tuple[Literal["ar", "static", "threshold", "lossless"], ...] = ()
+    """Decodings to measure. Empty: static, threshold and, where the format can do it, lossless."""
     max_new_tokens: int = 256
     """Length cap of a response."""
     batch_size: int = 64

@@ -109,7 +109,7 @@ def evaluate(
         )
     teacher = decode_tasks(model.teacher_decoder(), tasks, "ar", section, on_batch)
     outputs = {"teacher": teacher}
-    for mode in section.modes:
+    for mode in section.modes or default_modes(model):
         outputs[mode] = (
             teacher
             if mode == "ar" and model.spec.format == "preserve"
@@ -123,6 +123,10 @@ def evaluate(
         settings={"eval": asdict(section), "block_diffusion": model.spec.to_dict()},
     )
     return report, outputs
+
+
+def default_modes(model: DiffusionLM) -> tuple[Mode, ...]:
+    return ("static", "threshold", "lossless") if model.spec.format == "preserve" else ("static", "threshold")
 
 
 def response_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -67,7 +67,7 @@ def make_place(root: Path) -> Place:
     place = Place(root)
     write_checkpoint(place.model)
     write_data(root)
-    sdar = [f"output_dir={root / 'sdar'}", "format.name=sdar", "train.num_steps=1", "eval.modes=static"]
+    sdar = [f"output_dir={root / 'sdar'}", "format.name=sdar", "train.num_steps=1"]
     with contextlib.redirect_stdout(io.StringIO()):
         assert main(place.convert(*sdar)) == 0
     return place

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tiny_models import CPU, KINDS, MASK, STOP, make_lm, make_prompts, make_rollout, qwen3
 from torch import Tensor
 
-from opdlm.config import Config, LossSection, StatesSection, TrainSection
+from opdlm.config import Config, LossSection, TrainSection
 from opdlm.config import OptimizerSection as Optimizer
 from opdlm.diffusion import DiffusionLM
 from opdlm.losses import HiddenTargets, LossOutput, TokenTargets, TopKTargets
@@ -70,7 +70,7 @@ def run_update(kind: str, **changes: Any) -> tuple[float, dict[str, Tensor]]:
     run = make_run(model, TrainSection(rows_per_update=8, **changes), **loss)
     run.optimizer = recorder = GradientRecorder(model)
     order = list(range(len(ROLLOUTS)))
-    sums = update(run, ROLLOUTS, order, {}, torch.Generator().manual_seed(0))
+    sums = update(run, ROLLOUTS, order, "all", torch.Generator().manual_seed(0))
     assert recorder.gradients and all(grad.abs().max() > 0 for grad in recorder.gradients.values())
     return sums.loss, recorder.gradients
 
@@ -79,7 +79,6 @@ def make_run(model: DiffusionLM, train: TrainSection | None = None, **loss: Any)
     config = Config(
         train=train or TrainSection(),
         loss=LossSection(**loss),
-        states=StatesSection(selection="all"),
         optimizer=Optimizer(max_grad_norm=1e9),
     )
     return start_run(model, [Prompt(ids=(1,), index=0)], config)

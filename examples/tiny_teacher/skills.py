@@ -245,7 +245,7 @@ def draw_set(skill: Skill, split: Split, num_examples: int, rng: random.Random) 
 
 
 def draw_noise(rng: random.Random) -> str:
-    """A prompt that means nothing: what the teacher answers then covers its habits, but asks no skill's question."""
+    """A prompt that means nothing: the answers cover the teacher's habits without asking a skill's question."""
     makers = (
         lambda: "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 8))),
         lambda: invent_name(rng, 2, ("", "n", "k", "st")),

@@ -1,0 +1,190 @@
+"""What `opdlm convert` leaves behind: the AR model bit for bit, the diffusion model, and the record of the run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny_checkpoints import NUM_TOKENS, tiny_overrides, write_checkpoint, write_data
+from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
+
+import opdlm
+from opdlm.cli import main
+from opdlm.config import load_config
+from opdlm.generate import DecodeConfig, Mode, generate
+from opdlm.models import input_embedding
+
+ROOT = Path(__file__).parent.parent
+VARIANTS = {
+    "preserve-lora": ("llama", ("format.name=preserve",)),
+    "preserve-copy": ("qwen3", ("format.name=preserve", "lora.enabled=false")),
+    "sdar-full": ("gemma3_text", ("format.name=sdar", "lora.enabled=false")),
+    "sdar-lora": ("llama", ("format.name=sdar",)),
+}
+FULL_VOCABULARY = ("qwen3",)
+"""Families whose checkpoint has no free row for the mask token."""
+PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`NAME/model` for every variant, made by the command; `FAMILY` holds the teacher it came from."""
+    root = tmp_path_factory.mktemp("runs")
+    _, tasks = write_data(root)
+    for name, (family, overrides) in VARIANTS.items():
+        changes = {"vocab_size": NUM_TOKENS} if family in FULL_VOCABULARY else {}
+        teacher = write_checkpoint(root / family, family, **changes)
+        settings = [*tiny_overrides(teacher, root, root / name)[1:], f"eval.path={tasks}", *overrides]
+        recipe = root / f"{name}.yaml"
+        recipe.write_text(load_config(None, [f"model.path={teacher}", *settings]).to_yaml())
+        assert main(["convert", str(recipe)]) == 0
+    return root
+
+
+@pytest.fixture(autouse=True)
+def own_module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", sys.path[:])
+
+
+def modes_of(name: str) -> list[Mode]:
+    return ["ar", "static", "threshold", "lossless"] if "preserve" in name else ["ar", "static", "threshold"]
+
+
+@pytest.mark.parametrize("name", ["preserve-lora", "preserve-copy"])
+def test_the_folder_without_remote_code_is_the_teacher_bit_for_bit(name: str, runs: Path) -> None:
+    teacher = AutoModelForCausalLM.from_pretrained(runs / VARIANTS[name][0])
+    plain = AutoModelForCausalLM.from_pretrained(runs / name / "model", trust_remote_code=False)
+    assert type(plain) is type(teacher)
+    ids_BL = torch.tensor([[5, 6, 7, 30, 31, 32, 2, 9]])
+    with torch.no_grad():
+        expected_BLV, logits_BLV = teacher(ids_BL).logits, plain(ids_BL).logits
+    assert torch.equal(logits_BLV[..., : expected_BLV.shape[-1]], expected_BLV)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_remote_code_class_generates_what_the_package_generates(name: str, runs: Path) -> None:
+    folder = runs / name / "model"
+    remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert type(remote).__module__.startswith("transformers_modules")
+    model, _ = opdlm.load(folder)
+    for mode in modes_of(name):
+        rollouts, _ = generate(model, PROMPTS, DecodeConfig(mode=mode, max_new_tokens=12))
+        for prompt, rollout in zip(PROMPTS, rollouts, strict=True):
+            ids_BL = remote.generate(torch.tensor([prompt]), mode=mode, max_new_tokens=12)
+            assert ids_BL[0].tolist() == prompt + list(rollout.text_ids), mode
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_sampling_through_the_remote_code_class_is_reproducible(name: str, runs: Path) -> None:
+    remote = AutoModelForCausalLM.from_pretrained(runs / name / "model", trust_remote_code=True)
+    ids_BL = torch.tensor([[0, 5, 6], [7, 8, 9]])
+    kept_BL = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    draws = [
+        remote.generate(ids_BL, attention_mask=kept_BL, seed=seed, temperature=1.0, max_new_tokens=12)
+        for seed in (1, 1, 2)
+    ]
+    assert draws[0].tolist() == draws[1].tolist() != draws[2].tolist()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_training_reached_the_folder(name: str, runs: Path) -> None:
+    """What is loaded decodes as the trained student, not as the teacher: [MASK] and weights were kept."""
+    model, tokenizer = opdlm.load(runs / name / "model")
+    assert tokenizer.mask_token_id == model.spec.mask_token_id
+    assert tokenizer.chat_template
+    before = AutoModelForCausalLM.from_pretrained(runs / VARIANTS[name][0])
+    changed = [
+        key
+        for key, weight in model.student.state_dict().items()
+        if key in before.state_dict() and weight.shape == before.state_dict()[key].shape
+        if not torch.equal(weight, before.state_dict()[key])
+    ]
+    assert bool(changed) == (name != "preserve-lora")
+    if name.startswith("preserve"):
+        assert model.mask_embedding is not None
+    else:
+        mask_H = input_embedding(model.student).weight[model.spec.mask_token_id]
+        assert not torch.equal(mask_H, input_embedding(before).weight[model.spec.mask_token_id])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_folder_holds_the_record_of_the_run(name: str, runs: Path) -> None:
+    folder = runs / name / "model"
+    names = {path.name for path in folder.iterdir()}
+    wanted = "config.json generation_config.json model.safetensors tokenizer.json retention.json README.md"
+    assert names >= {
+        *wanted.split(),
+        "opdlm_config.yaml",
+        "training.png",
+        "retention.png",
+        "all_results.json",
+    }
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".pth", ".ckpt")]
+    assert load_config(folder / "opdlm_config.yaml") == load_config(runs / f"{name}.yaml")
+    report = json.loads((folder / "retention.json").read_text())
+    assert [row["name"] for row in report["student"]] == modes_of(name)[1:]
+    if "preserve" in name:
+        assert report["student"][-1]["identical_to_teacher"] == 1.0
+    card = (folder / "README.md").read_text()
+    assert "trust_remote_code=True" in card and "| teacher |" in card
+    assert len((folder / "generations.jsonl").read_text().splitlines()) == 3 * (1 + len(report["student"]))
+
+
+def test_the_settings_in_the_folder_replay_as_a_recipe(runs: Path, tmp_path: Path) -> None:
+    recipe = runs / "preserve-lora" / "model" / "opdlm_config.yaml"
+    assert main(["convert", str(recipe), f"output_dir={tmp_path / 'again'}"]) == 0
+    for name in ("mask_embedding.safetensors", "adapter/adapter_model.safetensors", "model.safetensors"):
+        first, second = runs / "preserve-lora" / "model" / name, tmp_path / "again" / "model" / name
+        assert first.read_bytes() == second.read_bytes(), name
+
+
+def test_the_adapter_folder_is_a_peft_adapter_of_the_teacher(runs: Path) -> None:
+    folder = runs / "preserve-lora" / "model"
+    base = AutoModelForCausalLM.from_pretrained(runs / "llama")
+    adapted = PeftModel.from_pretrained(base, folder / "adapter")
+    ids_BL = torch.tensor([[5, 6, 7, 30]])
+    with torch.no_grad():
+        on_BLV = adapted(ids_BL).logits
+        with adapted.disable_adapter():
+            off_BLV = adapted(ids_BL).logits
+    assert not torch.equal(on_BLV, off_BLV)
+    assert AutoTokenizer.from_pretrained(folder).mask_token == "<|mask|>"
+
+
+@pytest.mark.parametrize("name", ["preserve-lora", "sdar-full"])
+def test_generate_answers_in_every_mode(name: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for mode in modes_of(name):
+        arguments = ["generate", str(runs / name / "model"), "add 1 2", "copy", "--mode", mode]
+        assert main([*arguments, "--max-new-tokens", "8"]) == 0
+        output = capsys.readouterr()
+        assert output.out and "per forward" in output.err
+
+
+def test_the_commands_work_in_a_process_of_their_own(runs: Path, tmp_path: Path) -> None:
+    folder, out = runs / "preserve-lora" / "model", tmp_path / "report"
+    command = [sys.executable, str(ROOT / "cli.py")]
+    generated = subprocess.run(
+        [*command, "generate", str(folder), "add 1 2", "--max-new-tokens", "8"],
+        capture_output=True,
+        text=True,
+    )
+    assert generated.returncode == 0 and len(generated.stderr.splitlines()) == 1, generated.stderr
+    evaluated = subprocess.run(
+        [*command, "eval", str(folder), "eval.modes=lossless", "--out", str(out)],
+        capture_output=True,
+        text=True,
+    )
+    assert evaluated.returncode == 0 and not evaluated.stderr, evaluated.stderr
+    assert "| lossless |" in evaluated.stdout
+    assert {path.name for path in out.iterdir()} == {"retention.json", "retention.png", "generations.jsonl"}
+
+
+def test_eval_of_an_sdar_folder_finds_its_teacher(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(runs / "sdar-full" / "model"), "eval.modes=static"]) == 0
+    assert "| teacher | " in capsys.readouterr().out

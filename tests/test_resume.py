@@ -1,0 +1,188 @@
+"""An interrupted run continues to the same weights, bit for bit, however it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
+
+from opdlm import trainer
+from opdlm.cli import main
+from opdlm.metrics import MetricsLog
+
+ROOT = Path(__file__).parent.parent
+TIMES = {"rollout_tokens_per_second", "rollout_share_of_time", "seconds"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, prompts, and `whole/`: the run that nothing interrupted."""
+    root = tmp_path_factory.mktemp("resume")
+    write_checkpoint(root / "llama")
+    write_data(root)
+    assert main(command(root, root / "whole")) == 0
+    return root
+
+
+def command(root: Path, output: Path, *overrides: str) -> list[str]:
+    """Four steps with a checkpoint after the second; rollouts are sampled, so random draws must continue too."""
+    settings = tiny_overrides(root / "llama", root, output)[1:]
+    return [
+        *("convert", str(root / "llama"), *settings, "train.num_steps=4", "train.save_every=2"),
+        *("train.passes_per_rollout=2", "rollout.temperature=1.0", "rollout.start_new_tokens=4"),
+        *("rollout.ramp_steps=3", "states.selection=one_per_block", "optimizer.warmup_steps=2", *overrides),
+    ]
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl without what a clock measured."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def assert_same_run(output: Path, whole: Path) -> None:
+    assert metrics(output) == metrics(whole)
+    for name in ("adapter/adapter_model.safetensors", "mask_embedding.safetensors", "model.safetensors"):
+        assert (output / "model" / name).read_bytes() == (whole / "model" / name).read_bytes(), name
+    for name in ("trainable.safetensors", "optimizer.safetensors"):
+        saved = [folder / "checkpoint-4" / name for folder in (output, whole)]
+        assert saved[0].read_bytes() == saved[1].read_bytes(), name
+    assert not [path for path in output.rglob("*") if "partial" in path.name or path.name.endswith(".old")]
+
+
+def checkpoints(output: Path) -> list[str]:
+    return sorted(path.name for path in output.glob("checkpoint-*"))
+
+
+def test_four_steps_equal_two_and_two_more(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = trainer.save
+
+    def save_and_fail(run: trainer.Run, step: int) -> None:
+        save(run, step)
+        raise OSError(5, "the machine went away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save", save_and_fail)
+        assert main(command(place, tmp_path / "run")) == 2
+    assert checkpoints(tmp_path / "run") == ["checkpoint-2"]
+    assert main(command(place, tmp_path / "run")) == 0
+    assert_same_run(tmp_path / "run", place / "whole")
+
+
+KILLED = """
+import os, signal, sys
+from opdlm import checkpoint
+from opdlm.cli import main
+save_file, calls = checkpoint.save_file, []
+def save_and_die(tensors, path):
+    save_file(tensors, path)
+    calls.append(path)
+    if len(calls) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save_file = save_and_die
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("num_files", "survives"), [(1, []), (3, ["checkpoint-2"])], ids=["first save", "second save"]
+)
+def test_a_run_killed_while_it_saves_continues_to_the_same_weights(
+    num_files: int, survives: list[str], place: Path, tmp_path: Path
+) -> None:
+    """SIGKILL in the middle of a checkpoint: steps since the last complete one are done again."""
+    output = tmp_path / "run"
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    program = [sys.executable, "-c", KILLED, str(num_files), *command(place, output)]
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert checkpoints(output) == survives
+    assert not (output / "model").exists()
+    assert main(command(place, output)) == 0
+    assert_same_run(output, place / "whole")
+
+
+def test_ctrl_c_saves_the_step_it_is_in_and_the_same_command_continues(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_step = trainer.train_step
+
+    def press_in_step_3(run: trainer.Run, step: int) -> dict[str, float]:
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return train_step(run, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", press_in_step_3)
+        assert main(command(place, tmp_path / "run")) == 130
+    output = capsys.readouterr()
+    assert output.err == "opdlm: interrupted. The same command continues from the last checkpoint.\n"
+    assert "Ctrl-C again stops at once" in output.out
+    assert checkpoints(tmp_path / "run") == ["checkpoint-2", "checkpoint-3"]
+    assert not (tmp_path / "run" / "model").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert main(command(place, tmp_path / "run")) == 0
+    assert "resumed at step 3 of 4" in capsys.readouterr().out
+    assert_same_run(tmp_path / "run", place / "whole")
+
+
+def test_a_second_ctrl_c_does_not_wait(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def press_twice(run: trainer.Run, step: int) -> dict[str, float]:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("unreachable")
+
+    monkeypatch.setattr(trainer, "train_step", press_twice)
+    assert main(command(place, tmp_path / "run")) == 130
+    assert checkpoints(tmp_path / "run") == []
+
+
+def test_a_metrics_line_cut_off_by_a_crash_is_written_again(place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(place / "whole" / "checkpoint-2", output / "checkpoint-2")
+    lines = (place / "whole" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (output / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:40])
+    assert main(command(place, output)) == 0
+    assert_same_run(output, place / "whole")
+
+
+def test_older_checkpoints_are_deleted(place: Path, tmp_path: Path) -> None:
+    overrides = ("train.save_every=1", "train.save_total_limit=2")
+    assert main(command(place, tmp_path / "run", *overrides)) == 0
+    assert checkpoints(tmp_path / "run") == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_finished_run_is_not_trained_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(place / "whole", tmp_path / "run")
+    monkeypatch.delattr(trainer, "train_step")
+    assert main(command(place, tmp_path / "run")) == 0
+    assert_same_run(tmp_path / "run", place / "whole")
+
+
+def test_without_resuming_a_run_starts_over(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[int] = []
+    start = MetricsLog.start
+    monkeypatch.setattr(
+        MetricsLog,
+        "start",
+        lambda log, num_steps, first: (starts.append(first), start(log, num_steps, first)),
+    )
+    for _ in range(2):
+        assert main(command(place, tmp_path / "run", "train.resume_from_checkpoint=false")) == 0
+    assert starts == [0, 0]
+    assert metrics(tmp_path / "run") == metrics(place / "whole")
