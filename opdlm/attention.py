@@ -102,7 +102,7 @@ def keys_with_cache(slots: Slots, cache_length: int) -> Slots:
 
 
 def slot_attention(
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -172,7 +172,7 @@ class TrainSection:
     save_total_limit: int = 2
     """Older checkpoints are deleted."""
     resume_from_checkpoint: bool = True
-    """Continue an interrupted run found in output_dir."""
+    """Continue an interrupted run found in output_dir; false starts over and deletes its checkpoints."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Trackers beside metrics.jsonl."""
 

@@ -40,7 +40,7 @@ def read_rows(path: str, split: str = "train") -> list[tuple[str, Row]]:
         return read_jsonl(file)
     if file.suffix == ".parquet":
         return read_parquet(file)
-    if file.suffix or file.exists():
+    if file.is_file() or (file.suffix and not file.is_dir()):
         raise DataError(f"data.path ({path}) must be a .jsonl or .parquet file, or the name of a dataset.")
     return read_dataset(path, split)
 

@@ -130,7 +130,7 @@ def default_modes(model: DiffusionLM) -> tuple[Mode, ...]:
 
 
 def response_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.decode(list(rollout.text_ids), skip_special_tokens=True).strip()
+    return str(tokenizer.decode(list(rollout.text_ids), skip_special_tokens=True)).strip()
 
 
 def report_mode(

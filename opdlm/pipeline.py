@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from opdlm import __version__
 from opdlm.card import model_card
 from opdlm.checkpoint import atomic_folder, find_checkpoints, write_atomic
-from opdlm.config import Config, load_config
+from opdlm.config import Config, load_config, read_recipe
 from opdlm.convert import make_student
 from opdlm.data import Task, load_prompts, load_tasks
 from opdlm.diffusion import DiffusionLM
@@ -36,6 +36,11 @@ from opdlm.trainer import check_trackers, train
 
 MODEL_FOLDER = "model"
 CONFIG_FILE = "config.yaml"
+FREE_SETTINGS = (
+    *("eval.", "output_dir", "train.save_every", "train.save_total_limit", "train.report_to"),
+    *("train.resume_from_checkpoint", "train.micro_batch_rows", "train.gradient_checkpointing"),
+)
+"""What may change when an interrupted run continues: it does not change what is trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +77,32 @@ def prepare_output(config: Config) -> Path:
     """Make the run folder; refuse to mix two different runs in one."""
     output_dir = Path(config.output_dir)
     saved = output_dir / CONFIG_FILE
-    text = config.to_yaml()
-    if saved.is_file() and saved.read_text() != text and find_checkpoints(output_dir):
-        raise ConfigError(
-            f"output_dir ({output_dir}) holds a run with other settings (see {saved}). "
-            "Choose another output_dir, or delete the folder to start over."
-        )
+    if saved.is_file() and find_checkpoints(output_dir):
+        changed = changed_settings(read_recipe(saved), config.to_dict())
+        if changed:
+            raise ConfigError(
+                f"output_dir ({output_dir}) holds a run with other settings ({', '.join(changed[:3])}; see "
+                f"{saved}). Choose another output_dir, or delete the folder to start over."
+            )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(saved, text)
+        write_atomic(saved, config.to_yaml())
     except OSError as error:
         raise ConfigError(
             f"output_dir ({output_dir}) cannot be written: {error.strerror}. Choose another output_dir."
         ) from error
     return output_dir
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys that differ and matter to the training."""
+    changed = []
+    for key, value in new.items():
+        if isinstance(value, dict):
+            changed += changed_settings(old.get(key) or {}, value, f"{prefix}{key}.")
+        elif old.get(key) != value and not f"{prefix}{key}".startswith(FREE_SETTINGS):
+            changed.append(f"{prefix}{key}")
+    return changed
 
 
 def convert_checkpoint(config: Config, console: Console) -> Path:

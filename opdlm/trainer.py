@@ -12,6 +12,7 @@ update, so micro-batching and the number of ranks change no gradient. METHOD par
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -366,9 +367,14 @@ def save(run: Run, step: int) -> None:
 
 
 def resume(run: Run) -> int:
-    """Continue from the newest checkpoint; the number of steps already done."""
+    """Continue from the newest checkpoint, or delete them all; the number of steps already done."""
     found = find_checkpoints(Path(run.config.output_dir))
-    if not run.config.train.resume_from_checkpoint or not found:
+    if not run.config.train.resume_from_checkpoint:
+        if run.accelerator.is_main_process:
+            for folder in found:
+                shutil.rmtree(folder)  # else a later one would outlive those of this run
+        return 0
+    if not found:
         return 0
     progress = load_checkpoint(found[-1], run.model, run.optimizer)
     run.num_updates, run.totals = progress["num_updates"], progress["totals"]

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Place:
-    """A good checkpoint (`model`), a converted sdar one (`sdar/model`), good data, and room for broken copies."""
+    """A good checkpoint (`model`), a converted one (`sdar/model`), good data, and room for broken copies."""
 
     root: Path
     made: list[str] = field(default_factory=list)
@@ -342,7 +342,7 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: p.convert("output_dir=/proc/opdlm"),
         ("output_dir (/proc/opdlm)", "cannot be written", "Choose"),
     ),
-    "output_dir of another run": (lambda p: p.convert(other_run(p)), ("other settings", "Choose another")),
+    "output_dir of another run": (lambda p: p.convert(other_run(p)), ("other settings (", "Choose another")),
     "checkpoint of another model": (
         other_model_in_checkpoint,
         ("different model", "choose another output_dir"),
@@ -411,20 +411,21 @@ def test_a_wrong_input_is_one_line_with_the_fix(
 
 FULL_DISK = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
 from opdlm.cli import main
-sys.exit(main(sys.argv[2:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(place: Place) -> None:
     output = place.root / "full"
     arguments = place.convert(f"output_dir={output}", "train.save_every=1", "train.save_total_limit=9")
-    command = [sys.executable, "-c", FULL_DISK]
-    assert subprocess.run([*command, "60000000", *arguments], cwd=ROOT, capture_output=True).returncode == 0
+    assert main(arguments) == 0
     shutil.rmtree(output / "checkpoint-2")
     before = {path: path.read_bytes() for path in (output / "checkpoint-1").iterdir()}
-    done = subprocess.run([*command, "4000", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "checkpoint-2" in line and "cannot be written" in line and "File too large" in line

@@ -1,4 +1,4 @@
-"""What `opdlm convert` leaves behind: the AR model bit for bit, the diffusion model, and the record of the run."""
+"""What `opdlm convert` leaves: the AR model bit for bit, the diffusion model, the record of the run."""
 
 from __future__ import annotations
 

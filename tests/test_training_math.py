@@ -108,7 +108,8 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, monkeypatch: pyte
     checkpoint = torch.utils.checkpoint.checkpoint
 
     def counted(*args: Any, **options: Any) -> Any:
-        num_recomputed.append(1)
+        if torch.is_grad_enabled():  # LoRA's teacher pass runs through the same layers without
+            num_recomputed.append(1)
         return checkpoint(*args, **options)
 
     monkeypatch.setattr("torch.utils.checkpoint.checkpoint", counted)

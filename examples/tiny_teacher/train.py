@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from skills import SKILLS, Example, draw_batch, draw_set
+from skills import SKILLS, Example, draw_batch, draw_noise, draw_set
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -46,6 +46,7 @@ VOCAB_SIZE = 128
 IGNORED = -100
 MAX_NEW_TOKENS = 80
 PROMPTS_PER_SKILL = 800
+NUM_NOISE_PROMPTS = 4000
 EVALUATION_PER_SKILL = 40
 
 
@@ -232,21 +233,19 @@ def draw_evaluation(num_per_skill: int, seed: int) -> list[Example]:
     return [example for skill in SKILLS for example in draw_set(skill, "test", num_per_skill, rng)]
 
 
-def draw_prompts(num_per_skill: int, seed: int) -> list[Example]:
-    """Conversion prompts: train split, seen skills only, shuffled."""
+def draw_prompts(num_per_skill: int, num_noise: int, seed: int) -> list[dict[str, str | bool]]:
+    """Conversion prompts, shuffled: the train split of the seen skills, and noise that asks no skill's question."""
     rng = random.Random(f"prompts:{seed}")
     seen = [skill for skill in SKILLS if not skill.held_out]
     examples = [example for skill in seen for example in draw_set(skill, "train", num_per_skill, rng)]
-    rng.shuffle(examples)
-    return examples
+    records: list[dict[str, str | bool]] = [{"prompt": e.prompt, "skill": e.skill} for e in examples]
+    records += [{"prompt": draw_noise(rng), "skill": "noise"} for _ in range(num_noise)]
+    rng.shuffle(records)
+    return records
 
 
 def write_jsonl(path: Path, records: list[dict[str, str | bool]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def write_prompts(path: Path, examples: list[Example]) -> None:
-    write_jsonl(path, [{"prompt": example.prompt, "skill": example.skill} for example in examples])
 
 
 def write_evaluation(path: Path, examples: list[Example]) -> None:
@@ -355,7 +354,7 @@ def main() -> None:
     teacher = args.out / "teacher"
     model.save_pretrained(teacher)
     tokenizer.save_pretrained(teacher)
-    write_prompts(args.out / "prompts.jsonl", draw_prompts(PROMPTS_PER_SKILL, args.seed))
+    write_jsonl(args.out / "prompts.jsonl", draw_prompts(PROMPTS_PER_SKILL, NUM_NOISE_PROMPTS, args.seed))
     evaluation = draw_evaluation(EVALUATION_PER_SKILL, args.seed)
     write_evaluation(args.out / "eval.jsonl", evaluation)
     scores = score_skills(model, tokenizer, evaluation)
