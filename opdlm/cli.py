@@ -222,9 +222,7 @@ def run_generate(options: argparse.Namespace) -> int:
         )
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in options.prompts]
     if any(model.spec.mask_token_id in ids for ids in prompts):
-        raise ConfigError(
-            "PROMPT contains the mask token, which stands for unknown text: remove it."
-        )
+        raise ConfigError("PROMPT contains the mask token, which stands for unknown text: remove it.")
     check_fits(model, prompts, options.max_new_tokens, "--max-new-tokens")
     config = DecodeConfig(
         mode=options.mode,
@@ -235,7 +233,7 @@ def run_generate(options: argparse.Namespace) -> int:
         denoising_steps=options.denoising_steps,
         confidence_threshold=options.threshold,
     )
-    rollouts, stats = generate(model, prompts, config, generator_for(options.seed))
+    rollouts, stats = generate(model, prompts, config, generator_for(options.seed, device=model.device))
     for rollout in rollouts:
         print(tokenizer.decode(list(rollout.text_ids), skip_special_tokens=True))
     print(

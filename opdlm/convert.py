@@ -25,7 +25,7 @@ PROBE_TOLERANCE = 2e-3
 
 
 def make_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> DiffusionLM:
-    """The student at step 0; same seed, same student. `model` becomes its base, the tokenizer gains [MASK]."""
+    """The student at step 0; one seed, one student. `model` becomes its base, the tokenizer gains [MASK]."""
     with torch.random.fork_rng(devices=[]):  # PEFT and new embedding rows draw from the global generator
         torch.manual_seed(config.train.seed)
         return build_student(model, tokenizer, config)

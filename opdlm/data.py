@@ -145,9 +145,7 @@ def encode_rows(
         if not ids:
             raise DataError(f"{place} has a prompt without any token. Remove the row.")
         if mask_token_id in ids:
-            raise DataError(
-                f"{place} contains the mask token. Remove it or set another format.mask_token."
-            )
+            raise DataError(f"{place} contains the mask token. Remove it or set another format.mask_token.")
         prompts.append(Prompt(ids=tuple(ids), index=index))
     return prompts
 

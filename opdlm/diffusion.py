@@ -51,9 +51,10 @@ class DiffusionSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DiffusionSpec:
-        return cls(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        )
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**fields)
 
 
 class Gate:

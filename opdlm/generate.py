@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .attention import SlotCache
-from .blocks import CLEAN, Grid, Slots, clean_reach, join_slots, make_slots
+from .blocks import CLEAN, Format, Grid, Slots, clean_reach, join_slots, make_slots
 from .diffusion import DiffusionLM, DiffusionSpec
 from .records import NEVER, FinishReason, Rollout
 from .unmasking import Remasking, choose_revealed, draw, num_to_reveal, propose_tokens, sampling_probs
@@ -116,10 +116,10 @@ class Rows:
         rows_N = keep_B.nonzero()[:, 0]
         if len(rows_N) == len(keep_B):
             return
-        for name in ("index_B", "tokens_BL", "unmask_step_BL", "num_prompt_B", "committed_B"):
-            setattr(self, name, getattr(self, name)[rows_N])
-        for name in ("block_step_B", "num_forwards_B", "num_steps_B"):
-            setattr(self, name, getattr(self, name)[rows_N])
+        self.index_B, self.num_prompt_B = self.index_B[rows_N], self.num_prompt_B[rows_N]
+        self.tokens_BL, self.unmask_step_BL = self.tokens_BL[rows_N], self.unmask_step_BL[rows_N]
+        self.committed_B, self.block_step_B = self.committed_B[rows_N], self.block_step_B[rows_N]
+        self.num_forwards_B, self.num_steps_B = self.num_forwards_B[rows_N], self.num_steps_B[rows_N]
         self.cache.keep_rows(rows_N)
 
     def frontier(self, mask_token_id: int) -> Tensor:
@@ -143,7 +143,7 @@ def generate(
         return [], DecodeStats()
     if config.mode == "lossless":
         return generate_lossless(model, prompts, config, rng)
-    fmt = "preserve" if config.mode == "ar" else model.spec.format
+    fmt: Format = "preserve" if config.mode == "ar" else model.spec.format
     grid = Grid(block_size=1) if config.mode == "ar" else model.spec.block_grid
     rows = start_rows(model, prompts, config, grid)
     finished: dict[int, tuple[Rollout, DecodeStats]] = {}
@@ -165,7 +165,7 @@ def start_rows(
 
 
 def denoise_step(
-    model: DiffusionLM, rows: Rows, config: DecodeConfig, grid: Grid, fmt: str, rng: torch.Generator | None
+    model: DiffusionLM, rows: Rows, config: DecodeConfig, grid: Grid, fmt: Format, rng: torch.Generator | None
 ) -> None:
     """Commit what is newly known, propose tokens for each row's block, reveal some of them."""
     mask_id, block_size = model.spec.mask_token_id, grid.block_size
@@ -215,7 +215,7 @@ def denoise_step(
     rows.block_step_B = torch.where(block_done_B, 0, rows.block_step_B + 1)
 
 
-def span_slots(rows: Rows, from_B: Tensor, to_B: Tensor, grid: Grid, fmt: str, group: int) -> Slots:
+def span_slots(rows: Rows, from_B: Tensor, to_B: Tensor, grid: Grid, fmt: Format, group: int) -> Slots:
     """Slots for the positions [from, to) of each row, left-aligned, padded to the widest row."""
     width = max(int((to_B - from_B).max()), 0)
     positions_BS = from_B[:, None] + torch.arange(width, device=from_B.device)

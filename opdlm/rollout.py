@@ -17,12 +17,12 @@ from opdlm.generate import DecodeConfig, DecodeStats, generate
 from opdlm.records import Prompt, Rollout
 
 
-def generator_for(*numbers: int) -> torch.Generator:
-    """A CPU generator that depends on all of the numbers and on nothing else."""
+def generator_for(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on all of the numbers and on nothing else."""
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number + 1) % (2**63 - 1)
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(device=device).manual_seed(seed)
 
 
 def length_cap(section: RolloutSection, step: int, block_size: int) -> int:
@@ -69,7 +69,7 @@ def generate_rollouts(
     total = DecodeStats()
     for number, first in enumerate(range(0, len(order), section.batch_size)):
         chosen = order[first : first + section.batch_size]
-        rng = generator_for(seed, step, rank, number)
+        rng = generator_for(seed, step, rank, number, device=model.device)
         batch, stats = generate(decoder, [prompts[i].ids for i in chosen], config, rng)
         rollouts.update(zip(chosen, batch, strict=True))
         total += stats

@@ -1,0 +1,106 @@
+"""What ships in the wheel: the tiny teacher, its prompts, the recipes; and the examples."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opdlm.cli import bundled_recipes, main
+from opdlm.config import load_config
+from opdlm.convert import make_student
+from opdlm.data import load_tasks
+from opdlm.evaluate import decode_tasks, report_mode
+from opdlm.models import load_causal_lm, load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+SMALL_RUN = [
+    "train.num_steps=2",
+    "rollout.prompts_per_step=8",
+    "rollout.warm_start_steps=1",
+    "rollout.max_new_tokens=16",
+    "train.rows_per_update=8",
+    "data.limit=16",
+    "eval.limit=1",
+    "eval.max_new_tokens=40",
+]
+
+
+def read_lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_teacher_fits_and_no_evaluation_prompt_is_a_conversion_prompt(teacher_folder: Path) -> None:
+    assert (teacher_folder / "model.safetensors").stat().st_size <= 6e6
+    prompts = read_lines(teacher_folder.parent / "prompts.jsonl")
+    tasks = read_lines(teacher_folder.parent / "eval.jsonl")
+    assert not {row["prompt"] for row in prompts} & {row["prompt"] for row in tasks}
+    held_out = {row["skill"] for row in tasks if row["held_out"]}
+    assert len(held_out) == 5
+    assert not held_out & {row["skill"] for row in prompts}
+
+
+def test_the_teacher_answers_at_least_95_percent_and_lossless_drafts_change_nothing(
+    teacher_folder: Path,
+) -> None:
+    config = load_config(bundled_recipes()["tiny"], ["eval.limit=4"])
+    tokenizer = load_tokenizer(config.model.path)
+    student = make_student(load_causal_lm(config.model.path, "float32"), tokenizer, config)
+    with torch.no_grad():  # an adapter that has learnt nonsense drafts badly; the output must not care
+        for name, parameter in student.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
+    tasks = load_tasks(config.eval.path, tokenizer, student.spec.mask_token_id, limit=4)
+    teacher = decode_tasks(student, tasks, "ar", config.eval)
+    lossless = decode_tasks(student, tasks, "lossless", config.eval)
+    assert report_mode("teacher", teacher, teacher, tasks, tokenizer).accuracy >= 0.95
+    assert [r.text_ids for r in lossless.rollouts] == [r.text_ids for r in teacher.rollouts]
+
+
+def test_ar_mode_equals_transformers_generate_on_the_teacher(teacher_folder: Path) -> None:
+    config = load_config(bundled_recipes()["tiny"])
+    tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
+    student = make_student(load_causal_lm(config.model.path, "float32"), tokenizer, config)
+    tasks = load_tasks(config.eval.path, tokenizer, student.spec.mask_token_id, limit=1)
+    reference = AutoModelForCausalLM.from_pretrained(teacher_folder)
+    rollouts = decode_tasks(student, tasks, "ar", config.eval).rollouts
+    for task, rollout in zip(tasks, rollouts, strict=True):
+        ids = torch.tensor([task.prompt.ids])
+        output = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=80
+        )
+        assert tuple(output[0, ids.shape[1] :].tolist()) == rollout.text_ids
+
+
+@pytest.mark.parametrize("name", sorted(bundled_recipes()))
+def test_every_recipe_runs_two_tiny_steps(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", name, f"output_dir={tmp_path / 'run'}", *SMALL_RUN]) == 0
+    folder = tmp_path / "run" / "model"
+    assert str(folder) in capsys.readouterr().out
+    report = json.loads((folder / "retention.json").read_text())
+    assert report["teacher"]["accuracy"] > 0.8
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 2
+
+
+def test_every_recipe_says_on_its_first_line_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(bundled_recipes())
+    assert all(len(line.split(maxsplit=1)[1]) > 20 for line in lines)
+
+
+def test_the_examples_run(tmp_path: Path) -> None:
+    def run(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
+
+    assert "rollout tokens seen" in run("examples/train_in_python.py", str(tmp_path / "by_hand"))
+    assert main(["convert", "tiny", f"output_dir={tmp_path / 'run'}", *SMALL_RUN]) == 0
+    decoded = run("examples/decode_modes.py", str(tmp_path / "run" / "model"), "add 47 38")
+    answers = {line.split()[0]: line.split("forwards")[1] for line in decoded.splitlines()}
+    assert answers["lossless"] == answers["ar"]
