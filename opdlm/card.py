@@ -48,9 +48,10 @@ Versions: {", ".join(f"{name} {version}" for name, version in results["versions"
 
 
 def measured_table(report: dict[str, Any]) -> str:
+    """The retention report (as `retention.json` holds it) as people read it."""
     lines = [
-        "| mode | accuracy | seen skills | held-out skills | retention | = teacher | tokens per forward |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| mode | accuracy | seen | held out | retention | = teacher | tok/fwd | seen | held out | tok/s |",
+        "|---|" + "---:|" * 9,
     ]
     for row in [report["teacher"] | {"retention": 1.0}, *report["student"]]:
         cells = (
@@ -58,7 +59,10 @@ def measured_table(report: dict[str, Any]) -> str:
             for key in ("accuracy", "accuracy_seen", "accuracy_held_out", "retention", "identical_to_teacher")
         )
         shares = " | ".join("–" if cell is None else f"{100 * cell:.1f} %" for cell in cells)
-        lines.append(f"| {row['name']} | {shares} | {row['tokens_per_forward']:.2f} |")
+        speeds = " | ".join(
+            f"{row[f'tokens_per_forward{group}']:.2f}" for group in ("", "_seen", "_held_out")
+        )
+        lines.append(f"| {row['name']} | {shares} | {speeds} | {row['tokens_per_second']:.0f} |")
     num_prompts = report["teacher"]["num_prompts"]
     lines.append(
         f"\n{num_prompts} prompts, greedy; accuracy is the mean over skills of exact match. Every forward "

@@ -266,7 +266,8 @@ def run_eval(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from opdlm import pipeline
-    from opdlm.evaluate import evaluate, markdown_table, skill_table, write_outputs
+    from opdlm.card import measured_table
+    from opdlm.evaluate import evaluate, skill_table, write_outputs
     from opdlm.models import read_spec
 
     folder = Path(options.folder)
@@ -289,7 +290,7 @@ def run_eval(options: argparse.Namespace) -> int:
     tasks = pipeline.load_eval_tasks(model, tokenizer, config)
     report, outputs = evaluate(model, tokenizer, tasks, config.eval)
     console = Console()
-    console.print(markdown_table(report), markup=False, soft_wrap=True)
+    console.print(measured_table(report.to_dict()), markup=False, soft_wrap=True)
     console.print("\n" + skill_table(report), markup=False, soft_wrap=True)
     if options.out:
         out = Path(options.out)

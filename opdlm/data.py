@@ -160,7 +160,7 @@ def load_prompts(
         )
     rows = read_rows(section.path, section.split)[: section.limit]
     if not rows:
-        raise DataError(f"data.path ({section.path}) holds no rows.")
+        raise DataError(f"data.path ({section.path}) holds no rows. Give at least one prompt.")
     return encode_rows(
         rows,
         tokenizer,

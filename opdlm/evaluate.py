@@ -37,6 +37,8 @@ class ModeReport:
     identical_to_teacher: float
     """Share of responses equal to the teacher's, token for token."""
     tokens_per_forward: float
+    tokens_per_forward_seen: float
+    tokens_per_forward_held_out: float
     tokens_per_step: float
     tokens_per_second: float
     stop_rate: float
@@ -68,8 +70,12 @@ class Outputs:
     """Responses of one model in one mode."""
 
     rollouts: list[Rollout]
-    stats: DecodeStats
+    stats_by_held_out: dict[bool, DecodeStats]
     seconds: float
+
+    @property
+    def stats(self) -> DecodeStats:
+        return self.stats_by_held_out[False] + self.stats_by_held_out[True]
 
 
 def decode_tasks(
@@ -83,16 +89,19 @@ def decode_tasks(
     config = DecodeConfig(
         mode=mode, max_new_tokens=section.max_new_tokens, confidence_threshold=section.confidence_threshold
     )
-    order = sorted(range(len(tasks)), key=lambda i: len(tasks[i].prompt.ids))
     rollouts: dict[int, Rollout] = {}
-    total, started = DecodeStats(), time.perf_counter()
-    for first in range(0, len(order), section.batch_size):
-        chosen = order[first : first + section.batch_size]
-        batch, stats = generate(model, [tasks[i].prompt.ids for i in chosen], config)
-        rollouts.update(zip(chosen, batch, strict=True))
-        total += stats
-        on_batch(len(chosen))
-    return Outputs([rollouts[i] for i in range(len(tasks))], total, time.perf_counter() - started)
+    stats = {False: DecodeStats(), True: DecodeStats()}
+    started = time.perf_counter()
+    for held_out in stats:
+        group = [i for i, task in enumerate(tasks) if task.held_out == held_out]
+        order = sorted(group, key=lambda i: len(tasks[i].prompt.ids))
+        for first in range(0, len(order), section.batch_size):
+            chosen = order[first : first + section.batch_size]
+            batch, batch_stats = generate(model, [tasks[i].prompt.ids for i in chosen], config)
+            rollouts.update(zip(chosen, batch, strict=True))
+            stats[held_out] += batch_stats
+            on_batch(len(chosen))
+    return Outputs([rollouts[i] for i in range(len(tasks))], stats, time.perf_counter() - started)
 
 
 def evaluate(
@@ -151,6 +160,8 @@ def report_mode(
         by_skill=by_skill,
         identical_to_teacher=sum(same) / len(same),
         tokens_per_forward=output.stats.tokens_per_forward,
+        tokens_per_forward_seen=output.stats_by_held_out[False].tokens_per_forward,
+        tokens_per_forward_held_out=output.stats_by_held_out[True].tokens_per_forward,
         tokens_per_step=output.stats.tokens_per_step,
         tokens_per_second=output.stats.num_tokens / output.seconds,
         stop_rate=sum(r.finish_reason == "stop" for r in output.rollouts) / len(output.rollouts),
@@ -160,22 +171,6 @@ def report_mode(
 
 def mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def markdown_table(report: RetentionReport) -> str:
-    """The report as people read it."""
-    rows = [
-        "| | accuracy | seen | held out | retention | = teacher | tok/forward | tok/s |",
-        "|---|" + "---:|" * 7,
-    ]
-    for mode in [report.teacher, *report.student]:
-        rows.append(
-            f"| {mode.name} | {percent(mode.accuracy)} | {percent(mode.accuracy_seen)} | "
-            f"{percent(mode.accuracy_held_out)} | {percent(report.retention(mode))} | "
-            f"{percent(mode.identical_to_teacher)} | {mode.tokens_per_forward:.2f} | "
-            f"{mode.tokens_per_second:.0f} |"
-        )
-    return "\n".join(rows)
 
 
 def skill_table(report: RetentionReport) -> str:

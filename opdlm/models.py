@@ -38,7 +38,10 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise DataError(f"no tokenizer in {path}: {first_line(error)}") from error
+        raise DataError(
+            f"no tokenizer can be loaded from {path} ({first_line(error)}). Copy the checkpoint's own "
+            "tokenizer.json and tokenizer_config.json into it."
+        ) from error
 
 
 def load_causal_lm(path: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -64,7 +67,10 @@ def load_causal_lm(path: str, dtype: str, trust_remote_code: bool = False) -> Pr
         )
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise DataError(f"{path}: weight {name} holds NaN or infinite values; the checkpoint is damaged.")
+            raise DataError(
+                f"{path}: weight {name} holds NaN or infinite values; the checkpoint is damaged. Download it "
+                "again."
+            )
     return model.eval()
 
 
@@ -79,6 +85,16 @@ def check_is_checkpoint(path: str) -> None:
         raise DataError(
             f"model.path ({path}) has no config.json, so it is not a Hugging Face checkpoint folder."
         )
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise DataError(
+            f"model.path ({path}) holds no .safetensors weights, and pickle files are not read. Load it once "
+            "where you trust it and write it with save_pretrained."
+        )
+    if folder.is_dir():
+        try:
+            json.loads((folder / "config.json").read_text())
+        except ValueError as error:
+            raise DataError(f"{folder / 'config.json'} is not valid JSON. Download it again.") from error
 
 
 def first_line(error: Exception) -> str:
@@ -111,7 +127,7 @@ def add_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as error:
-        raise ConfigError(f"lora.target_modules ({section.target_modules}): {first_line(error)}") from error
+        raise ConfigError(f"lora.target_modules: {first_line(error)}") from error
     if any(isinstance(m, ParamWrapper) for m in peft_model.modules()):
         raise ConfigError(
             f"lora.target_modules ({section.target_modules}) reaches stacked expert weights, where an "
@@ -177,7 +193,8 @@ def read_spec(folder: str | Path) -> DiffusionSpec:
         values = json.loads((Path(folder) / "config.json").read_text())["block_diffusion"]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"{folder} is not a folder written by opdlm convert (no block_diffusion in config.json)."
+            f"{folder} is not a folder written by opdlm convert (no block_diffusion in config.json). Give "
+            "the folder `model` of a run's output_dir."
         ) from error
     return DiffusionSpec.from_dict(values)
 

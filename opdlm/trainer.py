@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opdlm.blocks import join_slots
 from opdlm.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
@@ -165,7 +166,9 @@ def start_run(model: DiffusionLM, prompts: Sequence[Prompt], config: Config) -> 
     model.to(accelerator.device)
     if config.train.gradient_checkpointing:
         model.student.gradient_checkpointing_enable({"use_reentrant": False})
-        model.student.train()  # checkpointing acts in training mode only
+        # Checkpointing acts in training mode only; entered by the layers alone, it turns no dropout on.
+        for module in model.student.modules():
+            module.training = module.training or isinstance(module, GradientCheckpointingLayer)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import contextlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -222,19 +225,28 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: p.convert(model=without_config(p)),
         ("no config.json", "not a Hugging Face checkpoint"),
     ),
-    "broken config.json": (lambda p: p.convert(model=broken_config(p)), ("broken_config", "config.json")),
+    "broken config.json": (
+        lambda p: p.convert(model=broken_config(p)),
+        ("broken_config/config.json", "not valid JSON", "again"),
+    ),
     "file instead of a folder": (
         lambda p: p.convert(model=p.file("weights.safetensors", "")),
         ("is a file", "Give the folder"),
     ),
-    "no tokenizer": (lambda p: p.convert(model=without_tokenizer(p)), ("no tokenizer in", "no_tokenizer")),
+    "no tokenizer": (
+        lambda p: p.convert(model=without_tokenizer(p)),
+        ("no tokenizer", "/no_tokenizer", "Copy"),
+    ),
     "NaN weights": (lambda p: p.convert(model=nan_weights(p)), ("model.norm.weight", "NaN", "damaged")),
     "weights cut off": (lambda p: p.convert(model=cut_weights(p)), ("/cut", "damaged", "again")),
     "weight missing": (
         lambda p: p.convert(model=missing_weight(p)),
         ("layers.1.mlp.up_proj.weight", "missing"),
     ),
-    "pickle instead of safetensors": (lambda p: p.convert(model=pickled(p)), ("pickled", "safetensors")),
+    "pickle instead of safetensors": (
+        lambda p: p.convert(model=pickled(p)),
+        ("/pickled)", "no .safetensors", "save_pretrained"),
+    ),
     "tokenizer larger than the embedding": (
         lambda p: p.convert(model=small_embedding(p)),
         ("only 40 rows", "Use the checkpoint's own tokenizer"),
@@ -296,7 +308,10 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: p.convert(p.prompts({"prompt": "a <|mask|> b"})),
         ("bad.jsonl:1", "mask token", "format.mask_token"),
     ),
-    "empty file": (lambda p: p.convert(f"data.path={p.file('empty.jsonl', '')}"), ("empty.jsonl", "no rows")),
+    "empty file": (
+        lambda p: p.convert(f"data.path={p.file('empty.jsonl', '')}"),
+        ("empty.jsonl", "no rows", "Give"),
+    ),
     "unsupported suffix": (
         lambda p: p.convert("data.path=prompts.csv"),
         ("prompts.csv", ".jsonl or .parquet"),
@@ -349,7 +364,7 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     ),
     "generate from a plain model": (
         lambda p: ["generate", str(p.model), "hello"],
-        ("/model is not a folder written by opdlm", "block_diffusion"),
+        ("/model is not a folder written by opdlm", "Give the folder"),
     ),
     "generate from nothing": (lambda p: ["generate", "/no/folder", "hi"], ("/no/folder", "opdlm convert")),
     "generate without a prompt": (lambda p: ["generate", str(p.model)], ("PROMPT", "--help")),
@@ -436,7 +451,8 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(place: Place) -> N
 def error_table(place: Place) -> str:
     rows = ["| input | what `opdlm` says |", "|---|---|"]
     for name, (make_arguments, _) in CASES.items():
-        with contextlib.redirect_stderr(io.StringIO()) as captured:
+        printed = contextlib.redirect_stdout(io.StringIO())
+        with contextlib.redirect_stderr(io.StringIO()) as captured, printed:
             run(make_arguments(place))
         message = captured.getvalue().strip().replace(str(place.root), "").replace("|", "\\|")
         rows.append(f"| {name} | {message.removeprefix('opdlm: ')} |")
@@ -444,7 +460,6 @@ def error_table(place: Place) -> str:
 
 
 if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         table = error_table(make_place(Path(folder)))
     print("# What wrong inputs say\n")

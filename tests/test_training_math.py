@@ -118,6 +118,16 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, monkeypatch: pyte
     assert len(num_recomputed) == 2 * 2  # layers times micro-batches: it was on
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_turns_no_dropout_on(kind: str) -> None:
+    """Rollouts, targets and states must come from one deterministic model, whatever its config says."""
+    model = make_lm(kind, base=qwen3(attention_dropout=0.5).double()).double()
+    states = make_states(model, ROLLOUTS[:3])
+    expected_M = loss_of(model, states).per_position_M
+    make_run(model, TrainSection(gradient_checkpointing=True))
+    torch.testing.assert_close(loss_of(model, states).per_position_M, expected_M)
+
+
 def make_twin(kind: str) -> tuple[DiffusionLM, list[Rollout]]:
     """A student that computes what its teacher does: blocks of 2, [MASK] embedded as the token it hides."""
     model = make_model(kind, block_size=2, noise=0.0, grid="response")
