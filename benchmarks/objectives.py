@@ -1,7 +1,7 @@
 """Quality against tokens seen: the four objectives in both formats, same teacher, prompts and updates.
 
-    python benchmarks/objectives.py --out docs/results/objectives --steps 96 --every 24
-    python benchmarks/objectives.py --out docs/results/objectives --formats sdar      # one part; results add up
+    python benchmarks/objectives.py --out docs/results/objectives --steps 60 --every 15
+    python benchmarks/objectives.py --out docs/results/objectives --formats sdar  # results add up
 
 Writes a JSON per run (kept when it exists), results.json, table.md and a plot. One seed: read
 differences of a few points as noise.
@@ -28,7 +28,7 @@ FORMATS = ("preserve", "sdar")
 
 
 def run_config(fmt: str, objective: str, args: argparse.Namespace) -> Config:
-    """The tiny recipe with one objective; `sdar` trains all weights at their own learning rate."""
+    """The tiny recipe with one objective, no warm start and one pass: the same budget for all."""
     recipe = (
         Path(__file__).parent.parent / "recipes" / ("tiny.yaml" if fmt == "preserve" else "tiny_sdar.yaml")
     )
@@ -41,7 +41,8 @@ def run_config(fmt: str, objective: str, args: argparse.Namespace) -> Config:
             f"train.seed={args.seed}",
             "rollout.prompts_per_step=64",
             "train.rows_per_update=32",
-            "train.passes_per_rollout=2",
+            "train.passes_per_rollout=1",
+            "rollout.warm_start_steps=0",
             f"eval.limit={args.limit}",
             "eval.modes=static,threshold",
         ],
@@ -110,9 +111,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=96)
-    parser.add_argument("--every", type=int, default=24)
-    parser.add_argument("--limit", type=int, default=20, help="evaluation prompts per skill")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--every", type=int, default=15)
+    parser.add_argument("--limit", type=int, default=10, help="evaluation prompts per skill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
     parser.add_argument("--objectives", nargs="+", default=OBJECTIVES, choices=OBJECTIVES)
