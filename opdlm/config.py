@@ -60,8 +60,6 @@ class LoraSection:
     """Rank."""
     alpha: int = 64
     """Scale: the adapter's output is multiplied by alpha / r."""
-    dropout: float = 0.0
-    """Dropout on the adapter's input. Only 0 keeps rollouts and training states consistent."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Which linear layers get an adapter, as PEFT reads it."""
 
@@ -451,7 +449,6 @@ POSITIVE = (
     "eval.limit",
 )
 INTERVALS = {
-    "lora.dropout": (0.0, 0.9),
     "rollout.temperature": (0.0, 100.0),
     "rollout.confidence_threshold": (0.0, 1.0),
     "rollout.top_p": (1e-6, 1.0),

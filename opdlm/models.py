@@ -120,7 +120,6 @@ def add_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
     config = LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,
-        lora_dropout=section.dropout,
         target_modules=target if isinstance(target, str) else list(target),
         task_type="CAUSAL_LM",
     )

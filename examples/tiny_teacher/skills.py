@@ -245,7 +245,7 @@ def draw_set(skill: Skill, split: Split, num_examples: int, rng: random.Random) 
 
 
 def draw_noise(rng: random.Random) -> str:
-    """A prompt that means nothing: the answers cover the teacher's habits without asking a skill's question."""
+    """A prompt that means nothing: the answers show the teacher's habits, yet no skill is asked."""
     makers = (
         lambda: "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 8))),
         lambda: invent_name(rng, 2, ("", "n", "k", "st")),

@@ -3,9 +3,9 @@
     python examples/tiny_teacher/train.py --out opdlm/bundled --seed 0
 
 One command writes everything under --out: `teacher/` (weights, character tokenizer, model card with measured
-scores), `prompts.jsonl` (conversion prompts, train split, seen skills only) and `eval.jsonl` (test split,
-every skill). Each step draws fresh train-split examples; the loss is the cross-entropy of the answer and
-`<|end|>`, averaged within an example first, so that a long answer weighs no more than a short one.
+scores), `prompts.jsonl` (conversion prompts: seen skills, train split, and noise) and `eval.jsonl` (test
+split, every skill). Each step draws fresh train-split examples; the loss is the cross-entropy of the answer
+and `<|end|>`, averaged within an example first, so that a long answer weighs no more than a short one.
 
 It trains in float32 on two CPU threads and does not use a GPU.
 """
@@ -234,7 +234,7 @@ def draw_evaluation(num_per_skill: int, seed: int) -> list[Example]:
 
 
 def draw_prompts(num_per_skill: int, num_noise: int, seed: int) -> list[dict[str, str | bool]]:
-    """Conversion prompts, shuffled: the train split of the seen skills, and noise that asks no skill's question."""
+    """Conversion prompts, shuffled: the train split of the seen skills, and noise that asks no skill."""
     rng = random.Random(f"prompts:{seed}")
     seen = [skill for skill in SKILLS if not skill.held_out]
     examples = [example for skill in seen for example in draw_set(skill, "train", num_per_skill, rng)]
@@ -305,8 +305,9 @@ One command made it, in {seconds / 60:.0f} minutes on two CPU threads:
 ## Greedy exact match on the test split
 
 Measured on `../eval.jsonl`: {num_per_skill} prompts a skill that were never trained on. *Seen* skills supply
-the conversion prompts in `../prompts.jsonl`; *held out* skills are only measured after conversion. Confidence
-is the mean probability of the greedy token; tokens are the mean response length, `<|end|>` included.
+the conversion prompts in `../prompts.jsonl`, beside as many noise prompts (random words, names, numbers and
+punctuation); *held out* skills are only measured after conversion. Confidence is the mean probability of the
+greedy token; tokens are the mean response length, `<|end|>` included.
 
 | skill | in conversion | exact match | confidence | tokens |
 |---|---|---|---|---|
