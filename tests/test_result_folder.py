@@ -138,6 +138,7 @@ def test_the_folder_holds_the_record_of_the_run(name: str, runs: Path) -> None:
 
 def test_the_settings_in_the_folder_replay_as_a_recipe(runs: Path, tmp_path: Path) -> None:
     recipe = runs / "preserve-lora" / "model" / "opdlm_config.yaml"
+    torch.rand(1)  # whatever drew from the global generator before must not matter
     assert main(["convert", str(recipe), f"output_dir={tmp_path / 'again'}"]) == 0
     for name in ("mask_embedding.safetensors", "adapter/adapter_model.safetensors", "model.safetensors"):
         first, second = runs / "preserve-lora" / "model" / name, tmp_path / "again" / "model" / name
