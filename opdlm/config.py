@@ -66,8 +66,8 @@ class LoraSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSection:
-    path: str = ""
-    """Prompts: a .jsonl or .parquet file, or a `datasets` name. Rows need `prompt` or `messages`."""
+    path: str | tuple[str, ...] = ""
+    """Prompts: .jsonl, .parquet or a `datasets` name, one or a list. Rows need `prompt` or `messages`."""
     split: str = "train"
     """Split of a `datasets` name; slices such as train[:1000] work."""
     max_prompt_tokens: int = 1024

@@ -154,11 +154,12 @@ def load_prompts(
     section: DataSection, tokenizer: PreTrainedTokenizerBase, mask_token_id: int
 ) -> list[Prompt]:
     """Every conversion prompt of the run."""
-    if not section.path:
+    paths = (section.path,) if isinstance(section.path, str) else section.path
+    if not all(paths):
         raise DataError(
             "data.path is empty: conversion needs prompts. Give a .jsonl or .parquet file or a dataset."
         )
-    rows = read_rows(section.path, section.split)[: section.limit]
+    rows = [row for path in paths for row in read_rows(path, section.split)][: section.limit]
     if not rows:
         raise DataError(f"data.path ({section.path}) holds no rows. Give at least one prompt.")
     return encode_rows(

@@ -3,9 +3,10 @@
     python examples/tiny_teacher/train.py --out opdlm/bundled --seed 0
 
 One command writes everything under --out: `teacher/` (weights, character tokenizer, model card with measured
-scores), `prompts.jsonl` (conversion prompts: seen skills, train split, and noise) and `eval.jsonl` (test
-split, every skill). Each step draws fresh train-split examples; the loss is the cross-entropy of the answer
-and `<|end|>`, averaged within an example first, so that a long answer weighs no more than a short one.
+scores), `prompts.jsonl` (conversion prompts, train split, seen skills only), `noise.jsonl` (prompts that ask
+no skill) and `eval.jsonl` (test split, every skill). Each step draws fresh train-split examples; the loss is
+the cross-entropy of the answer and `<|end|>`, averaged within an example first, so that a long answer weighs
+no more than a short one.
 
 It trains in float32 on two CPU threads and does not use a GPU.
 """
@@ -233,15 +234,18 @@ def draw_evaluation(num_per_skill: int, seed: int) -> list[Example]:
     return [example for skill in SKILLS for example in draw_set(skill, "test", num_per_skill, rng)]
 
 
-def draw_prompts(num_per_skill: int, num_noise: int, seed: int) -> list[dict[str, str | bool]]:
-    """Conversion prompts, shuffled: the train split of the seen skills, and noise that asks no skill."""
+def draw_prompts(num_per_skill: int, seed: int) -> list[dict[str, str | bool]]:
+    """Conversion prompts: train split, seen skills only, shuffled."""
     rng = random.Random(f"prompts:{seed}")
     seen = [skill for skill in SKILLS if not skill.held_out]
     examples = [example for skill in seen for example in draw_set(skill, "train", num_per_skill, rng)]
-    records: list[dict[str, str | bool]] = [{"prompt": e.prompt, "skill": e.skill} for e in examples]
-    records += [{"prompt": draw_noise(rng), "skill": "noise"} for _ in range(num_noise)]
-    rng.shuffle(records)
-    return records
+    rng.shuffle(examples)
+    return [{"prompt": example.prompt, "skill": example.skill} for example in examples]
+
+
+def draw_noise_prompts(num_prompts: int, seed: int) -> list[dict[str, str | bool]]:
+    rng = random.Random(f"noise:{seed}")
+    return [{"prompt": draw_noise(rng), "skill": "noise"} for _ in range(num_prompts)]
 
 
 def write_jsonl(path: Path, records: list[dict[str, str | bool]]) -> None:
@@ -305,8 +309,8 @@ One command made it, in {seconds / 60:.0f} minutes on two CPU threads:
 ## Greedy exact match on the test split
 
 Measured on `../eval.jsonl`: {num_per_skill} prompts a skill that were never trained on. *Seen* skills supply
-the conversion prompts in `../prompts.jsonl`, beside as many noise prompts (random words, names, numbers and
-punctuation); *held out* skills are only measured after conversion. Confidence is the mean probability of the
+the conversion prompts in `../prompts.jsonl`; *held out* skills are only measured after conversion;
+`../noise.jsonl` holds prompts of random words that ask nothing. Confidence is the mean probability of the
 greedy token; tokens are the mean response length, `<|end|>` included.
 
 | skill | in conversion | exact match | confidence | tokens |
@@ -355,7 +359,8 @@ def main() -> None:
     teacher = args.out / "teacher"
     model.save_pretrained(teacher)
     tokenizer.save_pretrained(teacher)
-    write_jsonl(args.out / "prompts.jsonl", draw_prompts(PROMPTS_PER_SKILL, NUM_NOISE_PROMPTS, args.seed))
+    write_jsonl(args.out / "prompts.jsonl", draw_prompts(PROMPTS_PER_SKILL, args.seed))
+    write_jsonl(args.out / "noise.jsonl", draw_noise_prompts(NUM_NOISE_PROMPTS, args.seed))
     evaluation = draw_evaluation(EVALUATION_PER_SKILL, args.seed)
     write_evaluation(args.out / "eval.jsonl", evaluation)
     scores = score_skills(model, tokenizer, evaluation)
