@@ -104,6 +104,9 @@ def add_generate(verbs: Verbs) -> None:
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--threshold", type=float, default=0.9, help="confidence that reveals a token (0.9)")
+    parser.add_argument(
+        "--veto-below", type=float, default=0.1, help="threshold mode: AR floor, 0 = off (0.1)"
+    )
     parser.add_argument("--denoising-steps", type=int, help="steps per block at most (block size)")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=run_generate)
@@ -232,6 +235,7 @@ def run_generate(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         denoising_steps=options.denoising_steps,
         confidence_threshold=options.threshold,
+        veto_below=options.veto_below,
     )
     rollouts, stats = generate(model, prompts, config, generator_for(options.seed, device=model.device))
     for rollout in rollouts:
@@ -253,6 +257,8 @@ def check_generate_options(options: argparse.Namespace) -> None:
         raise ConfigError(f"--temperature ({options.temperature:g}) must be 0 (arg-max) or greater.")
     if not 0 <= options.threshold <= 1:
         raise ConfigError(f"--threshold ({options.threshold:g}) must lie between 0 and 1.")
+    if not 0 <= options.veto_below <= 1:
+        raise ConfigError(f"--veto-below ({options.veto_below:g}) must lie between 0 and 1.")
     if options.top_k is not None and options.top_k < 1:
         raise ConfigError(f"--top-k ({options.top_k}) must be at least 1.")
     if options.top_p is not None and not 0 < options.top_p <= 1:

@@ -187,6 +187,8 @@ class EvalSection:
     """Rows decoded at once."""
     confidence_threshold: float = 0.9
     """For the threshold mode."""
+    veto_below: float = 0.1
+    """Threshold mode of preserve: the AR model replaces tokens it finds less likely than this; 0 = never."""
     limit: int | None = None
     """Prompts per skill; None = all."""
 
@@ -459,6 +461,7 @@ INTERVALS = {
     "optimizer.warmup_steps": (0, 10**9),
     "rollout.warm_start_steps": (0, 10**9),
     "eval.confidence_threshold": (0.0, 1.0),
+    "eval.veto_below": (0.0, 1.0),
 }
 
 

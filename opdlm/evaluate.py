@@ -87,7 +87,10 @@ def decode_tasks(
 ) -> Outputs:
     """Greedy responses for every task, prompts of similar length together."""
     config = DecodeConfig(
-        mode=mode, max_new_tokens=section.max_new_tokens, confidence_threshold=section.confidence_threshold
+        mode=mode,
+        max_new_tokens=section.max_new_tokens,
+        confidence_threshold=section.confidence_threshold,
+        veto_below=section.veto_below,
     )
     rollouts: dict[int, Rollout] = {}
     stats = {False: DecodeStats(), True: DecodeStats()}

@@ -42,6 +42,9 @@ class DecodeConfig:
     denoising_steps: int | None = None
     """Steps per block at most; None = block_size, one token a step."""
     confidence_threshold: float = 0.9
+    veto_below: float = 0.1
+    """Threshold mode of `preserve`: the AR model takes back a revealed token that it finds less likely than
+    this, in the forward that commits it, and puts its own there. 0 = never."""
     one_forward: bool = True
     """Lossless: verify and draft in one forward (False: one forward each)."""
 
@@ -87,6 +90,8 @@ class Rows:
     num_prompt_B: Tensor
     committed_B: Tensor
     """Positions whose clean keys and values are in the cache."""
+    final_B: Tensor
+    """Positions that no later step can take back."""
     block_step_B: Tensor
     num_forwards_B: Tensor
     num_steps_B: Tensor
@@ -106,6 +111,7 @@ class Rows:
             unmask_step_BL=torch.full(tokens_BL.shape, NEVER, device=device),
             num_prompt_B=torch.tensor([len(ids) for ids in prompts], device=device),
             committed_B=zeros_B,
+            final_B=zeros_B.clone(),
             block_step_B=zeros_B.clone(),
             num_forwards_B=zeros_B.clone(),
             num_steps_B=zeros_B.clone(),
@@ -118,6 +124,7 @@ class Rows:
             return
         self.index_B, self.num_prompt_B = self.index_B[rows_N], self.num_prompt_B[rows_N]
         self.tokens_BL, self.unmask_step_BL = self.tokens_BL[rows_N], self.unmask_step_BL[rows_N]
+        self.final_B = self.final_B[rows_N]
         self.committed_B, self.block_step_B = self.committed_B[rows_N], self.block_step_B[rows_N]
         self.num_forwards_B, self.num_steps_B = self.num_forwards_B[rows_N], self.num_steps_B[rows_N]
         self.cache.keep_rows(rows_N)
@@ -183,9 +190,13 @@ def denoise_step(
     rows.committed_B = clean_to_B
     rows.num_forwards_B = rows.num_forwards_B + num_forwards
     rows.num_steps_B = rows.num_steps_B + 1
+    vetoed_B = torch.zeros_like(frontier_B, dtype=torch.bool)
+    checks = config.mode == "threshold" and model.spec.format == "preserve" and config.veto_below > 0
+    if checks:
+        vetoed_B = veto(model, rows, clean, hidden_BSH, frontier_B, config, rng)
 
     positions_BT = start_B[:, None] + torch.arange(block_size, device=start_B.device)
-    masked_BT = rows.tokens_BL.gather(1, positions_BT) == mask_id
+    masked_BT = (rows.tokens_BL.gather(1, positions_BT) == mask_id) & ~vetoed_B[:, None]
     row_M, offset_M = masked_BT.nonzero(as_tuple=True)
     target_M = positions_BT[row_M, offset_M]
     num_clean = clean.ids_BS.shape[1]
@@ -213,6 +224,52 @@ def denoise_step(
     rows.unmask_step_BL[row_N, target_N] = rows.num_steps_B[row_N]
     block_done_B = (revealed_BT == masked_BT).all(1)
     rows.block_step_B = torch.where(block_done_B, 0, rows.block_step_B + 1)
+    unjudged_B = frontier_B + 1 if checks else rows.frontier(mask_id)
+    rows.final_B = torch.where(vetoed_B, rows.final_B, unjudged_B)
+
+
+def veto(
+    model: DiffusionLM,
+    rows: Rows,
+    clean: Slots,
+    hidden_BSH: Tensor,
+    frontier_B: Tensor,
+    config: DecodeConfig,
+    rng: torch.Generator | None,
+) -> Tensor:
+    """Take back what the AR model does not believe; bool `[B]`: rows where that happened.
+
+    The clean slot of token t - 1 holds the AR model's prediction of token t, so committing a draft also
+    judges it. The first token below the floor is replaced by the AR model's own, and everything after it is
+    masked again.
+    """
+    mask_id = model.spec.mask_token_id
+    judged_BS = clean.positions_BS + 1
+    is_draft_BS = (clean.group_BS == CLEAN) & (judged_BS < frontier_B[:, None])
+    is_draft_BS &= judged_BS >= rows.num_prompt_B[:, None]
+    row_M, column_M = is_draft_BS.nonzero(as_tuple=True)
+    position_M = judged_BS[row_M, column_M]
+    logits_MV = model.logits(hidden_BSH[row_M, column_M], torch.ones_like(row_M, dtype=torch.bool))
+    token_M = rows.tokens_BL[row_M, position_M]
+    is_bad_M = logits_MV.softmax(-1).gather(-1, token_M[:, None])[:, 0] < config.veto_below
+    is_bad_M &= token_M != logits_MV.argmax(-1)
+    bad_BL = torch.zeros_like(rows.tokens_BL, dtype=torch.bool)
+    bad_BL[row_M[is_bad_M], position_M[is_bad_M]] = True
+    vetoed_B = bad_BL.any(1)
+    first_B = bad_BL.long().argmax(1)
+    is_first_M = is_bad_M & (position_M == first_B[row_M])
+    row_N, position_N = row_M[is_first_M], position_M[is_first_M]
+    ids_N, _ = propose_tokens(logits_MV[is_first_M], config.temperature, config.top_k, config.top_p, rng)
+
+    column_L = torch.arange(rows.tokens_BL.shape[1], device=frontier_B.device)
+    retract_BL = vetoed_B[:, None] & (column_L >= first_B[:, None])
+    rows.tokens_BL = rows.tokens_BL.masked_fill(retract_BL, mask_id)
+    rows.unmask_step_BL = rows.unmask_step_BL.masked_fill(retract_BL, NEVER)
+    rows.tokens_BL[row_N, position_N] = ids_N
+    rows.unmask_step_BL[row_N, position_N] = rows.num_steps_B[row_N]
+    rows.committed_B = torch.where(vetoed_B, first_B, rows.committed_B)
+    rows.final_B = torch.where(vetoed_B, first_B + 1, rows.final_B)
+    return vetoed_B
 
 
 def span_slots(rows: Rows, from_B: Tensor, to_B: Tensor, grid: Grid, fmt: Format, group: int) -> Slots:
@@ -237,7 +294,7 @@ def collect_finished(
     finished: dict[int, tuple[Rollout, DecodeStats]],
 ) -> None:
     """Move rows whose known prefix holds a stop token or reached the length cap out of `rows`."""
-    frontier_B = rows.frontier(model.spec.mask_token_id)
+    frontier_B = torch.minimum(rows.frontier(model.spec.mask_token_id), rows.final_B)
     column_L = torch.arange(rows.tokens_BL.shape[1], device=frontier_B.device)
     in_response_BL = (column_L >= rows.num_prompt_B[:, None]) & (column_L < frontier_B[:, None])
     stops = torch.tensor(model.spec.stop_token_ids, device=frontier_B.device)
@@ -350,6 +407,7 @@ def verify_and_draft(
         rows.unmask_step_BL,
     )
     rows.committed_B = frontier_B + accepted_B
+    rows.final_B = frontier_B + accepted_B + 1
     if not has_groups:
         return Draft(draft.ids_BD[:, :0])
     group_size = model.spec.block_size - 1

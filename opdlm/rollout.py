@@ -46,6 +46,7 @@ def decode_config(section: RolloutSection, max_new_tokens: int, *, from_teacher:
         top_p=section.top_p,
         denoising_steps=section.denoising_steps,
         confidence_threshold=section.confidence_threshold,
+        veto_below=0.0,  # states must be the student's own
     )
 
 

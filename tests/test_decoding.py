@@ -41,8 +41,10 @@ from opdlm.trainer import noised_hidden
 MODES = {
     "static": DecodeConfig(mode="static", max_new_tokens=10),
     "two_steps": DecodeConfig(mode="static", max_new_tokens=10, denoising_steps=2),
-    "threshold": DecodeConfig(mode="threshold", max_new_tokens=10, confidence_threshold=0.2),
-    "sampling": DecodeConfig(mode="threshold", max_new_tokens=10, temperature=1.0, confidence_threshold=0.3),
+    "threshold": DecodeConfig(mode="threshold", max_new_tokens=10, confidence_threshold=0.2, veto_below=0.0),
+    "sampling": DecodeConfig(
+        mode="threshold", max_new_tokens=10, temperature=1.0, confidence_threshold=0.3, veto_below=0.0
+    ),
 }
 
 
@@ -136,7 +138,7 @@ def test_preserve_predicts_the_first_unknown_token_as_the_base_model_does(kind: 
 )
 def test_a_ragged_batch_decodes_as_its_rows_do_alone(kind: str, mode: str) -> None:
     model, prompts = make_lm(kind), make_prompts([1, 9, 4, 6, 6, 2])
-    config = DecodeConfig(mode=mode, max_new_tokens=12, confidence_threshold=0.2)
+    config = DecodeConfig(mode=mode, max_new_tokens=12, confidence_threshold=0.2, veto_below=0.0)
     together, stats = generate(model, prompts, config)
     alone = [generate(model, [prompt], config) for prompt in prompts]
     assert [rollout.text_ids for rollout in together] == [rows[0].text_ids for rows, _ in alone]

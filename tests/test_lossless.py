@@ -46,6 +46,38 @@ def test_lossless_decoding_beyond_a_sliding_window_equals_ar_decoding() -> None:
     assert [rollout.text_ids for rollout in lossless] == [rollout.text_ids for rollout in ar]
 
 
+@pytest.mark.parametrize("kind", ["lora", "copy"])
+def test_a_veto_of_everything_that_is_not_the_arg_max_makes_threshold_decoding_ar_decoding(kind: str) -> None:
+    model = make_lm(kind, base=qwen3(vocabulary=6), block_size=4)
+    prompts = make_prompts([1 + i % 9 for i in range(48)], vocabulary=6)
+    config = DecodeConfig(mode="threshold", max_new_tokens=14, confidence_threshold=0.2, veto_below=1.0)
+    expected, _ = generate(model, prompts, replace(config, mode="ar"))
+    vetoed, stats = generate(model, prompts, config)
+    free, _ = generate(model, prompts, replace(config, veto_below=0.0))
+    assert [rollout.text_ids for rollout in vetoed] == [rollout.text_ids for rollout in expected]
+    assert [rollout.text_ids for rollout in free] != [rollout.text_ids for rollout in expected]
+    assert (
+        stats.num_forwards < (1 if kind == "lora" else 2) * stats.num_tokens
+    )  # drafts that were right stayed
+
+
+@pytest.mark.parametrize("floor", [0.05, 0.3])
+def test_no_token_below_the_floor_survives_the_veto(floor: float) -> None:
+    base = qwen3(vocabulary=6)
+    model = make_lm("lora", base=base, block_size=4)
+    prompts = make_prompts([1 + i % 9 for i in range(24)], vocabulary=6)
+    config = DecodeConfig(mode="threshold", max_new_tokens=14, confidence_threshold=0.2, veto_below=floor)
+    for rollout in generate(model, prompts, config)[0]:
+        ids = rollout.prompt_ids + rollout.text_ids
+        with model.adapter_off(), torch.no_grad():
+            logits_LV = base(torch.tensor([ids])).logits[0]
+        logits_LV[:, -1] = -torch.inf
+        for place in range(len(rollout.prompt_ids), len(ids)):
+            predicted_V = logits_LV[place - 1]
+            is_likely = predicted_V.softmax(-1)[ids[place]] >= floor - 1e-5
+            assert is_likely or predicted_V.argmax() == ids[place]
+
+
 def exact_probabilities(
     base: PreTrainedModel, prompt: tuple[int, ...], length: int
 ) -> dict[tuple[int, ...], float]:
