@@ -1,6 +1,6 @@
 """Quality against tokens seen: the four objectives in both formats, same teacher, prompts and updates.
 
-    python benchmarks/objectives.py --out docs/results/objectives --steps 60 --every 15
+    python benchmarks/objectives.py --out docs/results/objectives --steps 48 --every 12
     python benchmarks/objectives.py --out docs/results/objectives --formats sdar  # results add up
 
 Writes a JSON per run (kept when it exists), results.json, table.md and a plot. One seed: read
@@ -43,8 +43,10 @@ def run_config(fmt: str, objective: str, args: argparse.Namespace) -> Config:
             "train.rows_per_update=32",
             "train.passes_per_rollout=1",
             "rollout.warm_start_steps=0",
+            "data.path=bundled:prompts.jsonl",
             f"eval.limit={args.limit}",
             "eval.modes=static,threshold",
+            "eval.veto_below=0",  # what the student itself decodes
         ],
     )
 
@@ -111,8 +113,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--every", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--every", type=int, default=12)
     parser.add_argument("--limit", type=int, default=10, help="evaluation prompts per skill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
