@@ -21,7 +21,8 @@ from opdlm.diffusion import DiffusionLM, DiffusionSpec, head_logits
 from opdlm.errors import DataError
 from opdlm.models import assemble, copy_of, set_embedding_row, vocabulary_rows
 
-PROBE_TOLERANCE = 2e-3
+PROBE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
+"""Relative to the largest value: what reordered sums may change, and what a wrong mask exceeds by far."""
 
 
 def make_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> DiffusionLM:
@@ -147,31 +148,29 @@ def find_failure(model: PreTrainedModel, spec: DiffusionSpec) -> str | None:
     lengths_B = torch.tensor([ids_BL.shape[1]], device=model.device)
     causal = clean_slots(ids_BL, lengths_B, lengths_B, spec.block_grid, "preserve")
     hidden_BLH = asked.student_hidden(causal)
-    if not close(head_logits(model, hidden_BLH), plain.logits.float()):
+    if not close(head_logits(model, hidden_BLH), plain.logits.float(), model.dtype):
         return "its logits under our causal mask differ from its own, or its head is more than a linear map"
 
     later_BL = ids_BL.clone()
     later_BL[0, 8] = ids[-1]
     later = clean_slots(later_BL, lengths_B, lengths_B, spec.block_grid, "preserve")
-    if not close(asked.student_hidden(later)[:, :8], hidden_BLH[:, :8]):
+    if not close(asked.student_hidden(later)[:, :8], hidden_BLH[:, :8], model.dtype):
         return (
             "a later token changes earlier states although the mask is causal (not a plain attention model)"
         )
-    open_ended = (
-        replace(causal, reach_BS=torch.full_like(ids_BL, 11)),
-        replace(later, reach_BS=torch.full_like(ids_BL, 11)),
-    )
-    if close(asked.student_hidden(open_ended[0])[:, :8], asked.student_hidden(open_ended[1])[:, :8]):
+    open_ended = replace(causal, reach_BS=torch.full_like(ids_BL, ids_BL.shape[1] - 1))
+    if torch.equal(asked.student_hidden(open_ended), hidden_BLH):
         return "it ignores a mask that lets earlier tokens see later ones"
 
     cache = SlotCache(*ids_BL.shape)
     asked.student_hidden(causal.only(causal.positions_BS < 6), cache)
     cached_BLH = asked.student_hidden(causal.only(causal.positions_BS >= 6), cache)
-    if not close(cached_BLH[:, 6:], hidden_BLH[:, 6:]):
+    if not close(cached_BLH[:, 6:], hidden_BLH[:, 6:], model.dtype):
         return "states computed with the key-value cache differ from the full pass"
     return None
 
 
-def close(left: Tensor, right: Tensor) -> bool:
-    """Equal up to rounding, relative to the size of the values."""
-    return bool((left - right).abs().max() <= PROBE_TOLERANCE * right.abs().max().clamp_min(1e-3))
+def close(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
+    """Equal up to the rounding of a model in `dtype`."""
+    scale = right.float().abs().max().clamp_min(1e-3)
+    return bool((left - right).float().abs().max() <= PROBE_TOLERANCE[dtype] * scale)

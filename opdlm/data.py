@@ -207,6 +207,7 @@ class PromptStream:
 
     def __init__(self, prompts: Sequence[Prompt], per_step: int, seed: int) -> None:
         self.prompts, self.per_step, self.seed = prompts, per_step, seed
+        self._epoch, self._permutation = -1, list[int]()
 
     def at(self, step: int) -> list[Prompt]:
         """The prompts of rollout step `step` (0-based)."""
@@ -218,7 +219,7 @@ class PromptStream:
         return self.prompts[self._order(epoch)[place]]
 
     def _order(self, epoch: int) -> list[int]:
-        if getattr(self, "_epoch", None) != epoch:
+        if self._epoch != epoch:
             rng = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._permutation = epoch, torch.randperm(len(self.prompts), generator=rng).tolist()
         return self._permutation

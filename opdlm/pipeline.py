@@ -127,7 +127,7 @@ def convert_checkpoint(config: Config, console: Console) -> Path:
 
 def describe(inputs: Inputs, config: Config, console: Console) -> None:
     student = inputs.student
-    total = sum(p.numel() for p in student.student.parameters())
+    total = sum(p.numel() for name, p in student.student.named_parameters() if "lora_" not in name)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     console.print(
         f"{config.model.path}: {student.student.config.model_type}, {total / 1e6:.2f} M parameters, "

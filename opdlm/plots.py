@@ -45,5 +45,5 @@ def plot_retention(report: RetentionReport, path: Path) -> None:
     axis.set_xticks(range(len(modes)), [f"{m.name}\n{m.tokens_per_forward:.2f} tok/fwd" for m in modes])
     axis.set_ylabel("exact match, %")
     axis.set_ylim(0, 112)
-    axis.legend(loc="lower right")
+    axis.legend(loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.13), frameon=False)
     figure.savefig(path, dpi=120)

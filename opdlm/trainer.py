@@ -152,7 +152,7 @@ def start_accelerator(config: Config) -> Accelerator:
     """Device, precision and trackers."""
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
-        log_with=list(config.train.report_to),
+        log_with=list(config.train.report_to) or None,
         project_dir=config.output_dir,
     )
     if config.train.report_to:

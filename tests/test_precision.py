@@ -1,0 +1,38 @@
+"""Conversions in bfloat16, under autocast, and with a tracker: the same run, other arithmetic."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from opdlm.cli import main
+from opdlm.models import load
+
+SMALL_RUN = (
+    "train.num_steps=2 rollout.prompts_per_step=8 rollout.max_new_tokens=16 train.rows_per_update=8 "
+    "data.limit=16 eval.limit=1 eval.max_new_tokens=24"
+).split()
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "tiny_sdar"])
+@pytest.mark.parametrize("setting", ["model.dtype=bfloat16", "train.mixed_precision=bf16"])
+def test_a_recipe_converts_in_bfloat16(recipe: str, setting: str, tmp_path: Path) -> None:
+    assert main(["convert", recipe, f"output_dir={tmp_path}", setting, *SMALL_RUN]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[1]["loss"] < rows[0]["loss"]
+    model, _ = load(tmp_path / "model", dtype="bfloat16")
+    assert model.student.dtype == torch.bfloat16
+
+
+def test_a_tracker_receives_every_metric(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = ["convert", "tiny", f"output_dir={tmp_path}", "train.report_to=tensorboard", *SMALL_RUN]
+    assert main(run) == 0
+    events = EventAccumulator(str(tmp_path / "opdlm"))
+    events.Reload()
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
+    logged = events.Scalars("loss")[1]
+    assert (logged.step, logged.value) == (2, pytest.approx(row["loss"], rel=1e-6))
