@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -149,7 +150,8 @@ def check_trackers(config: Config) -> None:
 
 
 def start_accelerator(config: Config) -> Accelerator:
-    """Device, precision and trackers."""
+    """Device, precision and trackers. A second run in one process may choose another precision."""
+    AcceleratorState._reset_state(reset_partial_state=False)
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
         log_with=list(config.train.report_to) or None,

@@ -9,10 +9,15 @@ import torch
 from opdlm.cli import main
 from opdlm.models import load
 
-SMALL_RUN = (
-    "train.num_steps=2 rollout.prompts_per_step=8 rollout.max_new_tokens=16 train.rows_per_update=8 "
-    "data.limit=16 eval.limit=1 eval.max_new_tokens=24"
-).split()
+SMALL_RUN = [
+    "train.num_steps=2",
+    "rollout.prompts_per_step=8",
+    "rollout.max_new_tokens=16",
+    "train.rows_per_update=8",
+    "data.limit=16",
+    "eval.limit=1",
+    "eval.max_new_tokens=24",
+]
 
 
 @pytest.mark.parametrize("recipe", ["tiny", "tiny_sdar"])
