@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import platform
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,18 +106,16 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "")
 
 def convert_checkpoint(config: Config, console: Console) -> Path:
     """Run a conversion (or continue it); returns the folder of the converted model."""
-    started = time.time()
     inputs = load_inputs(config)
     output_dir = prepare_output(config)
     describe(inputs, config, console)
     with MetricsLog(output_dir, console) as log:
         run = train(inputs.student, inputs.prompts, config, log)
-    train_seconds = time.time() - started
     folder = output_dir / MODEL_FOLDER
     if run.accelerator.is_main_process:
         with atomic_folder(folder) as partial:
             write_model(partial, run.model.eval(), inputs.tokenizer)
-            write_record(partial, output_dir, config, train_seconds)
+            write_record(partial, output_dir, config)
         if inputs.tasks:
             measure(folder, inputs.tasks, config, console)
         write_card(folder, config)
@@ -137,10 +134,11 @@ def describe(inputs: Inputs, config: Config, console: Console) -> None:
     )
 
 
-def write_record(folder: Path, output_dir: Path, config: Config, seconds: float) -> None:
+def write_record(folder: Path, output_dir: Path, config: Config) -> None:
     """Settings, versions and curves of the run, beside the weights."""
     (folder / "opdlm_config.yaml").write_text(config.to_yaml())
     metrics = read_metrics(output_dir / "metrics.jsonl")
+    seconds = sum(row["seconds"] for row in metrics)  # over every part of an interrupted run
     results = {"train_seconds": round(seconds, 1), "versions": versions(), **(metrics[-1] if metrics else {})}
     (folder / "all_results.json").write_text(json.dumps(results, indent=2))
     plot_metrics(metrics, folder / "training.png")
