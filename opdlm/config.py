@@ -48,8 +48,8 @@ class FormatSection:
     """Where blocks are counted from: token 0, or the first response token."""
     mask_token: str = "<|mask|>"
     """Text of the mask token; an existing token of this text is used, else an unused row, else a new one."""
-    mask_init: Literal["mean", "zero", "noise", "stop"] = "mean"
-    """Start of the mask embedding: mean of all embeddings, zero, mean plus noise, or the stop token's."""
+    mask_init: Literal["zero", "mean", "noise", "stop"] = "zero"
+    """Start of the mask embedding: zero, the mean of all embeddings, the mean plus noise, or the stop token's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
