@@ -49,7 +49,7 @@ class FormatSection:
     mask_token: str = "<|mask|>"
     """Text of the mask token; an existing token of this text is used, else an unused row, else a new one."""
     mask_init: Literal["zero", "mean", "noise", "stop"] = "zero"
-    """Start of the mask embedding: zero, the mean of all embeddings, the mean plus noise, or the stop token's."""
+    """Start of the mask embedding: zero, the mean embedding, the mean plus noise, or the stop token's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
