@@ -210,22 +210,37 @@ def denoise_step(
     logits_MV = model.logits(hidden_BSH[row_M, column_M], is_clean_M)
     ids_M, confidence_M = propose_tokens(logits_MV, config.temperature, config.top_k, config.top_p, rng)
 
+    reveal(rows, masked_BT, (row_M, offset_M, target_M), (ids_M, confidence_M), config)
+    unjudged_B = frontier_B + 1 if checks else rows.frontier(mask_id)
+    rows.final_B = torch.where(vetoed_B, rows.final_B, unjudged_B)
+
+
+def reveal(
+    rows: Rows,
+    masked_BT: Tensor,
+    places: tuple[Tensor, Tensor, Tensor],
+    proposals: tuple[Tensor, Tensor],
+    config: DecodeConfig,
+) -> None:
+    """Write the proposed tokens that the remasking rule chooses.
+
+    `places`: row, offset in the block and position of every masked token; `proposals`: token and confidence.
+    """
+    (row_M, offset_M, position_M), (ids_M, confidence_M) = places, proposals
+    block_size = masked_BT.shape[1]
     confidence_BT = torch.zeros(masked_BT.shape, device=masked_BT.device)
     confidence_BT[row_M, offset_M] = confidence_M
-    num_B = num_to_reveal(
-        rows.block_step_B, block_size, min(config.denoising_steps or block_size, block_size)
-    )
+    steps = min(config.denoising_steps or block_size, block_size)
+    num_B = num_to_reveal(rows.block_step_B, block_size, steps)
     revealed_BT = choose_revealed(
         confidence_BT, masked_BT, num_B, config.remasking, config.confidence_threshold
     )
     chosen_M = revealed_BT[row_M, offset_M]
-    row_N, target_N = row_M[chosen_M], target_M[chosen_M]
-    rows.tokens_BL[row_N, target_N] = ids_M[chosen_M]
-    rows.unmask_step_BL[row_N, target_N] = rows.num_steps_B[row_N]
-    block_done_B = (revealed_BT == masked_BT).all(1)
-    rows.block_step_B = torch.where(block_done_B, 0, rows.block_step_B + 1)
-    unjudged_B = frontier_B + 1 if checks else rows.frontier(mask_id)
-    rows.final_B = torch.where(vetoed_B, rows.final_B, unjudged_B)
+    row_N, position_N = row_M[chosen_M], position_M[chosen_M]
+    rows.tokens_BL[row_N, position_N] = ids_M[chosen_M]
+    rows.unmask_step_BL[row_N, position_N] = rows.num_steps_B[row_N]
+    is_block_done_B = (revealed_BT == masked_BT).all(1)
+    rows.block_step_B = torch.where(is_block_done_B, 0, rows.block_step_B + 1)
 
 
 def veto(

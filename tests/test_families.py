@@ -79,7 +79,7 @@ def test_a_family_converts_to_sdar(family: str, lora: str, tmp_path: Path) -> No
 def test_the_mask_enters_the_folder_as_it_entered_the_model(family: str, tmp_path: Path) -> None:
     """Families that scale their embeddings: the row that is stored must give back the trained vector."""
     model, tokenizer = tiny_model(family), tiny_tokenizer()
-    config = load_config(None, ["format.name=sdar", "lora.enabled=false", "model.path=unused"])
+    config = load_config(None, ["format.name=sdar", "format.mask_init=mean", "lora.enabled=false"])
     student = make_student(model, tokenizer, config)
     embedding = model.get_input_embeddings()
     used = [i for i in range(64) if i not in student.spec.banned_token_ids]

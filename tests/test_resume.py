@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,15 @@ def test_a_run_killed_while_it_saves_continues_to_the_same_weights(place: Path, 
     assert_same_run(output, place / "whole")
 
 
+@pytest.fixture
+def foreground() -> Iterator[None]:
+    """Ctrl-C as a terminal delivers it; a test run in the background inherits an ignored SIGINT."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+@pytest.mark.usefixtures("foreground")
 def test_ctrl_c_saves_the_step_it_is_in_and_the_same_command_continues(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +142,7 @@ def test_ctrl_c_saves_the_step_it_is_in_and_the_same_command_continues(
     assert_same_run(tmp_path / "run", place / "whole")
 
 
+@pytest.mark.usefixtures("foreground")
 def test_a_second_ctrl_c_does_not_wait(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def press_twice(run: trainer.Run, step: int) -> dict[str, float]:
         signal.raise_signal(signal.SIGINT)
