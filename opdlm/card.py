@@ -59,9 +59,8 @@ def measured_table(report: dict[str, Any]) -> str:
             for key in ("accuracy", "accuracy_seen", "accuracy_held_out", "retention", "identical_to_teacher")
         )
         shares = " | ".join("–" if cell is None else f"{100 * cell:.1f} %" for cell in cells)
-        speeds = " | ".join(
-            f"{row[f'tokens_per_forward{group}']:.2f}" for group in ("", "_seen", "_held_out")
-        )
+        counts = [row[f"tokens_per_forward{group}"] for group in ("", "_seen", "_held_out")]
+        speeds = " | ".join(f"{count:.2f}" if count else "–" for count in counts)  # no prompts: no figure
         lines.append(f"| {row['name']} | {shares} | {speeds} | {row['tokens_per_second']:.0f} |")
     num_prompts = report["teacher"]["num_prompts"]
     lines.append(
