@@ -68,6 +68,8 @@ class LoraSection:
 class DataSection:
     path: str | tuple[str, ...] = ""
     """Prompts: .jsonl, .parquet or a `datasets` name, one or a list. Rows need `prompt` or `messages`."""
+    self_prompts: int = 0
+    """Prompts that the model writes itself before training, beside those of path, which may be empty."""
     split: str = "train"
     """Split of a `datasets` name; slices such as train[:1000] work."""
     max_prompt_tokens: int = 1024
@@ -460,6 +462,7 @@ INTERVALS = {
     "optimizer.weight_decay": (0.0, 10.0),
     "optimizer.warmup_steps": (0, 10**9),
     "rollout.warm_start_steps": (0, 10**9),
+    "data.self_prompts": (0, 10**9),
     "eval.confidence_threshold": (0.0, 1.0),
     "eval.veto_below": (0.0, 1.0),
 }

@@ -153,11 +153,12 @@ def encode_rows(
 def load_prompts(
     section: DataSection, tokenizer: PreTrainedTokenizerBase, mask_token_id: int
 ) -> list[Prompt]:
-    """Every conversion prompt of the run."""
+    """Every prompt of `data.path`."""
     paths = (section.path,) if isinstance(section.path, str) else section.path
     if not all(paths):
         raise DataError(
-            "data.path is empty: conversion needs prompts. Give a .jsonl or .parquet file or a dataset."
+            "data.path is empty: conversion needs prompts. Give a .jsonl or .parquet file or a dataset, or "
+            "let the model write them: data.self_prompts=4000."
         )
     rows = [row for path in paths for row in read_rows(path, section.split)][: section.limit]
     if not rows:

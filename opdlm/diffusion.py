@@ -175,11 +175,10 @@ class DiffusionLM(nn.Module):
         scores[..., list(self.spec.banned_token_ids)] = -torch.inf
         return scores
 
-    def teacher_decoder(self) -> DiffusionLM:
-        """The frozen original behind the decode loop: mode `ar` only."""
-        if self.spec.format == "preserve":
-            return self
-        spec = replace(self.spec, format="preserve")
+    def teacher_decoder(self, stop_token_ids: tuple[int, ...] | None = None) -> DiffusionLM:
+        """The frozen original behind the decode loop: mode `ar` only. It may stop at other tokens."""
+        stops = self.spec.stop_token_ids if stop_token_ids is None else stop_token_ids
+        spec = replace(self.spec, format="preserve", stop_token_ids=stops)
         return DiffusionLM(self.student, spec, teacher=self.teacher, adapter_off=self.adapter_off)
 
     def embed(self, model: PreTrainedModel, ids_BS: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from opdlm.metrics import MetricsLog, read_metrics
 from opdlm.models import check_fits, load, load_causal_lm, load_tokenizer, vocabulary_rows
 from opdlm.plots import plot_metrics, plot_retention
 from opdlm.records import Prompt
+from opdlm.self_prompts import self_prompts, user_turn
 from opdlm.trainer import check_trackers, train
 
 MODEL_FOLDER = "model"
@@ -60,8 +61,12 @@ def load_inputs(config: Config) -> Inputs:
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     model = load_causal_lm(config.model.path, config.model.dtype, config.model.trust_remote_code)
     student = make_student(model, tokenizer, config)
-    prompts = load_prompts(config.data, tokenizer, student.spec.mask_token_id)
-    check_fits(student, [p.ids for p in prompts], config.rollout.max_new_tokens, "rollout.max_new_tokens")
+    prompts = []
+    if config.data.path or not config.data.self_prompts:
+        prompts = load_prompts(config.data, tokenizer, student.spec.mask_token_id)
+        check_fits(student, [p.ids for p in prompts], config.rollout.max_new_tokens, "rollout.max_new_tokens")
+    if config.data.self_prompts:
+        user_turn(tokenizer, config.data.system_prompt)
     tasks = load_eval_tasks(student, tokenizer, config) if config.eval.path else []
     return Inputs(student, tokenizer, prompts, tasks)
 
@@ -108,6 +113,9 @@ def convert_checkpoint(config: Config, console: Console) -> Path:
     """Run a conversion (or continue it); returns the folder of the converted model."""
     inputs = load_inputs(config)
     output_dir = prepare_output(config)
+    if config.data.self_prompts:
+        with console.status(f"the model writes {config.data.self_prompts} prompts"):
+            add_self_prompts(inputs, config, output_dir)
     describe(inputs, config, console)
     with MetricsLog(output_dir, console) as log:
         run = train(inputs.student, inputs.prompts, config, log)
@@ -120,6 +128,16 @@ def convert_checkpoint(config: Config, console: Console) -> Path:
             measure(folder, inputs.tasks, config, console)
         write_card(folder, config)
     return folder
+
+
+def add_self_prompts(inputs: Inputs, config: Config, output_dir: Path) -> None:
+    """Let the model write prompts (none of the evaluation's) beside those of `data.path`."""
+    evaluated = {task.text for task in inputs.tasks}
+    added = self_prompts(inputs.student, inputs.tokenizer, config, output_dir, evaluated)
+    check_fits(
+        inputs.student, [p.ids for p in added], config.rollout.max_new_tokens, "data.max_prompt_tokens"
+    )
+    inputs.prompts.extend(replace(p, index=len(inputs.prompts) + p.index) for p in added)
 
 
 def describe(inputs: Inputs, config: Config, console: Console) -> None:

@@ -16,7 +16,7 @@ FLOORS = {
     2: {"diffusion", "checkpoint", "metrics"},
     3: {"models", "data", "generate", "states"},
     4: {"convert", "targets", "rollout", "evaluate", "export", "modeling_opdlm"},
-    5: {"trainer", "plots", "card"},
+    5: {"trainer", "self_prompts", "plots", "card"},
     6: {"pipeline"},
     7: {"cli"},
 }

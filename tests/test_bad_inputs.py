@@ -116,6 +116,12 @@ def pickled(place: Place) -> Path:
     return folder
 
 
+def without_template(place: Place) -> Path:
+    folder = place.broken_model("plain")
+    (folder / "chat_template.jinja").unlink()
+    return folder
+
+
 def small_embedding(place: Place) -> Path:
     folder = write_checkpoint(place.root / "small", vocab_size=40)
     return folder
@@ -257,6 +263,18 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         ("mamba models cannot be converted", "masks"),
     ),
     "no prompts given": (lambda p: p.convert("data.path="), ("data.path is empty", "Give a .jsonl")),
+    "self prompts without a chat template": (
+        lambda p: p.convert("data.self_prompts=4", model=without_template(p)),
+        ("data.self_prompts needs a chat template", "set data.path"),
+    ),
+    "self prompts in a turn without an end": (
+        lambda p: p.convert("data.self_prompts=4"),
+        ("data.self_prompts needs", "special token", "set data.path"),
+    ),
+    "fewer than no self prompts": (
+        lambda p: p.convert("data.self_prompts=-1"),
+        ("data.self_prompts (-1)", "must lie between 0"),
+    ),
     "prompts missing": (
         lambda p: p.convert("data.path=/no/such.jsonl"),
         ("/no/such.jsonl", "does not exist"),

@@ -6,9 +6,10 @@ One command writes everything under --out: `teacher/` (weights, character tokeni
 scores), `prompts.jsonl` (conversion prompts, train split, seen skills only), `noise.jsonl` (prompts that ask
 no skill) and `eval.jsonl` (test split, every skill). Each step draws fresh train-split examples; the loss is
 the cross-entropy of the answer and `<|end|>`, averaged within an example first, so that a long answer weighs
-no more than a short one.
+no more than a short one, plus a fifth of the same mean over the prompt: like any pretrained model, the
+teacher can then also write prompts.
 
-It trains in float32 on two CPU threads and does not use a GPU.
+It trains in float32 on the CPU (`--threads`, two unless told).
 """
 
 import argparse
@@ -45,6 +46,7 @@ CHAT_TEMPLATE = (
 )
 VOCAB_SIZE = 128
 IGNORED = -100
+PROMPT_WEIGHT = 0.2
 MAX_NEW_TOKENS = 80
 PROMPTS_PER_SKILL = 800
 NUM_NOISE_PROMPTS = 4000
@@ -118,20 +120,25 @@ def encode_row(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[li
     return ids, len(example.prompt) + 2
 
 
-def collate(rows: list[tuple[list[int], int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Right padding: a causal model needs no attention mask for it. Labels ignore prompt and padding."""
+def collate(rows: list[tuple[list[int], int]], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Right padding: a causal model needs no attention mask for it. Labels ignore `<|user|>` and padding; a
+    row's weights sum to 1 over its answer and to PROMPT_WEIGHT over its prompt (`<|assistant|>` included).
+    """
     length = max(len(ids) for ids, _ in rows)
     ids_BL = torch.full((len(rows), length), pad_token_id)
     labels_BL = torch.full((len(rows), length), IGNORED)
+    weights_BL = torch.zeros(len(rows), length)
     for i, (ids, num_prompt) in enumerate(rows):
         ids_BL[i, : len(ids)] = torch.tensor(ids)
-        labels_BL[i, num_prompt : len(ids)] = ids_BL[i, num_prompt : len(ids)]
-    return ids_BL, labels_BL
+        labels_BL[i, 1 : len(ids)] = ids_BL[i, 1 : len(ids)]
+        weights_BL[i, 1:num_prompt] = PROMPT_WEIGHT / (num_prompt - 1)
+        weights_BL[i, num_prompt : len(ids)] = 1 / (len(ids) - num_prompt)
+    return ids_BL, labels_BL, weights_BL
 
 
 def micro_batches(
     config: TrainConfig, step: int, tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """A fresh batch for this step, sorted by length and cut up so that little of it is padding."""
     examples = draw_batch(config.batch_size, random.Random(f"train:{config.seed}:{step}"))
     rows = sorted((encode_row(example, tokenizer) for example in examples), key=lambda row: len(row[0]))
@@ -139,14 +146,13 @@ def micro_batches(
         yield collate(rows[start : start + config.micro_batch_size], tokenizer.pad_token_id)
 
 
-def answer_loss(model: Qwen3ForCausalLM, ids_BL: Tensor, labels_BL: Tensor) -> Tensor:
-    """Sum over examples of the mean cross-entropy of their answer tokens."""
+def text_loss(model: Qwen3ForCausalLM, ids_BL: Tensor, labels_BL: Tensor, weights_BL: Tensor) -> Tensor:
+    """Weighted sum of the cross-entropy of every labelled token."""
     logits_BLV = model(input_ids=ids_BL[:, :-1], use_cache=False).logits
-    targets_BL = labels_BL[:, 1:]
-    losses_BL = F.cross_entropy(
-        logits_BLV.flatten(0, 1), targets_BL.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view_as(targets_BL)
-    return (losses_BL.sum(1) / (targets_BL != IGNORED).sum(1)).sum()
+    losses = F.cross_entropy(
+        logits_BLV.flatten(0, 1), labels_BL[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return (losses * weights_BL[:, 1:].flatten()).sum()
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -165,8 +171,8 @@ def train(
     started, loss_sum = time.monotonic(), 0.0
     for step in range(config.num_steps):
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, config)
-        for ids_BL, labels_BL in micro_batches(config, step, tokenizer):
-            loss = answer_loss(model, ids_BL, labels_BL) / config.batch_size
+        for batch in micro_batches(config, step, tokenizer):
+            loss = text_loss(model, *batch) / config.batch_size
             loss.backward()
             loss_sum += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -299,7 +305,7 @@ A stock `Qwen3ForCausalLM` with {num_parameters:,} parameters and a character to
 text skills over an invented world and exists so that `opdlm` can be tried and tested on a CPU. It knows
 nothing else and is of no other use.
 
-One command made it, in {seconds / 60:.0f} minutes on two CPU threads:
+One command made it, in {seconds / 60:.0f} minutes on {torch.get_num_threads()} CPU thread(s):
 
     python examples/tiny_teacher/train.py --out opdlm/bundled --seed {config.seed}
 
@@ -331,6 +337,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-steps", type=int, default=2000)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "opdlm_tiny_teacher")
     return parser.parse_args()
 
@@ -338,7 +345,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     config = TrainConfig(
         seed=args.seed,

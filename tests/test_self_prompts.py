@@ -1,0 +1,89 @@
+"""Prompts that the model writes itself: where a turn ends, what is kept, and a run that has no others."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny_checkpoints import tiny_overrides, write_data
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from opdlm.config import Config, load_config
+from opdlm.convert import make_student
+from opdlm.diffusion import DiffusionLM
+from opdlm.models import load_causal_lm
+from opdlm.pipeline import convert_checkpoint
+from opdlm.self_prompts import self_prompts, user_turn, write_prompts
+
+NUM_PROMPTS = 40
+
+
+@pytest.fixture(scope="module")
+def tokenizer(teacher_folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(teacher_folder)
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    settings = [f"data.self_prompts={NUM_PROMPTS}", "data.max_prompt_tokens=48", "rollout.batch_size=16"]
+    return load_config(None, ["model.path=bundled:teacher", *settings])
+
+
+@pytest.fixture(scope="module")
+def student(teacher_folder: Path, tokenizer: PreTrainedTokenizerBase, config: Config) -> DiffusionLM:
+    return make_student(load_causal_lm(str(teacher_folder), "float32"), tokenizer, config)
+
+
+def test_a_user_turn_is_what_the_template_writes_around_the_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    start, end = user_turn(tokenizer, "")
+    assert tokenizer.decode(start) == "<|user|>"
+    assert tokenizer.decode([end]) == "<|assistant|>"
+
+
+def test_the_teacher_asks_in_the_form_of_every_skill(
+    student: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config
+) -> None:
+    texts = write_prompts(student, tokenizer, config, excluded=())
+    assert len(set(texts)) == len(texts) == NUM_PROMPTS
+    assert not any("<|" in text or text != text.strip() for text in texts)
+    forms = {text.split()[0] for text in texts}
+    assert {"add", "sort", "close", "count", "reverse"} <= forms
+
+
+def test_prompts_depend_on_the_seed_alone_and_leave_out_what_is_excluded(
+    student: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config
+) -> None:
+    texts = write_prompts(student, tokenizer, config, excluded=())
+    assert write_prompts(student, tokenizer, config, excluded=()) == texts
+    others = write_prompts(student, tokenizer, config, excluded=set(texts[:5]))
+    assert not set(others) & set(texts[:5])
+    assert others[: NUM_PROMPTS - 5] == texts[5:]
+
+
+def test_an_interrupted_run_reads_the_prompts_it_wrote(
+    student: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config, tmp_path: Path
+) -> None:
+    first = self_prompts(student, tokenizer, config, tmp_path, excluded=())
+    file = tmp_path / "self_prompts.jsonl"
+    kept = file.read_text()
+    assert json.loads(kept.splitlines()[0])["prompt"] in tokenizer.decode(first[0].ids)
+    file.write_text(kept.replace("add", "sort"))
+    second = self_prompts(student, tokenizer, config, tmp_path, excluded=())
+    assert len(second) == NUM_PROMPTS
+    assert first != second, "the file was written again"
+
+
+def test_a_conversion_needs_no_prompt_file(teacher_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    settings = tiny_overrides(teacher_folder, tmp_path, output)
+    write_data(tmp_path)
+    overrides = [
+        *settings,
+        "data.path=",
+        "data.self_prompts=8",
+        "data.max_prompt_tokens=60",
+        "train.num_steps=1",
+    ]
+    folder = convert_checkpoint(load_config(None, overrides), Console(quiet=True))
+    assert (folder / "config.json").is_file()
+    assert len((output / "self_prompts.jsonl").read_text().splitlines()) == 8
