@@ -105,7 +105,10 @@ def add_generate(verbs: Verbs) -> None:
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--threshold", type=float, default=0.9, help="confidence that reveals a token (0.9)")
     parser.add_argument(
-        "--veto-below", type=float, default=0.1, help="threshold mode: AR floor, 0 = off (0.1)"
+        "--veto-below",
+        type=float,
+        default=0.1,
+        help="preserve: AR floor under revealed tokens, 0 = off (0.1)",
     )
     parser.add_argument("--denoising-steps", type=int, help="steps per block at most (block size)")
     parser.add_argument("--seed", type=int, default=0)

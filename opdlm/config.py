@@ -190,7 +190,7 @@ class EvalSection:
     confidence_threshold: float = 0.9
     """For the threshold mode."""
     veto_below: float = 0.1
-    """Threshold mode of preserve: the AR model replaces tokens it finds less likely than this; 0 = never."""
+    """Static and threshold in preserve: the AR model replaces tokens it finds less likely; 0 = never."""
     limit: int | None = None
     """Prompts per skill; None = all."""
 

@@ -43,8 +43,8 @@ class DecodeConfig:
     """Steps per block at most; None = block_size, one token a step."""
     confidence_threshold: float = 0.9
     veto_below: float = 0.1
-    """Threshold mode of `preserve`: the AR model takes back a revealed token that it finds less likely than
-    this, in the forward that commits it, and puts its own there. 0 = never."""
+    """Static and threshold mode of `preserve`: the AR model takes back a revealed token that it finds less
+    likely than this, in the forward that commits it, and puts its own there. 0 = never."""
     one_forward: bool = True
     """Lossless: verify and draft in one forward (False: one forward each)."""
 
@@ -191,7 +191,7 @@ def denoise_step(
     rows.num_forwards_B = rows.num_forwards_B + num_forwards
     rows.num_steps_B = rows.num_steps_B + 1
     vetoed_B = torch.zeros_like(frontier_B, dtype=torch.bool)
-    checks = config.mode == "threshold" and model.spec.format == "preserve" and config.veto_below > 0
+    checks = fmt == "preserve" and config.mode != "ar" and config.veto_below > 0
     if checks:
         vetoed_B = veto(model, rows, clean, hidden_BSH, frontier_B, config, rng)
 

@@ -39,8 +39,8 @@ from opdlm.targets import score_rows
 from opdlm.trainer import noised_hidden
 
 MODES = {
-    "static": DecodeConfig(mode="static", max_new_tokens=10),
-    "two_steps": DecodeConfig(mode="static", max_new_tokens=10, denoising_steps=2),
+    "static": DecodeConfig(mode="static", max_new_tokens=10, veto_below=0.0),
+    "two_steps": DecodeConfig(mode="static", max_new_tokens=10, denoising_steps=2, veto_below=0.0),
     "threshold": DecodeConfig(mode="threshold", max_new_tokens=10, confidence_threshold=0.2, veto_below=0.0),
     "sampling": DecodeConfig(
         mode="threshold", max_new_tokens=10, temperature=1.0, confidence_threshold=0.3, veto_below=0.0
