@@ -98,7 +98,7 @@ def gathered_weights(model: nn.Module) -> Iterator[None]:
 
 
 def without_sync(module: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
-    """DDP sums gradients over ranks in the last micro-batch only; FSDP scatters them in each and holds less."""
+    """DDP sums gradients over ranks in the last micro-batch; FSDP scatters them in each and holds less."""
     if isinstance(module, DistributedDataParallel) and not is_last:
         return module.no_sync()
     return nullcontext()
