@@ -26,12 +26,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opdlm.config import Config
 from opdlm.diffusion import DiffusionLM
+from opdlm.errors import ConfigError
 
 Item = TypeVar("Item")
 
 
 def join_ranks() -> PartialState:
     """Meet the other ranks of the launch. accelerate looks for them on CPUs only when told to."""
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(
+            "the launch asks for DeepSpeed, which is not supported: its checkpoints would not continue on "
+            "another number of devices. Launch with recipes/accelerate/fsdp2.yaml, which shards as much."
+        )
     state = PartialState(cpu=not torch.accelerator.is_available())
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", "1")), "every rank would run alone"
     return state

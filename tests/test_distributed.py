@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
 from tiny_models import CPU, make_lm, make_prompts, make_rollout, qwen3
 
+from opdlm import cli
 from opdlm.checkpoint import trainable_weights
 from opdlm.config import Config, LossSection, OptimizerSection, RolloutSection, StatesSection, TrainSection
 from opdlm.diffusion import DiffusionLM
@@ -29,7 +31,8 @@ from opdlm.unmasking import draw
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("lora", "sdar")
-MODES = ("ddp", "fsdp")
+FAST, SLOW = ("lora-ddp", "lora-fsdp", "sdar-fsdp"), ("sdar-ddp",)
+CASES = [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 COMPARED = ("loss", "divergence", "grad_norm", "rollout_tokens", "loss_tokens", "stop_rate", "learning_rate")
 PROMPTS = [Prompt(ids=ids, index=i) for i, ids in enumerate(make_prompts([3, 8, 1, 5, 6, 2, 9]))]
 Metrics = dict[str, float]
@@ -43,7 +46,7 @@ def make_model(kind: str) -> DiffusionLM:
 def start(kind: str, output: Path) -> Run:
     config = Config(
         output_dir=str(output),
-        rollout=RolloutSection(prompts_per_step=5, batch_size=2, max_new_tokens=9, temperature=1.0),
+        rollout=RolloutSection(prompts_per_step=5, batch_size=2, max_new_tokens=6, temperature=1.0),
         states=StatesSection(selection="one_per_block"),
         loss=LossSection(normalization="row" if kind == "sdar" else "token"),
         optimizer=OptimizerSection(learning_rate=1e-3),
@@ -86,20 +89,20 @@ def share_held(run: Run) -> float:
     return local / sum(p.numel() for p in weights)
 
 
-def main(root: Path) -> None:
+def main(root: Path, cases: list[str]) -> None:
     """What each of the two processes does."""
     results: dict[str, Any] = {}
-    for mode in MODES:
+    for case in cases:
+        kind, mode = case.split("-")
         os.environ["ACCELERATE_USE_FSDP"] = str(mode == "fsdp")
-        for kind in KINDS:
-            found = run_all(kind, root / f"{kind}-{mode}")
-            resumed = continued(kind, root / f"{kind}-one")
-            fresh = start(kind, root / "unused")
-            results[f"{kind}-{mode}"] = found | {
-                "continued": resumed,
-                "share_held": share_held(fresh),
-                "num_processes": fresh.accelerator.num_processes,
-            }
+        found = run_all(kind, root / case)
+        resumed = continued(kind, root / f"{kind}-one")
+        fresh = start(kind, root / "unused")
+        results[case] = found | {
+            "continued": resumed,
+            "share_held": share_held(fresh),
+            "num_processes": fresh.accelerator.num_processes,
+        }
     if os.environ["RANK"] == "0":
         (root / "results.json").write_text(json.dumps(results))
 
@@ -108,7 +111,7 @@ def launch(program: list[str], *options: str, **variables: str) -> subprocess.Co
     """Run a program on two processes of one thread."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     command = [sys.executable, "-m", *options, *program]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -125,11 +128,18 @@ def alone(root: Path) -> dict[str, dict[str, list[Metrics]]]:
 
 
 @pytest.fixture(scope="module")
-def together(root: Path, alone: Any) -> dict[str, dict[str, Any]]:
-    """The runs on two processes, which also continue those of one."""
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    launch([__file__, str(root)], *torchrun)
-    return json.loads((root / "results.json").read_text())
+def together(root: Path, alone: Any) -> Callable[[str], dict[str, Any]]:
+    """The runs on two processes, which also continue those of one; started when one is asked for."""
+    results: dict[str, Any] = {}
+
+    def run(case: str) -> dict[str, Any]:
+        if case not in results:
+            torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
+            launch([__file__, str(root), *(SLOW if case in SLOW else FAST)], *torchrun)
+            results.update(json.loads((root / "results.json").read_text()))
+        return results[case]
+
+    return run
 
 
 def assert_same(found: list[Metrics], expected: list[Metrics]) -> None:
@@ -139,43 +149,44 @@ def assert_same(found: list[Metrics], expected: list[Metrics]) -> None:
         assert left == pytest.approx(right, rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_train_as_one(kind: str, mode: str, alone: Any, together: Any) -> None:
-    assert together[f"{kind}-{mode}"]["num_processes"] == 2
-    assert_same(together[f"{kind}-{mode}"]["steps"], alone[kind]["steps"])
-    losses = [step["loss"] for step in alone[kind]["steps"]]
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(case: str, alone: Any, together: Any) -> None:
+    expected = alone[case[:4]]["steps"]
+    assert together(case)["num_processes"] == 2
+    assert_same(together(case)["steps"], expected)
+    losses = [step["loss"] for step in expected]
     assert min(losses) > 0.01 and len(set(losses)) == 4
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_rank_may_have_no_rows_or_nothing_supervised(
-    kind: str, mode: str, alone: Any, together: Any
-) -> None:
-    assert_same(together[f"{kind}-{mode}"]["uneven"], alone[kind]["uneven"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_rank_may_have_no_rows_or_nothing_supervised(case: str, alone: Any, together: Any) -> None:
+    assert_same(together(case)["uneven"], alone[case[:4]]["uneven"])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES)
 def test_a_run_stopped_on_two_processes_continues_on_one(
-    kind: str, mode: str, root: Path, alone: Any, together: Any
+    case: str, root: Path, alone: Any, together: Any
 ) -> None:
-    assert_same(continued(kind, root / f"{kind}-{mode}"), alone[kind]["steps"][2:])
+    together(case)
+    assert_same(continued(case[:4], root / case), alone[case[:4]]["steps"][2:])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_stopped_on_one_process_continues_on_two(
-    kind: str, mode: str, alone: Any, together: Any
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_stopped_on_one_process_continues_on_two(case: str, alone: Any, together: Any) -> None:
+    assert_same(together(case)["continued"], alone[case[:4]]["steps"][2:])
+
+
+@pytest.mark.parametrize(("case", "share"), [("lora-ddp", 1.0), ("lora-fsdp", 0.5), ("sdar-fsdp", 0.5)])
+def test_fsdp_holds_half_of_the_weights_per_process(case: str, share: float, together: Any) -> None:
+    assert together(case)["share_held"] == pytest.approx(share, abs=0.02)
+
+
+def test_deepspeed_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert_same(together[f"{kind}-{mode}"]["continued"], alone[kind]["steps"][2:])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_fsdp_holds_half_of_the_weights_per_process(kind: str, together: Any) -> None:
-    assert together[f"{kind}-fsdp"]["share_held"] == pytest.approx(0.5, abs=0.02)
-    assert together[f"{kind}-ddp"]["share_held"] == 1.0
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert cli.main(["convert", "tiny"]) == 2
+    assert "Launch with recipes/accelerate/fsdp2.yaml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -240,4 +251,4 @@ def test_the_recipe_runs_under_accelerate_launch(mode: str, tmp_path: Path) -> N
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
