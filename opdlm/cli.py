@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except OpdlmError as error:
-        print(f"opdlm: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
+            print(f"opdlm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("opdlm: interrupted. The same command continues from the last checkpoint.", file=sys.stderr)
@@ -198,9 +199,9 @@ def run_convert(options: argparse.Namespace) -> int:
 
     from opdlm.pipeline import convert_checkpoint, read_report
 
-    console = Console()
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     folder = convert_checkpoint(config, console)
-    report = read_report(folder)
+    report = None if console.quiet else read_report(folder)
     if report is not None:
         from opdlm.card import measured_table
 

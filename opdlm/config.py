@@ -87,9 +87,9 @@ class DataSection:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutSection:
     prompts_per_step: int = 64
-    """Prompts that get a response in each step."""
+    """Prompts that get a response in each step, over all devices."""
     batch_size: int = 64
-    """Rows decoded at once."""
+    """Rows decoded at once on one device."""
     max_new_tokens: int = 256
     """Length cap of a response at the end of the curriculum."""
     start_new_tokens: int | None = None
@@ -160,9 +160,9 @@ class TrainSection:
     num_steps: int = 100
     """Rollout steps. Each generates responses, then makes the updates below."""
     rows_per_update: int = 8
-    """Rollouts per optimiser update."""
+    """Rollouts per optimiser update, over all devices."""
     micro_batch_rows: int = 8
-    """Rollouts per forward and backward; changes memory, not results."""
+    """Rollouts per forward and backward on one device; changes memory, not results."""
     passes_per_rollout: int = 1
     """How often each rollout is trained on."""
     gradient_checkpointing: bool = False
@@ -170,7 +170,7 @@ class TrainSection:
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 runs the forward under autocast."""
     seed: int = 0
-    """Every random draw derives from (seed, step, rank)."""
+    """Every random draw derives from (seed, step, prompt): the number of devices changes none."""
     save_every: int = 50
     """Steps between checkpoints."""
     save_total_limit: int = 2

@@ -23,7 +23,7 @@ from .attention import SlotCache
 from .blocks import CLEAN, Format, Grid, Slots, clean_reach, join_slots, make_slots
 from .diffusion import DiffusionLM, DiffusionSpec
 from .records import NEVER, FinishReason, Rollout
-from .unmasking import Remasking, choose_revealed, draw, num_to_reveal, propose_tokens, sampling_probs
+from .unmasking import Remasking, Rng, choose_revealed, draw, num_to_reveal, propose_tokens, sampling_probs
 
 Mode = Literal["ar", "static", "threshold", "lossless"]
 
@@ -118,6 +118,10 @@ class Rows:
             cache=SlotCache(len(prompts), capacity),
         )
 
+    def rng_at(self, rng: Rng, row_M: Tensor) -> Rng:
+        """The generator of each entry, where every prompt has its own."""
+        return [rng[i] for i in self.index_B[row_M].tolist()] if isinstance(rng, Sequence) else rng
+
     def keep(self, keep_B: Tensor) -> None:
         rows_N = keep_B.nonzero()[:, 0]
         if len(rows_N) == len(keep_B):
@@ -139,16 +143,18 @@ def generate(
     model: DiffusionLM,
     prompts: Sequence[Sequence[int]],
     config: DecodeConfig,
-    rng: torch.Generator | None = None,
+    rng: Rng = None,
     on_step: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[list[Rollout], DecodeStats]:
     """Decode a batch of prompts (token ids, each at least one token). Rows come back in order.
 
-    `on_step(row indices, tokens)` is called after every step, for live display. Deterministic given `rng`.
+    `on_step(row indices, tokens)` is called after every step, for live display. Deterministic given `rng`, of
+    which lossless decoding takes one for the batch.
     """
     if not prompts:
         return [], DecodeStats()
     if config.mode == "lossless":
+        assert not isinstance(rng, Sequence)
         return generate_lossless(model, prompts, config, rng)
     fmt: Format = "preserve" if config.mode == "ar" else model.spec.format
     grid = Grid(block_size=1) if config.mode == "ar" else model.spec.block_grid
@@ -172,7 +178,7 @@ def start_rows(
 
 
 def denoise_step(
-    model: DiffusionLM, rows: Rows, config: DecodeConfig, grid: Grid, fmt: Format, rng: torch.Generator | None
+    model: DiffusionLM, rows: Rows, config: DecodeConfig, grid: Grid, fmt: Format, rng: Rng
 ) -> None:
     """Commit what is newly known, propose tokens for each row's block, reveal some of them."""
     mask_id, block_size = model.spec.mask_token_id, grid.block_size
@@ -208,6 +214,7 @@ def denoise_step(
         column_M = num_clean + offset_M
     is_clean_M = (target_M == frontier_B[row_M]) if model.spec.format == "preserve" else None
     logits_MV = model.logits(hidden_BSH[row_M, column_M], is_clean_M)
+    rng = rows.rng_at(rng, row_M)
     ids_M, confidence_M = propose_tokens(logits_MV, config.temperature, config.top_k, config.top_p, rng)
 
     reveal(rows, masked_BT, (row_M, offset_M, target_M), (ids_M, confidence_M), config)
@@ -250,7 +257,7 @@ def veto(
     hidden_BSH: Tensor,
     frontier_B: Tensor,
     config: DecodeConfig,
-    rng: torch.Generator | None,
+    rng: Rng,
 ) -> Tensor:
     """Take back what the AR model does not believe; bool `[B]`: rows where that happened.
 
@@ -274,6 +281,7 @@ def veto(
     first_B = bad_BL.long().argmax(1)
     is_first_M = is_bad_M & (position_M == first_B[row_M])
     row_N, position_N = row_M[is_first_M], position_M[is_first_M]
+    rng = rows.rng_at(rng, row_N)
     ids_N, _ = propose_tokens(logits_MV[is_first_M], config.temperature, config.top_k, config.top_p, rng)
 
     column_L = torch.arange(rows.tokens_BL.shape[1], device=frontier_B.device)

@@ -21,10 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opdlm import __version__
 from opdlm.attention import choose_backend, why_not
 from opdlm.card import model_card
-from opdlm.checkpoint import atomic_folder, find_checkpoints, write_atomic
+from opdlm.checkpoint import atomic_folder, find_checkpoints, load_weights, write_atomic
 from opdlm.config import Config, load_config, read_recipe
 from opdlm.convert import make_student
 from opdlm.data import Task, load_prompts, load_tasks
+from opdlm.devices import is_sharded, join_ranks
 from opdlm.diffusion import DiffusionLM
 from opdlm.errors import ConfigError, DataError
 from opdlm.evaluate import RetentionReport, evaluate, write_outputs
@@ -87,8 +88,8 @@ def load_eval_tasks(model: DiffusionLM, tokenizer: PreTrainedTokenizerBase, conf
     return tasks
 
 
-def prepare_output(config: Config) -> Path:
-    """Make the run folder; refuse to mix two different runs in one."""
+def prepare_output(config: Config, *, writes: bool = True) -> Path:
+    """Make the run folder; refuse to mix two different runs in one. Of many ranks, one writes."""
     output_dir = Path(config.output_dir)
     saved = output_dir / CONFIG_FILE
     if saved.is_file() and find_checkpoints(output_dir):
@@ -100,7 +101,8 @@ def prepare_output(config: Config) -> Path:
             )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(saved, config.to_yaml())
+        if writes:
+            write_atomic(saved, config.to_yaml())
     except OSError as error:
         raise ConfigError(
             f"output_dir ({output_dir}) cannot be written: {error.strerror}. Choose another output_dir."
@@ -121,18 +123,20 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "")
 
 def convert_checkpoint(config: Config, console: Console) -> Path:
     """Run a conversion (or continue it); returns the folder of the converted model."""
+    ranks = join_ranks()
     inputs = load_inputs(config)
-    output_dir = prepare_output(config)
+    output_dir = prepare_output(config, writes=ranks.is_main_process)
     if config.data.self_prompts:
-        with console.status(f"the model writes {config.data.self_prompts} prompts"):
+        status = console.status(f"the model writes {config.data.self_prompts} prompts")
+        with status, ranks.main_process_first():  # the others read what it wrote
             add_self_prompts(inputs, config, output_dir)
     describe(inputs, config, console)
     with MetricsLog(output_dir, console) as log:
         run = train(inputs.student, inputs.prompts, config, log)
     folder = output_dir / MODEL_FOLDER
-    if run.accelerator.is_main_process:
+    if ranks.is_main_process:
         with atomic_folder(folder) as partial:
-            write_model(partial, run.model.eval(), inputs.tokenizer)
+            write_model(partial, trained_student(run.model, config).eval(), inputs.tokenizer)
             write_record(partial, output_dir, config)
         if inputs.tasks:
             measure(folder, inputs.tasks, config, console)
@@ -148,6 +152,15 @@ def add_self_prompts(inputs: Inputs, config: Config, output_dir: Path) -> None:
         inputs.student, [p.ids for p in added], config.rollout.max_new_tokens, "data.max_prompt_tokens"
     )
     inputs.prompts.extend(replace(p, index=len(inputs.prompts) + p.index) for p in added)
+
+
+def trained_student(model: DiffusionLM, config: Config) -> DiffusionLM:
+    """The trained model in one piece; after a sharded run, built again from the last checkpoint."""
+    if not is_sharded(model):
+        return model
+    student = load_inputs(config).student
+    load_weights(find_checkpoints(Path(config.output_dir))[-1], student)
+    return student
 
 
 def describe(inputs: Inputs, config: Config, console: Console) -> None:

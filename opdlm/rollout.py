@@ -1,7 +1,8 @@
 """Prompts -> rollouts: the student's own reverse trajectories, or the teacher's responses for the baselines.
 
 Rows of similar prompt length are decoded together. The length cap grows over the first steps (length
-curriculum), METHOD part 3. Random draws derive from (seed, step, rank, batch), never from what ran before.
+curriculum), METHOD part 3. Random draws derive from (seed, step, place of the prompt in the step), never from
+what ran before, what is decoded beside it, or where.
 """
 
 from __future__ import annotations
@@ -57,21 +58,24 @@ def generate_rollouts(
     *,
     step: int,
     seed: int,
-    rank: int = 0,
+    places: Sequence[int] | None = None,
     from_teacher: bool = False,
 ) -> tuple[list[Rollout], DecodeStats]:
-    """One response per prompt, in the order of the prompts. `step` counts from 1."""
+    """One response per prompt, in the order of the prompts. `step` counts from 1; `places` of the prompts in
+    the step decide the random draws (None: they are the step's first).
+    """
     config = decode_config(
         section, length_cap(section, step, model.spec.block_size), from_teacher=from_teacher
     )
     decoder = model.teacher_decoder() if from_teacher else model
+    places = range(len(prompts)) if places is None else places
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     rollouts: dict[int, Rollout] = {}
     total = DecodeStats()
-    for number, first in enumerate(range(0, len(order), section.batch_size)):
+    for first in range(0, len(order), section.batch_size):
         chosen = order[first : first + section.batch_size]
-        rng = generator_for(seed, step, rank, number, device=model.device)
-        batch, stats = generate(decoder, [prompts[i].ids for i in chosen], config, rng)
+        rngs = [generator_for(seed, step, places[i], device=model.device) for i in chosen]
+        batch, stats = generate(decoder, [prompts[i].ids for i in chosen], config, rngs)
         rollouts.update(zip(chosen, batch, strict=True))
         total += stats
     return [rollouts[i] for i in range(len(prompts))], total

@@ -20,6 +20,7 @@ from torch import Tensor
 from opdlm.blocks import Slots, make_slots
 from opdlm.diffusion import DiffusionSpec
 from opdlm.records import NEVER, Rollout
+from opdlm.unmasking import Rng
 
 Selection = Literal["one_per_block", "all", "complementary", "random_mask"]
 
@@ -84,7 +85,7 @@ def block_table(rollouts: Sequence[Rollout], spec: DiffusionSpec, device: torch.
     )
 
 
-def select_masks(table: BlockTable, selection: Selection, rng: torch.Generator) -> Tensor:
+def select_masks(table: BlockTable, selection: Selection, rng: Rng) -> Tensor:
     """Masked positions of every chosen state: bool `[B, C, N, T]`. A block may be absent (nothing masked)."""
     can_mask_BNT = (table.step_BNT >= 0) & table.is_inside_BNT
     match selection:
@@ -99,7 +100,7 @@ def select_masks(table: BlockTable, selection: Selection, rng: torch.Generator) 
             return random_masks(can_mask_BNT, rng)[:, None]
 
 
-def trajectory_masks(table: BlockTable, can_mask_BNT: Tensor, rng: torch.Generator, *, every: bool) -> Tensor:
+def trajectory_masks(table: BlockTable, can_mask_BNT: Tensor, rng: Rng, *, every: bool) -> Tensor:
     """States that the sampler was in: thresholds are the distinct reveal steps of each block."""
     step_BNT = table.step_BNT.masked_fill(~can_mask_BNT, NEVER)
     sorted_BNT = step_BNT.sort(-1).values
@@ -110,19 +111,25 @@ def trajectory_masks(table: BlockTable, can_mask_BNT: Tensor, rng: torch.Generat
         threshold_BNT = torch.where(is_new_BNT, sorted_BNT, NEVER + 1)
         masked_BNTT = can_mask_BNT[:, :, None, :] & (step_BNT[:, :, None, :] >= threshold_BNT[..., None])
         return masked_BNTT.transpose(1, 2)
-    score_BNT = (
-        torch.rand(is_new_BNT.shape, generator=rng).to(is_new_BNT.device) * is_new_BNT - (~is_new_BNT).float()
-    )
+    score_BNT = uniform(is_new_BNT.shape, rng).to(is_new_BNT.device) * is_new_BNT - (~is_new_BNT).float()
     pick_BN1 = score_BNT.argmax(-1, keepdim=True)
     has_state_BN1 = is_new_BNT.any(-1, keepdim=True)
     threshold_BN1 = torch.where(has_state_BN1, sorted_BNT.gather(-1, pick_BN1), NEVER + 1)
     return (can_mask_BNT & (step_BNT >= threshold_BN1))[:, None]
 
 
-def random_masks(can_mask_BNT: Tensor, rng: torch.Generator) -> Tensor:
+def uniform(shape: Sequence[int], rng: Rng) -> Tensor:
+    """U(0, 1) on the CPU. From a generator per row, a row's numbers do not depend on how far it is padded."""
+    if isinstance(rng, Sequence):
+        return torch.stack([torch.rand(*shape[1:], generator=generator) for generator in rng])
+    return torch.rand(*shape, generator=rng)
+
+
+def random_masks(can_mask_BNT: Tensor, rng: Rng) -> Tensor:
     """Per block t ~ U(0, 1), Bernoulli(t), at least one masked."""
-    rate_BN1 = torch.rand(can_mask_BNT.shape[:2], generator=rng)[..., None].to(can_mask_BNT.device)
-    uniform_BNT = torch.rand(can_mask_BNT.shape, generator=rng).to(can_mask_BNT.device)
+    num_rows, num_blocks, size = can_mask_BNT.shape
+    drawn = uniform((num_rows, num_blocks, 1 + size), rng).to(can_mask_BNT.device)
+    rate_BN1, uniform_BNT = drawn.split([1, size], -1)
     uniform_BNT = uniform_BNT.masked_fill(~can_mask_BNT, 2.0)
     is_lowest_BNT = uniform_BNT == uniform_BNT.min(-1, keepdim=True).values
     return can_mask_BNT & ((uniform_BNT < rate_BN1) | is_lowest_BNT)
@@ -132,10 +139,10 @@ def select_states(
     rollouts: Sequence[Rollout],
     spec: DiffusionSpec,
     selection: Selection,
-    rng: torch.Generator,
+    rng: Rng,
     device: torch.device,
 ) -> StateBatch:
-    """Pick the denoising states to train on, one row per rollout."""
+    """Pick the denoising states to train on, one row per rollout; CPU generators, one or one per rollout."""
     table = block_table(rollouts, spec, device)
     masked_BCNT = select_masks(table, selection, rng)
     noised, target_BS, fraction_BS = noised_slots(table, masked_BCNT, spec)

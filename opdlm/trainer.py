@@ -5,8 +5,8 @@
     states   = masked versions of the rollout        those the sampler visited
     loss     = D(teacher token | student at state)   at supervised positions only
 
-`accelerate` places the model, syncs gradients and runs trackers. The loss is normalised over the whole
-update, so micro-batching and the number of ranks change no gradient. METHOD parts 3 to 7.
+`devices` places the model and shares the work. The loss is normalised over the whole update and random draws
+belong to a prompt, so micro-batching and the number of ranks change no gradient. METHOD parts 3 to 7.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, current_thread, main_thread
 from types import FrameType
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -34,8 +32,17 @@ from opdlm.blocks import join_slots
 from opdlm.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from opdlm.config import Config, LossSection, OptimizerSection
 from opdlm.data import PromptStream
+from opdlm.devices import (
+    gather_items,
+    gathered_weights,
+    place,
+    start_accelerator,
+    sum_over_ranks,
+    without_sync,
+)
 from opdlm.diffusion import DiffusionLM
 from opdlm.errors import ConfigError, DataError
+from opdlm.generate import DecodeStats
 from opdlm.losses import LossOutput, chunked_divergence
 from opdlm.metrics import MetricsLog
 from opdlm.models import head_of
@@ -99,14 +106,17 @@ def train(model: DiffusionLM, prompts: Sequence[Prompt], config: Config, log: Me
     """Train to `train.num_steps`, continuing from the newest checkpoint in `output_dir` if there is one."""
     run = start_run(model, prompts, config)
     first_step = resume(run)
-    log.start(config.train.num_steps, first_step)
+    is_main = run.accelerator.is_main_process
+    if is_main:
+        log.start(config.train.num_steps, first_step)
     with deferred_interrupt(log) as interrupted:
         for step in range(first_step, config.train.num_steps):
             metrics = train_step(run, step)
-            log.step(step + 1, metrics)
+            if is_main:
+                log.step(step + 1, metrics)
             run.accelerator.log(metrics, step=step + 1)
             is_last = step + 1 == config.train.num_steps
-            is_asked_to_stop = any_rank(run, interrupted.is_set())
+            is_asked_to_stop = sum_over_ranks(run.accelerator, interrupted.is_set())[0] > 0
             if (step + 1) % config.train.save_every == 0 or is_last or is_asked_to_stop:
                 save(run, step + 1)
             if is_asked_to_stop:
@@ -137,10 +147,6 @@ def deferred_interrupt(log: MetricsLog) -> Iterator[Event]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def any_rank(run: Run, flag: bool) -> bool:
-    return bool(run.accelerator.reduce(torch.tensor(float(flag), device=run.accelerator.device), "sum"))
-
-
 def check_trackers(config: Config) -> None:
     for tracker in config.train.report_to:
         if find_spec(tracker) is None:
@@ -149,23 +155,9 @@ def check_trackers(config: Config) -> None:
             )
 
 
-def start_accelerator(config: Config) -> Accelerator:
-    """Device, precision and trackers. A second run in one process may choose another precision."""
-    AcceleratorState._reset_state(reset_partial_state=False)
-    accelerator = Accelerator(
-        mixed_precision=config.train.mixed_precision,
-        log_with=list(config.train.report_to) or None,
-        project_dir=config.output_dir,
-    )
-    if config.train.report_to:
-        settings = {key: str(value) for key, value in config.flat().items()}
-        accelerator.init_trackers("opdlm", config=settings)
-    return accelerator
-
-
 def start_run(model: DiffusionLM, prompts: Sequence[Prompt], config: Config) -> Run:
     accelerator = start_accelerator(config)
-    model.to(accelerator.device)
+    is_sharded = place(model, accelerator)
     if config.train.gradient_checkpointing:
         model.student.gradient_checkpointing_enable({"use_reentrant": False})
         # Checkpointing acts in training mode only; entered by the layers alone, it turns no dropout on.
@@ -178,34 +170,25 @@ def start_run(model: DiffusionLM, prompts: Sequence[Prompt], config: Config) -> 
         betas=config.optimizer.betas,
         weight_decay=config.optimizer.weight_decay,
     )
-    student_loss, optimizer = accelerator.prepare(StudentLoss(model, config.loss), optimizer)
-    stream = PromptStream(
-        prompts, config.rollout.prompts_per_step * accelerator.num_processes, config.train.seed
-    )
+    student_loss: nn.Module = StudentLoss(model, config.loss)
+    if not is_sharded:
+        student_loss, optimizer = accelerator.prepare(student_loss, optimizer)
+    stream = PromptStream(prompts, config.rollout.prompts_per_step, config.train.seed)
     return Run(config, model, student_loss, optimizer, accelerator, stream)
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
     """One rollout step (0-based): generate, then `passes_per_rollout` passes of updates over the rollouts."""
     config, started = run.config, time.perf_counter()
-    prompts = rank_share(run, run.prompts.at(step))
     from_teacher = is_from_teacher(config, step)
-    rollouts, decoding = generate_rollouts(
-        run.model,
-        prompts,
-        config.rollout,
-        step=step + 1,
-        seed=config.train.seed,
-        rank=run.accelerator.process_index,
-        from_teacher=from_teacher,
-    )
+    rollouts, decoding = roll_out(run, run.prompts.at(step), step, from_teacher=from_teacher)
     rollout_seconds = time.perf_counter() - started
-    rng = generator_for(config.train.seed, step + 1, run.accelerator.process_index, 10**6)
+    rng = generator_for(config.train.seed, step + 1, 10**6)
     on_trajectory = config.loss.objective == "opd" and not from_teacher
     selection: Selection = config.states.selection if on_trajectory else "random_mask"
     sums = UpdateSums()
     for chosen in update_order(len(rollouts), config, rng):
-        sums += update(run, rollouts, chosen, selection, rng)
+        sums += update(run, rollouts, chosen, selection)
     return step_metrics(run, rollouts, decoding, sums, rollout_seconds, time.perf_counter() - started)
 
 
@@ -214,8 +197,24 @@ def is_from_teacher(config: Config, step: int) -> bool:
     return config.loss.objective in ("off_policy", "sft") or step < config.rollout.warm_start_steps
 
 
-def rank_share(run: Run, prompts: list[Prompt]) -> list[Prompt]:
-    return prompts[run.accelerator.process_index :: run.accelerator.num_processes]
+def roll_out(
+    run: Run, prompts: list[Prompt], step: int, *, from_teacher: bool
+) -> tuple[list[Rollout], DecodeStats]:
+    """Rollouts of all the prompts, on every rank; each rank decodes its share of them."""
+    places = range(run.accelerator.process_index, len(prompts), run.accelerator.num_processes)
+    with gathered_weights(run.model):
+        rollouts, decoding = generate_rollouts(
+            run.model,
+            [prompts[i] for i in places],
+            run.config.rollout,
+            step=step + 1,
+            seed=run.config.train.seed,
+            places=places,
+            from_teacher=from_teacher,
+        )
+    everyone = gather_items(run.accelerator, dict(zip(places, rollouts, strict=True)))
+    decodings = gather_items(run.accelerator, {run.accelerator.process_index: decoding})
+    return everyone, sum(decodings, DecodeStats())
 
 
 def update_order(num_rollouts: int, config: Config, rng: torch.Generator) -> Iterator[list[int]]:
@@ -246,33 +245,31 @@ class UpdateSums:
         return self
 
 
-def update(
-    run: Run,
-    rollouts: Sequence[Rollout],
-    chosen: list[int],
-    selection: Selection,
-    rng: torch.Generator,
-) -> UpdateSums:
+def update(run: Run, rollouts: Sequence[Rollout], chosen: Sequence[int], selection: Selection) -> UpdateSums:
     """One optimiser update on the chosen rollouts, in micro-batches of similar length."""
-    config, device = run.config, run.accelerator.device
+    config = run.config
     chosen = sorted(chosen, key=lambda i: len(rollouts[i].prompt_ids) + rollouts[i].num_response)
-    size = config.train.micro_batch_rows
-    micro_batches = [chosen[first : first + size] for first in range(0, len(chosen), size)]
-    states = [
-        select_states([rollouts[i] for i in batch], run.model.spec, selection, rng, device)
-        for batch in micro_batches
-    ]
+    batches = micro_batches(
+        chosen, config.train.micro_batch_rows, run.accelerator.process_index, run.accelerator.num_processes
+    )
+    states = [states_of(run, rollouts, batch or chosen[:1], selection) for batch in batches]
+    for i, batch in enumerate(batches):
+        if not batch:  # takes part in what ranks do together, and teaches nothing
+            states[i] = replace(states[i], target_BS=torch.full_like(states[i].target_BS, -1))
     weights = normalized_weights(run, states)
-    sums = UpdateSums(num_updates=1)
-    for batch_states, weights_M in zip(states, weights, strict=True):
-        teacher_pass = score_rows(
-            run.model, batch_states.ids_BL, batch_states.lengths_B, batch_states.num_prompt_B
-        )
-        output = run.student_loss(batch_states, teacher_pass, weights_M)
-        run.accelerator.backward(output.loss)
-        sums.loss += float(output.loss.detach())
-        sums.divergence += float(output.per_position_M.sum())
-        sums.positions += len(weights_M)
+    loss = divergence = 0.0
+    for i, (batch_states, weights_M) in enumerate(zip(states, weights, strict=True)):
+        with without_sync(run.student_loss, is_last=i == len(states) - 1), run.accelerator.autocast():
+            teacher_pass = score_rows(
+                run.model, batch_states.ids_BL, batch_states.lengths_B, batch_states.num_prompt_B
+            )
+            output = run.student_loss(batch_states, teacher_pass, weights_M)
+            run.accelerator.backward(output.loss)
+        loss += float(output.loss.detach())
+        divergence += float(output.per_position_M.sum())
+    num_positions = sum(len(weights_M) for weights_M in weights)
+    loss, divergence, positions = sum_over_ranks(run.accelerator, loss, divergence, num_positions)
+    sums = UpdateSums(loss / run.accelerator.num_processes, 0.0, 1, int(positions), divergence)
     if not math.isfinite(sums.loss):
         raise DataError(
             f"the loss became {sums.loss} at update {run.num_updates + 1}. Lower optimizer.learning_rate "
@@ -285,6 +282,23 @@ def update(
     run.optimizer.zero_grad()
     run.num_updates += 1
     return sums
+
+
+def micro_batches(chosen: Sequence[int], size: int, rank: int, num_ranks: int) -> list[Sequence[int]]:
+    """This rank's share of an update. All ranks have equally many micro-batches; some may be empty."""
+    mine = chosen[rank::num_ranks]
+    longest_share = -(-len(chosen) // num_ranks)
+    return [mine[first : first + size] for first in range(0, longest_share, size)]
+
+
+def states_of(
+    run: Run, rollouts: Sequence[Rollout], chosen: Sequence[int], selection: Selection
+) -> StateBatch:
+    """States of the chosen rollouts; what is drawn depends on the update and the rollout alone."""
+    seed = run.config.train.seed
+    rngs = [generator_for(seed, 10**6 + run.num_updates, i) for i in chosen]
+    chosen_rollouts = [rollouts[i] for i in chosen]
+    return select_states(chosen_rollouts, run.model.spec, selection, rngs, run.accelerator.device)
 
 
 def normalized_weights(run: Run, states: list[StateBatch]) -> list[Tensor]:
@@ -334,7 +348,7 @@ def set_learning_rate(run: Run) -> None:
 def step_metrics(
     run: Run,
     rollouts: Sequence[Rollout],
-    decoding: Any,
+    decoding: DecodeStats,
     sums: UpdateSums,
     rollout_seconds: float,
     seconds: float,
@@ -359,15 +373,16 @@ def step_metrics(
 
 
 def save(run: Run, step: int) -> None:
-    if run.accelerator.is_main_process:
-        save_checkpoint(
-            Path(run.config.output_dir),
-            step,
-            run.model,
-            run.optimizer,
-            {"num_updates": run.num_updates, "totals": run.totals},
-            run.config.train.save_total_limit,
-        )
+    """All ranks take part: the main one writes what the others hold of sharded weights."""
+    save_checkpoint(
+        Path(run.config.output_dir),
+        step,
+        run.model,
+        run.optimizer,
+        {"num_updates": run.num_updates, "totals": run.totals},
+        run.config.train.save_total_limit,
+        writes=run.accelerator.is_main_process,
+    )
     run.accelerator.wait_for_everyone()
 
 

@@ -10,12 +10,16 @@ Shape suffixes: M masked positions (flat), V vocabulary, B rows, T positions of 
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 Remasking = Literal["low_confidence_static", "low_confidence_dynamic"]
+Rng: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
+"""One generator for a batch, or one for each of its rows: then no row's draws depend on its neighbours."""
 
 
 def filter_logits(logits_MV: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
@@ -38,13 +42,19 @@ def sampling_probs(logits_MV: Tensor, temperature: float, top_k: int | None, top
     return filter_logits(logits_MV / temperature, top_k, top_p).softmax(-1)
 
 
-def draw(probs_MV: Tensor, rng: torch.Generator | None) -> Tensor:
-    """One token per row of `probs_MV` (need not be normalised)."""
-    return torch.multinomial(probs_MV, 1, generator=rng)[:, 0]
+def draw(probs_MV: Tensor, rng: Rng) -> Tensor:
+    """One token per row of `probs_MV` (need not be normalised); a list of generators names one per row."""
+    if not isinstance(rng, Sequence):
+        return torch.multinomial(probs_MV, 1, generator=rng)[:, 0]
+    noise_MV = torch.empty_like(probs_MV)
+    for generator, same in groupby(range(len(rng)), key=rng.__getitem__):
+        rows = list(same)
+        noise_MV[rows[0] : rows[-1] + 1].exponential_(generator=generator)
+    return (probs_MV / noise_MV).argmax(-1)  # as torch.multinomial draws one sample
 
 
 def propose_tokens(
-    logits_MV: Tensor, temperature: float, top_k: int | None, top_p: float | None, rng: torch.Generator | None
+    logits_MV: Tensor, temperature: float, top_k: int | None, top_p: float | None, rng: Rng
 ) -> tuple[Tensor, Tensor]:
     """Tokens `[M]` and their confidences `[M]` for float32 logits whose banned ids are -inf."""
     if temperature == 0:

@@ -14,11 +14,12 @@ FLOORS = {
     0: {"errors", "records", "blocks"},
     1: {"config", "attention", "unmasking", "losses"},
     2: {"diffusion", "checkpoint", "metrics"},
-    3: {"models", "data", "generate", "states"},
+    3: {"models", "data", "generate", "states", "devices"},
     4: {"convert", "targets", "rollout", "evaluate", "export", "modeling_opdlm"},
     5: {"trainer", "self_prompts", "plots", "card"},
     6: {"pipeline"},
     7: {"cli"},
+    8: {"__main__"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 OPTIONAL_PACKAGES = {"vllm", "flash_attn", "lm_eval", "wandb", "sglang", "bitsandbytes", "tensorboard"}
