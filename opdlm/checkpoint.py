@@ -1,6 +1,7 @@
 """Atomic saving, finding and resuming of a run's state. safetensors and JSON only.
 
-A `checkpoint-N/` holds the trainable weights, the optimiser's moments and counters: everything else (prompts,
+A `checkpoint-N/` holds the trainable weights (and their average), the optimiser's moments, counters, and
+rollouts that are used again: everything else (prompts,
 random draws, curriculum) is a function of (seed, step), so a run that continues is bit for bit the run that
 never stopped. A folder is written beside its final name and renamed when it is complete.
 """
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from opdlm.errors import DataError
 
 PREFIX = "checkpoint-"
+AVERAGE_FILE = "average.safetensors"
 
 
 @contextmanager
@@ -76,12 +78,15 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: dict[str, Any],
     keep: int,
+    average: dict[str, Tensor],
 ) -> Path:
     """Write `checkpoint-{step}` and delete the oldest beyond `keep`."""
     final = output_dir / f"{PREFIX}{step}"
     with atomic_folder(final) as folder:
         save_file(trainable_state(model), folder / "trainable.safetensors")
         save_file(optimizer_tensors(optimizer), folder / "optimizer.safetensors")
+        if average:
+            save_file(average, folder / AVERAGE_FILE)
         (folder / "progress.json").write_text(json.dumps({"step": step} | progress))
     for old in find_checkpoints(output_dir)[:-keep]:
         shutil.rmtree(old)
@@ -112,3 +117,9 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return json.loads((folder / "progress.json").read_text())
+
+
+def load_average(folder: Path, average: dict[str, Tensor]) -> None:
+    """Restore the running average of the weights in place."""
+    for name, saved in load_file(folder / AVERAGE_FILE).items():
+        average[name].copy_(saved)

@@ -2,8 +2,8 @@
 
 A state of a block is the set of its positions that are still [MASK]. With distinct reveal steps v_1 < ... <
 v_T, state k masks {i : unmask_step_i >= v_k}. Selections (METHOD part 4): `one_per_block` draws one state per
-block, `all` takes every realised one, `complementary` masks M and then the rest, `random_mask` draws t ~ U(0,
-1) and needs no trajectory. Several states of a rollout share one clean half (part 5).
+block, `all` takes every realised one, `complementary` masks M and then the rest, `random_mask` draws t ~
+U(mask_rate) and needs no trajectory. Several states of a rollout share one clean half (part 5).
 
 Shape suffixes: B rollouts, C copies (states), N blocks, T positions of a block, L clean row, S noised slots.
 """
@@ -12,16 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from opdlm.blocks import Slots, make_slots
+from opdlm.config import Selection
 from opdlm.diffusion import DiffusionSpec
 from opdlm.records import NEVER, Rollout
 
-Selection = Literal["one_per_block", "all", "complementary", "random_mask"]
+MaskRate = tuple[float, float]
+ANY_RATE: MaskRate = (0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,9 @@ def block_table(rollouts: Sequence[Rollout], spec: DiffusionSpec, device: torch.
     )
 
 
-def select_masks(table: BlockTable, selection: Selection, rng: torch.Generator) -> Tensor:
+def select_masks(
+    table: BlockTable, selection: Selection, rng: torch.Generator, mask_rate: MaskRate = ANY_RATE
+) -> Tensor:
     """Masked positions of every chosen state: bool `[B, C, N, T]`. A block may be absent (nothing masked)."""
     can_mask_BNT = (table.step_BNT >= 0) & table.is_inside_BNT
     match selection:
@@ -93,10 +96,10 @@ def select_masks(table: BlockTable, selection: Selection, rng: torch.Generator) 
         case "all":
             return trajectory_masks(table, can_mask_BNT, rng, every=True)
         case "complementary":
-            masked_BNT = random_masks(can_mask_BNT, rng)
+            masked_BNT = random_masks(can_mask_BNT, rng, mask_rate)
             return torch.stack([masked_BNT, can_mask_BNT & ~masked_BNT], 1)
         case "random_mask":
-            return random_masks(can_mask_BNT, rng)[:, None]
+            return random_masks(can_mask_BNT, rng, mask_rate)[:, None]
 
 
 def trajectory_masks(table: BlockTable, can_mask_BNT: Tensor, rng: torch.Generator, *, every: bool) -> Tensor:
@@ -119,9 +122,11 @@ def trajectory_masks(table: BlockTable, can_mask_BNT: Tensor, rng: torch.Generat
     return (can_mask_BNT & (step_BNT >= threshold_BN1))[:, None]
 
 
-def random_masks(can_mask_BNT: Tensor, rng: torch.Generator) -> Tensor:
-    """Per block t ~ U(0, 1), Bernoulli(t), at least one masked."""
+def random_masks(can_mask_BNT: Tensor, rng: torch.Generator, mask_rate: MaskRate = ANY_RATE) -> Tensor:
+    """Per block t ~ U(mask_rate), Bernoulli(t), at least one masked."""
+    low, high = mask_rate
     rate_BN1 = torch.rand(can_mask_BNT.shape[:2], generator=rng)[..., None].to(can_mask_BNT.device)
+    rate_BN1 = low + (high - low) * rate_BN1
     uniform_BNT = torch.rand(can_mask_BNT.shape, generator=rng).to(can_mask_BNT.device)
     uniform_BNT = uniform_BNT.masked_fill(~can_mask_BNT, 2.0)
     is_lowest_BNT = uniform_BNT == uniform_BNT.min(-1, keepdim=True).values
@@ -134,10 +139,11 @@ def select_states(
     selection: Selection,
     rng: torch.Generator,
     device: torch.device,
+    mask_rate: MaskRate = ANY_RATE,
 ) -> StateBatch:
     """Pick the denoising states to train on, one row per rollout."""
     table = block_table(rollouts, spec, device)
-    masked_BCNT = select_masks(table, selection, rng)
+    masked_BCNT = select_masks(table, selection, rng, mask_rate)
     noised, target_BS, fraction_BS = noised_slots(table, masked_BCNT, spec)
     # Noised slots look at clean text before their own block only, so the last block never needs a clean half.
     lengths = [len(r.prompt_ids) + r.num_response for r in rollouts]

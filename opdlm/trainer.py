@@ -11,28 +11,44 @@ update, so micro-batching and the number of ranks change no gradient. METHOD par
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, current_thread, main_thread
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opdlm.blocks import join_slots
-from opdlm.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
+from opdlm.checkpoint import (
+    find_checkpoints,
+    load_average,
+    load_checkpoint,
+    save_checkpoint,
+    trainable_state,
+)
 from opdlm.config import Config, LossSection, OptimizerSection
+from opdlm.curricula import (
+    block_size_at,
+    first_reused_step,
+    is_from_teacher,
+    mask_rate_at,
+    num_updates_of,
+    selection_at,
+)
 from opdlm.data import PromptStream
 from opdlm.diffusion import DiffusionLM
 from opdlm.errors import ConfigError, DataError
@@ -40,9 +56,11 @@ from opdlm.losses import LossOutput, chunked_divergence
 from opdlm.metrics import MetricsLog
 from opdlm.models import head_of
 from opdlm.records import Prompt, Rollout
-from opdlm.rollout import generate_rollouts, generator_for
-from opdlm.states import Selection, StateBatch, select_states
+from opdlm.rollout import generate_rollouts, generator_for, rollout_from_plain, rollout_to_plain
+from opdlm.states import ANY_RATE, MaskRate, Selection, StateBatch, select_states
 from opdlm.targets import TeacherPass, score_rows, targets_at_supervised
+
+Item = TypeVar("Item")
 
 
 class StudentLoss(nn.Module):
@@ -93,6 +111,10 @@ class Run:
     prompts: PromptStream
     num_updates: int = 0
     totals: dict[str, float] = field(default_factory=lambda: {"rollout_tokens": 0.0, "loss_tokens": 0.0})
+    pool: dict[int, list[Rollout]] = field(default_factory=dict)
+    """This rank's rollouts that are still trained on, by the step that made them."""
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """Running average of the trained weights, float32; empty without `train.ema_decay`."""
 
 
 def train(model: DiffusionLM, prompts: Sequence[Prompt], config: Config, log: MetricsLog) -> Run:
@@ -112,6 +134,7 @@ def train(model: DiffusionLM, prompts: Sequence[Prompt], config: Config, log: Me
             if is_asked_to_stop:
                 raise KeyboardInterrupt
     run.accelerator.end_training()
+    use_average(run)
     return run
 
 
@@ -182,14 +205,17 @@ def start_run(model: DiffusionLM, prompts: Sequence[Prompt], config: Config) -> 
     stream = PromptStream(
         prompts, config.rollout.prompts_per_step * accelerator.num_processes, config.train.seed
     )
-    return Run(config, model, student_loss, optimizer, accelerator, stream)
+    run = Run(config, model, student_loss, optimizer, accelerator, stream)
+    if config.train.ema_decay is not None:
+        run.average = {name: weight.float().clone() for name, weight in trainable_state(model).items()}
+    return run
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
     """One rollout step (0-based): generate, then `passes_per_rollout` passes of updates over the rollouts."""
     config, started = run.config, time.perf_counter()
+    run.model.spec = replace(run.model.spec, block_size=block_size_at(config.format, step))
     prompts = rank_share(run, run.prompts.at(step))
-    from_teacher = is_from_teacher(config, step)
     rollouts, decoding = generate_rollouts(
         run.model,
         prompts,
@@ -197,24 +223,26 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         step=step + 1,
         seed=config.train.seed,
         rank=run.accelerator.process_index,
-        from_teacher=from_teacher,
+        from_teacher=is_from_teacher(config, step),
     )
     rollout_seconds = time.perf_counter() - started
     rng = generator_for(config.train.seed, step + 1, run.accelerator.process_index, 10**6)
-    on_trajectory = config.loss.objective == "opd" and not from_teacher
-    selection: Selection = config.states.selection if on_trajectory else "random_mask"
+    run.pool = reusable(run, step) | {step: rollouts}
+    pool = [rollout for made in run.pool.values() for rollout in made]
+    selection, mask_rate = selection_at(config, step), mask_rate_at(config.states, step)
     sums = UpdateSums()
-    for chosen in update_order(len(rollouts), config, rng):
-        sums += update(run, rollouts, chosen, selection, rng)
+    for chosen in update_order(len(pool), config, rng):
+        sums += update(run, pool, chosen, selection, rng, mask_rate)
     return step_metrics(run, rollouts, decoding, sums, rollout_seconds, time.perf_counter() - started)
 
 
-def is_from_teacher(config: Config, step: int) -> bool:
-    """Whose responses step `step` (0-based) trains on."""
-    return config.loss.objective in ("off_policy", "sft") or step < config.rollout.warm_start_steps
+def reusable(run: Run, step: int) -> dict[int, list[Rollout]]:
+    """Earlier rollouts that step `step` trains on again."""
+    oldest = first_reused_step(run.config, step)
+    return {made: rollouts for made, rollouts in run.pool.items() if made >= oldest}
 
 
-def rank_share(run: Run, prompts: list[Prompt]) -> list[Prompt]:
+def rank_share(run: Run, prompts: list[Item]) -> list[Item]:
     return prompts[run.accelerator.process_index :: run.accelerator.num_processes]
 
 
@@ -252,6 +280,7 @@ def update(
     chosen: list[int],
     selection: Selection,
     rng: torch.Generator,
+    mask_rate: MaskRate = ANY_RATE,
 ) -> UpdateSums:
     """One optimiser update on the chosen rollouts, in micro-batches of similar length."""
     config, device = run.config, run.accelerator.device
@@ -259,7 +288,7 @@ def update(
     size = config.train.micro_batch_rows
     micro_batches = [chosen[first : first + size] for first in range(0, len(chosen), size)]
     states = [
-        select_states([rollouts[i] for i in batch], run.model.spec, selection, rng, device)
+        select_states([rollouts[i] for i in batch], run.model.spec, selection, rng, device, mask_rate)
         for batch in micro_batches
     ]
     weights = normalized_weights(run, states)
@@ -284,7 +313,27 @@ def update(
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.num_updates += 1
+    update_average(run)
     return sums
+
+
+def update_average(run: Run) -> None:
+    """average <- decay * average + (1 - decay) * weights, decay <= n / (n + 9) at update n: short runs forget
+    their start.
+    """
+    if run.config.train.ema_decay is None:
+        return
+    decay = min(run.config.train.ema_decay, run.num_updates / (run.num_updates + 9))
+    for name, weight in trainable_state(run.model).items():
+        run.average[name].lerp_(weight.float(), 1 - decay)
+
+
+def use_average(run: Run) -> None:
+    """Put the averaged weights, if there are any, into the model; checkpoints keep both."""
+    weights = dict(run.model.named_parameters())
+    with torch.no_grad():
+        for name, average in run.average.items():
+            weights[name].copy_(average)
 
 
 def normalized_weights(run: Run, states: list[StateBatch]) -> list[Tensor]:
@@ -308,12 +357,6 @@ def normalized_weights(run: Run, states: list[StateBatch]) -> list[Tensor]:
         per_batch.append(weights_BS[is_supervised_BS])
     total = run.accelerator.reduce(total, "sum").clamp_min(1)
     return [weights_M * (run.accelerator.num_processes / total) for weights_M in per_batch]
-
-
-def num_updates_of(config: Config) -> int:
-    """Optimiser updates in a whole run."""
-    per_pass = -(-config.rollout.prompts_per_step // config.train.rows_per_update)
-    return config.train.num_steps * config.train.passes_per_rollout * per_pass
 
 
 def learning_rate_scale(update_index: int, total: int, section: OptimizerSection) -> float:
@@ -347,6 +390,7 @@ def step_metrics(
         "divergence": sums.divergence / max(1, sums.positions),
         "grad_norm": sums.grad_norm / sums.num_updates,
         "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "block_size": run.model.spec.block_size,
         "tokens_per_forward": decoding.tokens_per_forward,
         "tokens_per_step": decoding.tokens_per_step,
         "response_length": decoding.num_tokens / len(rollouts),
@@ -359,16 +403,27 @@ def step_metrics(
 
 
 def save(run: Run, step: int) -> None:
+    pool = gather_pool(run, step)
     if run.accelerator.is_main_process:
         save_checkpoint(
             Path(run.config.output_dir),
             step,
             run.model,
             run.optimizer,
-            {"num_updates": run.num_updates, "totals": run.totals},
+            {"num_updates": run.num_updates, "totals": run.totals, "pool": pool},
             run.config.train.save_total_limit,
+            run.average,
         )
     run.accelerator.wait_for_everyone()
+
+
+def gather_pool(run: Run, step: int) -> dict[int, list[dict[str, Any]]]:
+    """Rollouts of all ranks that step `step` will train on again, in the order of their prompts."""
+    pools = gather_object([reusable(run, step)])
+    in_order = {
+        made: itertools.chain(*zip(*(pool[made] for pool in pools), strict=True)) for made in pools[0]
+    }
+    return {made: [rollout_to_plain(r) for r in rollouts] for made, rollouts in in_order.items()}
 
 
 def resume(run: Run) -> int:
@@ -383,4 +438,8 @@ def resume(run: Run) -> int:
         return 0
     progress = load_checkpoint(found[-1], run.model, run.optimizer)
     run.num_updates, run.totals = progress["num_updates"], progress["totals"]
+    for made, rollouts in progress["pool"].items():
+        run.pool[int(made)] = [rollout_from_plain(r) for r in rank_share(run, rollouts)]
+    if run.average:
+        load_average(found[-1], run.average)
     return progress["step"]
