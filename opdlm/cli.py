@@ -20,6 +20,7 @@ folder or hub id (then give data.path)."""
 CONVERT_EXAMPLE = """examples:
   opdlm convert tiny                                        the bundled teacher, minutes on a laptop
   opdlm convert tiny output_dir=runs/b8 format.block_size=8
+  opdlm convert qwen3_0.6b_lora_24gb --dry-run              what it would need and write
   opdlm convert ./my-model data.path=prompts.jsonl format.name=sdar lora.enabled=false"""
 
 
@@ -85,6 +86,9 @@ def add_convert(verbs: Verbs) -> None:
         "--list-keys", action="store_true", help="print every setting with its default and meaning"
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print parameters, memory, FLOPs, tokens and files, and stop"
+    )
     parser.set_defaults(run=run_convert)
 
 
@@ -194,6 +198,11 @@ def run_convert(options: argparse.Namespace) -> int:
         print(config.to_yaml(), end="")
         return 0
     quiet_libraries()
+    if options.dry_run:
+        from opdlm.plan import describe_plan, make_plan
+
+        print(describe_plan(config, make_plan(config)))
+        return 0
     from rich.console import Console
 
     from opdlm.pipeline import convert_checkpoint, read_report
@@ -314,7 +323,7 @@ def run_recipes(options: argparse.Namespace) -> int:
     recipes = bundled_recipes()
     if options.name is None:
         for name, path in recipes.items():
-            print(f"{name:12} {path.read_text().splitlines()[0].lstrip('# ')}")
+            print(f"{name:{max(map(len, recipes))}} {path.read_text().splitlines()[0].lstrip('# ')}")
         return 0
     if options.name not in recipes:
         raise ConfigError(f"no bundled recipe is called {options.name}. There are: {', '.join(recipes)}.")

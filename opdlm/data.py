@@ -131,7 +131,7 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids up to where the response starts; `enable_thinking` is for the chat template, if it is set."""
     if tokenizer.chat_template:
-        options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        options: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         ids = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False, **options
         )

@@ -90,7 +90,7 @@ def test_a_configuration_and_a_column_of_a_dataset_are_read_by_name(
     section = DataSection(path=str(tmp_path), config="socratic", prompt_column="question")
     prompts = load_prompts(section, tokenizer, MASK)
     assert [tokenizer.decode(list(prompt.ids)) for prompt in prompts] == ["<|user|>sort b a<|assistant|>"]
-    with pytest.raises(DataError, match="no column text .*only question, answer, messages"):
+    with pytest.raises(DataError, match=r"no column text .*only question, answer, messages"):
         load_prompts(replace(section, prompt_column="text"), tokenizer, MASK)
     with pytest.raises(DataError, match="cannot be loaded"):
         load_prompts(replace(section, config=""), tokenizer, MASK)
@@ -102,7 +102,7 @@ def test_long_prompts_are_refused_or_left_out_and_counted(
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "add 1 2"}\n{"prompt": "sort a b c d e f g h i j k l m n o p"}\n')
     section = DataSection(path=str(path), max_prompt_tokens=12)
-    with pytest.raises(DataError, match="more than data.max_prompt_tokens"):
+    with pytest.raises(DataError, match=r"more than data.max_prompt_tokens"):
         load_prompts(section, tokenizer, MASK)
     prompts = load_prompts(replace(section, drop_long_prompts=True), tokenizer, MASK)
     assert [prompt.index for prompt in prompts] == [0]
