@@ -6,8 +6,8 @@ bytes of an activation, H hidden, A heads * head size, I feed-forward width (all
 vocabulary, Q queries and K keys of a micro-batch's student pass, per layer:
     kept for backward       Q * (2 * (4 + 2 a) H + 3 a A + 4 a I) + 2 a A * K       norms, attention, MLP
     a 2-byte base + LoRA    + Q * 4 * (5 H + A + I)                 PEFT's float32 copies of what it adapts
-    checkpointed            Q * a * H, and one layer in full
-    the working layer       once more the above: its gradients
+    kept if checkpointed    Q * a * H
+    at work, one layer      the first line once more, or the chunks of the loss if they are larger
     FLOPs                   2 * weights * Q + 4 A * Q * K; backward 2x that (LoRA 1x), checkpointed + 1x
 It does not know the kernels' own buffers or the allocator's slack: `tests/test_recipes.py` measures how far
 off it is on one step. Kernels with a dense mask compute all Q * K pairs, so they are counted.
@@ -84,7 +84,7 @@ class Row:
 class Plan:
     sizes: Sizes
     memory: dict[str, float]
-    """Bytes per device by purpose; `rollout` and `training` do not overlap in time."""
+    """Bytes per device by purpose; what starts with `rollout:` is gone when training begins."""
     activations: tuple[float, float]
     """Bytes without and with gradient checkpointing."""
     peak: float
@@ -98,18 +98,15 @@ def make_plan(config: Config) -> Plan:
     """Everything about the run that can be known before it starts. Reads config.json, writes nothing."""
     sizes = measure_sizes(config)
     last = config.train.num_steps - 1
-    memory = fixed_memory(config, sizes)
+    fixed = fixed_memory(config, sizes)
     row = longest_row(config, sizes, last)
-    activations = (activation_bytes(config, sizes, row, False), activation_bytes(config, sizes, row, True))
     rollout, training = rollout_memory(config, sizes, row), training_memory(config, sizes, row)
-    memory |= rollout | training | {"activations": activations[config.train.gradient_checkpointing]}
-    working = sum(training.values()) + memory["activations"]
     steps = range(config.train.num_steps)
     return Plan(
         sizes=sizes,
-        memory=memory,
-        activations=activations,
-        peak=sum(fixed_memory(config, sizes).values()) + max(sum(rollout.values()), working),
+        memory=fixed | rollout | training,
+        activations=(kept_bytes(config, sizes, row, False), kept_bytes(config, sizes, row, True)),
+        peak=sum(fixed.values()) + max(sum(rollout.values()), sum(training.values())),
         step_flops=step_flops(config, sizes, last),
         total_flops=sum(sum(step_flops(config, sizes, step).values()) for step in steps),
         response_tokens=sum(config.rollout.prompts_per_step * response_cap(config, step) for step in steps),
@@ -237,38 +234,47 @@ def rollout_memory(config: Config, sizes: Sizes, row: Row) -> dict[str, float]:
 
 
 def training_memory(config: Config, sizes: Sizes, row: Row) -> dict[str, float]:
-    """Gradients, the teacher's states and cache, and the chunks of the loss, bytes."""
+    """What training adds, bytes. Gradients accumulate over micro-batches, so they coexist with all of it."""
     rows, a = config.train.micro_batch_rows, weight_element(config)
     teacher = rows * row.length * sizes.hidden * a
     if config.format.name == "preserve":
         teacher += 2 * rows * row.length * sizes.layers * sizes.kv_heads * a
-    supervised = rows * row.supervised
-    chunk = min(default_chunk_size(sizes.vocabulary), supervised)
-    loss = NUM_TEMPORARIES * 4 * chunk * sizes.vocabulary + 3 * 4 * supervised * sizes.hidden
-    if not config.lora.enabled:  # the head's gradient, summed in float32
-        loss += 4 * sizes.vocabulary * sizes.hidden
     found = {
         "gradients": float(sizes.trained_bytes),
         "teacher states and cache": float(teacher),
-        "loss chunks": loss,
+        "activations": kept_bytes(config, sizes, row, config.train.gradient_checkpointing),
+        "layer at work or loss chunks": working_bytes(config, sizes, row),
     }
     if config.train.mixed_precision == "bf16" and config.model.dtype == "float32":
         found["bf16 copies of the weights"] = 2.0 * sizes.total
     return found
 
 
-def activation_bytes(config: Config, sizes: Sizes, row: Row, is_checkpointed: bool) -> float:
-    """What the student's forward keeps for its backward, and the gradients of the layer at work."""
-    a, rows = element_bytes(config), config.train.micro_batch_rows
-    queries, keys = student_pass(config, row)
+def layer_bytes(config: Config, sizes: Sizes, row: Row) -> float:
+    """What one layer of the student keeps for its backward, for a micro-batch."""
+    a, (queries, keys) = element_bytes(config), student_pass(config, row)
     width = 2 * (4 + 2 * a) * sizes.hidden + 3 * a * sizes.heads + 4 * a * sizes.inner
     if config.lora.enabled and config.model.dtype == "bfloat16":
         width += 4 * (5 * sizes.hidden + sizes.heads + sizes.inner)
-    layer = rows * (queries * width + 2 * a * sizes.heads * keys)
-    masks = rows * queries * keys * (1 + a)
+    return config.train.micro_batch_rows * (queries * width + 2 * a * sizes.heads * keys)
+
+
+def kept_bytes(config: Config, sizes: Sizes, row: Row, is_checkpointed: bool) -> float:
+    """What the student's forward keeps for its backward: layers or their inputs, and the mask."""
+    a, (queries, keys) = element_bytes(config), student_pass(config, row)
+    masks = config.train.micro_batch_rows * queries * keys * (1 + a)
     if is_checkpointed:
-        return sizes.layers * rows * queries * a * sizes.hidden + 2 * layer + masks
-    return (sizes.layers + 1) * layer + masks
+        return sizes.layers * config.train.micro_batch_rows * queries * a * sizes.hidden + masks
+    return sizes.layers * layer_bytes(config, sizes, row) + masks
+
+
+def working_bytes(config: Config, sizes: Sizes, row: Row) -> float:
+    """The chunks of the loss, then the gradients of one layer: the larger of the two."""
+    supervised = config.train.micro_batch_rows * row.supervised
+    chunk = min(default_chunk_size(sizes.vocabulary), supervised)
+    loss = 4 * (NUM_TEMPORARIES * chunk * sizes.vocabulary + 3 * supervised * sizes.hidden)
+    head = 0 if config.lora.enabled else 4 * sizes.vocabulary * sizes.hidden  # its gradient, in float32
+    return head + max(loss, layer_bytes(config, sizes, row))
 
 
 def step_flops(config: Config, sizes: Sizes, step: int) -> dict[str, float]:
@@ -307,7 +313,6 @@ def rollout_flops(config: Config, sizes: Sizes, row: Row, step: int) -> float:
 def describe_plan(config: Config, plan: Plan) -> str:
     """The plan as lines of text."""
     sizes = plan.sizes
-    fixed = fixed_memory(config, sizes)
     without, with_checkpointing = (f"{x / GIB:.2f} GiB" for x in plan.activations)
     flops = "  ".join(f"{name} {value:.2e}" for name, value in plan.step_flops.items())
     lines = [
@@ -316,7 +321,7 @@ def describe_plan(config: Config, plan: Plan) -> str:
         f"format {config.format.name}",
         "",
         "memory per device, at most (estimate; each process holds all of it)",
-        *(f"  {name:30} {size / GIB:8.2f} GiB" for name, size in (fixed | plan.memory).items()),
+        *(f"  {name:30} {size / GIB:8.2f} GiB" for name, size in plan.memory.items()),
         f"  {'peak':30} {plan.peak / GIB:8.2f} GiB",
         f"  activations are {without} without and {with_checkpointing} with train.gradient_checkpointing",
         "",
