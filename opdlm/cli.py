@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 import warnings
@@ -26,7 +27,7 @@ CONVERT_EXAMPLE = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 on success, 2 with one sentence on a user's mistake, 130 on Ctrl-C."""
-    options = build_parser().parse_args(arguments)
+    options = parse(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return options.run(options)
@@ -39,6 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"opdlm: {error.strerror or error} ({error.filename or 'no file'}).", file=sys.stderr)
         return 2
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes overrides before the first flag or after it, not on both sides: collect the rest."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    are_overrides = "overrides" in options and all("=" in a and not a.startswith("-") for a in rest)
+    if rest and not are_overrides:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 class Parser(argparse.ArgumentParser):
@@ -166,6 +179,11 @@ def bundled_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
 
 
+def nearest_recipes(name: str) -> str:
+    near = difflib.get_close_matches(name, bundled_recipes(), n=3, cutoff=0.5)
+    return (f" Did you mean {' or '.join(near)}?" if near else "") + " `opdlm recipes` lists them."
+
+
 def resolve_target(target: str, overrides: Sequence[str]) -> Config:
     """A recipe file, a bundled recipe's name, or a model."""
     if target.endswith((".yaml", ".yml")):
@@ -178,8 +196,8 @@ def resolve_target(target: str, overrides: Sequence[str]) -> Config:
     looks_like_name = not Path(target).exists() and "/" not in target and ":" not in target
     if looks_like_name:
         raise ConfigError(
-            f"TARGET ({target}) is neither a bundled recipe ({', '.join(recipes)}), nor a recipe file, "
-            "nor a checkpoint folder or hub id."
+            f"TARGET ({target}) is neither a bundled recipe, nor a recipe file, nor a checkpoint folder or "
+            f"hub id.{nearest_recipes(target)}"
         )
     return load_config(None, [f"model.path={target}", *overrides])
 
@@ -326,7 +344,7 @@ def run_recipes(options: argparse.Namespace) -> int:
             print(f"{name:{max(map(len, recipes))}} {path.read_text().splitlines()[0].lstrip('# ')}")
         return 0
     if options.name not in recipes:
-        raise ConfigError(f"no bundled recipe is called {options.name}. There are: {', '.join(recipes)}.")
+        raise ConfigError(f"no bundled recipe is called {options.name}.{nearest_recipes(options.name)}")
     if options.file is None:
         print(recipes[options.name].read_text(), end="")
         return 0
