@@ -36,6 +36,7 @@ from opdlm.errors import DataError
 from opdlm.losses import NUM_TEMPORARIES, default_chunk_size
 from opdlm.models import add_lora, first_line, input_embedding
 from opdlm.rollout import length_cap
+from opdlm.self_prompts import SELF_PROMPTS_FILE
 
 GIB = 2**30
 
@@ -123,11 +124,13 @@ def meta_model(config: Config) -> Any:
             return AutoModelForCausalLM.from_config(
                 architecture, dtype=getattr(torch, config.model.dtype), trust_remote_code=trust
             )
-    except (OSError, ValueError, KeyError) as error:
+    except OSError as error:
         raise DataError(
-            f"model.path ({path or 'empty'}) gives no config.json of a causal language model "
-            f"({first_line(error)}). Give a folder that holds it, or fetch it: hf download {path} config.json"
+            f"model.path ({path}) is no folder with a config.json, and neither the cache nor the hub has one: "
+            "fetch it where there is a network (hf download ORG/NAME config.json), or give a folder."
         ) from error
+    except (ValueError, KeyError) as error:
+        raise DataError(f"model.path ({path}) is no causal language model: {first_line(error)}") from error
 
 
 def measure_sizes(config: Config) -> Sizes:
@@ -374,6 +377,10 @@ def file_lines(config: Config, sizes: Sizes) -> list[str]:
         f"{folder / 'model'}: {model / GIB:.2f} GiB"
         + (", with retention.json" if config.eval.path else ", not evaluated (eval.path is empty)"),
     ]
+    if config.data.self_prompts:
+        lines.append(
+            f"{folder / SELF_PROMPTS_FILE}: {config.data.self_prompts} prompts that the model writes"
+        )
     found = find_checkpoints(folder)
     if found and config.train.resume_from_checkpoint:
         lines.append(f"{found[-1]} exists: the run would continue from it")

@@ -304,7 +304,7 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     ),
     "plan of a model that is nowhere": (
         lambda p: p.convert("--dry-run", model=Path("nobody/has-this-model")),
-        ("model.path (nobody/has-this-model)", "no config.json", "hf download"),
+        ("model.path (nobody/has-this-model)", "no folder with a config.json", "hf download"),
     ),
     "no prompts given": (lambda p: p.convert("data.path="), ("data.path is empty", "Give a .jsonl")),
     "self prompts without a chat template": (

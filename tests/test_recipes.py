@@ -289,7 +289,9 @@ def test_a_dry_run_prints_everything_and_writes_nothing(
 def test_a_model_that_is_not_there_is_one_sentence(target: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", target, "--dry-run"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith(f"opdlm: model.path ({target}) gives no config.json")
+    assert error.count("\n") == 1 and error.startswith(
+        f"opdlm: model.path ({target}) is no folder with a config.json"
+    )
 
 
 def test_what_a_run_writes_was_planned(place: Path, tmp_path: Path) -> None:
