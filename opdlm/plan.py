@@ -126,7 +126,7 @@ def meta_model(config: Config) -> Any:
             )
     except OSError as error:
         raise DataError(
-            f"model.path ({path}) is no folder with a config.json, and neither the cache nor the hub has one: "
+            f"model.path ({path}) is no folder with a config.json, and neither cache nor hub has one: "
             "fetch it where there is a network (hf download ORG/NAME config.json), or give a folder."
         ) from error
     except (ValueError, KeyError) as error:
