@@ -117,10 +117,10 @@ def test_a_recipe_runs_two_steps_on_a_tiny_model_of_its_family(
     overrides = [
         *(f"model.path={place / family}", f"data.path={place / 'prompts.jsonl'}", f"output_dir={tmp_path}"),
         *("data.config=", "data.prompt_column=prompt", "rollout.prompts_per_step=4", "rollout.batch_size=4"),
-        *("rollout.max_new_tokens=16", "train.rows_per_update=2", "train.num_steps=2"),
+        *("rollout.max_new_tokens=8", "train.rows_per_update=2", "train.num_steps=2"),
     ]
     if load_config(RECIPES[name]).rollout.start_new_tokens is not None:
-        overrides += ["rollout.start_new_tokens=8", "rollout.ramp_steps=2"]
+        overrides += ["rollout.start_new_tokens=4", "rollout.ramp_steps=2"]
     assert main(["convert", str(RECIPES[name]), *overrides]) == 0
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
