@@ -1,6 +1,7 @@
 """Atomic saving, finding and resuming of a run's state. safetensors and JSON only.
 
-A `checkpoint-N/` holds the trainable weights, the optimiser's moments and counters: everything else (prompts,
+A `checkpoint-N/` holds the trainable weights (and their average), the optimiser's moments, counters, and
+rollouts that are used again: everything else (prompts,
 random draws, curriculum) is a function of (seed, step), so a run that continues is bit for bit the run that
 never stopped. A folder is written beside its final name and renamed when it is complete. Tensors are whole,
 however many ranks hold pieces of them: a run may continue on another number of ranks.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from opdlm.errors import DataError
 
 PREFIX = "checkpoint-"
+AVERAGE_FILE = "average.safetensors"
 
 
 @contextmanager
@@ -88,17 +90,21 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: dict[str, Any],
     keep: int,
+    average: Mapping[str, Tensor],
     *,
     writes: bool = True,
 ) -> None:
     """Write `checkpoint-{step}` and delete the oldest beyond `keep`. One rank writes, all take part."""
     weights = whole_tensors(trainable_weights(model).items(), keep=writes)
+    averages = whole_tensors(average.items(), keep=writes)
     moments = whole_tensors(optimizer_tensors(optimizer).items(), keep=writes)
     if not writes:
         return
     with atomic_folder(output_dir / f"{PREFIX}{step}") as folder:
         save_file(weights, folder / "trainable.safetensors")
         save_file(moments, folder / "optimizer.safetensors")
+        if averages:
+            save_file(averages, folder / AVERAGE_FILE)
         (folder / "progress.json").write_text(json.dumps({"step": step} | progress))
     for old in find_checkpoints(output_dir)[:-keep]:
         shutil.rmtree(old)
@@ -136,9 +142,14 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         parameter.copy_(share_of(weights[name], parameter))
 
 
-def share_of(whole: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's piece of a tensor that is laid out like the parameter; counters are whole everywhere."""
-    if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
+def load_average(folder: Path, average: Mapping[str, Tensor]) -> None:
+    """Restore the running average of the weights in place."""
+    for name, saved in load_file(folder / AVERAGE_FILE).items():
+        average[name].copy_(share_of(saved, average[name]))
+
+
+def share_of(whole: Tensor, part: Tensor) -> Tensor:
+    """This rank's piece of a tensor that is laid out like `part`; counters are whole everywhere."""
+    if not isinstance(part, DTensor) or whole.shape != part.shape:
         return whole
-    mesh = parameter.device_mesh
-    return distribute_tensor(whole.to(parameter.device), mesh, parameter.placements, src_data_rank=None)
+    return distribute_tensor(whole.to(part.device), part.device_mesh, part.placements, src_data_rank=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 import warnings
@@ -20,12 +21,13 @@ folder or hub id (then give data.path)."""
 CONVERT_EXAMPLE = """examples:
   opdlm convert tiny                                        the bundled teacher, minutes on a laptop
   opdlm convert tiny output_dir=runs/b8 format.block_size=8
+  opdlm convert qwen3_0.6b_lora_24gb --dry-run              what it would need and write
   opdlm convert ./my-model data.path=prompts.jsonl format.name=sdar lora.enabled=false"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 on success, 2 with one sentence on a user's mistake, 130 on Ctrl-C."""
-    options = build_parser().parse_args(arguments)
+    options = parse(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return options.run(options)
@@ -39,6 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"opdlm: {error.strerror or error} ({error.filename or 'no file'}).", file=sys.stderr)
         return 2
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes overrides before the first flag or after it, not on both sides: collect the rest."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    are_overrides = "overrides" in options and all("=" in a and not a.startswith("-") for a in rest)
+    if rest and not are_overrides:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,6 +100,9 @@ def add_convert(verbs: Verbs) -> None:
         "--list-keys", action="store_true", help="print every setting with its default and meaning"
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print parameters, memory, FLOPs, tokens and files, and stop"
+    )
     parser.set_defaults(run=run_convert)
 
 
@@ -163,6 +180,11 @@ def bundled_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
 
 
+def nearest_recipes(name: str) -> str:
+    near = difflib.get_close_matches(name, bundled_recipes(), n=3, cutoff=0.5)
+    return (f" Did you mean {' or '.join(near)}?" if near else "") + " `opdlm recipes` lists them."
+
+
 def resolve_target(target: str, overrides: Sequence[str]) -> Config:
     """A recipe file, a bundled recipe's name, or a model."""
     if target.endswith((".yaml", ".yml")):
@@ -175,8 +197,8 @@ def resolve_target(target: str, overrides: Sequence[str]) -> Config:
     looks_like_name = not Path(target).exists() and "/" not in target and ":" not in target
     if looks_like_name:
         raise ConfigError(
-            f"TARGET ({target}) is neither a bundled recipe ({', '.join(recipes)}), nor a recipe file, "
-            "nor a checkpoint folder or hub id."
+            f"TARGET ({target}) is neither a bundled recipe, nor a recipe file, nor a checkpoint folder or "
+            f"hub id.{nearest_recipes(target)}"
         )
     return load_config(None, [f"model.path={target}", *overrides])
 
@@ -195,6 +217,11 @@ def run_convert(options: argparse.Namespace) -> int:
         print(config.to_yaml(), end="")
         return 0
     quiet_libraries()
+    if options.dry_run:
+        from opdlm.plan import describe_plan, make_plan
+
+        print(describe_plan(config, make_plan(config)))
+        return 0
     from rich.console import Console
 
     from opdlm.pipeline import convert_checkpoint, read_report
@@ -315,10 +342,10 @@ def run_recipes(options: argparse.Namespace) -> int:
     recipes = bundled_recipes()
     if options.name is None:
         for name, path in recipes.items():
-            print(f"{name:12} {path.read_text().splitlines()[0].lstrip('# ')}")
+            print(f"{name:{max(map(len, recipes))}} {path.read_text().splitlines()[0].lstrip('# ')}")
         return 0
     if options.name not in recipes:
-        raise ConfigError(f"no bundled recipe is called {options.name}. There are: {', '.join(recipes)}.")
+        raise ConfigError(f"no bundled recipe is called {options.name}.{nearest_recipes(options.name)}")
     if options.file is None:
         print(recipes[options.name].read_text(), end="")
         return 0

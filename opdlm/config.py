@@ -24,6 +24,7 @@ import yaml
 from opdlm.errors import ConfigError
 
 Section = TypeVar("Section")
+Selection = Literal["one_per_block", "all", "complementary", "random_mask"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,8 @@ class FormatSection:
     """preserve: clean tokens stay the AR model's, drafts can be verified. sdar: servable by SDAR engines."""
     block_size: int = 4
     """Tokens per diffusion block."""
+    block_growth: tuple[tuple[int, int], ...] = ()
+    """Pairs (first step, block size) ending in block_size: [[0, 4], [100, 8]]. Empty: one size throughout."""
     grid: Literal["absolute", "response"] = "absolute"
     """Where blocks are counted from: token 0, or the first response token."""
     mask_token: str = "<|mask|>"
@@ -74,10 +77,18 @@ class DataSection:
     """Prompts: .jsonl, .parquet or a `datasets` name, one or a list. Rows need `prompt` or `messages`."""
     self_prompts: int = 0
     """Prompts that the model writes itself before training, beside those of path, which may be empty."""
+    config: str = ""
+    """Configuration of a `datasets` name that has several, for example main."""
     split: str = "train"
     """Split of a `datasets` name; slices such as train[:1000] work."""
+    prompt_column: str = ""
+    """Column that holds the prompt as text; empty: `prompt` or `messages`."""
+    enable_thinking: bool | None = None
+    """Passed to the chat templates that know it (Qwen3, SmolLM3); None = the template's default."""
     max_prompt_tokens: int = 1024
     """Longer prompts are an error, never cut."""
+    drop_long_prompts: bool = False
+    """Leave longer prompts out and say how many, instead."""
     system_prompt: str = ""
     """Put before every prompt through the chat template."""
     limit: int | None = None
@@ -116,8 +127,16 @@ class RolloutSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatesSection:
-    selection: Literal["one_per_block", "all", "complementary", "random_mask"] = "all"
+    selection: Selection = "all"
     """Which denoising states of a rollout are trained on (objective opd)."""
+    selection_schedule: tuple[tuple[int, Selection], ...] = ()
+    """Pairs (first step, selection) ending in selection: [[0, random_mask], [50, all]]. Empty: always the
+    same.
+    """
+    mask_rate: tuple[float, float] = (0.0, 1.0)
+    """random_mask and complementary draw the masked share of a block from this range."""
+    mask_rate_ramp_steps: int = 0
+    """Steps over which the upper end of mask_rate grows from the lower one: few masks first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +183,11 @@ class TrainSection:
     micro_batch_rows: int = 8
     """Rollouts per forward and backward on one device; changes memory, not results."""
     passes_per_rollout: int = 1
-    """How often each rollout is trained on."""
+    """How often a step trains on each rollout."""
+    max_staleness: int = 0
+    """Later steps that train on a rollout again, beside their own; 0 = none."""
+    ema_decay: float | None = None
+    """Write the running average of the trained weights, with this decay per update; None = the last ones."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -394,7 +417,11 @@ def field_docstrings(cls: type) -> dict[str, str]:
 def check_config(config: Config) -> None:
     """Rules across keys. Raises ConfigError for the first that does not hold."""
     check_ranges(config)
-    b, rollout = config.format.block_size, config.rollout
+    check_schedule("format.block_growth", config.format.block_growth, "format.block_size", config)
+    check_schedule("states.selection_schedule", config.states.selection_schedule, "states.selection", config)
+    check_curricula(config)
+    rollout = config.rollout
+    b = min([size for _, size in config.format.block_growth], default=config.format.block_size)
     if rollout.denoising_steps is not None and rollout.denoising_steps > b:
         raise ConfigError(
             f"rollout.denoising_steps ({rollout.denoising_steps}) exceeds format.block_size ({b}): "
@@ -428,6 +455,36 @@ def check_config(config: Config) -> None:
         )
     if config.format.name == "preserve" and b < 2:
         raise ConfigError("format.block_size (1) leaves preserve nothing to draft: use at least 2.")
+
+
+def check_schedule(name: str, pairs: Sequence[tuple[int, Any]], final: str, config: Config) -> None:
+    """Pairs (first step, value) start at step 0, rise, reach the final value, and each gets its turn."""
+    if not pairs:
+        return
+    steps, value = [step for step, _ in pairs], lookup(config, final)
+    if steps[0] != 0 or any(left >= right for left, right in itertools.pairwise(steps)):
+        raise ConfigError(f"{name} has the first steps {steps}: start with 0 and let them rise.")
+    if pairs[-1][1] != value:
+        raise ConfigError(
+            f"{name} ends with {pairs[-1][1]}, but {final} is {value}, which the result has: make them equal."
+        )
+    if steps[-1] >= config.train.num_steps:
+        raise ConfigError(
+            f"{name} reaches {value} at step {steps[-1]}, but train.num_steps is {config.train.num_steps}: "
+            "it would never be trained. Start it earlier."
+        )
+
+
+def check_curricula(config: Config) -> None:
+    """Blocks grow; a range of mask rates has a lower and an upper end."""
+    sizes = [size for _, size in config.format.block_growth]
+    if any(not 0 < left < right for left, right in itertools.pairwise(sizes)):
+        raise ConfigError(f"format.block_growth has the block sizes {sizes}: they must be positive and grow.")
+    low, high = config.states.mask_rate
+    if not 0 <= low < high <= 1:
+        raise ConfigError(
+            f"states.mask_rate ({low}, {high}) must be a range: 0 <= lower end < upper end <= 1."
+        )
 
 
 POSITIVE = (
@@ -467,6 +524,9 @@ INTERVALS = {
     "optimizer.warmup_steps": (0, 10**9),
     "rollout.warm_start_steps": (0, 10**9),
     "data.self_prompts": (0, 10**9),
+    "states.mask_rate_ramp_steps": (0, 10**9),
+    "train.max_staleness": (0, 10**9),
+    "train.ema_decay": (0.0, 1 - 1e-9),
     "eval.confidence_threshold": (0.0, 1.0),
     "eval.veto_below": (0.0, 1.0),
 }

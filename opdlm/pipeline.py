@@ -83,7 +83,13 @@ def check_attention(model: PreTrainedModel, config: Config) -> None:
 
 
 def load_eval_tasks(model: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[Task]:
-    tasks = load_tasks(config.eval.path, tokenizer, model.spec.mask_token_id, limit=config.eval.limit)
+    tasks = load_tasks(
+        config.eval.path,
+        tokenizer,
+        model.spec.mask_token_id,
+        limit=config.eval.limit,
+        enable_thinking=config.data.enable_thinking,
+    )
     check_fits(model, [task.prompt.ids for task in tasks], config.eval.max_new_tokens, "eval.max_new_tokens")
     return tasks
 

@@ -64,7 +64,7 @@ def self_prompts(
         texts = write_prompts(model, tokenizer, config, excluded)
         lines = (json.dumps({"prompt": text}, ensure_ascii=False) for text in texts)
         write_atomic(path, "".join(f"{line}\n" for line in lines))
-    section = replace(config.data, path=str(path), limit=None)
+    section = replace(config.data, path=str(path), prompt_column="", limit=None)
     return load_prompts(section, tokenizer, model.spec.mask_token_id)
 
 

@@ -2,8 +2,8 @@
 
 A state of a block is the set of its positions that are still [MASK]. With distinct reveal steps v_1 < ... <
 v_T, state k masks {i : unmask_step_i >= v_k}. Selections (METHOD part 4): `one_per_block` draws one state per
-block, `all` takes every realised one, `complementary` masks M and then the rest, `random_mask` draws t ~ U(0,
-1) and needs no trajectory. Several states of a rollout share one clean half (part 5).
+block, `all` takes every realised one, `complementary` masks M and then the rest, `random_mask` draws t ~
+U(mask_rate) and needs no trajectory. Several states of a rollout share one clean half (part 5).
 
 Shape suffixes: B rollouts, C copies (states), N blocks, T positions of a block, L clean row, S noised slots.
 """
@@ -12,17 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from opdlm.blocks import Slots, make_slots
+from opdlm.config import Selection
 from opdlm.diffusion import DiffusionSpec
 from opdlm.records import NEVER, Rollout
 from opdlm.unmasking import Rng
 
-Selection = Literal["one_per_block", "all", "complementary", "random_mask"]
+MaskRate = tuple[float, float]
+ANY_RATE: MaskRate = (0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +86,7 @@ def block_table(rollouts: Sequence[Rollout], spec: DiffusionSpec, device: torch.
     )
 
 
-def select_masks(table: BlockTable, selection: Selection, rng: Rng) -> Tensor:
+def select_masks(table: BlockTable, selection: Selection, rng: Rng, mask_rate: MaskRate = ANY_RATE) -> Tensor:
     """Masked positions of every chosen state: bool `[B, C, N, T]`. A block may be absent (nothing masked)."""
     can_mask_BNT = (table.step_BNT >= 0) & table.is_inside_BNT
     match selection:
@@ -94,10 +95,10 @@ def select_masks(table: BlockTable, selection: Selection, rng: Rng) -> Tensor:
         case "all":
             return trajectory_masks(table, can_mask_BNT, rng, every=True)
         case "complementary":
-            masked_BNT = random_masks(can_mask_BNT, rng)
+            masked_BNT = random_masks(can_mask_BNT, rng, mask_rate)
             return torch.stack([masked_BNT, can_mask_BNT & ~masked_BNT], 1)
         case "random_mask":
-            return random_masks(can_mask_BNT, rng)[:, None]
+            return random_masks(can_mask_BNT, rng, mask_rate)[:, None]
 
 
 def trajectory_masks(table: BlockTable, can_mask_BNT: Tensor, rng: Rng, *, every: bool) -> Tensor:
@@ -125,11 +126,13 @@ def uniform(shape: Sequence[int], rng: Rng) -> Tensor:
     return torch.rand(*shape, generator=rng)
 
 
-def random_masks(can_mask_BNT: Tensor, rng: Rng) -> Tensor:
-    """Per block t ~ U(0, 1), Bernoulli(t), at least one masked."""
+def random_masks(can_mask_BNT: Tensor, rng: Rng, mask_rate: MaskRate = ANY_RATE) -> Tensor:
+    """Per block t ~ U(mask_rate), Bernoulli(t), at least one masked."""
+    low, high = mask_rate
     num_rows, num_blocks, size = can_mask_BNT.shape
     drawn = uniform((num_rows, num_blocks, 1 + size), rng).to(can_mask_BNT.device)
     rate_BN1, uniform_BNT = drawn.split([1, size], -1)
+    rate_BN1 = low + (high - low) * rate_BN1
     uniform_BNT = uniform_BNT.masked_fill(~can_mask_BNT, 2.0)
     is_lowest_BNT = uniform_BNT == uniform_BNT.min(-1, keepdim=True).values
     return can_mask_BNT & ((uniform_BNT < rate_BN1) | is_lowest_BNT)
@@ -141,10 +144,11 @@ def select_states(
     selection: Selection,
     rng: Rng,
     device: torch.device,
+    mask_rate: MaskRate = ANY_RATE,
 ) -> StateBatch:
     """Pick the denoising states to train on, one row per rollout; CPU generators, one or one per rollout."""
     table = block_table(rollouts, spec, device)
-    masked_BCNT = select_masks(table, selection, rng)
+    masked_BCNT = select_masks(table, selection, rng, mask_rate)
     noised, target_BS, fraction_BS = noised_slots(table, masked_BCNT, spec)
     # Noised slots look at clean text before their own block only, so the last block never needs a clean half.
     lengths = [len(r.prompt_ids) + r.num_response for r in rollouts]

@@ -29,8 +29,22 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opdlm.blocks import join_slots
-from opdlm.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
+from opdlm.checkpoint import (
+    find_checkpoints,
+    load_average,
+    load_checkpoint,
+    save_checkpoint,
+    trainable_weights,
+)
 from opdlm.config import Config, LossSection, OptimizerSection
+from opdlm.curricula import (
+    block_size_at,
+    first_reused_step,
+    is_from_teacher,
+    mask_rate_at,
+    num_updates_of,
+    selection_at,
+)
 from opdlm.data import PromptStream
 from opdlm.devices import (
     gather_items,
@@ -47,8 +61,8 @@ from opdlm.losses import LossOutput, chunked_divergence
 from opdlm.metrics import MetricsLog
 from opdlm.models import head_of
 from opdlm.records import Prompt, Rollout
-from opdlm.rollout import generate_rollouts, generator_for
-from opdlm.states import Selection, StateBatch, select_states
+from opdlm.rollout import generate_rollouts, generator_for, rollout_from_plain, rollout_to_plain
+from opdlm.states import ANY_RATE, MaskRate, Selection, StateBatch, select_states
 from opdlm.targets import TeacherPass, score_rows, targets_at_supervised
 
 
@@ -100,6 +114,10 @@ class Run:
     prompts: PromptStream
     num_updates: int = 0
     totals: dict[str, float] = field(default_factory=lambda: {"rollout_tokens": 0.0, "loss_tokens": 0.0})
+    pool: dict[int, list[Rollout]] = field(default_factory=dict)
+    """This rank's rollouts that are still trained on, by the step that made them."""
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """Running average of the trained weights, float32; empty without `train.ema_decay`."""
 
 
 def train(model: DiffusionLM, prompts: Sequence[Prompt], config: Config, log: MetricsLog) -> Run:
@@ -122,6 +140,7 @@ def train(model: DiffusionLM, prompts: Sequence[Prompt], config: Config, log: Me
             if is_asked_to_stop:
                 raise KeyboardInterrupt
     run.accelerator.end_training()
+    use_average(run)
     return run
 
 
@@ -174,27 +193,35 @@ def start_run(model: DiffusionLM, prompts: Sequence[Prompt], config: Config) -> 
     if not is_sharded:
         student_loss, optimizer = accelerator.prepare(student_loss, optimizer)
     stream = PromptStream(prompts, config.rollout.prompts_per_step, config.train.seed)
-    return Run(config, model, student_loss, optimizer, accelerator, stream)
+    run = Run(config, model, student_loss, optimizer, accelerator, stream)
+    if config.train.ema_decay is not None:
+        run.average = {
+            name: weight.detach().float().clone() for name, weight in trainable_weights(model).items()
+        }
+    return run
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
     """One rollout step (0-based): generate, then `passes_per_rollout` passes of updates over the rollouts."""
     config, started = run.config, time.perf_counter()
+    run.model.spec = replace(run.model.spec, block_size=block_size_at(config.format, step))
     from_teacher = is_from_teacher(config, step)
     rollouts, decoding = roll_out(run, run.prompts.at(step), step, from_teacher=from_teacher)
     rollout_seconds = time.perf_counter() - started
     rng = generator_for(config.train.seed, step + 1, 10**6)
-    on_trajectory = config.loss.objective == "opd" and not from_teacher
-    selection: Selection = config.states.selection if on_trajectory else "random_mask"
+    run.pool = reusable(run, step) | {step: rollouts}
+    pool = [rollout for made in run.pool.values() for rollout in made]
+    selection, mask_rate = selection_at(config, step), mask_rate_at(config.states, step)
     sums = UpdateSums()
-    for chosen in update_order(len(rollouts), config, rng):
-        sums += update(run, rollouts, chosen, selection)
+    for chosen in update_order(len(pool), config, rng):
+        sums += update(run, pool, chosen, selection, mask_rate)
     return step_metrics(run, rollouts, decoding, sums, rollout_seconds, time.perf_counter() - started)
 
 
-def is_from_teacher(config: Config, step: int) -> bool:
-    """Whose responses step `step` (0-based) trains on."""
-    return config.loss.objective in ("off_policy", "sft") or step < config.rollout.warm_start_steps
+def reusable(run: Run, step: int) -> dict[int, list[Rollout]]:
+    """Earlier rollouts that step `step` trains on again."""
+    oldest = first_reused_step(run.config, step)
+    return {made: rollouts for made, rollouts in run.pool.items() if made >= oldest}
 
 
 def roll_out(
@@ -245,14 +272,20 @@ class UpdateSums:
         return self
 
 
-def update(run: Run, rollouts: Sequence[Rollout], chosen: Sequence[int], selection: Selection) -> UpdateSums:
+def update(
+    run: Run,
+    rollouts: Sequence[Rollout],
+    chosen: Sequence[int],
+    selection: Selection,
+    mask_rate: MaskRate = ANY_RATE,
+) -> UpdateSums:
     """One optimiser update on the chosen rollouts, in micro-batches of similar length."""
     config = run.config
     chosen = sorted(chosen, key=lambda i: len(rollouts[i].prompt_ids) + rollouts[i].num_response)
     batches = micro_batches(
         chosen, config.train.micro_batch_rows, run.accelerator.process_index, run.accelerator.num_processes
     )
-    states = [states_of(run, rollouts, batch or chosen[:1], selection) for batch in batches]
+    states = [states_of(run, rollouts, batch or chosen[:1], selection, mask_rate) for batch in batches]
     for i, batch in enumerate(batches):
         if not batch:  # takes part in what ranks do together, and teaches nothing
             states[i] = replace(states[i], target_BS=torch.full_like(states[i].target_BS, -1))
@@ -281,6 +314,7 @@ def update(run: Run, rollouts: Sequence[Rollout], chosen: Sequence[int], selecti
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.num_updates += 1
+    update_average(run)
     return sums
 
 
@@ -292,13 +326,37 @@ def micro_batches(chosen: Sequence[int], size: int, rank: int, num_ranks: int) -
 
 
 def states_of(
-    run: Run, rollouts: Sequence[Rollout], chosen: Sequence[int], selection: Selection
+    run: Run,
+    rollouts: Sequence[Rollout],
+    chosen: Sequence[int],
+    selection: Selection,
+    mask_rate: MaskRate,
 ) -> StateBatch:
     """States of the chosen rollouts; what is drawn depends on the update and the rollout alone."""
     seed = run.config.train.seed
     rngs = [generator_for(seed, 10**6 + run.num_updates, i) for i in chosen]
     chosen_rollouts = [rollouts[i] for i in chosen]
-    return select_states(chosen_rollouts, run.model.spec, selection, rngs, run.accelerator.device)
+    return select_states(chosen_rollouts, run.model.spec, selection, rngs, run.accelerator.device, mask_rate)
+
+
+@torch.no_grad()
+def update_average(run: Run) -> None:
+    """average <- decay * average + (1 - decay) * weights, decay <= n / (n + 9) at update n: short runs forget
+    their start.
+    """
+    if run.config.train.ema_decay is None:
+        return
+    decay = min(run.config.train.ema_decay, run.num_updates / (run.num_updates + 9))
+    for name, weight in trainable_weights(run.model).items():
+        run.average[name].lerp_(weight.float(), 1 - decay)
+
+
+@torch.no_grad()
+def use_average(run: Run) -> None:
+    """Put the averaged weights, if there are any, into the model; checkpoints keep both."""
+    weights = dict(run.model.named_parameters())
+    for name, average in run.average.items():
+        weights[name].copy_(average)
 
 
 def normalized_weights(run: Run, states: list[StateBatch]) -> list[Tensor]:
@@ -322,12 +380,6 @@ def normalized_weights(run: Run, states: list[StateBatch]) -> list[Tensor]:
         per_batch.append(weights_BS[is_supervised_BS])
     total = run.accelerator.reduce(total, "sum").clamp_min(1)
     return [weights_M * (run.accelerator.num_processes / total) for weights_M in per_batch]
-
-
-def num_updates_of(config: Config) -> int:
-    """Optimiser updates in a whole run."""
-    per_pass = -(-config.rollout.prompts_per_step // config.train.rows_per_update)
-    return config.train.num_steps * config.train.passes_per_rollout * per_pass
 
 
 def learning_rate_scale(update_index: int, total: int, section: OptimizerSection) -> float:
@@ -361,6 +413,7 @@ def step_metrics(
         "divergence": sums.divergence / max(1, sums.positions),
         "grad_norm": sums.grad_norm / sums.num_updates,
         "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "block_size": run.model.spec.block_size,
         "tokens_per_forward": decoding.tokens_per_forward,
         "tokens_per_step": decoding.tokens_per_step,
         "response_length": decoding.num_tokens / len(rollouts),
@@ -374,13 +427,15 @@ def step_metrics(
 
 def save(run: Run, step: int) -> None:
     """All ranks take part: the main one writes what the others hold of sharded weights."""
+    pool = {made: [rollout_to_plain(r) for r in made_then] for made, made_then in reusable(run, step).items()}
     save_checkpoint(
         Path(run.config.output_dir),
         step,
         run.model,
         run.optimizer,
-        {"num_updates": run.num_updates, "totals": run.totals},
+        {"num_updates": run.num_updates, "totals": run.totals, "pool": pool},
         run.config.train.save_total_limit,
+        run.average,
         writes=run.accelerator.is_main_process,
     )
     run.accelerator.wait_for_everyone()
@@ -398,4 +453,8 @@ def resume(run: Run) -> int:
         return 0
     progress = load_checkpoint(found[-1], run.model, run.optimizer)
     run.num_updates, run.totals = progress["num_updates"], progress["totals"]
+    for made, rollouts in progress["pool"].items():
+        run.pool[int(made)] = [rollout_from_plain(r) for r in rollouts]
+    if run.average:
+        load_average(found[-1], run.average)
     return progress["step"]

@@ -13,11 +13,11 @@ PACKAGE = ROOT / "opdlm"
 FLOORS = {
     0: {"errors", "records", "blocks"},
     1: {"config", "attention", "unmasking", "losses"},
-    2: {"diffusion", "checkpoint", "metrics"},
+    2: {"diffusion", "checkpoint", "metrics", "curricula"},
     3: {"models", "data", "generate", "states", "devices"},
     4: {"convert", "targets", "rollout", "evaluate", "export", "modeling_opdlm"},
     5: {"trainer", "self_prompts", "plots", "card"},
-    6: {"pipeline"},
+    6: {"pipeline", "plan"},
     7: {"cli"},
     8: {"__main__"},
 }

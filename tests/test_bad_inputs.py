@@ -270,6 +270,50 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: p.convert(model=linear_attention(p)),
         ("mamba models cannot be converted", "masks"),
     ),
+    "blocks that do not start at step 0": (
+        lambda p: p.convert("format.block_growth=[[1,2]]", "format.block_size=2"),
+        ("format.block_growth", "[1]", "start with 0"),
+    ),
+    "blocks that shrink": (
+        lambda p: p.convert("format.block_growth=[[0,8],[1,4]]", "format.block_size=4"),
+        ("format.block_growth", "[8, 4]", "grow"),
+    ),
+    "blocks that do not end as the checkpoint's": (
+        lambda p: p.convert("format.block_growth=[[0,2],[1,4]]", "format.block_size=8"),
+        ("format.block_growth ends with 4", "format.block_size is 8", "make them equal"),
+    ),
+    "a block size that is never trained": (
+        lambda p: p.convert("format.block_growth=[[0,2],[2,4]]", "format.block_size=4"),
+        ("format.block_growth reaches 4 at step 2", "train.num_steps is 2", "Start it earlier"),
+    ),
+    "more denoising steps than the first blocks have tokens": (
+        lambda p: p.convert("format.block_growth=[[0,2],[1,4]]", "rollout.denoising_steps=4"),
+        ("rollout.denoising_steps (4)", "block_size (2)"),
+    ),
+    "a pair that is none": (
+        lambda p: p.convert("format.block_growth=[4,8]"),
+        ("format.block_growth (4)", "needs 2 values"),
+    ),
+    "unknown selection in a schedule": (
+        lambda p: p.convert("states.selection_schedule=[[0,random],[1,all]]"),
+        ("states.selection_schedule ('random')", "mean random_mask?"),
+    ),
+    "an empty range of mask rates": (
+        lambda p: p.convert("states.mask_rate=[0.5,0.5]"),
+        ("states.mask_rate (0.5, 0.5)", "range"),
+    ),
+    "a decay of 1": (
+        lambda p: p.convert("train.ema_decay=1"),
+        ("train.ema_decay (1.0)", "between 0.0 and"),
+    ),
+    "column that the rows do not have": (
+        lambda p: p.convert("data.prompt_column=question"),
+        ("prompts.jsonl:1", "no column question", "only prompt"),
+    ),
+    "plan of a model that is nowhere": (
+        lambda p: p.convert("--dry-run", model=Path("nobody/has-this-model")),
+        ("model.path (nobody/has-this-model)", "no folder with a config.json", "hf download"),
+    ),
     "no prompts given": (lambda p: p.convert("data.path="), ("data.path is empty", "Give a .jsonl")),
     "self prompts without a chat template": (
         lambda p: p.convert("data.self_prompts=4", model=without_template(p)),
@@ -418,7 +462,7 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: ["eval", str(p.root / "sdar" / "model"), "train.seed=1"],
         ("train.seed=1", "only eval.*"),
     ),
-    "unknown recipe": (lambda p: ["recipes", "tinny"], ("tinny", "There are: ")),
+    "unknown recipe": (lambda p: ["recipes", "tinny"], ("tinny", "Did you mean tiny")),
 }
 
 
