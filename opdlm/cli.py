@@ -293,20 +293,18 @@ def run_eval(options: argparse.Namespace) -> int:
     check_config(config)
     if not config.eval.path:
         raise ConfigError("eval.path is empty: the run had no evaluation set. Give eval.path=FILE.jsonl.")
-    model, tokenizer = pipeline.load_for_evaluation(
-        folder, options.teacher or config.model.path, config.model.dtype
-    )
+    teacher_path = options.teacher or config.model.path
+    model, tokenizer = pipeline.load_for_evaluation(folder, teacher_path, config.model.dtype)
     tasks = pipeline.load_eval_tasks(model, tokenizer, config)
-    report, outputs = evaluate(model, tokenizer, tasks, config.eval)
+    log = pipeline.open_log(Path(options.out), folder, teacher_path, config.model.dtype) if options.out else None
+    report, outputs = evaluate(model, tokenizer, tasks, config.eval, log=log)
     console = Console()
     console.print(measured_table(report.to_dict()), markup=False, soft_wrap=True)
     console.print("\n" + skill_table(report), markup=False, soft_wrap=True)
-    if options.out:
-        out = Path(options.out)
-        out.mkdir(parents=True, exist_ok=True)
-        pipeline.write_report(out, report)
-        write_outputs(out / "generations.jsonl", tasks, outputs, tokenizer)
-        console.print(f"\nreport: {out}", soft_wrap=True)
+    if log is not None:
+        pipeline.write_report(log.path.parent, report)
+        write_outputs(log.path, tasks, outputs, tokenizer)
+        console.print(f"\nreport: {log.path.parent}", soft_wrap=True)
     return 0
 
 

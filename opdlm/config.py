@@ -181,6 +181,10 @@ class TrainSection:
 class EvalSection:
     path: str = ""
     """JSONL with `prompt`, and optionally `answer`, `skill`, `held_out`. Empty: no evaluation."""
+    scoring: Literal["exact", "gsm8k"] = "exact"
+    """exact: the whole response equals `answer`. gsm8k: a GSM8K file (`question`, `answer`), the number after
+    ####; the last number of the response is scored apart.
+    """
     modes: tuple[Literal["ar", "static", "threshold", "lossless"], ...] = ()
     """Decodings to measure. Empty: static, threshold and, where the format can do it, lossless."""
     max_new_tokens: int = 256

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from opdlm.config import DataSection, resolve_path
 from opdlm.errors import DataError
 from opdlm.records import Prompt
+from opdlm.scoring import Scoring
 
 Row = dict[str, Any]
 
@@ -31,6 +32,7 @@ class Task:
     answer: str | None
     skill: str
     held_out: bool
+    scoring: Scoring = "exact"
 
 
 def read_rows(path: str, split: str = "train") -> list[tuple[str, Row]]:
@@ -173,12 +175,19 @@ def load_prompts(
 
 
 def load_tasks(
-    path: str, tokenizer: PreTrainedTokenizerBase, mask_token_id: int, *, limit: int | None = None
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    mask_token_id: int,
+    *,
+    limit: int | None = None,
+    scoring: Scoring = "exact",
 ) -> list[Task]:
     """Evaluation prompts; `limit` keeps that many of each skill."""
     rows = read_rows(path)
     if not rows:
         raise DataError(f"eval.path ({path}) holds no rows.")
+    if scoring == "gsm8k":
+        rows = [(place, gsm8k_row(place, row)) for place, row in rows]
     prompts = encode_rows(
         rows, tokenizer, system_prompt="", max_prompt_tokens=10**9, mask_token_id=mask_token_id
     )
@@ -196,9 +205,20 @@ def load_tasks(
                 answer=None if answer is None else str(answer),
                 skill=skill,
                 held_out=bool(row.get("held_out", False)),
+                scoring=scoring,
             )
         )
     return tasks
+
+
+def gsm8k_row(place: str, row: Row) -> Row:
+    """A row of the GSM8K files as a task, asked as lm-evaluation-harness asks it (without examples)."""
+    if not isinstance(row.get("question"), str) or "#### " not in str(row.get("answer")):
+        raise DataError(
+            f"{place}: eval.scoring=gsm8k needs `question` and an `answer` that ends in `#### number`. "
+            "Give a file of GSM8K, or set eval.scoring=exact."
+        )
+    return {"prompt": f"Question: {row['question']}\nAnswer:", "answer": row["answer"], "skill": "gsm8k"}
 
 
 class PromptStream:

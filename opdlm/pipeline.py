@@ -20,13 +20,14 @@ from transformers import PreTrainedTokenizerBase
 from opdlm import __version__
 from opdlm.card import model_card
 from opdlm.checkpoint import atomic_folder, find_checkpoints, write_atomic
-from opdlm.config import Config, load_config, read_recipe
+from opdlm.config import Config, load_config, read_recipe, resolve_path
 from opdlm.convert import make_student
 from opdlm.data import Task, load_prompts, load_tasks
 from opdlm.diffusion import DiffusionLM
 from opdlm.errors import ConfigError, DataError
 from opdlm.evaluate import RetentionReport, evaluate, write_outputs
 from opdlm.export import write_model
+from opdlm.generation_log import GenerationLog, fingerprint
 from opdlm.metrics import MetricsLog, read_metrics
 from opdlm.models import check_fits, load, load_causal_lm, load_tokenizer, vocabulary_rows
 from opdlm.plots import plot_metrics, plot_retention
@@ -72,7 +73,13 @@ def load_inputs(config: Config) -> Inputs:
 
 
 def load_eval_tasks(model: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[Task]:
-    tasks = load_tasks(config.eval.path, tokenizer, model.spec.mask_token_id, limit=config.eval.limit)
+    tasks = load_tasks(
+        config.eval.path,
+        tokenizer,
+        model.spec.mask_token_id,
+        limit=config.eval.limit,
+        scoring=config.eval.scoring,
+    )
     check_fits(model, [task.prompt.ids for task in tasks], config.eval.max_new_tokens, "eval.max_new_tokens")
     return tasks
 
@@ -175,10 +182,17 @@ def versions() -> dict[str, str]:
 def measure(folder: Path, tasks: list[Task], config: Config, console: Console) -> RetentionReport:
     """Evaluate the folder and write `retention.json`, the plot and the raw generations into it."""
     model, tokenizer = load_for_evaluation(folder, config.model.path, config.model.dtype)
-    report, outputs = evaluate(model, tokenizer, tasks, config.eval)
+    log = open_log(folder, folder, config.model.path, config.model.dtype)
+    report, outputs = evaluate(model, tokenizer, tasks, config.eval, log=log)
     write_report(folder, report)
-    write_outputs(folder / "generations.jsonl", tasks, outputs, tokenizer)
+    write_outputs(log.path, tasks, outputs, tokenizer)
     return report
+
+
+def open_log(out: Path, folder: Path, teacher_path: str, dtype: str) -> GenerationLog:
+    """The generations already in `out`; those of other weights are not found again."""
+    weights = [fingerprint(str(folder)), fingerprint(resolve_path(teacher_path)), dtype]
+    return GenerationLog(out / "generations.jsonl", json.dumps(weights))
 
 
 def load_for_evaluation(folder: Path, teacher_path: str, dtype: str) -> tuple[DiffusionLM, Any]:

@@ -11,12 +11,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "opdlm"
 FLOORS = {
-    0: {"errors", "records", "blocks"},
+    0: {"errors", "records", "blocks", "intervals", "scoring"},
     1: {"config", "attention", "unmasking", "losses"},
-    2: {"diffusion", "checkpoint", "metrics"},
+    2: {"diffusion", "checkpoint", "metrics", "generation_log"},
     3: {"models", "data", "generate", "states"},
     4: {"convert", "targets", "rollout", "evaluate", "export", "modeling_opdlm"},
-    5: {"trainer", "self_prompts", "plots", "card"},
+    5: {"trainer", "self_prompts", "plots", "card", "likelihood"},
     6: {"pipeline"},
     7: {"cli"},
 }
