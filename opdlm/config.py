@@ -197,6 +197,12 @@ class EvalSection:
     """Static and threshold in preserve: the AR model replaces tokens it finds less likely; 0 = never."""
     limit: int | None = None
     """Prompts per skill; None = all."""
+    agreement: bool = True
+    """Also report how far responses and visited states are from the teacher."""
+    likelihood_samples: int = 0
+    """Also report the likelihood of the teacher's responses: so many pairs of orders bound the student's;
+    0 = no.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -426,6 +432,10 @@ def check_config(config: Config) -> None:
             "eval.modes contains lossless, but format.name is sdar, which changes the AR weights and cannot "
             "verify: drop lossless or use format.name=preserve."
         )
+    if config.eval.likelihood_samples == 1:
+        raise ConfigError(
+            "eval.likelihood_samples (1) leaves the error of the bound unknown: use 0 (off) or at least 2."
+        )
     if config.format.name == "preserve" and b < 2:
         raise ConfigError("format.block_size (1) leaves preserve nothing to draft: use at least 2.")
 
@@ -469,6 +479,7 @@ INTERVALS = {
     "data.self_prompts": (0, 10**9),
     "eval.confidence_threshold": (0.0, 1.0),
     "eval.veto_below": (0.0, 1.0),
+    "eval.likelihood_samples": (0, 10**6),
 }
 
 

@@ -17,7 +17,7 @@ FLOORS = {
     3: {"models", "data", "generate", "states"},
     4: {"convert", "targets", "rollout", "evaluate", "export", "modeling_opdlm"},
     5: {"trainer", "self_prompts", "plots", "card", "likelihood"},
-    6: {"pipeline"},
+    6: {"pipeline", "harness"},
     7: {"cli"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

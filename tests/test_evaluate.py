@@ -82,8 +82,12 @@ def test_scores_are_what_the_raw_generations_say(folder: Path, tmp_path: Path) -
             x["num_forwards"] for x in held_out
         )
         same = [x["response_ids"][: x["num_response"]] for x in mine]
-        expected = [teacher[x["prompt"]]["response_ids"][: teacher[x["prompt"]]["num_response"]] for x in mine]
-        assert row["identical_to_teacher"] == sum(a == b for a, b in zip(same, expected, strict=True)) / len(mine)
+        expected = [
+            teacher[x["prompt"]]["response_ids"][: teacher[x["prompt"]]["num_response"]] for x in mine
+        ]
+        assert row["identical_to_teacher"] == sum(a == b for a, b in zip(same, expected, strict=True)) / len(
+            mine
+        )
         assert set(row["against_teacher"]) == {"all", "seen", "held_out"}
         assert row["against_teacher"]["all"]["difference"] == pytest.approx(
             row["accuracy"] - report["teacher"]["accuracy"]

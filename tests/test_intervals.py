@@ -1,4 +1,4 @@
-"""Confidence intervals hold the rate they state: by enumeration where that is possible, else by simulation."""
+"""Confidence intervals hold the rate they state: by enumeration where possible, else by simulation."""
 
 from math import comb
 

@@ -1,4 +1,4 @@
-"""Likelihoods against enumeration, the stock model and the sampler; the profile of the distance to the teacher."""
+"""Likelihoods against enumeration, the stock model and the sampler; the distance to the teacher."""
 
 from __future__ import annotations
 
@@ -138,4 +138,3 @@ def test_agreement_counts_arg_maxes_and_the_profile_averages_to_the_mean(kind: s
         sum(cell["kl"] * cell["num"] for cell in report["profile"]) / num
     )
     assert report["teacher_kl"] > 0
-
