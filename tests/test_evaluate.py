@@ -151,3 +151,40 @@ def test_the_log_tells_checkpoints_decodings_and_prompts_apart(tmp_path: Path) -
         second.key({"mode": "ar"}, [1, 2]),
     ]
     assert len(set(keys)) == 4
+
+
+def test_the_report_holds_agreement_and_likelihood_and_reads_as_markdown(
+    folder: Path, tmp_path: Path
+) -> None:
+    settings = ["eval.modes=static,lossless", "eval.likelihood_samples=2", "eval.batch_size=8"]
+    assert main(eval_command(folder, tmp_path, *settings)) == 0
+    report = read_report(tmp_path)
+    assert set(report["agreement"]) == {"static", "lossless"}
+    assert report["agreement"]["lossless"]["argmax_agreement"] == 1.0
+    tokens = sum(x["num_response"] for x in read_lines(tmp_path) if x["mode"] == "teacher")
+    assert report["likelihood"]["num_tokens"] == tokens
+    text = (tmp_path / "retention.md").read_text()
+    assert "| lossless | " in text and "100.0 % [100.0, 100.0]" in text
+    assert "KL(teacher ‖ student)" in text and "student at most" in text
+
+
+def test_gsm8k_reports_strict_and_flexible_scores(folder: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"what is {i}", "answer": f"#### {i}"} for i in range(3)]
+    path = write_rows(tmp_path / "gsm.jsonl", rows)
+    command = ["eval", str(folder), f"eval.path={path}", "eval.scoring=gsm8k", "eval.agreement=false"]
+    assert main([*command, "eval.modes=static", "--out", str(tmp_path / "out")]) == 0
+    report = read_report(tmp_path / "out")
+    assert report["teacher"]["accuracy_flexible"] is not None and "agreement" not in report
+    assert set(report["teacher"]["by_skill"]) == {"gsm8k"}
+
+
+def test_tasks_without_the_harness_say_what_to_install(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from opdlm import harness
+
+    harness.harness_class.cache_clear()
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
+    assert main(["eval", str(folder), "--tasks", "gsm8k"]) == 2
+    assert "pip install 'opdlm[eval]'" in capsys.readouterr().err
