@@ -27,6 +27,7 @@ import torch
 from rich.console import Console
 
 from opdlm.checkpoint import write_atomic
+from opdlm.cli import quiet_libraries
 from opdlm.config import load_config
 from opdlm.pipeline import convert_checkpoint, versions
 from opdlm.plots import new_figure
@@ -35,6 +36,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 OBJECTIVES = ("sft", "off_policy", "opd_random", "opd")
 FORMATS = {"preserve": "tiny", "sdar": "tiny_sdar"}
 BLOCK_SIZES = (4, 8, 16, 32)
+ACCURACIES = ("accuracy", "accuracy_seen", "accuracy_held_out")
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Student's t for a two-sided 95 % interval of a mean over seeds, by degrees of freedom."""
 
@@ -107,7 +109,7 @@ def over_seeds(values: Sequence[float | None]) -> tuple[float, float] | None:
         return None
     if len(known) == 1:
         return known[0], math.nan
-    return mean(known), T_95[len(known) - 1] * stdev(known) / math.sqrt(len(known))
+    return mean(known), T_95.get(len(known) - 1, 1.96) * stdev(known) / math.sqrt(len(known))
 
 
 def mode_of(report: dict[str, Any], name: str) -> dict[str, Any]:
@@ -143,8 +145,7 @@ def table(reports: Sequence[dict[str, Any]], study: str) -> str:
     for (fmt, variant), runs in grouped(reports).items():
         for mode in [row["name"] for row in runs[0]["student"]]:
             rows = [mode_of(run, mode) for run in runs]
-            keys = ("accuracy", "accuracy_seen", "accuracy_held_out", "retention")
-            shares = [shown(over_seeds([row[key] for row in rows])) for key in keys]
+            shares = [shown(over_seeds([row[key] for row in rows])) for key in (*ACCURACIES, "retention")]
             speed = shown(over_seeds([row["tokens_per_forward"] for row in rows]), 1, 2)
             distance = shown(over_seeds([run["agreement"][mode]["teacher_kl"] for run in runs]), 1, 3)
             lines.append(f"| {fmt} | {variant} | {mode} | {' | '.join(shares)} | {speed} | {distance} |")
@@ -157,11 +158,28 @@ def change_table(reports: Sequence[dict[str, Any]], label: str) -> list[str]:
         f"| format | {label} | static → threshold, points | seen | held out |",
         "|---|---|---:|---:|---:|",
     ]
-    for (fmt, variant), runs in grouped(reports).items():
-        keys = ("accuracy", "accuracy_seen", "accuracy_held_out")
-        changes = [shown(over_seeds([change_to_threshold(run, key) for run in runs])) for key in keys]
+    groups = grouped(reports)
+    for (fmt, variant), runs in groups.items():
+        changes = [shown(over_seeds([change_to_threshold(run, key) for run in runs])) for key in ACCURACIES]
         lines.append(f"| {fmt} | {variant} | {' | '.join(changes)} |")
+    for fmt in FORMATS:
+        if {(fmt, "opd"), (fmt, "sft")} <= set(groups):
+            differences = [shown(over_seeds(opd_minus_sft(groups, fmt, key))) for key in ACCURACIES]
+            lines.append(f"| {fmt} | opd − sft, same seeds | {' | '.join(differences)} |")
     return lines
+
+
+def opd_minus_sft(
+    groups: dict[tuple[str, str], list[dict[str, Any]]], fmt: str, key: str
+) -> list[float | None]:
+    """Per seed that has both: how much less `opd` loses (positive) on the way from static to threshold."""
+    changes: dict[str, dict[int, float | None]] = {
+        objective: {run["cell"]["seed"]: change_to_threshold(run, key) for run in groups[fmt, objective]}
+        for objective in ("opd", "sft")
+    }
+    seeds = sorted(set(changes["opd"]) & set(changes["sft"]))
+    pairs = [(changes["opd"][seed], changes["sft"][seed]) for seed in seeds]
+    return [None if opd is None or sft is None else opd - sft for opd, sft in pairs]
 
 
 def plot(reports: Sequence[dict[str, Any]], study: str, path: Path) -> None:
@@ -192,8 +210,8 @@ def plot(reports: Sequence[dict[str, Any]], study: str, path: Path) -> None:
 
 def write_study(reports: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
     intro = (
-        f"Study `{args.study}`, {args.steps} steps, seeds {', '.join(map(str, args.seeds))}: mean ± half of the "
-        "95 % interval over seeds (Student's t). Teacher: "
+        f"Study `{args.study}`, {args.steps} steps, seeds {', '.join(map(str, args.seeds))}: mean ± half of "
+        "the 95 % interval over seeds (Student's t). Teacher: "
         f"{100 * reports[0]['teacher']['accuracy']:.1f} % on {reports[0]['teacher']['num_prompts']} prompts. "
         "Intervals over prompts of each run: reports/."
     )
@@ -222,6 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
+    quiet_libraries()
     reports = []
     for cell in cells(args):
         reports.append(run_cell(cell, args))
