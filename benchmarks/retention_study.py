@@ -6,7 +6,7 @@
 `objectives`: sft, off_policy, opd_random, opd × preserve, sdar × seeds at block size 4. `blocks`: opd × both
 formats × block sizes 4, 8, 16, 32 × seeds. Every run is one conversion and one retention report under
 OUT/runs; the same command continues after an interruption (finished runs are kept, training and evaluation
-resume). Threshold decoding is the student's own (no veto). Afterwards results.json, table.md and a plot are
+resume). Static and threshold decoding are the student's own (no veto). Afterwards results.json, table.md and a plot are
 written; the weights of finished runs are deleted unless --keep-weights.
 """
 

@@ -148,8 +148,10 @@ def decoding_key(log: GenerationLog | None, name: str, config: DecodeConfig, tas
     if log is None:
         return str(task.prompt.index)
     decoding: dict[str, Any] = {"name": name, "mode": config.mode, "max_new_tokens": config.max_new_tokens}
+    if config.mode in ("static", "threshold"):
+        decoding["veto_below"] = config.veto_below
     if config.mode == "threshold":
-        decoding |= {"threshold": config.confidence_threshold, "veto_below": config.veto_below}
+        decoding["threshold"] = config.confidence_threshold
     return log.key(decoding, task.prompt.ids)
 
 

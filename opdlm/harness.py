@@ -115,8 +115,10 @@ def decoding_of(
         )
     given = {"confidence_threshold": confidence_threshold, "veto_below": veto_below}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if chosen and mode != "threshold":
-        raise ConfigError(f"{', '.join(chosen)} only acts in mode threshold, not {mode}: leave it out.")
+    if confidence_threshold is not None and mode != "threshold":
+        raise ConfigError(f"confidence_threshold only acts in mode threshold, not {mode}: leave it out.")
+    if veto_below is not None and (mode in ("ar", "lossless") or model.spec.format == "sdar"):
+        raise ConfigError("veto_below only acts in modes static and threshold of preserve: leave it out.")
     return DecodeConfig(mode=mode, **chosen)
 
 

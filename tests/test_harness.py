@@ -122,8 +122,10 @@ def test_a_continuation_is_greedy_where_the_mode_decodes_it(place: Path) -> None
 
 def test_settings_that_cannot_act_are_refused(place: Path) -> None:
     folder = str(place / "run" / "model")
-    with pytest.raises(ConfigError, match="veto_below only acts in mode threshold"):
-        harness.harness_class()(folder, mode="static", veto_below=0.5)
+    with pytest.raises(ConfigError, match="veto_below only acts in modes static and threshold"):
+        harness.harness_class()(folder, mode="lossless", veto_below=0.5)
+    with pytest.raises(ConfigError, match="confidence_threshold only acts in mode threshold"):
+        harness.harness_class()(folder, mode="static", confidence_threshold=0.5)
     with pytest.raises(ConfigError, match="must be one of"):
         harness.harness_class()(folder, mode="beam")
     with pytest.raises(ConfigError, match="num_beams"):
