@@ -5,9 +5,9 @@
 
 `objectives`: sft, off_policy, opd_random, opd × preserve, sdar × seeds at block size 4. `blocks`: opd × both
 formats × block sizes 4, 8, 16, 32 × seeds. Every run is one conversion and one retention report under
-OUT/runs; the same command continues after an interruption (finished runs are kept, training and evaluation
-resume). Static and threshold decoding are the student's own (no veto). Afterwards results.json, table.md and a plot are
-written; the weights of finished runs are deleted unless --keep-weights.
+OUT/runs; the same command continues after an interruption (finished runs are kept, training resumes). Static
+and threshold decoding are the student's own (no veto). results.json, table.md and a plot are written after
+every run; the weights of finished runs are deleted unless --keep-weights.
 """
 
 from __future__ import annotations
