@@ -148,7 +148,15 @@ def add_eval(verbs: Verbs) -> None:
     parser.add_argument(
         "--teacher", help="the original checkpoint (sdar folders; default: the one in the record)"
     )
-    parser.add_argument("--out", help="write retention.json, retention.png and generations.jsonl here")
+    parser.add_argument(
+        "--out", help="write retention.json, .md, .png and generations.jsonl here; a killed run continues"
+    )
+    parser.add_argument(
+        "--tasks", help="names of lm-evaluation-harness tasks instead (pip install opdlm[eval])"
+    )
+    parser.add_argument("--include-path", help="folder with YAML tasks of your own, with --tasks")
+    parser.add_argument("--num-fewshot", type=int, help="examples before each question, with --tasks")
+    parser.add_argument("--chat-template", action="store_true", help="ask through it, with --tasks")
     parser.set_defaults(run=run_eval)
 
 
@@ -298,43 +306,88 @@ def check_generate_options(options: argparse.Namespace) -> None:
 
 def run_eval(options: argparse.Namespace) -> int:
     quiet_libraries()
-    from dataclasses import replace
-
-    from rich.console import Console
-
-    from opdlm import pipeline
-    from opdlm.card import measured_table
-    from opdlm.evaluate import evaluate, skill_table, write_outputs
     from opdlm.models import read_spec
 
     folder = Path(options.folder)
     read_spec(folder)
-    record = pipeline.read_config_of(folder)
-    values = {"eval": record.to_dict()["eval"]}
-    from opdlm.config import apply_override
+    config = eval_config(folder, options.overrides)
+    if options.tasks:
+        return run_harness(options, config)
+    if options.include_path or options.num_fewshot is not None:
+        raise ConfigError("--include-path and --num-fewshot belong to --tasks: give the names of the tasks.")
+    if not config.eval.path:
+        raise ConfigError("eval.path is empty: the run had no evaluation set. Give eval.path=FILE.jsonl.")
+    return run_retention(options, config)
 
-    for override in options.overrides:
+
+def eval_config(folder: Path, overrides: Sequence[str]) -> Config:
+    """The settings of the run that made the folder, with other `eval.*` keys."""
+    from dataclasses import replace
+
+    from opdlm.config import apply_override
+    from opdlm.pipeline import read_config_of
+
+    record = read_config_of(folder)
+    values = {"eval": record.to_dict()["eval"]}
+    for override in overrides:
         if not override.startswith("eval."):
             raise ConfigError(f"{override}: only eval.* keys matter here, for example eval.limit=10.")
         apply_override(values, override)
     config = replace(record, eval=build_section(Config, values).eval)
     check_config(config)
-    if not config.eval.path:
-        raise ConfigError("eval.path is empty: the run had no evaluation set. Give eval.path=FILE.jsonl.")
-    model, tokenizer = pipeline.load_for_evaluation(
-        folder, options.teacher or config.model.path, config.model.dtype
-    )
+    return config
+
+
+def run_retention(options: argparse.Namespace, config: Config) -> int:
+    from rich.console import Console
+
+    from opdlm import pipeline
+    from opdlm.card import measured_table
+    from opdlm.evaluate import skill_table
+
+    folder, dtype = Path(options.folder), config.model.dtype
+    teacher_path = options.teacher or config.model.path
+    model, tokenizer = pipeline.load_for_evaluation(folder, teacher_path, dtype)
     tasks = pipeline.load_eval_tasks(model, tokenizer, config)
-    report, outputs = evaluate(model, tokenizer, tasks, config.eval)
+    log = pipeline.open_log(Path(options.out), folder, teacher_path, dtype) if options.out else None
+    report, values = pipeline.evaluate_model(model, tokenizer, tasks, config.eval, log)
     console = Console()
-    console.print(measured_table(report.to_dict()), markup=False, soft_wrap=True)
+    console.print(measured_table(values), markup=False, soft_wrap=True)
     console.print("\n" + skill_table(report), markup=False, soft_wrap=True)
+    if log is not None:
+        console.print(f"\nreport: {log.path.parent}", soft_wrap=True)
+    return 0
+
+
+def run_harness(options: argparse.Namespace, config: Config) -> int:
+    """Tasks of lm-evaluation-harness in every mode."""
+    import json
+
+    from opdlm.harness import run_tasks
+    from opdlm.models import read_spec
+
+    fmt = read_spec(options.folder).format
+    modes = config.eval.modes or (
+        ("ar", "static", "threshold") if fmt == "preserve" else ("static", "threshold")
+    )
+    results = run_tasks(
+        options.folder,
+        options.tasks.split(","),
+        modes,
+        include_path=options.include_path,
+        num_fewshot=options.num_fewshot,
+        apply_chat_template=options.chat_template,
+        limit=config.eval.limit,
+        batch_size=config.eval.batch_size,
+    )
+    for mode, tasks in results.items():
+        for task, numbers in tasks.items():
+            shown = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
+            print(f"{mode} {task} " + " ".join(f"{k}={v:.4f}" for k, v in shown.items()))
     if options.out:
-        out = Path(options.out)
-        out.mkdir(parents=True, exist_ok=True)
-        pipeline.write_report(out, report)
-        write_outputs(out / "generations.jsonl", tasks, outputs, tokenizer)
-        console.print(f"\nreport: {out}", soft_wrap=True)
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        record = {"folder": options.folder, "eval": config.to_dict()["eval"], "results": results}
+        (Path(options.out) / "lm_eval.json").write_text(json.dumps(record, indent=2, default=str))
     return 0
 
 

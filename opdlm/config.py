@@ -208,6 +208,10 @@ class TrainSection:
 class EvalSection:
     path: str = ""
     """JSONL with `prompt`, and optionally `answer`, `skill`, `held_out`. Empty: no evaluation."""
+    scoring: Literal["exact", "gsm8k"] = "exact"
+    """exact: the whole response equals `answer`. gsm8k: a GSM8K file (`question`, `answer`), the number after
+    ####; the last number of the response is scored apart.
+    """
     modes: tuple[Literal["ar", "static", "threshold", "lossless"], ...] = ()
     """Decodings to measure. Empty: static, threshold and, where the format can do it, lossless."""
     max_new_tokens: int = 256
@@ -220,6 +224,12 @@ class EvalSection:
     """Static and threshold in preserve: the AR model replaces tokens it finds less likely; 0 = never."""
     limit: int | None = None
     """Prompts per skill; None = all."""
+    agreement: bool = True
+    """Also report how far responses and visited states are from the teacher."""
+    likelihood_samples: int = 0
+    """Also report the likelihood of the teacher's responses: so many pairs of orders bound the student's;
+    0 = no.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -453,6 +463,10 @@ def check_config(config: Config) -> None:
             "eval.modes contains lossless, but format.name is sdar, which changes the AR weights and cannot "
             "verify: drop lossless or use format.name=preserve."
         )
+    if config.eval.likelihood_samples == 1:
+        raise ConfigError(
+            "eval.likelihood_samples (1) leaves the error of the bound unknown: use 0 (off) or at least 2."
+        )
     if config.format.name == "preserve" and b < 2:
         raise ConfigError("format.block_size (1) leaves preserve nothing to draft: use at least 2.")
 
@@ -529,6 +543,7 @@ INTERVALS = {
     "train.ema_decay": (0.0, 1 - 1e-9),
     "eval.confidence_threshold": (0.0, 1.0),
     "eval.veto_below": (0.0, 1.0),
+    "eval.likelihood_samples": (0, 10**6),
 }
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from opdlm.config import DataSection, resolve_path
 from opdlm.errors import DataError
 from opdlm.records import Prompt
+from opdlm.scoring import Scoring
 
 Row = dict[str, Any]
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Task:
     answer: str | None
     skill: str
     held_out: bool
+    scoring: Scoring = "exact"
 
 
 def read_rows(path: str, split: str = "train", config: str = "") -> list[tuple[str, Row]]:
@@ -199,11 +201,14 @@ def load_tasks(
     *,
     limit: int | None = None,
     enable_thinking: bool | None = None,
+    scoring: Scoring = "exact",
 ) -> list[Task]:
     """Evaluation prompts; `limit` keeps that many of each skill."""
     rows = read_rows(path)
     if not rows:
         raise DataError(f"eval.path ({path}) holds no rows.")
+    if scoring == "gsm8k":
+        rows = [(place, gsm8k_row(place, row)) for place, row in rows]
     section = DataSection(max_prompt_tokens=10**9, enable_thinking=enable_thinking)
     prompts = encode_rows(rows, tokenizer, section=section, mask_token_id=mask_token_id)
     tasks, counts = [], dict[str, int]()
@@ -220,9 +225,20 @@ def load_tasks(
                 answer=None if answer is None else str(answer),
                 skill=skill,
                 held_out=bool(row.get("held_out", False)),
+                scoring=scoring,
             )
         )
     return tasks
+
+
+def gsm8k_row(place: str, row: Row) -> Row:
+    """A row of the GSM8K files as a task, asked as lm-evaluation-harness asks it (without examples)."""
+    if not isinstance(row.get("question"), str) or "#### " not in str(row.get("answer")):
+        raise DataError(
+            f"{place}: eval.scoring=gsm8k needs `question` and an `answer` that ends in `#### number`. "
+            "Give a file of GSM8K, or set eval.scoring=exact."
+        )
+    return {"prompt": f"Question: {row['question']}\nAnswer:", "answer": row["answer"], "skill": "gsm8k"}
 
 
 class PromptStream:

@@ -340,8 +340,10 @@ def collect_finished(
             unmask_step=tuple(rows.unmask_step_BL[row, num_prompt:end].tolist()),
             num_response=num_response,
             finish_reason=reason,
+            num_forwards=int(rows.num_forwards_B[row]),
+            num_steps=int(rows.num_steps_B[row]),
         )
-        stats = DecodeStats(num_response, int(rows.num_forwards_B[row]), int(rows.num_steps_B[row]))
+        stats = DecodeStats(num_response, rollout.num_forwards, rollout.num_steps)
         finished[int(rows.index_B[row])] = (rollout, stats)
     rows.keep(~done_B)
 

@@ -20,16 +20,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlm import __version__
 from opdlm.attention import choose_backend, why_not
-from opdlm.card import model_card
+from opdlm.card import measured_table, model_card
 from opdlm.checkpoint import atomic_folder, find_checkpoints, load_weights, write_atomic
-from opdlm.config import Config, load_config, read_recipe
+from opdlm.config import Config, EvalSection, load_config, read_recipe, resolve_path
 from opdlm.convert import make_student
 from opdlm.data import Task, load_prompts, load_tasks
 from opdlm.devices import is_sharded, join_ranks
 from opdlm.diffusion import DiffusionLM
 from opdlm.errors import ConfigError, DataError
-from opdlm.evaluate import RetentionReport, evaluate, write_outputs
+from opdlm.evaluate import Outputs, RetentionReport, evaluate, skill_table, write_outputs
 from opdlm.export import write_model
+from opdlm.generation_log import GenerationLog, fingerprint
+from opdlm.likelihood import agreement_report, likelihood_report
 from opdlm.metrics import MetricsLog, read_metrics
 from opdlm.models import check_fits, load, load_causal_lm, load_tokenizer, vocabulary_rows
 from opdlm.plots import plot_metrics, plot_retention
@@ -89,6 +91,7 @@ def load_eval_tasks(model: DiffusionLM, tokenizer: PreTrainedTokenizerBase, conf
         model.spec.mask_token_id,
         limit=config.eval.limit,
         enable_thinking=config.data.enable_thinking,
+        scoring=config.eval.scoring,
     )
     check_fits(model, [task.prompt.ids for task in tasks], config.eval.max_new_tokens, "eval.max_new_tokens")
     return tasks
@@ -205,10 +208,48 @@ def versions() -> dict[str, str]:
 def measure(folder: Path, tasks: list[Task], config: Config, console: Console) -> RetentionReport:
     """Evaluate the folder and write `retention.json`, the plot and the raw generations into it."""
     model, tokenizer = load_for_evaluation(folder, config.model.path, config.model.dtype)
-    report, outputs = evaluate(model, tokenizer, tasks, config.eval)
-    write_report(folder, report)
-    write_outputs(folder / "generations.jsonl", tasks, outputs, tokenizer)
+    log = open_log(folder, folder, config.model.path, config.model.dtype)
+    report, _ = evaluate_model(model, tokenizer, tasks, config.eval, log)
     return report
+
+
+def evaluate_model(
+    model: DiffusionLM,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[Task],
+    section: EvalSection,
+    log: GenerationLog | None,
+) -> tuple[RetentionReport, dict[str, Any]]:
+    """The retention report, and all of it as plain values; written beside the log where there is one."""
+    report, outputs = evaluate(model, tokenizer, tasks, section, log=log)
+    values = report.to_dict() | text_measures(model, outputs, section)
+    if log is not None:
+        write_report(log.path.parent, report, values)
+        write_outputs(log.path, tasks, outputs, tokenizer)
+    return report, values
+
+
+def text_measures(model: DiffusionLM, outputs: dict[str, Outputs], section: EvalSection) -> dict[str, Any]:
+    """What teacher and student think of the responses, where the settings ask for it."""
+    measures: dict[str, Any] = {}
+    if section.agreement:
+        measures["agreement"] = {
+            name: agreement_report(model, output.rollouts, section.batch_size)
+            for name, output in outputs.items()
+            if name != "teacher"
+        }
+    if section.likelihood_samples:
+        texts = outputs["teacher"].rollouts
+        measures["likelihood"] = likelihood_report(
+            model, texts, section.likelihood_samples, section.batch_size
+        )
+    return measures
+
+
+def open_log(out: Path, folder: Path, teacher_path: str, dtype: str) -> GenerationLog:
+    """The generations already in `out`; those of other weights are not found again."""
+    weights = [fingerprint(str(folder)), fingerprint(resolve_path(teacher_path)), dtype]
+    return GenerationLog(out / "generations.jsonl", json.dumps(weights))
 
 
 def load_for_evaluation(folder: Path, teacher_path: str, dtype: str) -> tuple[DiffusionLM, Any]:
@@ -223,8 +264,9 @@ def load_for_evaluation(folder: Path, teacher_path: str, dtype: str) -> tuple[Di
     return model, tokenizer
 
 
-def write_report(folder: Path, report: RetentionReport) -> None:
-    write_atomic(folder / "retention.json", json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+def write_report(folder: Path, report: RetentionReport, values: dict[str, Any]) -> None:
+    write_atomic(folder / "retention.json", json.dumps(values, indent=2, ensure_ascii=False))
+    write_atomic(folder / "retention.md", f"{measured_table(values)}\n\n{skill_table(report)}\n")
     plot_retention(report, folder / "retention.png")
 
 

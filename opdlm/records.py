@@ -32,6 +32,10 @@ class Rollout:
     unmask_step: tuple[int, ...]
     num_response: int
     finish_reason: FinishReason
+    num_forwards: int = 0
+    """Forward passes that decoding took, prefill included; 0 where it was not this package's."""
+    num_steps: int = 0
+    """Denoising steps among them."""
 
     @property
     def text_ids(self) -> tuple[int, ...]:

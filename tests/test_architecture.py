@@ -11,13 +11,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "opdlm"
 FLOORS = {
-    0: {"errors", "records", "blocks"},
+    0: {"errors", "records", "blocks", "intervals", "scoring"},
     1: {"config", "attention", "unmasking", "losses"},
-    2: {"diffusion", "checkpoint", "metrics", "curricula"},
+    2: {"diffusion", "checkpoint", "metrics", "curricula", "generation_log"},
     3: {"models", "data", "generate", "states", "devices"},
     4: {"convert", "targets", "rollout", "evaluate", "export", "modeling_opdlm"},
-    5: {"trainer", "self_prompts", "plots", "card"},
-    6: {"pipeline", "plan"},
+    5: {"trainer", "self_prompts", "plots", "card", "likelihood"},
+    6: {"pipeline", "plan", "harness"},
     7: {"cli"},
     8: {"__main__"},
 }

@@ -458,6 +458,18 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: ["eval", str(p.root / "sdar" / "model")],
         ("eval.path is empty", "Give"),
     ),
+    "eval with one likelihood sample": (
+        lambda p: ["eval", str(p.root / "sdar" / "model"), "eval.likelihood_samples=1"],
+        ("eval.likelihood_samples (1)", "at least 2"),
+    ),
+    "eval with a folder of tasks but no task": (
+        lambda p: ["eval", str(p.root / "sdar" / "model"), "--include-path", "tasks"],
+        ("--include-path", "--tasks"),
+    ),
+    "GSM8K scoring of another file": (
+        lambda p: p.convert(f"eval.path={p.root / 'eval.jsonl'}", "eval.scoring=gsm8k"),
+        ("eval.jsonl:1", "#### number", "eval.scoring=exact"),
+    ),
     "eval of a training key": (
         lambda p: ["eval", str(p.root / "sdar" / "model"), "train.seed=1"],
         ("train.seed=1", "only eval.*"),
