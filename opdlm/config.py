@@ -36,6 +36,10 @@ class ModelSection:
     """Precision of the weights in memory; softmax and losses are float32 always."""
     trust_remote_code: bool = False
     """Run Python code that the checkpoint brings along. Off unless you trust its author."""
+    attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"
+    """sdpa: a dense mask; flex: FlexAttention (CUDA); flash: chunks of queries, no dense mask; auto: flex or
+    flash.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opdlm.attention import SlotCache, attention_windows
+from opdlm.attention import SlotCache, layer_kinds
 from opdlm.blocks import clean_slots
 from opdlm.config import Config, FormatSection
 from opdlm.diffusion import DiffusionLM, DiffusionSpec, head_logits
@@ -29,7 +29,9 @@ def make_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, con
     """The student at step 0; one seed, one student. `model` becomes its base, the tokenizer gains [MASK]."""
     with torch.random.fork_rng(devices=[]):  # PEFT and new embedding rows draw from the global generator
         torch.manual_seed(config.train.seed)
-        return build_student(model, tokenizer, config)
+        student = build_student(model, tokenizer, config)
+    student.attention = config.model.attention
+    return student
 
 
 def build_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> DiffusionLM:
@@ -138,7 +140,7 @@ def probe(model: PreTrainedModel, spec: DiffusionSpec) -> None:
 
 def find_failure(model: PreTrainedModel, spec: DiffusionSpec) -> str | None:
     """The first property that does not hold, in words; None when all do."""
-    others = sorted({*attention_windows(model.config)} - {"full_attention", "sliding_attention"})
+    others = sorted({*layer_kinds(model.config)} - {"full_attention", "sliding_attention"})
     if others:
         return f"its {', '.join(others)} layers cannot be told who sees whom"
     ids = [i for i in range(vocabulary_rows(model)) if i not in spec.banned_token_ids]

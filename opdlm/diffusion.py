@@ -21,7 +21,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention import SlotCache, attention_windows, keys_with_cache, layer_masks, use_slot_attention
+from .attention import (
+    AttentionChoice,
+    Backend,
+    SlotCache,
+    choose_backend,
+    layer_windows,
+    no_mask,
+    start_forward,
+    use_slot_attention,
+)
 from .blocks import Format, Grid, GridKind, Slots, clean_slots
 
 
@@ -109,7 +118,8 @@ class DiffusionLM(nn.Module):
         self.gate = Gate()
         self.gate.attach(adapter_outputs or [])
         self.adapter_off = adapter_off
-        self.windows = attention_windows(student.config)
+        self.windows = layer_windows(student.config)
+        self.attention: AttentionChoice = "auto"
         for model in (student, teacher):
             if model is not None:
                 use_slot_attention(model)
@@ -117,6 +127,11 @@ class DiffusionLM(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.student.device
+
+    @property
+    def backend(self) -> Backend:
+        """The attention backend that runs."""
+        return choose_backend(self.attention, self.device, self.student.config)
 
     @property
     def is_one_forward(self) -> bool:
@@ -179,7 +194,9 @@ class DiffusionLM(nn.Module):
         """The frozen original behind the decode loop: mode `ar` only. It may stop at other tokens."""
         stops = self.spec.stop_token_ids if stop_token_ids is None else stop_token_ids
         spec = replace(self.spec, format="preserve", stop_token_ids=stops)
-        return DiffusionLM(self.student, spec, teacher=self.teacher, adapter_off=self.adapter_off)
+        decoder = DiffusionLM(self.student, spec, teacher=self.teacher, adapter_off=self.adapter_off)
+        decoder.attention = self.attention
+        return decoder
 
     def embed(self, model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
         """Input embeddings; the student's [MASK] may have an embedding of its own."""
@@ -193,18 +210,14 @@ class DiffusionLM(nn.Module):
         return clean_slots(ids_BL, lengths_B, num_prompt_B, self.spec.block_grid, self.spec.format)
 
     def _hidden(self, model: PreTrainedModel, slots: Slots, cache: SlotCache | None) -> Tensor:
-        keys = slots
-        if cache is not None:
-            reach = max(int(slots.reach_BS.max()), 0)
-            cache.begin(slots, min(reach + 1, cache.capacity))
-            keys = keys_with_cache(slots, cache.length)
         embedded_BSH = self.embed(model, slots.ids_BS)
+        dtype = embedded_BSH.dtype
         return backbone(model)(
             inputs_embeds=embedded_BSH,
             position_ids=slots.positions_BS,
-            attention_mask=layer_masks(slots, keys, self.windows, embedded_BSH.dtype),
+            attention_mask=no_mask(dtype, self.device),
             use_cache=False,
-            slot_cache=cache,
+            slot_forward=start_forward(slots, self.windows, dtype, self.backend, cache),
         ).last_hidden_state
 
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlm import __version__
+from opdlm.attention import choose_backend, why_not
 from opdlm.card import model_card
 from opdlm.checkpoint import atomic_folder, find_checkpoints, write_atomic
 from opdlm.config import Config, load_config, read_recipe
@@ -60,6 +62,7 @@ def load_inputs(config: Config) -> Inputs:
     check_trackers(config)
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     model = load_causal_lm(config.model.path, config.model.dtype, config.model.trust_remote_code)
+    check_attention(model, config)
     student = make_student(model, tokenizer, config)
     prompts = []
     if config.data.path or not config.data.self_prompts:
@@ -69,6 +72,13 @@ def load_inputs(config: Config) -> Inputs:
         user_turn(tokenizer, config.data.system_prompt)
     tasks = load_eval_tasks(student, tokenizer, config) if config.eval.path else []
     return Inputs(student, tokenizer, prompts, tasks)
+
+
+def check_attention(model: PreTrainedModel, config: Config) -> None:
+    device = PartialState().device
+    reason = why_not(config.model.attention, device, model.config)
+    if reason:
+        raise ConfigError(f"model.attention ({config.model.attention}) cannot run: {reason}.")
 
 
 def load_eval_tasks(model: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[Task]:
@@ -144,11 +154,12 @@ def describe(inputs: Inputs, config: Config, console: Console) -> None:
     student = inputs.student
     total = sum(p.numel() for name, p in student.student.named_parameters() if "lora_" not in name)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    backend = choose_backend(student.attention, PartialState().device, student.student.config)
     console.print(
         f"{config.model.path}: {student.student.config.model_type}, {total / 1e6:.2f} M parameters, "
         f"{trained / 1e6:.2f} M trained; format {student.spec.format}, block size {student.spec.block_size}, "
         f"objective {config.loss.objective}, {len(inputs.prompts)} prompts, "
-        f"mask token id {student.spec.mask_token_id}"
+        f"attention {backend}, mask token id {student.spec.mask_token_id}"
     )
 
 
