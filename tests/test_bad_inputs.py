@@ -243,6 +243,14 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: p.convert(model=without_tokenizer(p)),
         ("no tokenizer", "/no_tokenizer", "Copy"),
     ),
+    "flex attention on a CPU": (
+        lambda p: p.convert("model.attention=flex"),
+        ("model.attention (flex)", "no backward pass on cpu", "choose flash or sdpa"),
+    ),
+    "unknown attention": (
+        lambda p: p.convert("model.attention=eager"),
+        ("model.attention", "eager", "flash"),
+    ),
     "NaN weights": (lambda p: p.convert(model=nan_weights(p)), ("model.norm.weight", "NaN", "damaged")),
     "weights cut off": (lambda p: p.convert(model=cut_weights(p)), ("/cut", "damaged", "again")),
     "weight missing": (
