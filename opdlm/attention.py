@@ -32,7 +32,7 @@ from .blocks import CLEAN, Slots, join_slots, visible
 
 ATTENTION_NAME = "opdlm"
 CHUNK = 128
-"""Queries of a chunk of `flash`. A forward of one or two chunks runs `sdpa`: it is as fast, and its mask small."""
+"""Queries of a chunk of `flash`. A forward of one or two chunks runs `sdpa`: as fast, with a small mask."""
 FLEX_MIN_HEAD_DIM = 16
 
 Backend = Literal["sdpa", "flex", "flash"]
