@@ -162,7 +162,8 @@ class TrainSection:
     rows_per_update: int = 8
     """Rollouts per optimiser update."""
     micro_batch_rows: int = 8
-    """Rollouts per forward and backward; changes memory, not results."""
+    """Memory of a forward and backward, in rollouts as long as the update's longest; shorter ones are packed,
+    more of them. Changes no result."""
     passes_per_rollout: int = 1
     """How often each rollout is trained on."""
     gradient_checkpointing: bool = False

@@ -30,7 +30,6 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from opdlm.blocks import join_slots
 from opdlm.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from opdlm.config import Config, LossSection, OptimizerSection
 from opdlm.data import PromptStream
@@ -41,7 +40,7 @@ from opdlm.metrics import MetricsLog
 from opdlm.models import head_of
 from opdlm.records import Prompt, Rollout
 from opdlm.rollout import generate_rollouts, generator_for
-from opdlm.states import Selection, StateBatch, select_states
+from opdlm.states import Selection, StateBatch, first_fit, pack_states, select_states
 from opdlm.targets import TeacherPass, score_rows, targets_at_supervised
 
 
@@ -55,7 +54,7 @@ class StudentLoss(nn.Module):
         self.model, self.section = model, section
 
     def forward(self, states: StateBatch, scored: TeacherPass, weights_M: Tensor) -> LossOutput:
-        hidden_BSH = noised_hidden(self.model, states, scored)
+        hidden_BSH = self.model.student_hidden(states.slots, scored.cache)
         row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
         banned = torch.tensor(self.model.spec.banned_token_ids, dtype=torch.long, device=hidden_BSH.device)
         return chunked_divergence(
@@ -67,18 +66,6 @@ class StudentLoss(nn.Module):
             beta=self.section.jsd_beta,
             reverse_weight=self.section.reverse_weight,
         )
-
-
-def noised_hidden(model: DiffusionLM, states: StateBatch, scored: TeacherPass) -> Tensor:
-    """Student states of the noised slots `[B, S, H]`.
-
-    `preserve` reads the teacher's keys and values: no clean pass, no gradient through clean text. `sdar`
-    computes the clean half with the student.
-    """
-    if scored.cache is not None:
-        return model.student_hidden(states.noised, scored.cache)
-    clean = model.clean_slots(states.ids_BL, states.lengths_B, states.num_prompt_B)
-    return model.student_hidden(join_slots(clean, states.noised))[:, states.ids_BL.shape[1] :]
 
 
 @dataclass(slots=True)
@@ -253,22 +240,15 @@ def update(
     selection: Selection,
     rng: torch.Generator,
 ) -> UpdateSums:
-    """One optimiser update on the chosen rollouts, in micro-batches of similar length."""
-    config, device = run.config, run.accelerator.device
-    chosen = sorted(chosen, key=lambda i: len(rollouts[i].prompt_ids) + rollouts[i].num_response)
-    size = config.train.micro_batch_rows
-    micro_batches = [chosen[first : first + size] for first in range(0, len(chosen), size)]
-    states = [
-        select_states([rollouts[i] for i in batch], run.model.spec, selection, rng, device)
-        for batch in micro_batches
-    ]
+    """One optimiser update on the chosen rollouts, in packed micro-batches."""
+    config = run.config
+    states = [select_states([rollouts[i]], run.model.spec, selection, rng) for i in chosen]
     weights = normalized_weights(run, states)
     sums = UpdateSums(num_updates=1)
-    for batch_states, weights_M in zip(states, weights, strict=True):
-        teacher_pass = score_rows(
-            run.model, batch_states.ids_BL, batch_states.lengths_B, batch_states.num_prompt_B
-        )
-        output = run.student_loss(batch_states, teacher_pass, weights_M)
+    for batch in micro_batches(run, states):
+        packed = pack_states([states[i] for i in batch]).to(run.accelerator.device)
+        weights_M = torch.cat([weights[i] for i in batch]).to(run.accelerator.device)
+        output = run.student_loss(packed, score_rows(run.model, packed.text), weights_M)
         run.accelerator.backward(output.loss)
         sums.loss += float(output.loss.detach())
         sums.divergence += float(output.per_position_M.sum())
@@ -287,13 +267,25 @@ def update(
     return sums
 
 
+def micro_batches(run: Run, states: list[StateBatch]) -> list[list[int]]:
+    """Which rollouts share a packed row: as many columns as `micro_batch_rows` of the longest would have."""
+    sizes = [one.num_columns for one in states]
+    batches = first_fit(sizes, run.config.train.micro_batch_rows * max(sizes))
+    num_batches = run.accelerator.gather(torch.tensor([len(batches)], device=run.accelerator.device)).max()
+    while len(batches) < num_batches:  # ranks have as many rollouts, and must make as many backward passes
+        largest = max(batches, key=len)
+        batches.remove(largest)
+        batches += [largest[::2], largest[1::2]]
+    return batches
+
+
 def normalized_weights(run: Run, states: list[StateBatch]) -> list[Tensor]:
     """Weight of every supervised slot so that the update's loss is the mean over the global batch.
 
     `token`: over supervised positions. `row`: over rows, of the mean over each row (the paper). `sft` weights
     a position by 1 / (masked fraction of its block) first.
     """
-    per_batch, total = [], torch.zeros((), device=run.accelerator.device)
+    per_batch, total = [], torch.zeros(())
     for batch in states:
         is_supervised_BS = batch.is_supervised_BS
         weights_BS = is_supervised_BS.float()
@@ -306,8 +298,8 @@ def normalized_weights(run: Run, states: list[StateBatch]) -> list[Tensor]:
         else:
             total = total + is_supervised_BS.sum()
         per_batch.append(weights_BS[is_supervised_BS])
-    total = run.accelerator.reduce(total, "sum").clamp_min(1)
-    return [weights_M * (run.accelerator.num_processes / total) for weights_M in per_batch]
+    total = run.accelerator.reduce(total.to(run.accelerator.device), "sum").clamp_min(1)
+    return [weights_M * (run.accelerator.num_processes / total.cpu()) for weights_M in per_batch]
 
 
 def num_updates_of(config: Config) -> int:
