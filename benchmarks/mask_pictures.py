@@ -16,7 +16,7 @@ from matplotlib.colors import ListedColormap
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opdlm.attention import SlotCache, keys_with_cache
-from opdlm.blocks import CLEAN, Format, GridKind, Slots, clean_slots, join_slots, visible
+from opdlm.blocks import CLEAN, Format, GridKind, Slots, join_slots, visible
 from opdlm.diffusion import DiffusionLM, DiffusionSpec
 from opdlm.generate import DecodeConfig, generate
 from opdlm.plots import new_figure
@@ -61,9 +61,8 @@ def training_row(
     spec = make_spec(fmt, grid)
     rollouts = [make_rollout(num_prompt, 16 - num_prompt) for num_prompt in prompts]
     rng = torch.Generator().manual_seed(3)
-    states = select_states(rollouts, spec, selection, rng, torch.device("cpu"))
-    clean = clean_slots(states.ids_BL, states.lengths_B, states.num_prompt_B, spec.block_grid, fmt)
-    return join_slots(clean, states.noised)
+    states = select_states(rollouts, spec, selection, rng)
+    return join_slots(states.text, states.slots) if fmt == "preserve" else states.slots
 
 
 class Recorder(DiffusionLM):

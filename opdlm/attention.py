@@ -249,12 +249,12 @@ def make_mask(
 
 
 class SlotCache:
-    """Keys and values of clean slots, one buffer per layer, indexed by position: no cropping, no
-    reallocation.
+    """Keys and values of clean slots, one buffer per layer, indexed by column (the position, unless a row is
+    packed): no cropping, no reallocation.
 
-    A forward pass writes its clean slots at their positions and reads `[0, length)`; the mask decides who
-    sees what (`buffer_slots`). Positions beyond every `reach` may hold stale entries of rejected drafts: they
-    are rewritten before anything can see them. Tensors are `[B, kv heads, capacity, head_dim]`.
+    A forward pass writes its clean slots at their columns and reads `[0, length)`; the mask decides who
+    sees what (`keys_with_cache`). Columns beyond every `reach` may hold stale entries of rejected drafts:
+    they are rewritten before anything can see them. Tensors are `[B, kv heads, capacity, head_dim]`.
     """
 
     def __init__(self, num_rows: int, capacity: int) -> None:
@@ -263,10 +263,10 @@ class SlotCache:
         self._write: tuple[Tensor, Tensor, Tensor] | None = None
 
     def begin(self, slots: Slots, length: int) -> None:
-        """Announce the next forward pass: which of its slots are written, how many positions it reads."""
+        """Announce the next forward pass: which of its slots are written, how many columns it reads."""
         assert length <= self.capacity
-        rows_N, columns_N = (slots.group_BS == CLEAN).nonzero(as_tuple=True)
-        self._write = (rows_N, columns_N, slots.positions_BS[rows_N, columns_N]) if len(rows_N) else None
+        rows_N, slots_N = (slots.group_BS == CLEAN).nonzero(as_tuple=True)
+        self._write = (rows_N, slots_N, slots.key_columns_BS[rows_N, slots_N]) if len(rows_N) else None
         self.length = length
 
     def extend(self, layer: int, keys_BHSD: Tensor, values_BHSD: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,9 +276,9 @@ class SlotCache:
             self._layers[layer] = (keys_BHSD.new_zeros(shape), values_BHSD.new_zeros(shape))
         stored = self._layers[layer]
         if self._write is not None:
-            rows_N, columns_N, positions_N = self._write
-            stored[0][rows_N, :, positions_N] = keys_BHSD[rows_N, :, columns_N]
-            stored[1][rows_N, :, positions_N] = values_BHSD[rows_N, :, columns_N]
+            rows_N, slots_N, columns_N = self._write
+            stored[0][rows_N, :, columns_N] = keys_BHSD[rows_N, :, slots_N]
+            stored[1][rows_N, :, columns_N] = values_BHSD[rows_N, :, slots_N]
         keys_BHKD = torch.cat([stored[0][:, :, : self.length], keys_BHSD], 2)
         return keys_BHKD, torch.cat([stored[1][:, :, : self.length], values_BHSD], 2)
 
@@ -289,14 +289,14 @@ class SlotCache:
 
 
 def keys_with_cache(slots: Slots, cache_length: int) -> Slots:
-    """Keys of a cached forward: every buffer position as a clean slot, then the current slots.
+    """Keys of a cached forward: every buffer column as a clean slot, then the current slots.
 
     Current clean slots are turned off as keys here: they were just written to the buffer and are seen there.
     """
     num_rows = slots.ids_BS.shape[0]
-    positions_BK = torch.arange(cache_length, device=slots.ids_BS.device).expand(num_rows, -1)
-    zeros_BK = torch.zeros_like(positions_BK)
-    buffer = Slots(zeros_BK, positions_BK, positions_BK, zeros_BK)
+    columns_BK = torch.arange(cache_length, device=slots.ids_BS.device).expand(num_rows, -1)
+    zeros_BK = torch.zeros_like(columns_BK)
+    buffer = Slots(zeros_BK, columns_BK, columns_BK, zeros_BK, zeros_BK)
     return join_slots(buffer, slots.only(slots.is_noised_BS))
 
 
@@ -321,7 +321,7 @@ def start_forward(
     """Masks for every layer of a forward pass over `slots`; its clean slots are written to the cache."""
     keys = slots
     if cache is not None:
-        reach = max(int(slots.reach_BS.max()), 0)
+        reach = max(int((slots.start_BS + slots.reach_BS).max()), 0)
         cache.begin(slots, min(reach + 1, cache.capacity))
         keys = keys_with_cache(slots, cache.length)
     masks = {window: make_mask(slots, keys, window, dtype, backend) for window in set(windows)}

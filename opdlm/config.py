@@ -181,7 +181,9 @@ class TrainSection:
     rows_per_update: int = 8
     """Rollouts per optimiser update, over all devices."""
     micro_batch_rows: int = 8
-    """Rollouts per forward and backward on one device; changes memory, not results."""
+    """Memory of a forward and backward on one device, in rollouts as long as the update's longest; shorter
+    ones are packed, more of them. Changes no result.
+    """
     passes_per_rollout: int = 1
     """How often a step trains on each rollout."""
     max_staleness: int = 0

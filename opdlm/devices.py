@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from opdlm.blocks import clean_slots
 from opdlm.config import Config
 from opdlm.diffusion import DiffusionLM
 from opdlm.errors import ConfigError
@@ -71,10 +72,10 @@ def place(model: DiffusionLM, accelerator: Accelerator) -> bool:
         if isinstance(module, GradientCheckpointingLayer):  # what transformers calls a decoder layer
             fully_shard(module, reshard_after_forward=reshard)
     fully_shard(model)
-    for method in ("_hidden", "teacher_causal_hidden"):  # every forward pass goes through one of them
-        register_fsdp_forward_method(model, method)
+    register_fsdp_forward_method(model, "_hidden")  # every forward pass goes through it
     # The first forward decides which module is the root; a rank without prompts would start elsewhere.
-    model.teacher_causal_hidden(torch.zeros((1, 1), dtype=torch.long, device=accelerator.device))
+    one = torch.ones((1, 1), dtype=torch.long, device=accelerator.device)
+    model.teacher_hidden(clean_slots(one, one[0], one[0], model.spec.block_grid, "preserve"))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # the optimiser must find the shards

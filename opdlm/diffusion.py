@@ -165,12 +165,6 @@ class DiffusionLM(nn.Module):
         noised_BSH = self.student_hidden(slots.only(is_noised_BS), cache)
         return torch.where(is_noised_BS[..., None], noised_BSH, clean_BSH), 2
 
-    @torch.no_grad()
-    def teacher_causal_hidden(self, ids_BL: Tensor) -> Tensor:
-        """The teacher's plain causal pass, with no mask of ours: what the AR model itself would compute."""
-        with self.teacher_weights() as model:
-            return backbone(model)(input_ids=ids_BL, use_cache=False).last_hidden_state
-
     @contextmanager
     def teacher_weights(self) -> Iterator[PreTrainedModel]:
         """The frozen original: a model of its own, or the student with the adapter off."""

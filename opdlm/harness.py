@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opdlm.blocks import clean_slots
 from opdlm.diffusion import DiffusionLM
 from opdlm.errors import ConfigError
 from opdlm.generate import DecodeConfig, Mode, generate
@@ -62,7 +63,9 @@ def harness_class() -> type:
             )
 
         def _model_call(self, inps: Tensor, *_: Any, **__: Any) -> Tensor:
-            hidden_BLH = self.diffusion.teacher_causal_hidden(inps)
+            lengths_B = torch.full((len(inps),), inps.shape[1], device=inps.device)
+            text = clean_slots(inps, lengths_B, lengths_B, self.diffusion.spec.block_grid, "preserve")
+            hidden_BLH = self.diffusion.teacher_hidden(text)
             return self.diffusion.logits(hidden_BLH, torch.ones_like(inps, dtype=torch.bool))
 
         def _model_generate(

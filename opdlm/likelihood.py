@@ -24,11 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdlm.blocks import join_slots
 from opdlm.diffusion import DiffusionLM, DiffusionSpec
 from opdlm.records import NEVER, Rollout
 from opdlm.rollout import generator_for
-from opdlm.states import BlockTable, StateBatch, block_table, noised_slots, select_states
+from opdlm.states import BlockTable, StateBatch, block_table, make_states, select_states
 from opdlm.targets import TeacherPass, score_rows
 
 Order = Callable[[BlockTable], Tensor]
@@ -59,24 +58,18 @@ def as_rollout(prompt_ids: Sequence[int], response_ids: Sequence[int], spec: Dif
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Text to be judged: its blocks, its clean rows, and the teacher's pass over them."""
+    """Text to be judged: its blocks (on the CPU), its clean rows, and the teacher's pass over them."""
 
+    rows: Sequence[Rollout]
     table: BlockTable
     ids_BL: Tensor
-    lengths_B: Tensor
-    num_prompt_B: Tensor
     scored: TeacherPass
 
 
 def read_rows(model: DiffusionLM, rows: Sequence[Rollout]) -> Given:
-    lengths = [len(r.prompt_ids) + r.num_response for r in rows]
-    ids_BL = torch.zeros((len(rows), max(lengths)), dtype=torch.long, device=model.device)
-    for i, row in enumerate(rows):
-        ids_BL[i, : lengths[i]] = torch.tensor(row.prompt_ids + row.text_ids)
-    lengths_B = torch.tensor(lengths, device=model.device)
-    num_prompt_B = torch.tensor([len(r.prompt_ids) for r in rows], device=model.device)
-    scored = score_rows(model, ids_BL, lengths_B, num_prompt_B)
-    return Given(block_table(rows, model.spec, model.device), ids_BL, lengths_B, num_prompt_B, scored)
+    table = block_table(rows, model.spec)
+    text = make_states(rows, table, table.is_response_BNT[:, None], model.spec).text.to(model.device)
+    return Given(rows, table, text.ids_BS, score_rows(model, text))
 
 
 @torch.no_grad()
@@ -122,14 +115,14 @@ def right_to_left(table: BlockTable) -> Tensor:
 
 
 def random_order(rng: torch.Generator) -> Order:
-    return lambda table: torch.rand(table.ids_BNT.shape, generator=rng).to(table.ids_BNT.device)
+    return lambda table: torch.rand(table.ids_BNT.shape, generator=rng)
 
 
 def masks_of_order(table: BlockTable, order_BNT: Tensor) -> tuple[Tensor, Tensor]:
     """Response positions still masked before each step, and the one revealed by it: bool `[B, C, N, T]`."""
     last = order_BNT.max() + 1
     rank_BNT = torch.where(table.is_response_BNT, order_BNT, last).argsort(-1).argsort(-1)
-    step_C = torch.arange(order_BNT.shape[-1], device=order_BNT.device)[:, None, None]
+    step_C = torch.arange(order_BNT.shape[-1])[:, None, None]
     is_response_B1NT = table.is_response_BNT[:, None]
     rank_B1NT = rank_BNT[:, None]
     return is_response_B1NT & (rank_B1NT >= step_C), is_response_B1NT & (rank_B1NT == step_C)
@@ -137,14 +130,13 @@ def masks_of_order(table: BlockTable, order_BNT: Tensor) -> tuple[Tensor, Tensor
 
 def ar_cross_entropy(model: DiffusionLM, given: Given) -> Tensor:
     """The AR model's -log p of every response token given all before it: `[B, N, T]`, 0 elsewhere."""
-    table = given.table
-    row_M, block_M, offset_M = table.is_response_BNT.nonzero(as_tuple=True)
-    position_M = table.positions_BNT[row_M, block_M, offset_M]
-    entropy_BNT = torch.zeros(table.ids_BNT.shape, device=model.device)
-    entropy_BNT[row_M, block_M, offset_M] = cross_entropy_of(
+    is_response_BNT = given.table.is_response_BNT
+    row_M = is_response_BNT.nonzero()[:, 0].to(model.device)
+    position_M = given.table.positions_BNT[is_response_BNT].to(model.device)
+    entropy_M = cross_entropy_of(
         teacher_logits(model, given.scored, row_M, position_M), given.ids_BL[row_M, position_M]
     )
-    return entropy_BNT
+    return torch.zeros(is_response_BNT.shape).masked_scatter_(is_response_BNT, entropy_M.cpu())
 
 
 def teacher_logits(model: DiffusionLM, scored: TeacherPass, row_M: Tensor, position_M: Tensor) -> Tensor:
@@ -161,37 +153,21 @@ def masked_cross_entropy(model: DiffusionLM, given: Given, masks_BCNT: Tensor) -
     table = given.table
     is_rest_BNT = table.is_inside_BNT & (table.step_BNT >= 0) & ~table.is_response_BNT
     shown_masked_BCNT = masks_BCNT | (is_rest_BNT[:, None] & masks_BCNT.any(-1, keepdim=True))
-    noised, target_BS, fraction_BS = noised_slots(table, shown_masked_BCNT, model.spec)
-    states = StateBatch(
-        ids_BL=given.ids_BL,
-        lengths_B=given.lengths_B,
-        num_prompt_B=given.num_prompt_B,
-        noised=noised,
-        target_BS=target_BS,
-        masked_fraction_BS=fraction_BS,
-    )
+    states = make_states(given.rows, table, shown_masked_BCNT, model.spec).to(model.device)
     row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
-    target_M = target_BS[row_M, column_M]
-    logits_MV = model.logits(noised_hidden(model, states, given.scored)[row_M, column_M])
-    group_M = noised.group_BS[row_M, column_M] - 1
+    target_M = states.target_BS[row_M, column_M]
+    hidden_BSH = model.student_hidden(states.slots, given.scored.cache)
+    entropy_M = cross_entropy_of(model.logits(hidden_BSH[row_M, column_M]), given.ids_BL[row_M, target_M])
+    group_M = (states.slots.group_BS[row_M, column_M] - 1).cpu()
+    row_M, target_M = row_M.cpu(), target_M.cpu()
     version_M, block_M = group_M // masks_BCNT.shape[2], group_M % masks_BCNT.shape[2]
     offset_M = target_M - table.positions_BNT[row_M, block_M, 0]
-    entropy_BCNT = torch.zeros(masks_BCNT.shape, device=model.device)
-    entropy_BCNT[row_M, version_M, block_M, offset_M] = cross_entropy_of(
-        logits_MV, given.ids_BL[row_M, target_M]
-    )
+    entropy_BCNT = torch.zeros(masks_BCNT.shape)
+    entropy_BCNT[row_M, version_M, block_M, offset_M] = entropy_M.cpu()
     if model.spec.format == "sdar":
         return entropy_BCNT
     is_first_BCNT = masks_BCNT & (masks_BCNT.cumsum(-1) == 1)  # predicted by the clean slot before it
     return torch.where(is_first_BCNT, ar_cross_entropy(model, given)[:, None], entropy_BCNT)
-
-
-def noised_hidden(model: DiffusionLM, states: StateBatch, scored: TeacherPass) -> Tensor:
-    """Student states of the noised slots `[B, S, H]`."""
-    if scored.cache is not None:
-        return model.student_hidden(states.noised, scored.cache)
-    clean = model.clean_slots(states.ids_BL, states.lengths_B, states.num_prompt_B)
-    return model.student_hidden(join_slots(clean, states.noised))[:, states.ids_BL.shape[1] :]
 
 
 @torch.no_grad()
@@ -228,11 +204,11 @@ def agreement_report(model: DiffusionLM, rollouts: Sequence[Rollout], batch_size
     agreed, num_tokens = 0, 0
     cells: dict[tuple[float, int], list[float]] = {}
     for rows in batches(rollouts, batch_size):
-        states = select_states(rows, model.spec, "all", generator_for(0), model.device)
-        scored = score_rows(model, states.ids_BL, states.lengths_B, states.num_prompt_B)
+        states = select_states(rows, model.spec, "all", generator_for(0)).to(model.device)
+        scored = score_rows(model, states.text)
         agreed += num_agreed(model, rows, states, scored)
         num_tokens += sum(r.num_response for r in rows)
-        for fraction, offset, divergence in divergences(model, states, scored):
+        for fraction, offset, divergence in divergences(model, rows, states, scored):
             cells.setdefault((round(fraction, 3), offset), []).append(divergence)
     everything = list(itertools.chain.from_iterable(cells.values()))
     return {
@@ -252,16 +228,16 @@ def num_agreed(model: DiffusionLM, rows: Sequence[Rollout], states: StateBatch, 
         num_prompt, end = len(row.prompt_ids), len(row.prompt_ids) + row.num_response
         position_M = torch.arange(num_prompt, end, device=model.device)
         logits_MV = teacher_logits(model, scored, torch.full_like(position_M, i), position_M)
-        agreed += int((logits_MV.argmax(-1) == states.ids_BL[i, position_M]).sum())
+        agreed += int((logits_MV.argmax(-1) == states.text.ids_BS[i, position_M]).sum())
     return agreed
 
 
 def divergences(
-    model: DiffusionLM, states: StateBatch, scored: TeacherPass
+    model: DiffusionLM, rows: Sequence[Rollout], states: StateBatch, scored: TeacherPass
 ) -> Iterator[tuple[float, int, float]]:
     """(masked share of the block, offset in the block, KL) of every supervised slot."""
-    hidden_BSH = noised_hidden(model, states, scored)
-    for i in range(len(hidden_BSH)):
+    hidden_BSH = model.student_hidden(states.slots, scored.cache)
+    for i, row in enumerate(rows):
         column_M = states.is_supervised_BS[i].nonzero()[:, 0]
         if not len(column_M):
             continue
@@ -270,7 +246,7 @@ def divergences(
         student_MV = model.logits(hidden_BSH[i, column_M]).log_softmax(-1)
         terms_MV = teacher_MV.exp() * (teacher_MV - student_MV)
         kl_M = torch.where(teacher_MV.isneginf(), 0.0, terms_MV).sum(-1)
-        start_M = model.spec.block_grid.block_start(target_M, states.num_prompt_B[i])
+        start_M = model.spec.block_grid.block_start(target_M, torch.tensor(len(row.prompt_ids)))
         fraction_M = states.masked_fraction_BS[i, column_M]
         yield from zip(fraction_M.tolist(), (target_M - start_M).tolist(), kl_M.tolist(), strict=True)
 

@@ -28,7 +28,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from opdlm.blocks import join_slots
 from opdlm.checkpoint import (
     find_checkpoints,
     load_average,
@@ -62,7 +61,15 @@ from opdlm.metrics import MetricsLog
 from opdlm.models import head_of
 from opdlm.records import Prompt, Rollout
 from opdlm.rollout import generate_rollouts, generator_for, rollout_from_plain, rollout_to_plain
-from opdlm.states import ANY_RATE, MaskRate, Selection, StateBatch, select_states
+from opdlm.states import (
+    ANY_RATE,
+    MaskRate,
+    Selection,
+    StateBatch,
+    first_fit,
+    pack_states,
+    select_states,
+)
 from opdlm.targets import TeacherPass, score_rows, targets_at_supervised
 
 
@@ -76,7 +83,7 @@ class StudentLoss(nn.Module):
         self.model, self.section = model, section
 
     def forward(self, states: StateBatch, scored: TeacherPass, weights_M: Tensor) -> LossOutput:
-        hidden_BSH = noised_hidden(self.model, states, scored)
+        hidden_BSH = self.model.student_hidden(states.slots, scored.cache)
         row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
         banned = torch.tensor(self.model.spec.banned_token_ids, dtype=torch.long, device=hidden_BSH.device)
         return chunked_divergence(
@@ -88,18 +95,6 @@ class StudentLoss(nn.Module):
             beta=self.section.jsd_beta,
             reverse_weight=self.section.reverse_weight,
         )
-
-
-def noised_hidden(model: DiffusionLM, states: StateBatch, scored: TeacherPass) -> Tensor:
-    """Student states of the noised slots `[B, S, H]`.
-
-    `preserve` reads the teacher's keys and values: no clean pass, no gradient through clean text. `sdar`
-    computes the clean half with the student.
-    """
-    if scored.cache is not None:
-        return model.student_hidden(states.noised, scored.cache)
-    clean = model.clean_slots(states.ids_BL, states.lengths_B, states.num_prompt_B)
-    return model.student_hidden(join_slots(clean, states.noised))[:, states.ids_BL.shape[1] :]
 
 
 @dataclass(slots=True)
@@ -279,24 +274,23 @@ def update(
     selection: Selection,
     mask_rate: MaskRate = ANY_RATE,
 ) -> UpdateSums:
-    """One optimiser update on the chosen rollouts, in micro-batches of similar length."""
+    """One optimiser update on the chosen rollouts, in packed micro-batches; each rank takes its share."""
     config = run.config
-    chosen = sorted(chosen, key=lambda i: len(rollouts[i].prompt_ids) + rollouts[i].num_response)
-    batches = micro_batches(
-        chosen, config.train.micro_batch_rows, run.accelerator.process_index, run.accelerator.num_processes
-    )
-    states = [states_of(run, rollouts, batch or chosen[:1], selection, mask_rate) for batch in batches]
-    for i, batch in enumerate(batches):
-        if not batch:  # takes part in what ranks do together, and teaches nothing
-            states[i] = replace(states[i], target_BS=torch.full_like(states[i].target_BS, -1))
+    mine = chosen[run.accelerator.process_index :: run.accelerator.num_processes]
+    states = [states_of(run, rollouts, i, selection, mask_rate) for i in mine]
     weights = normalized_weights(run, states)
+    batches = micro_batches(run, states)
     loss = divergence = 0.0
-    for i, (batch_states, weights_M) in enumerate(zip(states, weights, strict=True)):
-        with without_sync(run.student_loss, is_last=i == len(states) - 1), run.accelerator.autocast():
-            teacher_pass = score_rows(
-                run.model, batch_states.ids_BL, batch_states.lengths_B, batch_states.num_prompt_B
-            )
-            output = run.student_loss(batch_states, teacher_pass, weights_M)
+    for number, batch in enumerate(batches):
+        if batch:
+            packed = pack_states([states[i] for i in batch]).to(run.accelerator.device)
+            weights_M = torch.cat([weights[i] for i in batch]).to(run.accelerator.device)
+        else:  # takes part in what ranks do together, and teaches nothing
+            idle = states_of(run, rollouts, chosen[0], selection, mask_rate)
+            packed = idle.without_targets().to(run.accelerator.device)
+            weights_M = torch.zeros(0, device=run.accelerator.device)
+        with without_sync(run.student_loss, is_last=number == len(batches) - 1), run.accelerator.autocast():
+            output = run.student_loss(packed, score_rows(run.model, packed.text), weights_M)
             run.accelerator.backward(output.loss)
         loss += float(output.loss.detach())
         divergence += float(output.per_position_M.sum())
@@ -318,25 +312,23 @@ def update(
     return sums
 
 
-def micro_batches(chosen: Sequence[int], size: int, rank: int, num_ranks: int) -> list[Sequence[int]]:
-    """This rank's share of an update. All ranks have equally many micro-batches; some may be empty."""
-    mine = chosen[rank::num_ranks]
-    longest_share = -(-len(chosen) // num_ranks)
-    return [mine[first : first + size] for first in range(0, longest_share, size)]
+def micro_batches(run: Run, states: list[StateBatch]) -> list[list[int]]:
+    """Which of this rank's rollouts share a packed row: as many columns as `micro_batch_rows` of the longest
+    would have. All ranks have equally many micro-batches; some may be empty.
+    """
+    sizes = [one.num_columns for one in states]
+    batches = first_fit(sizes, run.config.train.micro_batch_rows * max(sizes, default=0))
+    device = run.accelerator.device
+    num_batches = int(run.accelerator.gather(torch.tensor([len(batches)], device=device)).max())
+    return batches + [[]] * (num_batches - len(batches))
 
 
 def states_of(
-    run: Run,
-    rollouts: Sequence[Rollout],
-    chosen: Sequence[int],
-    selection: Selection,
-    mask_rate: MaskRate,
+    run: Run, rollouts: Sequence[Rollout], index: int, selection: Selection, mask_rate: MaskRate
 ) -> StateBatch:
-    """States of the chosen rollouts; what is drawn depends on the update and the rollout alone."""
-    seed = run.config.train.seed
-    rngs = [generator_for(seed, 10**6 + run.num_updates, i) for i in chosen]
-    chosen_rollouts = [rollouts[i] for i in chosen]
-    return select_states(chosen_rollouts, run.model.spec, selection, rngs, run.accelerator.device, mask_rate)
+    """States of one rollout; what is drawn depends on the update and the rollout alone."""
+    rng = generator_for(run.config.train.seed, 10**6 + run.num_updates, index)
+    return select_states([rollouts[index]], run.model.spec, selection, rng, mask_rate)
 
 
 @torch.no_grad()
@@ -365,7 +357,7 @@ def normalized_weights(run: Run, states: list[StateBatch]) -> list[Tensor]:
     `token`: over supervised positions. `row`: over rows, of the mean over each row (the paper). `sft` weights
     a position by 1 / (masked fraction of its block) first.
     """
-    per_batch, total = [], torch.zeros((), device=run.accelerator.device)
+    per_batch, total = [], torch.zeros(())
     for batch in states:
         is_supervised_BS = batch.is_supervised_BS
         weights_BS = is_supervised_BS.float()
@@ -378,8 +370,8 @@ def normalized_weights(run: Run, states: list[StateBatch]) -> list[Tensor]:
         else:
             total = total + is_supervised_BS.sum()
         per_batch.append(weights_BS[is_supervised_BS])
-    total = run.accelerator.reduce(total, "sum").clamp_min(1)
-    return [weights_M * (run.accelerator.num_processes / total) for weights_M in per_batch]
+    total = run.accelerator.reduce(total.to(run.accelerator.device), "sum").clamp_min(1)
+    return [weights_M * (run.accelerator.num_processes / total.cpu()) for weights_M in per_batch]
 
 
 def learning_rate_scale(update_index: int, total: int, section: OptimizerSection) -> float:

@@ -19,12 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opdlm import attention
 from opdlm.attention import Backend, SlotForward, choose_backend, keys_with_cache, make_mask, slot_attention
-from opdlm.blocks import Format, Grid, Slots, clean_slots, join_slots, visible
+from opdlm.blocks import Format, Grid, Slots, clean_slots, visible
 from opdlm.diffusion import DiffusionLM, DiffusionSpec
 from opdlm.generate import DecodeConfig, generate
-from opdlm.states import StateBatch, select_states
+from opdlm.states import StateBatch, pack_states, select_states
 from opdlm.targets import score_rows
-from opdlm.trainer import noised_hidden
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 ROLLOUTS = [make_rollout(p, r, "absolute") for p, r in [(3, 22), (11, 30), (1, 9)]]
@@ -38,8 +37,8 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "CHUNK", 8)
 
 
-def make_states(fmt: Format, block_size: int = 4) -> StateBatch:
-    spec = DiffusionSpec(
+def make_spec(fmt: Format, block_size: int = 4) -> DiffusionSpec:
+    return DiffusionSpec(
         format=fmt,
         block_size=block_size,
         grid="absolute",
@@ -47,35 +46,50 @@ def make_states(fmt: Format, block_size: int = 4) -> StateBatch:
         stop_token_ids=(22,),
         banned_token_ids=(23,),
     )
-    return select_states(ROLLOUTS, spec, "all", torch.Generator().manual_seed(0), CPU)
 
 
-def clean_part(fmt: Format) -> Slots:
-    states = make_states(fmt)
-    return clean_slots(states.ids_BL, states.lengths_B, states.num_prompt_B, Grid(block_size=4), fmt)
+def make_states(fmt: Format, block_size: int = 4) -> StateBatch:
+    return select_states(ROLLOUTS, make_spec(fmt, block_size), "all", torch.Generator().manual_seed(0))
 
 
 def preserve_row() -> Layout:
     """Noised slots that read the clean keys from the cache."""
-    noised = make_states("preserve").noised
+    noised = make_states("preserve").slots
     return noised, keys_with_cache(noised, int(noised.reach_BS.max()) + 1)
 
 
 def sdar_row() -> Layout:
-    row = join_slots(clean_part("sdar"), make_states("sdar").noised)
+    row = make_states("sdar").slots
     return row, row
 
 
 def teacher_row() -> Layout:
-    clean = clean_part("preserve")
+    clean = make_states("preserve").text
     return clean, keys_with_cache(clean, clean.ids_BS.shape[1])
 
 
 def padded_row() -> Layout:
     """A whole chunk of padding, which sees nothing of the cache."""
-    noised = make_states("preserve").noised
+    noised = make_states("preserve").slots
     kept = noised.only(torch.arange(noised.ids_BS.shape[1]) < 13)
     return kept, keys_with_cache(kept, int(kept.reach_BS.max()) + 1)
+
+
+def pack_all(fmt: Format) -> StateBatch:
+    spec = make_spec(fmt)
+    rng = torch.Generator().manual_seed(0)
+    return pack_states([select_states([rollout], spec, "all", rng) for rollout in ROLLOUTS])
+
+
+def packed_preserve_row() -> Layout:
+    """Three documents in one row, their clean keys side by side in the cache."""
+    packed = pack_all("preserve")
+    return packed.slots, keys_with_cache(packed.slots, packed.text.ids_BS.shape[1])
+
+
+def packed_sdar_row() -> Layout:
+    row = pack_all("sdar").slots
+    return row, row
 
 
 LAYOUTS: dict[str, Callable[[], Layout]] = {
@@ -83,6 +97,8 @@ LAYOUTS: dict[str, Callable[[], Layout]] = {
     "sdar": sdar_row,
     "teacher": teacher_row,
     "padded": padded_row,
+    "packed_preserve": packed_preserve_row,
+    "packed_sdar": packed_sdar_row,
 }
 
 
@@ -214,9 +230,9 @@ def test_auto_is_flex_where_it_can_train_and_flash_elsewhere() -> None:
 def student_gradients(model: DiffusionLM, backend: Backend) -> tuple[Tensor, dict[str, Tensor]]:
     model.attention = backend
     model.zero_grad()
-    states = select_states(ROLLOUTS, model.spec, "all", torch.Generator().manual_seed(0), CPU)
-    scored = score_rows(model, states.ids_BL, states.lengths_B, states.num_prompt_B)
-    hidden_NH = noised_hidden(model, states, scored)[states.is_supervised_BS]
+    states = select_states(ROLLOUTS, model.spec, "all", torch.Generator().manual_seed(0))
+    scored = score_rows(model, states.text)
+    hidden_NH = model.student_hidden(states.slots, scored.cache)[states.is_supervised_BS]
     hidden_NH.pow(3).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return hidden_NH.detach(), gradients
