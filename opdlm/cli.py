@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_convert(verbs)
     add_generate(verbs)
     add_eval(verbs)
+    add_merge(verbs)
     add_recipes(verbs)
     add_env(verbs)
     return parser
@@ -132,6 +133,25 @@ def add_eval(verbs: Verbs) -> None:
     )
     parser.add_argument("--out", help="write retention.json, retention.png and generations.jsonl here")
     parser.set_defaults(run=run_eval)
+
+
+def add_merge(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "merge",
+        "add the adapter of a converted checkpoint to its weights",
+        "Write the converted folder DIR to OUT with its LoRA adapter added to the weights. A preserve\n"
+        "adapter acts on noised slots only and cannot be part of an AR model: --full-copy writes a second\n"
+        "set of weights for those slots beside the untouched AR weights.",
+        "examples:\n  opdlm merge runs/sdar/model runs/sdar/merged      (a run with lora.merge=false)\n"
+        "  opdlm merge runs/tiny/model runs/tiny/copy --full-copy",
+    )
+    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument("out", metavar="OUT")
+    parser.add_argument(
+        "--full-copy", action="store_true", help="preserve: a merged student beside the AR weights"
+    )
+    parser.set_defaults(run=run_merge)
 
 
 def add_recipes(verbs: Verbs) -> None:
@@ -307,6 +327,15 @@ def run_eval(options: argparse.Namespace) -> int:
         pipeline.write_report(out, report)
         write_outputs(out / "generations.jsonl", tasks, outputs, tokenizer)
         console.print(f"\nreport: {out}", soft_wrap=True)
+    return 0
+
+
+def run_merge(options: argparse.Namespace) -> int:
+    quiet_libraries()
+    from opdlm.export import merge_folder
+
+    merge_folder(Path(options.folder), Path(options.out), full_copy=options.full_copy)
+    print(f"merged checkpoint: {options.out}")
     return 0
 
 

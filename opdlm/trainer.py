@@ -28,8 +28,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from opdlm.adapter import adapter_dropout
 from opdlm.blocks import join_slots
 from opdlm.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from opdlm.config import Config, LossSection, OptimizerSection
@@ -39,6 +39,7 @@ from opdlm.errors import ConfigError, DataError
 from opdlm.losses import LossOutput, chunked_divergence
 from opdlm.metrics import MetricsLog
 from opdlm.models import head_of
+from opdlm.optimizer import checkpoint_layers, make_optimizer
 from opdlm.records import Prompt, Rollout
 from opdlm.rollout import generate_rollouts, generator_for
 from opdlm.states import Selection, StateBatch, select_states
@@ -167,17 +168,9 @@ def start_run(model: DiffusionLM, prompts: Sequence[Prompt], config: Config) -> 
     accelerator = start_accelerator(config)
     model.to(accelerator.device)
     if config.train.gradient_checkpointing:
-        model.student.gradient_checkpointing_enable({"use_reentrant": False})
-        # Checkpointing acts in training mode only; entered by the layers alone, it turns no dropout on.
-        for module in model.student.modules():
-            module.training = module.training or isinstance(module, GradientCheckpointingLayer)
+        checkpoint_layers(model.student, config.train.gradient_checkpointing_every)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.optimizer.learning_rate,
-        betas=config.optimizer.betas,
-        weight_decay=config.optimizer.weight_decay,
-    )
+    optimizer = make_optimizer(parameters, config.optimizer)
     student_loss, optimizer = accelerator.prepare(StudentLoss(model, config.loss), optimizer)
     stream = PromptStream(
         prompts, config.rollout.prompts_per_step * accelerator.num_processes, config.train.seed
@@ -264,15 +257,16 @@ def update(
     ]
     weights = normalized_weights(run, states)
     sums = UpdateSums(num_updates=1)
-    for batch_states, weights_M in zip(states, weights, strict=True):
-        teacher_pass = score_rows(
-            run.model, batch_states.ids_BL, batch_states.lengths_B, batch_states.num_prompt_B
-        )
-        output = run.student_loss(batch_states, teacher_pass, weights_M)
-        run.accelerator.backward(output.loss)
-        sums.loss += float(output.loss.detach())
-        sums.divergence += float(output.per_position_M.sum())
-        sums.positions += len(weights_M)
+    with adapter_dropout(run.model, rng.initial_seed() + run.num_updates):
+        for batch_states, weights_M in zip(states, weights, strict=True):
+            teacher_pass = score_rows(
+                run.model, batch_states.ids_BL, batch_states.lengths_B, batch_states.num_prompt_B
+            )
+            output = run.student_loss(batch_states, teacher_pass, weights_M)
+            run.accelerator.backward(output.loss)
+            sums.loss += float(output.loss.detach())
+            sums.divergence += float(output.per_position_M.sum())
+            sums.positions += len(weights_M)
     if not math.isfinite(sums.loss):
         raise DataError(
             f"the loss became {sums.loss} at update {run.num_updates + 1}. Lower optimizer.learning_rate "

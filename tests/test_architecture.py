@@ -13,7 +13,7 @@ PACKAGE = ROOT / "opdlm"
 FLOORS = {
     0: {"errors", "records", "blocks"},
     1: {"config", "attention", "unmasking", "losses"},
-    2: {"diffusion", "checkpoint", "metrics"},
+    2: {"diffusion", "adapter", "optimizer", "checkpoint", "metrics"},
     3: {"models", "data", "generate", "states"},
     4: {"convert", "targets", "rollout", "evaluate", "export", "modeling_opdlm"},
     5: {"trainer", "self_prompts", "plots", "card"},
