@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from opdlm.errors import DataError
 
 PREFIX = "checkpoint-"
+SHARED = ("qmap1", "qmap2")
+"""Tables that all 8-bit moments share; a safetensors file holds no tensor twice."""
 
 
 @contextmanager
@@ -62,11 +64,35 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Moments and counters as `index.name` -> tensor."""
-    state = optimizer.state_dict()["state"]
+    """Moments and counters as `index.name` -> tensor; bitsandbytes nests its own and shares some."""
     return {
-        f"{i}.{name}": value.contiguous() for i, values in state.items() for name, value in values.items()
+        key: value.clone(memory_format=torch.contiguous_format)
+        if key.endswith(SHARED)
+        else value.contiguous()
+        for key, value in flat_state(optimizer.state_dict()["state"])
     }
+
+
+def flat_state(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Leaves of nested mappings by dotted name; a Python counter becomes an int64 tensor."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat_state(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", torch.as_tensor(value)
+
+
+def nested_state(flat: dict[str, Tensor]) -> dict[int, dict[str, Any]]:
+    """What `flat_state` took apart."""
+    state: dict[Any, Any] = {}
+    for key, value in flat.items():
+        index, *path, name = key.split(".")
+        values = state.setdefault(int(index), {})
+        for part in path:
+            values = values.setdefault(part, {})
+        is_counter = value.dtype == torch.int64 and value.dim() == 0
+        values[name] = int(value) if is_counter else value
+    return state
 
 
 def save_checkpoint(
@@ -106,9 +132,6 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_file(folder / "optimizer.safetensors").items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+    state = nested_state(load_file(folder / "optimizer.safetensors"))
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return json.loads((folder / "progress.json").read_text())

@@ -85,7 +85,21 @@ def load_causal_lm(
                 f"{path}: weight {name} holds NaN or infinite values; the checkpoint is damaged. Download it "
                 "again."
             )
+    if getattr(model, "is_loaded_in_4bit", False):
+        make_savable(model)
     return model.eval()
+
+
+def make_savable(model: Any) -> None:
+    """Let a 4-bit model be written as it was read: transformers cannot reverse how it reads 4-bit files, and
+    the packed CPU kernel of bitsandbytes rounds the scales of a weight when it is unpacked again.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    vars(model).pop("_weight_conversions", None)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def check_is_checkpoint(path: str) -> None:
