@@ -27,6 +27,8 @@ from opdlm.errors import DataError
 
 PREFIX = "checkpoint-"
 AVERAGE_FILE = "average.safetensors"
+SHARED = ("qmap1", "qmap2")
+"""Tables that all 8-bit moments share; a safetensors file holds no tensor twice."""
 
 
 @contextmanager
@@ -66,9 +68,9 @@ def trainable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Moments and counters as `index.name` -> tensor."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": value for i, values in state.items() for name, value in values.items()}
+    """Moments and counters as `index.name` -> tensor; bitsandbytes nests its own and shares some."""
+    state = flat_state(optimizer.state_dict()["state"])
+    return {key: value.clone() if key.endswith(SHARED) else value for key, value in state}
 
 
 def whole_tensors(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
@@ -81,6 +83,28 @@ def whole_tensors(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[
         if keep:
             whole[name] = tensor.contiguous()
     return whole
+
+
+def flat_state(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Leaves of nested mappings by dotted name; a Python counter becomes an int64 tensor."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat_state(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", torch.as_tensor(value)
+
+
+def nested_state(flat: dict[str, Tensor]) -> dict[int, dict[str, Any]]:
+    """What `flat_state` took apart."""
+    state: dict[Any, Any] = {}
+    for key, value in flat.items():
+        index, *path, name = key.split(".")
+        values = state.setdefault(int(index), {})
+        for part in path:
+            values = values.setdefault(part, {})
+        is_counter = value.dtype == torch.int64 and value.dim() == 0
+        values[name] = int(value) if is_counter else value
+    return state
 
 
 def save_checkpoint(
@@ -120,10 +144,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     """Restore weights and optimiser in place; returns the progress record (`step` and totals)."""
     load_weights(folder, model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_file(folder / "optimizer.safetensors").items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = share_of(value, parameters[int(index)])
+    saved = load_file(folder / "optimizer.safetensors")
+    state = nested_state({k: share_of(v, parameters[int(k.split(".")[0])]) for k, v in saved.items()})
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return json.loads((folder / "progress.json").read_text())
 

@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_convert(verbs)
     add_generate(verbs)
     add_eval(verbs)
+    add_merge(verbs)
     add_recipes(verbs)
     add_env(verbs)
     return parser
@@ -158,6 +159,25 @@ def add_eval(verbs: Verbs) -> None:
     parser.add_argument("--num-fewshot", type=int, help="examples before each question, with --tasks")
     parser.add_argument("--chat-template", action="store_true", help="ask through it, with --tasks")
     parser.set_defaults(run=run_eval)
+
+
+def add_merge(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "merge",
+        "add the adapter of a converted checkpoint to its weights",
+        "Write the converted folder DIR to OUT with its LoRA adapter added to the weights. A preserve\n"
+        "adapter acts on noised slots only and cannot be part of an AR model: --full-copy writes a second\n"
+        "set of weights for those slots beside the untouched AR weights.",
+        "examples:\n  opdlm merge runs/sdar/model runs/sdar/merged      (a run with lora.merge=false)\n"
+        "  opdlm merge runs/tiny/model runs/tiny/copy --full-copy",
+    )
+    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument("out", metavar="OUT")
+    parser.add_argument(
+        "--full-copy", action="store_true", help="preserve: a merged student beside the AR weights"
+    )
+    parser.set_defaults(run=run_merge)
 
 
 def add_recipes(verbs: Verbs) -> None:
@@ -388,6 +408,15 @@ def run_harness(options: argparse.Namespace, config: Config) -> int:
         Path(options.out).mkdir(parents=True, exist_ok=True)
         record = {"folder": options.folder, "eval": config.to_dict()["eval"], "results": results}
         (Path(options.out) / "lm_eval.json").write_text(json.dumps(record, indent=2, default=str))
+    return 0
+
+
+def run_merge(options: argparse.Namespace) -> int:
+    quiet_libraries()
+    from opdlm.export import merge_folder
+
+    merge_folder(Path(options.folder), Path(options.out), full_copy=options.full_copy)
+    print(f"merged checkpoint: {options.out}")
     return 0
 
 

@@ -34,7 +34,11 @@ class ModelSection:
     ships.
     """
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the weights in memory; softmax and losses are float32 always."""
+    """Precision of the weights in memory; softmax and losses are float32 always, and so are the weights
+    that the optimiser works on (adapter and mask embedding, or a master copy of the student).
+    """
+    load_in_4bit: bool = False
+    """QLoRA: hold the frozen linear layers in 4 bits (NF4). Needs LoRA and bitsandbytes: 'opdlm[quant]'."""
     trust_remote_code: bool = False
     """Run Python code that the checkpoint brings along. Off unless you trust its author."""
     attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"
@@ -67,8 +71,22 @@ class LoraSection:
     """Rank."""
     alpha: int = 64
     """Scale: the adapter's output is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """On the adapter's input, in updates only: rollouts and targets are computed without it."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Which linear layers get an adapter, as PEFT reads it."""
+    """Which linear layers get an adapter, as PEFT reads it: all-linear, a list of names, or a regular
+    expression over full names (which can also choose layers).
+    """
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r): a larger rank does not shrink the update."""
+    use_dora: bool = False
+    """DoRA: learn the length of every weight row apart from its direction."""
+    init: str = "default"
+    """default (B = 0), gaussian (A normal, B = 0), or orthogonal (B A = 0, neither is 0; even r)."""
+    merge: bool = True
+    """sdar: add the adapter to the weights of the result folder, as serving engines need it. false keeps the
+    AR weights and the adapter apart; `opdlm merge` can join them later. preserve never merges.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +178,8 @@ class LossSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSection:
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw is torch's, fused. adamw8bit keeps its moments in 8 bits (bitsandbytes: 'opdlm[quant]')."""
     learning_rate: float = 1e-5
     """Peak learning rate."""
     min_learning_rate_ratio: float = 0.1
@@ -192,6 +212,8 @@ class TrainSection:
     """Write the running average of the trained weights, with this decay per update; None = the last ones."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    gradient_checkpointing_every: int = 1
+    """With gradient_checkpointing: every so many layers are recomputed, the others keep their activations."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 runs the forward under autocast."""
     seed: int = 0
@@ -471,6 +493,35 @@ def check_config(config: Config) -> None:
         )
     if config.format.name == "preserve" and b < 2:
         raise ConfigError("format.block_size (1) leaves preserve nothing to draft: use at least 2.")
+    check_adapter(config)
+
+
+LORA_INITS = ("default", "gaussian", "orthogonal")
+
+
+def check_adapter(config: Config) -> None:
+    """Rules between the adapter, the frozen base under it and the optimiser."""
+    lora, in_4bit = config.lora, config.model.load_in_4bit
+    if lora.init not in LORA_INITS:
+        raise ConfigError(
+            f"lora.init ({lora.init!r}) must be one of {', '.join(LORA_INITS)}: others (pissa, olora, loftq) "
+            "rewrite the base weights, which are the teacher, or need data of their own (eva, corda)."
+        )
+    if lora.init == "orthogonal" and (lora.r % 2 or in_4bit):
+        raise ConfigError(
+            f"lora.init (orthogonal) needs an even lora.r ({lora.r}) and model.load_in_4bit=false "
+            f"({str(in_4bit).lower()}): use lora.init=default."
+        )
+    if in_4bit and not lora.enabled:
+        raise ConfigError(
+            "model.load_in_4bit (true) freezes the weights, and lora.enabled=false trains them: set "
+            "lora.enabled=true."
+        )
+    if in_4bit and lora.use_dora:
+        raise ConfigError(
+            "lora.use_dora (true) measures rows of the base weights, which model.load_in_4bit packs away: "
+            "set one of the two to false."
+        )
 
 
 def check_schedule(name: str, pairs: Sequence[tuple[int, Any]], final: str, config: Config) -> None:
@@ -523,6 +574,7 @@ POSITIVE = (
     "train.rows_per_update",
     "train.micro_batch_rows",
     "train.passes_per_rollout",
+    "train.gradient_checkpointing_every",
     "train.save_every",
     "train.save_total_limit",
     "eval.max_new_tokens",
@@ -535,6 +587,7 @@ INTERVALS = {
     "rollout.top_p": (1e-6, 1.0),
     "loss.jsd_beta": (1e-6, 1 - 1e-6),
     "loss.reverse_weight": (0.0, 1.0),
+    "lora.dropout": (0.0, 0.99),
     "optimizer.min_learning_rate_ratio": (0.0, 1.0),
     "optimizer.weight_decay": (0.0, 10.0),
     "optimizer.warmup_steps": (0, 10**9),

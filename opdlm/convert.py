@@ -93,7 +93,7 @@ def make_spec(
         mask_token_id=mask_token_id,
         stop_token_ids=stops,
         banned_token_ids=tuple(sorted({*unused, mask_token_id})),
-        adapter=config.lora.enabled and config.format.name == "preserve",
+        adapter=config.lora.enabled and (config.format.name == "preserve" or not config.lora.merge),
     )
 
 
@@ -107,12 +107,12 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def initial_mask_embedding(model: PreTrainedModel, spec: DiffusionSpec, kind: str, seed: int) -> Tensor:
-    """Where the mask embedding starts `[H]`, at the scale at which embeddings enter the model."""
+    """Where the mask embedding starts `[H]`, float32, at the scale at which embeddings enter the model."""
     ids = [i for i in range(vocabulary_rows(model)) if i not in spec.banned_token_ids]
     embedding = model.get_input_embeddings()
     with torch.no_grad():
         if kind == "stop":
-            return embedding(torch.tensor(spec.stop_token_ids[:1], device=model.device))[0].clone()
+            return embedding(torch.tensor(spec.stop_token_ids[:1], device=model.device))[0].float().clone()
         used_VH = embedding(torch.tensor(ids, device=model.device))
         mean_H = used_VH.float().mean(0)
         if kind == "zero":
@@ -120,7 +120,7 @@ def initial_mask_embedding(model: PreTrainedModel, spec: DiffusionSpec, kind: st
         if kind == "noise":
             noise_H = torch.randn(mean_H.shape, generator=torch.Generator().manual_seed(seed))
             mean_H = mean_H + noise_H.to(mean_H.device) * used_VH.float().std(0)
-        return mean_H.to(used_VH.dtype)
+        return mean_H
 
 
 @torch.no_grad()

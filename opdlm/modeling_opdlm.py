@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from .attention import SlotCache as SlotCache
@@ -29,14 +30,20 @@ from .unmasking import Remasking as Remasking
 
 
 class LowRank(nn.Module):
-    """One layer's LoRA: x -> scale * B A x."""
+    """What one layer's adapter adds: s B A x, and with DoRA (f - 1) W x + f s B A x for row factors f."""
 
-    def __init__(self, down_RI: Tensor, up_OR: Tensor, scale: float) -> None:
+    def __init__(self, down_RI: Tensor, up_OR: Tensor, scale: float, factor_O: Tensor | None) -> None:
         super().__init__()
-        self.down_RI, self.up_OR, self.scale = down_RI, up_OR, scale
+        self.down_RI, self.up_OR, self.scale, self.factor_O = down_RI, up_OR, scale, factor_O
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(F.linear(hidden, self.down_RI.to(hidden)), self.up_OR.to(hidden)) * self.scale
+    def forward(self, hidden: Tensor, plain: Tensor) -> Tensor:
+        """`plain` is the base layer's output without its bias."""
+        down_RI, up_OR = self.down_RI.to(hidden.device), self.up_OR.to(hidden.device)
+        extra = F.linear(F.linear(hidden.to(down_RI.dtype), down_RI), up_OR) * self.scale
+        if self.factor_O is None:
+            return extra
+        factor_O = self.factor_O.to(hidden.device)
+        return (factor_O - 1) * plain + factor_O * extra
 
 
 class Adapter:
@@ -45,19 +52,27 @@ class Adapter:
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
         config = json.loads((folder / "adapter_config.json").read_text())
         weights = load_file(folder / "adapter_model.safetensors")
-        scale = config["lora_alpha"] / config["r"]
+        rank = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
+        scale = config["lora_alpha"] / rank
         self.enabled = True
         self.layers: list[LowRank] = []
         for key, down_RI in weights.items():
             if key.endswith(".lora_A.weight"):
                 name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-                layer = LowRank(down_RI, weights[key.replace("lora_A", "lora_B")], scale)
-                self.layers.append(layer)
-                model.get_submodule(name).register_forward_hook(self._hook(layer))
+                up_OR = weights[key.replace("lora_A", "lora_B")]
+                target, factor_O = model.get_submodule(name), None
+                if config.get("use_dora"):
+                    length_O = weights[key.replace("lora_A.weight", "lora_magnitude_vector")]
+                    factor_O = length_O / row_lengths(target, scale * up_OR @ down_RI)
+                self.layers.append(LowRank(down_RI, up_OR, scale, factor_O))
+                target.register_forward_hook(self._hook(self.layers[-1]))
 
     def _hook(self, layer: LowRank) -> Any:
-        def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + layer(inputs[0]) if self.enabled else output
+        def add(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not self.enabled:
+                return output
+            plain = output if module.bias is None else output - module.bias
+            return (output + layer(inputs[0], plain)).to(output.dtype)
 
         return add
 
@@ -68,6 +83,13 @@ class Adapter:
             yield
         finally:
             self.enabled = True
+
+
+def row_lengths(layer: Any, change_OI: Tensor) -> Tensor:
+    """Euclidean length of every row of the changed weight `[O]`; Conv1D holds its weight transposed."""
+    weight = layer.weight
+    weight_OI = weight.T if isinstance(layer, Conv1D) else weight
+    return (weight_OI.to(change_OI.dtype) + change_OI).norm(dim=1)
 
 
 class OpdlmForCausalLM(nn.Module):
@@ -87,11 +109,11 @@ class OpdlmForCausalLM(nn.Module):
         }
         base = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **loading)
         spec = DiffusionSpec.from_dict(config.block_diffusion)
-        if spec.format == "sdar":
+        if spec.format == "sdar" and not spec.adapter:
             return cls(config, DiffusionLM(base, spec)).eval()
         revision = loading.get("revision")
         embedding_file: Any = cached_file(name, "mask_embedding.safetensors", revision=revision)
-        mask_embedding = load_file(embedding_file)["mask_embedding"].to(base.dtype)
+        mask_embedding = load_file(embedding_file)["mask_embedding"]
         if not spec.adapter:
             student = AutoModelForCausalLM.from_pretrained(name, subfolder="student", **loading)
             return cls(config, DiffusionLM(student, spec, teacher=base, mask_embedding=mask_embedding)).eval()

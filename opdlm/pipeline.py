@@ -27,7 +27,7 @@ from opdlm.convert import make_student
 from opdlm.data import Task, load_prompts, load_tasks
 from opdlm.devices import is_sharded, join_ranks
 from opdlm.diffusion import DiffusionLM
-from opdlm.errors import ConfigError, DataError
+from opdlm.errors import ConfigError, DataError, require_package
 from opdlm.evaluate import Outputs, RetentionReport, evaluate, skill_table, write_outputs
 from opdlm.export import write_model
 from opdlm.generation_log import GenerationLog, fingerprint
@@ -63,8 +63,17 @@ def load_inputs(config: Config) -> Inputs:
     if not config.model.path:
         raise ConfigError("model.path is empty: give a recipe or a checkpoint folder as the target.")
     check_trackers(config)
+    if config.model.load_in_4bit:
+        require_package("bitsandbytes", "quant", "model.load_in_4bit (true)")
+    if config.optimizer.name == "adamw8bit":
+        require_package("bitsandbytes", "quant", "optimizer.name (adamw8bit)")
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    model = load_causal_lm(config.model.path, config.model.dtype, config.model.trust_remote_code)
+    model = load_causal_lm(
+        config.model.path,
+        config.model.dtype,
+        config.model.trust_remote_code,
+        load_in_4bit=config.model.load_in_4bit,
+    )
     check_attention(model, config)
     student = make_student(model, tokenizer, config)
     prompts = []
@@ -253,9 +262,9 @@ def open_log(out: Path, folder: Path, teacher_path: str, dtype: str) -> Generati
 
 
 def load_for_evaluation(folder: Path, teacher_path: str, dtype: str) -> tuple[DiffusionLM, Any]:
-    """A converted folder; an `sdar` folder no longer holds its teacher, which is then loaded beside it."""
+    """A converted folder; a merged `sdar` folder no longer holds its teacher: it is loaded beside it."""
     model, tokenizer = load(folder, dtype)
-    if model.spec.format == "sdar":
+    if model.spec.format == "sdar" and not model.spec.adapter:
         teacher = load_causal_lm(teacher_path, dtype)
         rows = vocabulary_rows(model.student)
         if rows != vocabulary_rows(teacher):

@@ -26,8 +26,8 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from opdlm.adapter import adapter_dropout
 from opdlm.checkpoint import (
     find_checkpoints,
     load_average,
@@ -59,6 +59,7 @@ from opdlm.generate import DecodeStats
 from opdlm.losses import LossOutput, chunked_divergence
 from opdlm.metrics import MetricsLog
 from opdlm.models import head_of
+from opdlm.optimizer import checkpoint_layers, make_optimizer
 from opdlm.records import Prompt, Rollout
 from opdlm.rollout import generate_rollouts, generator_for, rollout_from_plain, rollout_to_plain
 from opdlm.states import (
@@ -173,17 +174,9 @@ def start_run(model: DiffusionLM, prompts: Sequence[Prompt], config: Config) -> 
     accelerator = start_accelerator(config)
     is_sharded = place(model, accelerator)
     if config.train.gradient_checkpointing:
-        model.student.gradient_checkpointing_enable({"use_reentrant": False})
-        # Checkpointing acts in training mode only; entered by the layers alone, it turns no dropout on.
-        for module in model.student.modules():
-            module.training = module.training or isinstance(module, GradientCheckpointingLayer)
+        checkpoint_layers(model.student, config.train.gradient_checkpointing_every)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.optimizer.learning_rate,
-        betas=config.optimizer.betas,
-        weight_decay=config.optimizer.weight_decay,
-    )
+    optimizer = make_optimizer(parameters, config.optimizer)
     student_loss: nn.Module = StudentLoss(model, config.loss)
     if not is_sharded:
         student_loss, optimizer = accelerator.prepare(student_loss, optimizer)
@@ -281,19 +274,23 @@ def update(
     weights = normalized_weights(run, states)
     batches = micro_batches(run, states)
     loss = divergence = 0.0
-    for number, batch in enumerate(batches):
-        if batch:
-            packed = pack_states([states[i] for i in batch]).to(run.accelerator.device)
-            weights_M = torch.cat([weights[i] for i in batch]).to(run.accelerator.device)
-        else:  # takes part in what ranks do together, and teaches nothing
-            idle = states_of(run, rollouts, chosen[0], selection, mask_rate)
-            packed = idle.without_targets().to(run.accelerator.device)
-            weights_M = torch.zeros(0, device=run.accelerator.device)
-        with without_sync(run.student_loss, is_last=number == len(batches) - 1), run.accelerator.autocast():
-            output = run.student_loss(packed, score_rows(run.model, packed.text), weights_M)
-            run.accelerator.backward(output.loss)
-        loss += float(output.loss.detach())
-        divergence += float(output.per_position_M.sum())
+    rank = run.accelerator.process_index
+    dropout_seed = generator_for(config.train.seed, 2 * 10**6 + run.num_updates, rank).initial_seed()
+    with adapter_dropout(run.model, dropout_seed):
+        for number, batch in enumerate(batches):
+            if batch:
+                packed = pack_states([states[i] for i in batch]).to(run.accelerator.device)
+                weights_M = torch.cat([weights[i] for i in batch]).to(run.accelerator.device)
+            else:  # takes part in what ranks do together, and teaches nothing
+                idle = states_of(run, rollouts, chosen[0], selection, mask_rate)
+                packed = idle.without_targets().to(run.accelerator.device)
+                weights_M = torch.zeros(0, device=run.accelerator.device)
+            is_last = number == len(batches) - 1
+            with without_sync(run.student_loss, is_last=is_last), run.accelerator.autocast():
+                output = run.student_loss(packed, score_rows(run.model, packed.text), weights_M)
+                run.accelerator.backward(output.loss)
+            loss += float(output.loss.detach())
+            divergence += float(output.per_position_M.sum())
     num_positions = sum(len(weights_M) for weights_M in weights)
     loss, divergence, positions = sum_over_ranks(run.accelerator, loss, divergence, num_positions)
     sums = UpdateSums(loss / run.accelerator.num_processes, 0.0, 1, int(positions), divergence)

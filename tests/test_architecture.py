@@ -13,7 +13,7 @@ PACKAGE = ROOT / "opdlm"
 FLOORS = {
     0: {"errors", "records", "blocks", "intervals", "scoring"},
     1: {"config", "attention", "unmasking", "losses"},
-    2: {"diffusion", "checkpoint", "metrics", "curricula", "generation_log"},
+    2: {"diffusion", "adapter", "optimizer", "checkpoint", "metrics", "curricula", "generation_log"},
     3: {"models", "data", "generate", "states", "devices"},
     4: {"convert", "targets", "rollout", "evaluate", "export", "modeling_opdlm"},
     5: {"trainer", "self_prompts", "plots", "card", "likelihood"},

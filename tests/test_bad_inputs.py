@@ -419,6 +419,34 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: p.convert("lora.target_modules=[nothing]"),
         ("lora.target_modules", "nothing"),
     ),
+    "adapter that rewrites the teacher": (
+        lambda p: p.convert("lora.init=pissa"),
+        ("lora.init ('pissa')", "default, gaussian, orthogonal", "teacher"),
+    ),
+    "orthogonal with an odd rank": (
+        lambda p: p.convert("lora.init=orthogonal", "lora.r=5"),
+        ("lora.init (orthogonal)", "even lora.r (5)"),
+    ),
+    "adapter on the LM head": (
+        lambda p: p.convert("lora.target_modules=[lm_head]"),
+        ("lora.target_modules", "LM head", "Name layers"),
+    ),
+    "four bits without an adapter": (
+        lambda p: p.convert("model.load_in_4bit=true", "lora.enabled=false"),
+        ("model.load_in_4bit (true)", "set lora.enabled=true"),
+    ),
+    "four bits with DoRA": (
+        lambda p: p.convert("model.load_in_4bit=true", "lora.use_dora=true"),
+        ("lora.use_dora (true)", "model.load_in_4bit"),
+    ),
+    "merge of a merged checkpoint": (
+        lambda p: ["merge", str(p.root / "sdar" / "model"), str(p.root / "merged")],
+        ("/sdar/model", "holds no adapter"),
+    ),
+    "merge of a plain model": (
+        lambda p: ["merge", str(p.model), str(p.root / "merged")],
+        ("/model is not a folder written by opdlm", "Give the folder"),
+    ),
     "output_dir is a file": (
         lambda p: p.convert(f"output_dir={p.file('file', '')}"),
         ("output_dir", "/file)", "cannot be written"),

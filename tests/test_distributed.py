@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
-from tiny_models import CPU, make_lm, make_prompts, make_rollout, qwen3
+from tiny_models import make_lm, make_prompts, make_rollout, qwen3
 
 from opdlm import cli
 from opdlm.checkpoint import trainable_weights
@@ -25,7 +25,6 @@ from opdlm.config import Config, LossSection, OptimizerSection, RolloutSection, 
 from opdlm.diffusion import DiffusionLM
 from opdlm.records import Prompt, Rollout
 from opdlm.rollout import generate_rollouts, generator_for
-from opdlm.states import select_states
 from opdlm.trainer import Run, resume, save, start_run, train_step, update
 from opdlm.unmasking import draw
 
@@ -203,19 +202,6 @@ def test_a_rollout_depends_on_its_place_and_not_on_its_neighbours(kind: str) -> 
     same_prompt = [PROMPTS[0]] * 4
     drawn = generate_rollouts(model, same_prompt, section, step=1, seed=0)[0]
     assert len({rollout.response_ids for rollout in drawn}) > 1
-
-
-@pytest.mark.parametrize("selection", ["one_per_block", "random_mask", "complementary"])
-def test_states_of_a_rollout_do_not_depend_on_its_neighbours(selection: Any) -> None:
-    spec = make_model("sdar").spec
-    rollouts = [make_rollout(p, r, "absolute") for p, r in [(3, 30), (8, 9), (1, 2)]]
-
-    def masked(chosen: list[int]) -> list[set[int]]:
-        rngs = [generator_for(0, i) for i in chosen]
-        states = select_states([rollouts[i] for i in chosen], spec, selection, rngs, CPU)
-        return [{t for t in row if t >= 0} for row in states.target_BS.tolist()]
-
-    assert [*masked([0]), *masked([1]), *masked([2])] == masked([0, 1, 2])
 
 
 def test_draws_with_a_generator_per_row_follow_the_distribution() -> None:
