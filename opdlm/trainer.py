@@ -172,7 +172,7 @@ def check_trackers(config: Config) -> None:
 
 def start_run(model: DiffusionLM, prompts: Sequence[Prompt], config: Config) -> Run:
     accelerator = start_accelerator(config)
-    is_sharded = place(model, accelerator)
+    is_sharded = place(model.eval(), accelerator)  # dropout acts where `adapter_dropout` says
     if config.train.gradient_checkpointing:
         checkpoint_layers(model.student, config.train.gradient_checkpointing_every)
     parameters = [p for p in model.parameters() if p.requires_grad]
