@@ -176,30 +176,32 @@ def response_cap(config: Config, step: int) -> int:
 
 
 def longest_row(config: Config, sizes: Sizes, step: int) -> Row:
-    """The row of step `step` at its caps. With D denoising steps a block is in D states, (D + 1) / 2D of it
-    masked in the mean.
-    """
+    """The row of step `step` at its caps; slots and supervised positions in the mean over random orders."""
     size, response = block_size_at(config.format, step), response_cap(config, step)
     steps = config.rollout.denoising_steps or size
-    match selection_at(config, step):
-        case "one_per_block":
-            states, masked = 1.0, (steps + 1) / (2 * steps)
-        case "all":
-            states, masked = float(steps), (steps + 1) / 2
-        case "complementary":
-            states, masked = 2.0, 1.0
-        case "random_mask":
-            states, masked = 1.0, 0.5
-    if config.format.name == "preserve":  # the first masked token of a state needs no slot and no training
-        states, masked = states * (size - 1) / size, max(masked - states / size, 0.0)
+    states = {"one_per_block": 1, "random_mask": 1, "complementary": 2, "all": steps}
+    num_states = states[selection_at(config, step)]
+    counts = [slots_of_state(config, size, size * k / steps) for k in range(1, steps + 1)]
+    noised, supervised = (num_states * sum(column) / steps / size for column in zip(*counts, strict=True))
     return Row(
         prompt=min(config.data.max_prompt_tokens, sizes.context - response - 2 * size),
         response=response,
         block_size=size,
         denoising_steps=steps,
-        noised=states * response,
-        supervised=masked * response,
+        noised=noised * response,
+        supervised=supervised * response,
     )
+
+
+def slots_of_state(config: Config, size: int, masked: float) -> tuple[float, float]:
+    """(slots, supervised ones) of a block with so many masked positions. `preserve` starts at the first of
+    them, in the mean (size - masked) / (masked + 1), and the teacher predicts that one.
+    """
+    if config.format.name == "sdar":
+        return size, masked
+    if masked <= 1:
+        return 0.0, 0.0
+    return size - 1 - (size - masked) / (masked + 1), masked - 1
 
 
 def student_pass(config: Config, row: Row) -> tuple[float, float]:
