@@ -6,11 +6,12 @@ dense
 sdar      ours, same format, same weights trained, same loss: only the computation differs
 preserve  ours, the default recipe: gated LoRA, one set of weights, noised slots only
 
-Every measurement is a process of its own: one step to warm up, one step timed. Peak memory is the process's
-maximum resident size, less what it was before the models were built. Time is CPU time, which other work on
-the machine disturbs least: run with one thread. The floor is 2 N T for the teacher and 6 N M for the student
-(T clean tokens, M slots that the student computes, N without embedding; the head at supervised positions
-only), in seconds at the rate of a plain float32 matrix product measured in the same process.
+Every measurement is a process of its own: one step to warm up, one step timed. Peak memory is the largest
+resident size once the models are built (building them at random takes more than a step), less what it was
+before. Time is CPU time, which other work on the machine disturbs least: run with one thread. The floor is
+2 N T for the teacher and 6 N M for the student (T clean tokens, M slots that the student computes, N without
+embedding; the head at supervised positions only), in seconds at the rate of a plain float32 matrix product
+measured in the same process.
 
     OMP_NUM_THREADS=1 python benchmarks/step_memory.py --out docs/results/step_memory
 
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opdlm.blocks import visible
+from opdlm.blocks import CLEAN, Slots, join_slots, visible
 from opdlm.config import LoraSection, LossSection
 from opdlm.diffusion import DiffusionSpec
 from opdlm.models import assemble, copy_of
@@ -46,6 +48,7 @@ from opdlm.trainer import StudentLoss
 
 MIB = 2**20
 SIDES = ("naive", "sdar", "preserve")
+BLOCK_SIZE = 4
 LENGTHS = (512, 1024, 2048, 4096)
 
 
@@ -53,7 +56,7 @@ def make_spec(args: argparse.Namespace, fmt: str) -> DiffusionSpec:
     mask_token_id = args.vocabulary - 1
     return DiffusionSpec(
         format="preserve" if fmt == "preserve" else "sdar",
-        block_size=4,
+        block_size=BLOCK_SIZE,
         grid="absolute",
         mask_token_id=mask_token_id,
         stop_token_ids=(0,),
@@ -90,7 +93,11 @@ def make_model(args: argparse.Namespace) -> Qwen3ForCausalLM:
 
 def naive_loss(student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, states: StateBatch) -> Tensor:
     """Both models over the whole doubled row, everything dense."""
-    row = states.slots
+    noised = states.slots.group_BS[0] > CLEAN
+    num_text = states.text.ids_BS.shape[1]
+    block_BS = states.text.positions_BS // BLOCK_SIZE
+    clean = replace(states.text, reach_BS=(block_BS + 1) * BLOCK_SIZE - 1)
+    row = join_slots(clean, Slots(*(x_BS[:, noised] for x_BS in states.slots.tensors)))
     inputs = {
         "input_ids": row.ids_BS,
         "position_ids": row.positions_BS,
@@ -105,7 +112,7 @@ def naive_loss(student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, states: Sta
     logq_BLV = student(**inputs).logits.log_softmax(-1)
     target_M = states.target_BS[states.is_supervised_BS]
     logp_MV = logp_BLV[0, target_M - 1]
-    logq_MV = logq_BLV[0, states.is_supervised_BS[0]]
+    logq_MV = logq_BLV[0, num_text + states.is_supervised_BS[0, noised].nonzero()[:, 0]]
     return (logp_MV.exp() * (logp_MV - logq_MV)).sum(-1).mean()
 
 
@@ -151,7 +158,13 @@ def matmul_flops_per_second() -> float:
 
 
 def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
+    """Largest resident size since `reset_peak`; Linux."""
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024 / MIB
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -159,8 +172,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     spec = make_spec(args, args.side)
     states = select_states([make_rollout(args)], spec, "random_mask", generator_for(1))
     floor, rate = floor_flops(args, states), matmul_flops_per_second()
+    reset_peak()
     start_mib = peak_mib()
     loss_of, parameters = make_loss(args, states)
+    reset_peak()
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
 
     def step() -> float:
