@@ -11,7 +11,7 @@ demo: env
 	@$(BIN)/opdlm convert tiny
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: env
 	$(BIN)/python -m pytest -m "slow and not gpu and not vllm"
