@@ -44,6 +44,7 @@ def run_config(fmt: str, objective: str, args: argparse.Namespace) -> Config:
             "train.passes_per_rollout=1",
             "rollout.warm_start_steps=0",
             "data.path=bundled:prompts.jsonl",
+            "data.self_prompts=0",
             f"eval.limit={args.limit}",
             "eval.modes=static,threshold",
             "eval.veto_below=0",  # what the student itself decodes
