@@ -354,9 +354,10 @@ def schedule_lines(config: Config) -> list[str]:
     lines = []
     for (author, size, selection), group in groupby(range(config.train.num_steps), kind):
         steps = list(group)
+        caps = [str(response_cap(config, step)) for step in (steps[0], steps[-1])]
         lines.append(
             f"steps {steps[0]}-{steps[-1]}: the {author}'s responses, block size {size}, states {selection}, "
-            f"at most {response_cap(config, steps[0])} to {response_cap(config, steps[-1])} tokens"
+            f"at most {' to '.join(dict.fromkeys(caps))} tokens"
         )
     peak, section = config.optimizer.learning_rate, config.optimizer
     lines.append(
