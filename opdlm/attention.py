@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .blocks import CLEAN, Slots, join_slots, visible
+from .cache import DecodeCache
 
 ATTENTION_NAME = "opdlm"
 
@@ -53,9 +54,9 @@ class SlotCache:
     """Keys and values of clean slots, one buffer per layer, indexed by position: no cropping, no
     reallocation.
 
-    A forward pass writes its clean slots at their positions and reads `[0, length)`; the mask decides who
-    sees what (`buffer_slots`). Positions beyond every `reach` may hold stale entries of rejected drafts: they
-    are rewritten before anything can see them. Tensors are `[B, kv heads, capacity, head_dim]`.
+    For training; decoding has `DecodeCache`. A forward pass writes its clean slots at their positions and
+    reads `[0, length)`; the mask decides who sees what (`buffer_slots`). Tensors are `[B, kv heads, capacity,
+    head_dim]`.
     """
 
     def __init__(self, num_rows: int, capacity: int) -> None:
@@ -83,11 +84,6 @@ class SlotCache:
         keys_BHKD = torch.cat([stored[0][:, :, : self.length], keys_BHSD], 2)
         return keys_BHKD, torch.cat([stored[1][:, :, : self.length], values_BHSD], 2)
 
-    def keep_rows(self, rows_N: Tensor) -> None:
-        """Drop every row but these (finished rows leave)."""
-        self.num_rows = len(rows_N)
-        self._layers = {i: (keys[rows_N], values[rows_N]) for i, (keys, values) in self._layers.items()}
-
 
 def keys_with_cache(slots: Slots, cache_length: int) -> Slots:
     """Keys of a cached forward: every buffer position as a clean slot, then the current slots.
@@ -108,9 +104,14 @@ def slot_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     slot_cache: SlotCache | None = None,
+    decode_cache: DecodeCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention that reads and fills a `SlotCache` passed as a forward keyword."""
+    """Scaled dot-product attention that reads and fills a cache passed as a forward keyword."""
+    if decode_cache is not None:
+        assert attention_mask is not None
+        scale = kwargs.get("scaling")
+        return decode_cache.attend(module.layer_idx, query[0], key[0], value[0], attention_mask, scale), None
     if slot_cache is not None:
         key, value = slot_cache.extend(module.layer_idx, key, value)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

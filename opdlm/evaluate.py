@@ -85,10 +85,11 @@ def decode_tasks(
     section: EvalSection,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> Outputs:
-    """Greedy responses for every task, prompts of similar length together."""
+    """Greedy responses for every task."""
     config = DecodeConfig(
         mode=mode,
         max_new_tokens=section.max_new_tokens,
+        batch_size=section.batch_size,
         confidence_threshold=section.confidence_threshold,
         veto_below=section.veto_below,
     )
@@ -97,13 +98,9 @@ def decode_tasks(
     started = time.perf_counter()
     for held_out in stats:
         group = [i for i, task in enumerate(tasks) if task.held_out == held_out]
-        order = sorted(group, key=lambda i: len(tasks[i].prompt.ids))
-        for first in range(0, len(order), section.batch_size):
-            chosen = order[first : first + section.batch_size]
-            batch, batch_stats = generate(model, [tasks[i].prompt.ids for i in chosen], config)
-            rollouts.update(zip(chosen, batch, strict=True))
-            stats[held_out] += batch_stats
-            on_batch(len(chosen))
+        batch, stats[held_out] = generate(model, [tasks[i].prompt.ids for i in group], config)
+        rollouts.update(zip(group, batch, strict=True))
+        on_batch(len(group))
     return Outputs([rollouts[i] for i in range(len(tasks))], stats, time.perf_counter() - started)
 
 

@@ -17,7 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from opdlm.diffusion import DiffusionLM
 from opdlm.models import ADAPTER_FOLDER, MASK_EMBEDDING_FILE, STUDENT_FOLDER, set_embedding_row
 
-REMOTE_ROOMS = ("modeling_opdlm", "diffusion", "generate", "attention", "unmasking", "blocks", "records")
+REMOTE_ROOMS = (
+    *("modeling_opdlm", "generate", "lossless", "denoise", "rows", "diffusion", "attention", "cache"),
+    *("unmasking", "blocks", "records"),
+)
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_opdlm.OpdlmForCausalLM"}
 
 

@@ -22,44 +22,46 @@ from transformers.utils import cached_file
 
 from .attention import SlotCache as SlotCache
 from .blocks import Grid as Grid
-from .diffusion import DiffusionLM, DiffusionSpec
+from .cache import DecodeCache as DecodeCache
+from .denoise import denoise_step as denoise_step
+from .diffusion import Adapted, DiffusionLM, DiffusionSpec
 from .generate import DecodeConfig, generate
+from .lossless import lossless_step as lossless_step
 from .records import Rollout as Rollout
+from .rows import Rows as Rows
 from .unmasking import Remasking as Remasking
 
 
-class LowRank(nn.Module):
-    """One layer's LoRA: x -> scale * B A x."""
-
-    def __init__(self, down_RI: Tensor, up_OR: Tensor, scale: float) -> None:
-        super().__init__()
-        self.down_RI, self.up_OR, self.scale = down_RI, up_OR, scale
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(F.linear(hidden, self.down_RI.to(hidden)), self.up_OR.to(hidden)) * self.scale
-
-
 class Adapter:
-    """A PEFT LoRA folder hooked onto a model; `off` silences it."""
+    """A PEFT LoRA folder put onto a model's layers; `off` silences it."""
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
         config = json.loads((folder / "adapter_config.json").read_text())
         weights = load_file(folder / "adapter_model.safetensors")
         scale = config["lora_alpha"] / config["r"]
         self.enabled = True
-        self.layers: list[LowRank] = []
+        self.layers: list[Adapted] = []
         for key, down_RI in weights.items():
             if key.endswith(".lora_A.weight"):
                 name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-                layer = LowRank(down_RI, weights[key.replace("lora_A", "lora_B")], scale)
+                up_OR = weights[key.replace("lora_A", "lora_B")]
+                host = model.get_submodule(name)
+                host.lora_A, host.lora_B = as_linear(down_RI), as_linear(up_OR)
+                layer = Adapted(host, host.forward, host.lora_A.weight, host.lora_B.weight, scale)
+                host.forward = self._adapted(layer)
                 self.layers.append(layer)
-                model.get_submodule(name).register_forward_hook(self._hook(layer))
 
-    def _hook(self, layer: LowRank) -> Any:
-        def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + layer(inputs[0]) if self.enabled else output
+    def _adapted(self, layer: Adapted) -> Any:
+        def forward(inputs: Tensor) -> Tensor:
+            output = layer.base(inputs)
+            if not self.enabled:
+                return output
+            change = (
+                F.linear(F.linear(inputs.to(layer.down_RI.dtype), layer.down_RI), layer.up_OR) * layer.scale
+            )
+            return output + change.to(output.dtype)
 
-        return add
+        return forward
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -68,6 +70,12 @@ class Adapter:
             yield
         finally:
             self.enabled = True
+
+
+def as_linear(weight_OI: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, dtype=weight_OI.dtype)
+    layer.weight = nn.Parameter(weight_OI, requires_grad=False)
+    return layer
 
 
 class OpdlmForCausalLM(nn.Module):
@@ -102,7 +110,7 @@ class OpdlmForCausalLM(nn.Module):
             base,
             spec,
             mask_embedding=mask_embedding,
-            adapter_outputs=list(adapter.layers),
+            adapted=adapter.layers,
             adapter_off=adapter.off,
         )
         return cls(config, diffusion).eval()

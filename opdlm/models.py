@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.pytorch_utils import Conv1D
 
 from opdlm.config import LoraSection, resolve_path
-from opdlm.diffusion import DiffusionLM, DiffusionSpec, head_constants
+from opdlm.diffusion import Adapted, DiffusionLM, DiffusionSpec, head_constants
 from opdlm.errors import ConfigError, DataError
 from opdlm.losses import Head
 
@@ -143,9 +143,19 @@ def attention_layers(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(sorted({name.split(".")[-1] for name in linear}))
 
 
-def adapter_outputs(peft_model: PeftModel) -> list[nn.Module]:
-    """The `lora_B` of every adapted layer: where a gate can act."""
-    return [m for name, m in peft_model.named_modules() if name.endswith("lora_B.default")]
+def adapted_layers(peft_model: PeftModel) -> list[Adapted]:
+    """Every layer with an adapter: where a gate can act."""
+    hosts: list[Any] = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
+    return [
+        Adapted(
+            host,
+            host.base_layer.forward,
+            host.lora_A["default"].weight,
+            host.lora_B["default"].weight,
+            host.scaling["default"],
+        )
+        for host in hosts
+    ]
 
 
 def assemble(
@@ -167,7 +177,7 @@ def assemble(
         student,
         spec,
         mask_embedding=mask_embedding,
-        adapter_outputs=adapter_outputs(peft_model),
+        adapted=adapted_layers(peft_model),
         adapter_off=peft_model.disable_adapter,
     )
     object.__setattr__(model, "peft_model", peft_model)  # not a submodule: its weights are the student's

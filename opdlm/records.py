@@ -32,6 +32,8 @@ class Rollout:
     unmask_step: tuple[int, ...]
     num_response: int
     finish_reason: FinishReason
+    logprobs: tuple[float, ...] = ()
+    """Of the `num_response` chosen tokens, where they were asked for."""
 
     @property
     def text_ids(self) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Prompts -> rollouts: the student's own reverse trajectories, or the teacher's responses for the baselines.
 
-Rows of similar prompt length are decoded together. The length cap grows over the first steps (length
-curriculum), METHOD part 3. Random draws derive from (seed, step, rank, batch), never from what ran before.
+The length cap grows over the first steps (length curriculum), METHOD part 3. Random draws derive from
+(seed, step, rank), never from what ran before.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def decode_config(section: RolloutSection, max_new_tokens: int, *, from_teacher:
     return DecodeConfig(
         mode="ar" if from_teacher else section.remasking,
         max_new_tokens=max_new_tokens,
+        batch_size=section.batch_size,
         temperature=section.temperature,
         top_k=section.top_k,
         top_p=section.top_p,
@@ -65,13 +66,5 @@ def generate_rollouts(
         section, length_cap(section, step, model.spec.block_size), from_teacher=from_teacher
     )
     decoder = model.teacher_decoder() if from_teacher else model
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    rollouts: dict[int, Rollout] = {}
-    total = DecodeStats()
-    for number, first in enumerate(range(0, len(order), section.batch_size)):
-        chosen = order[first : first + section.batch_size]
-        rng = generator_for(seed, step, rank, number, device=model.device)
-        batch, stats = generate(decoder, [prompts[i].ids for i in chosen], config, rng)
-        rollouts.update(zip(chosen, batch, strict=True))
-        total += stats
-    return [rollouts[i] for i in range(len(prompts))], total
+    rng = generator_for(seed, step, rank)
+    return generate(decoder, [prompt.ids for prompt in prompts], config, rng)

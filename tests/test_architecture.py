@@ -12,13 +12,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "opdlm"
 FLOORS = {
     0: {"errors", "records", "blocks"},
-    1: {"config", "attention", "unmasking", "losses"},
-    2: {"diffusion", "checkpoint", "metrics"},
-    3: {"models", "data", "generate", "states"},
-    4: {"convert", "targets", "rollout", "evaluate", "export", "modeling_opdlm"},
-    5: {"trainer", "self_prompts", "plots", "card"},
-    6: {"pipeline"},
-    7: {"cli"},
+    1: {"config", "cache", "unmasking", "losses"},
+    2: {"attention", "rows", "checkpoint", "metrics"},
+    3: {"diffusion"},
+    4: {"models", "data", "denoise", "states"},
+    5: {"lossless", "convert", "targets", "export"},
+    6: {"generate"},
+    7: {"rollout", "evaluate", "modeling_opdlm"},
+    8: {"trainer", "self_prompts", "plots", "card"},
+    9: {"pipeline", "bench"},
+    10: {"cli"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 OPTIONAL_PACKAGES = {"vllm", "flash_attn", "lm_eval", "wandb", "sglang", "bitsandbytes", "tensorboard"}
@@ -130,7 +133,7 @@ def test_help_does_not_import_torch() -> None:
         "from opdlm.trainer import train",
         "import opdlm.trainer as t",
         "def f():\n    from .trainer import train",
-        "from .losses import Head",
+        "from .rows import Rows",
         "from .nowhere import x",
         "from opdlm import train",
     ],
