@@ -52,8 +52,8 @@ class DecodeConfig:
     """Entropy mode: tokens revealed together may have this much entropy (nats), less that of the least
     certain."""
     veto_below: float = 0.1
-    """All modes of `preserve` that denoise: the AR model takes back a revealed token that it finds less likely
-    than this, in the forward that commits it, and puts its own there. 0 = never."""
+    """Denoising modes of `preserve`: the AR model takes back a revealed token that it finds less likely than
+    this, in the forward that commits it, and puts its own there. 0 = never."""
     logprobs: bool = False
     """Record the log-probability of every chosen token (temperature 1, unfiltered) at the step that chose
     it."""
