@@ -348,13 +348,13 @@ def run_bench(options: argparse.Namespace) -> int:
     from opdlm.models import check_fits, load, load_causal_lm
 
     model, tokenizer = load(options.folder)
-    path = options.prompts or pipeline.read_config_of(Path(options.folder)).eval.path
-    if not path:
-        raise ConfigError("the run had no evaluation set: give --prompts FILE.jsonl.")
     is_preserve = model.spec.format == "preserve"
     modes = options.modes or [*(("ar", "lossless") if is_preserve else ()), "static", "threshold"]
     if not is_preserve and {"ar", "lossless"} & set(modes):
         raise ConfigError("--modes ar and lossless need a preserve checkpoint; this one is sdar.")
+    path = options.prompts or pipeline.read_config_of(Path(options.folder)).eval.path
+    if not path:
+        raise ConfigError("the run had no evaluation set: give --prompts FILE.jsonl.")
     tasks = load_tasks(path, tokenizer, model.spec.mask_token_id, limit=None)
     prompts = [task.prompt.ids for task in tasks][:: max(1, len(tasks) // options.limit)][: options.limit]
     check_fits(model, prompts, options.max_new_tokens, "--max-new-tokens")
