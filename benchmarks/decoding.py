@@ -25,7 +25,7 @@ from simple_loop import simple_denoise
 
 from opdlm.bench import hf_responses
 from opdlm.data import load_tasks
-from opdlm.diffusion import DiffusionLM
+from opdlm.diffusion import DiffusionLM, backbone
 from opdlm.generate import DecodeConfig, generate, waiting_rows
 from opdlm.models import load, load_causal_lm
 
@@ -35,7 +35,9 @@ Ids = tuple[int, ...]
 def is_tie(model: DiffusionLM, prompt: Ids, ours: Ids, theirs: Ids) -> bool:
     """Whether the AR model's two best logits are equal up to rounding where the responses part."""
     place = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
-    hidden_1LH = model.teacher_causal_hidden(torch.tensor([[*prompt, *theirs[:place]]]))
+    with model.teacher_weights() as teacher:
+        ids_1L = torch.tensor([[*prompt, *theirs[:place]]])
+        hidden_1LH = backbone(teacher)(input_ids=ids_1L, use_cache=False).last_hidden_state
     best, second = model.logits(hidden_1LH[0, -1:], torch.tensor([True]))[0].topk(2).values.tolist()
     return best - second < 1e-4
 

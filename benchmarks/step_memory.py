@@ -1,4 +1,4 @@
-"""Peak memory and time of one training step: the straightforward way against ours.
+"""Time and peak memory of one training step at growing lengths: the straightforward way against ours.
 
 naive     student and teacher copies, both on the doubled row [prompt | clean | noised], full logits of both,
 dense
@@ -6,10 +6,13 @@ dense
 sdar      ours, same format, same weights trained, same loss: only the computation differs
 preserve  ours, the default recipe: gated LoRA, one set of weights, noised slots only
 
-Every side runs in a process of its own: one step to warm up, one step timed. Peak memory is the process's
-maximum resident size, less what it was before the models were built.
+Every measurement is a process of its own: one step to warm up, one step timed. Peak memory is the process's
+maximum resident size, less what it was before the models were built. Time is CPU time, which other work on
+the machine disturbs least: run with one thread. The floor is 2 N T for the teacher and 6 N M for the student
+(T clean tokens, M slots that the student computes, N without embedding; the head at supervised positions
+only), in seconds at the rate of a plain float32 matrix product measured in the same process.
 
-    python benchmarks/step_memory.py --json docs/results/step_memory.json
+    OMP_NUM_THREADS=1 python benchmarks/step_memory.py --out docs/results/step_memory
 
 Shapes: B batch (1), L row, M supervised positions, V vocabulary.
 """
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -30,9 +34,9 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opdlm.blocks import Slots, join_slots, visible
+from opdlm.blocks import visible
 from opdlm.config import LoraSection, LossSection
-from opdlm.diffusion import DiffusionLM, DiffusionSpec
+from opdlm.diffusion import DiffusionSpec
 from opdlm.models import assemble, copy_of
 from opdlm.records import Rollout
 from opdlm.rollout import generator_for
@@ -42,6 +46,7 @@ from opdlm.trainer import StudentLoss
 
 MIB = 2**20
 SIDES = ("naive", "sdar", "preserve")
+LENGTHS = (512, 1024, 2048, 4096)
 
 
 def make_spec(args: argparse.Namespace, fmt: str) -> DiffusionSpec:
@@ -83,10 +88,9 @@ def make_model(args: argparse.Namespace) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def naive_loss(
-    student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, row: Slots, states: StateBatch
-) -> Tensor:
+def naive_loss(student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, states: StateBatch) -> Tensor:
     """Both models over the whole doubled row, everything dense."""
+    row = states.slots
     inputs = {
         "input_ids": row.ids_BS,
         "position_ids": row.positions_BS,
@@ -94,7 +98,6 @@ def naive_loss(
         "use_cache": False,
     }
     causal = {"input_ids": row.ids_BS, "position_ids": row.positions_BS, "use_cache": False}
-    num_clean = states.ids_BL.shape[1]
     slot = torch.arange(row.ids_BS.shape[1])
     causal["attention_mask"] = (slot[:, None] >= slot)[None, None]
     with torch.no_grad():
@@ -102,36 +105,49 @@ def naive_loss(
     logq_BLV = student(**inputs).logits.log_softmax(-1)
     target_M = states.target_BS[states.is_supervised_BS]
     logp_MV = logp_BLV[0, target_M - 1]
-    logq_MV = logq_BLV[0, num_clean + states.is_supervised_BS[0].nonzero()[:, 0]]
+    logq_MV = logq_BLV[0, states.is_supervised_BS[0]]
     return (logp_MV.exp() * (logp_MV - logq_MV)).sum(-1).mean()
 
 
-def make_loss(args: argparse.Namespace) -> tuple[Callable[[], Tensor], list[Tensor]]:
+def make_loss(args: argparse.Namespace, states: StateBatch) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """The loss of one step as a function of nothing, and the weights it trains."""
-    spec = make_spec(args, args.side)
-    states = select_states([make_rollout(args)], spec, "random_mask", generator_for(1), torch.device("cpu"))
-    base = make_model(args)
+    spec, base = make_spec(args, args.side), make_model(args)
     if args.side == "naive":
         teacher = copy_of(base)
-        shapes = DiffusionLM(base, spec)  # for its slots only
-        clean = shapes.clean_slots(states.ids_BL, states.lengths_B, states.num_prompt_B)
-        row = join_slots(clean, states.noised)
-        return lambda: naive_loss(base, teacher, row, states), list(base.parameters())
+        return lambda: naive_loss(base, teacher, states), list(base.parameters())
     if args.side == "sdar":
         model = assemble(base, spec, lora=None, teacher=copy_of(base))
     else:
         base.requires_grad_(False)
-        model = assemble(
-            base, spec, lora=LoraSection(r=32, alpha=64), mask_embedding=torch.zeros(args.hidden)
-        )
+        lora = LoraSection(r=32, alpha=64)
+        model = assemble(base, spec, lora=lora, mask_embedding=torch.zeros(args.hidden))
     student_loss = StudentLoss(model, LossSection())
     weights_M = states.is_supervised_BS.float()[states.is_supervised_BS] / states.is_supervised_BS.sum()
 
     def loss() -> Tensor:
-        scored = score_rows(model, states.ids_BL, states.lengths_B, states.num_prompt_B)
-        return student_loss(states, scored, weights_M).loss
+        return student_loss(states, score_rows(model, states.text), weights_M).loss
 
     return loss, [p for p in model.parameters() if p.requires_grad]
+
+
+def floor_flops(args: argparse.Namespace, states: StateBatch) -> int:
+    """2 N T + 6 N M."""
+    num_head = args.vocabulary * args.hidden
+    with torch.device("meta"):
+        num_layers = make_model(args).num_parameters() - num_head
+    num_supervised = int(states.is_supervised_BS.sum())
+    teacher = num_layers * states.text.ids_BS.numel() + num_head * num_supervised
+    student = num_layers * states.slots.ids_BS.numel() + num_head * num_supervised
+    return 2 * teacher + 6 * student
+
+
+def matmul_flops_per_second() -> float:
+    left, right = torch.randn(1024, 1024), torch.randn(1024, 3072)
+    left @ right
+    begin = time.process_time()
+    for _ in range(10):
+        left @ right
+    return 10 * 2 * left.numel() * right.shape[1] / (time.process_time() - begin)
 
 
 def peak_mib() -> float:
@@ -140,8 +156,11 @@ def peak_mib() -> float:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One side, in this process."""
+    spec = make_spec(args, args.side)
+    states = select_states([make_rollout(args)], spec, "random_mask", generator_for(1))
+    floor, rate = floor_flops(args, states), matmul_flops_per_second()
     start_mib = peak_mib()
-    loss_of, parameters = make_loss(args)
+    loss_of, parameters = make_loss(args, states)
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
 
     def step() -> float:
@@ -152,17 +171,59 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         return float(loss.detach())
 
     first_loss = step()
-    begin = time.perf_counter()
+    begin, wall = time.process_time(), time.perf_counter()
     step()
-    seconds = time.perf_counter() - begin
-    return {"side": args.side, "seconds": seconds, "added_mib": peak_mib() - start_mib, "loss": first_loss}
+    return {
+        "side": args.side,
+        "response": args.response,
+        "cpu_seconds": time.process_time() - begin,
+        "wall_seconds": time.perf_counter() - wall,
+        "floor_seconds": floor / rate,
+        "floor_gflop": floor / 1e9,
+        "added_mib": peak_mib() - start_mib,
+        "loss": first_loss,
+        "num_clean": states.text.ids_BS.numel(),
+        "num_slots": states.slots.ids_BS.numel(),
+        "num_supervised": int(states.is_supervised_BS.sum()),
+    }
 
 
-def measure_in_subprocess(args: argparse.Namespace, side: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--side", side]
-    for name in ("layers", "hidden", "vocabulary", "prompt", "response"):
+def measure_in_subprocess(args: argparse.Namespace, side: str, response: int) -> dict[str, Any] | None:
+    """None where the process needs more memory than `--limit-gib`."""
+    command = [sys.executable, __file__, "--side", side, "--response", str(response)]
+    for name in ("layers", "hidden", "vocabulary", "prompt"):
         command += [f"--{name}", str(getattr(args, name))]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    limit = int(args.limit_gib * 2**30)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+    if done.returncode == 0:
+        return json.loads(done.stdout)
+    assert "allocate memory" in done.stderr, done.stderr
+    return None
+
+
+def table(args: argparse.Namespace, results: list[dict[str, Any]]) -> str:
+    """Markdown, ratios against naive at the same length."""
+    lines = [
+        f"One step, {args.layers} layers, hidden {args.hidden}, vocabulary {args.vocabulary}, prompt "
+        f"{args.prompt}, {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s), float32. Ratios: naive / it.",
+        "",
+        "| response | side | CPU s | faster | times the floor | peak MiB | memory | loss |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    naive = {r["response"]: r for r in results if r["side"] == "naive"}
+    for r in results:
+        base, over_floor = naive.get(r["response"]), r["cpu_seconds"] / r["floor_seconds"]
+        ratios = [f"{base[key] / r[key]:.1f}x" if base else "-" for key in ("cpu_seconds", "added_mib")]
+        lines.append(
+            f"| {r['response']} | {r['side']} | {r['cpu_seconds']:.2f} | {ratios[0]} | "
+            f"{over_floor:.2f} | {r['added_mib']:.0f} | {ratios[1]} | {r['loss']:.4f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -172,23 +233,25 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--response", type=int, default=512)
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--response", type=int, help="one length instead of all")
+    parser.add_argument("--limit-gib", type=float, default=24.0, help="memory of one process")
+    parser.add_argument("--out", type=Path, help="also write OUT.json and OUT.md")
     args = parser.parse_args()
     if args.side is not None:
         print(json.dumps(measure(args)))
         return
-    results = [measure_in_subprocess(args, side) for side in SIDES]
-    print("| side | seconds | peak MiB | time | memory | loss |\n|---|---:|---:|---:|---:|---:|")
-    for r in results:
-        time_ratio, memory_ratio = (r[key] / results[0][key] for key in ("seconds", "added_mib"))
-        print(
-            f"| {r['side']} | {r['seconds']:.2f} | {r['added_mib']:.0f} | {time_ratio:.2f} | "
-            f"{memory_ratio:.2f} | {r['loss']:.4f} |"
-        )
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    results = []
+    for response in [args.response] if args.response else LENGTHS:
+        for side in SIDES:
+            result = measure_in_subprocess(args, side, response)
+            if result is None:
+                print(f"{side} at {response}: did not fit in {args.limit_gib} GiB", file=sys.stderr)
+            else:
+                results.append(result)
+    print(table(args, results))
+    if args.out is not None:
+        args.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(table(args, results))
 
 
 if __name__ == "__main__":

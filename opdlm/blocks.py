@@ -10,12 +10,16 @@ Two numbers per slot decide every mask of the project (training rows, cached dec
 block (`sdar`: block-causal). `reach` of a noised slot is the group's *anchor*, the last clean token before
 it. METHOD parts 1, 2 and 5; layout of arXiv 2503.09573 (BD3LM).
 
+Several documents may share a row. Each slot names the column where its document's clean text starts; a
+position counts from there, so clean slots of other documents are out of range and groups are never shared.
+
 Shape suffixes: B batch, S slots, Q query slots, K key slots.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
@@ -46,7 +50,7 @@ class Grid:
 class Slots:
     """The columns of one forward pass; all tensors are int64 `[B, S]`.
 
-    A padding slot has position 0 for the model, `key_positions` FAR, and a group of its own, so it sees only
+    A padding slot has position 0 for the model, `key_columns` FAR, and a group of its own, so it sees only
     itself and nothing sees it.
     """
 
@@ -54,44 +58,67 @@ class Slots:
     positions_BS: Tensor
     reach_BS: Tensor
     group_BS: Tensor
+    start_BS: Tensor
+    """Column of the row of clean text at which the slot's document starts: 0 where a row holds only one."""
 
     @property
     def is_noised_BS(self) -> Tensor:
         return self.group_BS > CLEAN
 
     @property
-    def key_positions_BS(self) -> Tensor:
-        """Positions as keys: padding is out of everyone's reach."""
-        return self.positions_BS.masked_fill(self.group_BS < CLEAN, FAR)
+    def key_columns_BS(self) -> Tensor:
+        """Columns of the row of clean text; padding is out of everyone's reach."""
+        return (self.start_BS + self.positions_BS).masked_fill(self.group_BS < CLEAN, FAR)
 
     def only(self, keep_BS: Tensor) -> Slots:
         """The same columns with everything outside `keep_BS` turned into padding."""
         keep_BS = keep_BS & (self.group_BS >= CLEAN)
-        return make_slots(self.ids_BS, self.positions_BS, self.reach_BS, self.group_BS, keep_BS)
+        slots = make_slots(self.ids_BS, self.positions_BS, self.reach_BS, self.group_BS, keep_BS)
+        return replace(slots, start_BS=self.start_BS)
+
+    def to(self, device: torch.device) -> Slots:
+        return Slots(*(x_BS.to(device) for x_BS in self.tensors))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.ids_BS, self.positions_BS, self.reach_BS, self.group_BS, self.start_BS
 
 
 def make_slots(
     ids_BS: Tensor, positions_BS: Tensor, reach_BS: Tensor, group_BS: Tensor, valid_BS: Tensor
 ) -> Slots:
-    """Slots with everything outside `valid_BS` turned into padding."""
+    """Slots of one document per row, with everything outside `valid_BS` turned into padding."""
     column_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
     return Slots(
         torch.where(valid_BS, ids_BS, 0),
         torch.where(valid_BS, positions_BS, 0),
         torch.where(valid_BS, reach_BS, -1),
         torch.where(valid_BS, group_BS, -1 - column_S),
+        torch.zeros_like(ids_BS),
     )
 
 
 def join_slots(first: Slots, second: Slots) -> Slots:
     """Columns of `second` after those of `first`; padding groups stay unique."""
     shifted = torch.where(second.group_BS < CLEAN, second.group_BS - first.ids_BS.shape[1], second.group_BS)
-    return Slots(
-        torch.cat([first.ids_BS, second.ids_BS], 1),
-        torch.cat([first.positions_BS, second.positions_BS], 1),
-        torch.cat([first.reach_BS, second.reach_BS], 1),
-        torch.cat([first.group_BS, shifted], 1),
-    )
+    second = replace(second, group_BS=shifted)
+    return Slots(*(torch.cat(pair, 1) for pair in zip(first.tensors, second.tensors, strict=True)))
+
+
+def pack_slots(documents: Sequence[Slots], starts: Sequence[int], num_groups: int) -> Slots:
+    """Documents `[1, S_i]` side by side in one row `[1, S]`; `starts` are their columns in the clean row.
+
+    `num_groups` is at least the number of groups of any document.
+    """
+    moved = [
+        replace(
+            slots,
+            group_BS=torch.where(slots.is_noised_BS, slots.group_BS + i * num_groups, slots.group_BS),
+            start_BS=slots.start_BS + start,
+        ).tensors
+        for i, (slots, start) in enumerate(zip(documents, starts, strict=True))
+    ]
+    return Slots(*(torch.cat(parts, 1) for parts in zip(*moved, strict=True)))
 
 
 def clean_reach(positions: Tensor, num_prompt: Tensor, grid: Grid, fmt: Format) -> Tensor:
@@ -111,11 +138,11 @@ def clean_slots(ids_BL: Tensor, lengths_B: Tensor, num_prompt_B: Tensor, grid: G
 
 def visible(queries: Slots, keys: Slots, window: int | None = None) -> Tensor:
     """Which keys each query attends to: bool `[B, Q, K]`. `window` keeps the last `window` positions only."""
-    keys_clean_BQK = keys.key_positions_BS[:, None, :] <= queries.reach_BS[:, :, None]
-    keys_clean_BQK = keys_clean_BQK & (keys.group_BS == CLEAN)[:, None, :]
+    position_BQK = keys.key_columns_BS[:, None, :] - queries.start_BS[:, :, None]  # in the query's document
+    keys_clean_BQK = (position_BQK >= 0) & (position_BQK <= queries.reach_BS[:, :, None])
+    keys_clean_BQK &= (keys.group_BS == CLEAN)[:, None, :]
     same_group_BQK = queries.group_BS[:, :, None] == keys.group_BS[:, None, :]
     seen_BQK = keys_clean_BQK | (same_group_BQK & (queries.group_BS != CLEAN)[:, :, None])
     if window is not None:
-        near_BQK = queries.positions_BS[:, :, None] - keys.positions_BS[:, None, :] < window
-        seen_BQK = seen_BQK & near_BQK
+        seen_BQK &= queries.positions_BS[:, :, None] - position_BQK < window
     return seen_BQK

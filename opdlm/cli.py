@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 import warnings
@@ -20,6 +21,7 @@ folder or hub id (then give data.path)."""
 CONVERT_EXAMPLE = """examples:
   opdlm convert tiny                                        the bundled teacher, minutes on a laptop
   opdlm convert tiny output_dir=runs/b8 format.block_size=8
+  opdlm convert qwen3_0.6b_lora_24gb --dry-run              what it would need and write
   opdlm convert ./my-model data.path=prompts.jsonl format.name=sdar lora.enabled=false"""
 
 MODES = ("static", "threshold", "entropy", "left_to_right", "lossless", "ar")
@@ -27,12 +29,13 @@ MODES = ("static", "threshold", "entropy", "left_to_right", "lossless", "ar")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 on success, 2 with one sentence on a user's mistake, 130 on Ctrl-C."""
-    options = build_parser().parse_args(arguments)
+    options = parse(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return options.run(options)
     except OpdlmError as error:
-        print(f"opdlm: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
+            print(f"opdlm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("opdlm: interrupted. The same command continues from the last checkpoint.", file=sys.stderr)
@@ -40,6 +43,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"opdlm: {error.strerror or error} ({error.filename or 'no file'}).", file=sys.stderr)
         return 2
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes overrides before the first flag or after it, not on both sides: collect the rest."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    are_overrides = "overrides" in options and all("=" in a and not a.startswith("-") for a in rest)
+    if rest and not are_overrides:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_generate(verbs)
     add_eval(verbs)
     add_bench(verbs)
+    add_merge(verbs)
     add_recipes(verbs)
     add_env(verbs)
     return parser
@@ -88,6 +104,9 @@ def add_convert(verbs: Verbs) -> None:
         "--list-keys", action="store_true", help="print every setting with its default and meaning"
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print parameters, memory, FLOPs, tokens and files, and stop"
+    )
     parser.set_defaults(run=run_convert)
 
 
@@ -133,7 +152,15 @@ def add_eval(verbs: Verbs) -> None:
     parser.add_argument(
         "--teacher", help="the original checkpoint (sdar folders; default: the one in the record)"
     )
-    parser.add_argument("--out", help="write retention.json, retention.png and generations.jsonl here")
+    parser.add_argument(
+        "--out", help="write retention.json, .md, .png and generations.jsonl here; a killed run continues"
+    )
+    parser.add_argument(
+        "--tasks", help="names of lm-evaluation-harness tasks instead (pip install opdlm[eval])"
+    )
+    parser.add_argument("--include-path", help="folder with YAML tasks of your own, with --tasks")
+    parser.add_argument("--num-fewshot", type=int, help="examples before each question, with --tasks")
+    parser.add_argument("--chat-template", action="store_true", help="ask through it, with --tasks")
     parser.set_defaults(run=run_eval)
 
 
@@ -158,6 +185,25 @@ def add_bench(verbs: Verbs) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", help="write bench.json and bench.png here")
     parser.set_defaults(run=run_bench)
+
+
+def add_merge(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "merge",
+        "add the adapter of a converted checkpoint to its weights",
+        "Write the converted folder DIR to OUT with its LoRA adapter added to the weights. A preserve\n"
+        "adapter acts on noised slots only and cannot be part of an AR model: --full-copy writes a second\n"
+        "set of weights for those slots beside the untouched AR weights.",
+        "examples:\n  opdlm merge runs/sdar/model runs/sdar/merged      (a run with lora.merge=false)\n"
+        "  opdlm merge runs/tiny/model runs/tiny/copy --full-copy",
+    )
+    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument("out", metavar="OUT")
+    parser.add_argument(
+        "--full-copy", action="store_true", help="preserve: a merged student beside the AR weights"
+    )
+    parser.set_defaults(run=run_merge)
 
 
 def add_recipes(verbs: Verbs) -> None:
@@ -188,6 +234,11 @@ def bundled_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
 
 
+def nearest_recipes(name: str) -> str:
+    near = difflib.get_close_matches(name, bundled_recipes(), n=3, cutoff=0.5)
+    return (f" Did you mean {' or '.join(near)}?" if near else "") + " `opdlm recipes` lists them."
+
+
 def resolve_target(target: str, overrides: Sequence[str]) -> Config:
     """A recipe file, a bundled recipe's name, or a model."""
     if target.endswith((".yaml", ".yml")):
@@ -200,8 +251,8 @@ def resolve_target(target: str, overrides: Sequence[str]) -> Config:
     looks_like_name = not Path(target).exists() and "/" not in target and ":" not in target
     if looks_like_name:
         raise ConfigError(
-            f"TARGET ({target}) is neither a bundled recipe ({', '.join(recipes)}), nor a recipe file, "
-            "nor a checkpoint folder or hub id."
+            f"TARGET ({target}) is neither a bundled recipe, nor a recipe file, nor a checkpoint folder or "
+            f"hub id.{nearest_recipes(target)}"
         )
     return load_config(None, [f"model.path={target}", *overrides])
 
@@ -220,13 +271,18 @@ def run_convert(options: argparse.Namespace) -> int:
         print(config.to_yaml(), end="")
         return 0
     quiet_libraries()
+    if options.dry_run:
+        from opdlm.plan import describe_plan, make_plan
+
+        print(describe_plan(config, make_plan(config)))
+        return 0
     from rich.console import Console
 
     from opdlm.pipeline import convert_checkpoint, read_report
 
-    console = Console()
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     folder = convert_checkpoint(config, console)
-    report = read_report(folder)
+    report = None if console.quiet else read_report(folder)
     if report is not None:
         from opdlm.card import measured_table
 
@@ -296,43 +352,97 @@ def check_generate_options(options: argparse.Namespace) -> None:
 
 def run_eval(options: argparse.Namespace) -> int:
     quiet_libraries()
-    from dataclasses import replace
-
-    from rich.console import Console
-
-    from opdlm import pipeline
-    from opdlm.card import measured_table
-    from opdlm.evaluate import evaluate, skill_table, write_outputs
     from opdlm.models import read_spec
 
     folder = Path(options.folder)
     read_spec(folder)
-    record = pipeline.read_config_of(folder)
-    values = {"eval": record.to_dict()["eval"]}
-    from opdlm.config import apply_override
+    config = eval_config(folder, options.overrides)
+    if options.tasks:
+        return run_harness(options, config)
+    if options.include_path or options.num_fewshot is not None:
+        raise ConfigError("--include-path and --num-fewshot belong to --tasks: give the names of the tasks.")
+    if not config.eval.path:
+        raise ConfigError("eval.path is empty: the run had no evaluation set. Give eval.path=FILE.jsonl.")
+    return run_retention(options, config)
 
-    for override in options.overrides:
+
+def eval_config(folder: Path, overrides: Sequence[str]) -> Config:
+    """The settings of the run that made the folder, with other `eval.*` keys."""
+    from dataclasses import replace
+
+    from opdlm.config import apply_override
+    from opdlm.pipeline import read_config_of
+
+    record = read_config_of(folder)
+    values = {"eval": record.to_dict()["eval"]}
+    for override in overrides:
         if not override.startswith("eval."):
             raise ConfigError(f"{override}: only eval.* keys matter here, for example eval.limit=10.")
         apply_override(values, override)
     config = replace(record, eval=build_section(Config, values).eval)
     check_config(config)
-    if not config.eval.path:
-        raise ConfigError("eval.path is empty: the run had no evaluation set. Give eval.path=FILE.jsonl.")
-    model, tokenizer = pipeline.load_for_evaluation(
-        folder, options.teacher or config.model.path, config.model.dtype
-    )
+    return config
+
+
+def run_retention(options: argparse.Namespace, config: Config) -> int:
+    from rich.console import Console
+
+    from opdlm import pipeline
+    from opdlm.card import measured_table
+    from opdlm.evaluate import skill_table
+
+    folder, dtype = Path(options.folder), config.model.dtype
+    teacher_path = options.teacher or config.model.path
+    model, tokenizer = pipeline.load_for_evaluation(folder, teacher_path, dtype)
     tasks = pipeline.load_eval_tasks(model, tokenizer, config)
-    report, outputs = evaluate(model, tokenizer, tasks, config.eval)
+    log = pipeline.open_log(Path(options.out), folder, teacher_path, dtype) if options.out else None
+    report, values = pipeline.evaluate_model(model, tokenizer, tasks, config.eval, log)
     console = Console()
-    console.print(measured_table(report.to_dict()), markup=False, soft_wrap=True)
+    console.print(measured_table(values), markup=False, soft_wrap=True)
     console.print("\n" + skill_table(report), markup=False, soft_wrap=True)
+    if log is not None:
+        console.print(f"\nreport: {log.path.parent}", soft_wrap=True)
+    return 0
+
+
+def run_harness(options: argparse.Namespace, config: Config) -> int:
+    """Tasks of lm-evaluation-harness in every mode."""
+    import json
+
+    from opdlm.harness import run_tasks
+    from opdlm.models import read_spec
+
+    fmt = read_spec(options.folder).format
+    modes = config.eval.modes or (
+        ("ar", "static", "threshold") if fmt == "preserve" else ("static", "threshold")
+    )
+    results = run_tasks(
+        options.folder,
+        options.tasks.split(","),
+        modes,
+        include_path=options.include_path,
+        num_fewshot=options.num_fewshot,
+        apply_chat_template=options.chat_template,
+        limit=config.eval.limit,
+        batch_size=config.eval.batch_size,
+    )
+    for mode, tasks in results.items():
+        for task, numbers in tasks.items():
+            shown = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
+            print(f"{mode} {task} " + " ".join(f"{k}={v:.4f}" for k, v in shown.items()))
     if options.out:
-        out = Path(options.out)
-        out.mkdir(parents=True, exist_ok=True)
-        pipeline.write_report(out, report)
-        write_outputs(out / "generations.jsonl", tasks, outputs, tokenizer)
-        console.print(f"\nreport: {out}", soft_wrap=True)
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        record = {"folder": options.folder, "eval": config.to_dict()["eval"], "results": results}
+        (Path(options.out) / "lm_eval.json").write_text(json.dumps(record, indent=2, default=str))
+    return 0
+
+
+def run_merge(options: argparse.Namespace) -> int:
+    quiet_libraries()
+    from opdlm.export import merge_folder
+
+    merge_folder(Path(options.folder), Path(options.out), full_copy=options.full_copy)
+    print(f"merged checkpoint: {options.out}")
     return 0
 
 
@@ -382,10 +492,10 @@ def run_recipes(options: argparse.Namespace) -> int:
     recipes = bundled_recipes()
     if options.name is None:
         for name, path in recipes.items():
-            print(f"{name:12} {path.read_text().splitlines()[0].lstrip('# ')}")
+            print(f"{name:{max(map(len, recipes))}} {path.read_text().splitlines()[0].lstrip('# ')}")
         return 0
     if options.name not in recipes:
-        raise ConfigError(f"no bundled recipe is called {options.name}. There are: {', '.join(recipes)}.")
+        raise ConfigError(f"no bundled recipe is called {options.name}.{nearest_recipes(options.name)}")
     if options.file is None:
         print(recipes[options.name].read_text(), end="")
         return 0

@@ -24,6 +24,7 @@ import yaml
 from opdlm.errors import ConfigError
 
 Section = TypeVar("Section")
+Selection = Literal["one_per_block", "all", "complementary", "random_mask"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +34,17 @@ class ModelSection:
     ships.
     """
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the weights in memory; softmax and losses are float32 always."""
+    """Precision of the weights in memory; softmax and losses are float32 always, and so are the weights
+    that the optimiser works on (adapter and mask embedding, or a master copy of the student).
+    """
+    load_in_4bit: bool = False
+    """QLoRA: hold the frozen linear layers in 4 bits (NF4). Needs LoRA and bitsandbytes: 'opdlm[quant]'."""
     trust_remote_code: bool = False
     """Run Python code that the checkpoint brings along. Off unless you trust its author."""
+    attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"
+    """sdpa: a dense mask; flex: FlexAttention (CUDA); flash: chunks of queries, no dense mask; auto: flex or
+    flash.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +53,8 @@ class FormatSection:
     """preserve: clean tokens stay the AR model's, drafts can be verified. sdar: servable by SDAR engines."""
     block_size: int = 4
     """Tokens per diffusion block."""
+    block_growth: tuple[tuple[int, int], ...] = ()
+    """Pairs (first step, block size) ending in block_size: [[0, 4], [100, 8]]. Empty: one size throughout."""
     grid: Literal["absolute", "response"] = "absolute"
     """Where blocks are counted from: token 0, or the first response token."""
     mask_token: str = "<|mask|>"
@@ -60,8 +71,22 @@ class LoraSection:
     """Rank."""
     alpha: int = 64
     """Scale: the adapter's output is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """On the adapter's input, in updates only: rollouts and targets are computed without it."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Which linear layers get an adapter, as PEFT reads it."""
+    """Which linear layers get an adapter, as PEFT reads it: all-linear, a list of names, or a regular
+    expression over full names (which can also choose layers).
+    """
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r): a larger rank does not shrink the update."""
+    use_dora: bool = False
+    """DoRA: learn the length of every weight row apart from its direction."""
+    init: str = "default"
+    """default (B = 0), gaussian (A normal, B = 0), or orthogonal (B A = 0, neither is 0; even r)."""
+    merge: bool = True
+    """sdar: add the adapter to the weights of the result folder, as serving engines need it. false keeps the
+    AR weights and the adapter apart; `opdlm merge` can join them later. preserve never merges.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +95,18 @@ class DataSection:
     """Prompts: .jsonl, .parquet or a `datasets` name, one or a list. Rows need `prompt` or `messages`."""
     self_prompts: int = 0
     """Prompts that the model writes itself before training, beside those of path, which may be empty."""
+    config: str = ""
+    """Configuration of a `datasets` name that has several, for example main."""
     split: str = "train"
     """Split of a `datasets` name; slices such as train[:1000] work."""
+    prompt_column: str = ""
+    """Column that holds the prompt as text; empty: `prompt` or `messages`."""
+    enable_thinking: bool | None = None
+    """Passed to the chat templates that know it (Qwen3, SmolLM3); None = the template's default."""
     max_prompt_tokens: int = 1024
     """Longer prompts are an error, never cut."""
+    drop_long_prompts: bool = False
+    """Leave longer prompts out and say how many, instead."""
     system_prompt: str = ""
     """Put before every prompt through the chat template."""
     limit: int | None = None
@@ -83,9 +116,9 @@ class DataSection:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutSection:
     prompts_per_step: int = 64
-    """Prompts that get a response in each step."""
+    """Prompts that get a response in each step, over all devices."""
     batch_size: int = 64
-    """Rows decoded at once."""
+    """Rows decoded at once on one device."""
     max_new_tokens: int = 256
     """Length cap of a response at the end of the curriculum."""
     start_new_tokens: int | None = None
@@ -112,8 +145,16 @@ class RolloutSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatesSection:
-    selection: Literal["one_per_block", "all", "complementary", "random_mask"] = "all"
+    selection: Selection = "all"
     """Which denoising states of a rollout are trained on (objective opd)."""
+    selection_schedule: tuple[tuple[int, Selection], ...] = ()
+    """Pairs (first step, selection) ending in selection: [[0, random_mask], [50, all]]. Empty: always the
+    same.
+    """
+    mask_rate: tuple[float, float] = (0.0, 1.0)
+    """random_mask and complementary draw the masked share of a block from this range."""
+    mask_rate_ramp_steps: int = 0
+    """Steps over which the upper end of mask_rate grows from the lower one: few masks first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +178,8 @@ class LossSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSection:
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw is torch's, fused. adamw8bit keeps its moments in 8 bits (bitsandbytes: 'opdlm[quant]')."""
     learning_rate: float = 1e-5
     """Peak learning rate."""
     min_learning_rate_ratio: float = 0.1
@@ -156,17 +199,25 @@ class TrainSection:
     num_steps: int = 100
     """Rollout steps. Each generates responses, then makes the updates below."""
     rows_per_update: int = 8
-    """Rollouts per optimiser update."""
+    """Rollouts per optimiser update, over all devices."""
     micro_batch_rows: int = 8
-    """Rollouts per forward and backward; changes memory, not results."""
+    """Memory of a forward and backward on one device, in rollouts as long as the update's longest; shorter
+    ones are packed, more of them. Changes no result.
+    """
     passes_per_rollout: int = 1
-    """How often each rollout is trained on."""
+    """How often a step trains on each rollout."""
+    max_staleness: int = 0
+    """Later steps that train on a rollout again, beside their own; 0 = none."""
+    ema_decay: float | None = None
+    """Write the running average of the trained weights, with this decay per update; None = the last ones."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    gradient_checkpointing_every: int = 1
+    """With gradient_checkpointing: every so many layers are recomputed, the others keep their activations."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 runs the forward under autocast."""
     seed: int = 0
-    """Every random draw derives from (seed, step, rank)."""
+    """Every random draw derives from (seed, step, prompt): the number of devices changes none."""
     save_every: int = 50
     """Steps between checkpoints."""
     save_total_limit: int = 2
@@ -181,6 +232,10 @@ class TrainSection:
 class EvalSection:
     path: str = ""
     """JSONL with `prompt`, and optionally `answer`, `skill`, `held_out`. Empty: no evaluation."""
+    scoring: Literal["exact", "gsm8k"] = "exact"
+    """exact: the whole response equals `answer`. gsm8k: a GSM8K file (`question`, `answer`), the number after
+    ####; the last number of the response is scored apart.
+    """
     modes: tuple[Literal["ar", "static", "threshold", "lossless"], ...] = ()
     """Decodings to measure. Empty: static, threshold and, where the format can do it, lossless."""
     max_new_tokens: int = 256
@@ -193,6 +248,12 @@ class EvalSection:
     """Static and threshold in preserve: the AR model replaces tokens it finds less likely; 0 = never."""
     limit: int | None = None
     """Prompts per skill; None = all."""
+    agreement: bool = True
+    """Also report how far responses and visited states are from the teacher."""
+    likelihood_samples: int = 0
+    """Also report the likelihood of the teacher's responses: so many pairs of orders bound the student's;
+    0 = no.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -390,7 +451,11 @@ def field_docstrings(cls: type) -> dict[str, str]:
 def check_config(config: Config) -> None:
     """Rules across keys. Raises ConfigError for the first that does not hold."""
     check_ranges(config)
-    b, rollout = config.format.block_size, config.rollout
+    check_schedule("format.block_growth", config.format.block_growth, "format.block_size", config)
+    check_schedule("states.selection_schedule", config.states.selection_schedule, "states.selection", config)
+    check_curricula(config)
+    rollout = config.rollout
+    b = min([size for _, size in config.format.block_growth], default=config.format.block_size)
     if rollout.denoising_steps is not None and rollout.denoising_steps > b:
         raise ConfigError(
             f"rollout.denoising_steps ({rollout.denoising_steps}) exceeds format.block_size ({b}): "
@@ -422,8 +487,71 @@ def check_config(config: Config) -> None:
             "eval.modes contains lossless, but format.name is sdar, which changes the AR weights and cannot "
             "verify: drop lossless or use format.name=preserve."
         )
+    if config.eval.likelihood_samples == 1:
+        raise ConfigError(
+            "eval.likelihood_samples (1) leaves the error of the bound unknown: use 0 (off) or at least 2."
+        )
     if config.format.name == "preserve" and b < 2:
         raise ConfigError("format.block_size (1) leaves preserve nothing to draft: use at least 2.")
+    check_adapter(config)
+
+
+LORA_INITS = ("default", "gaussian", "orthogonal")
+
+
+def check_adapter(config: Config) -> None:
+    """Rules between the adapter, the frozen base under it and the optimiser."""
+    lora, in_4bit = config.lora, config.model.load_in_4bit
+    if lora.init not in LORA_INITS:
+        raise ConfigError(
+            f"lora.init ({lora.init!r}) must be one of {', '.join(LORA_INITS)}: others (pissa, olora, loftq) "
+            "rewrite the base weights, which are the teacher, or need data of their own (eva, corda)."
+        )
+    if lora.init == "orthogonal" and (lora.r % 2 or in_4bit):
+        raise ConfigError(
+            f"lora.init (orthogonal) needs an even lora.r ({lora.r}) and model.load_in_4bit=false "
+            f"({str(in_4bit).lower()}): use lora.init=default."
+        )
+    if in_4bit and not lora.enabled:
+        raise ConfigError(
+            "model.load_in_4bit (true) freezes the weights, and lora.enabled=false trains them: set "
+            "lora.enabled=true."
+        )
+    if in_4bit and lora.use_dora:
+        raise ConfigError(
+            "lora.use_dora (true) measures rows of the base weights, which model.load_in_4bit packs away: "
+            "set one of the two to false."
+        )
+
+
+def check_schedule(name: str, pairs: Sequence[tuple[int, Any]], final: str, config: Config) -> None:
+    """Pairs (first step, value) start at step 0, rise, reach the final value, and each gets its turn."""
+    if not pairs:
+        return
+    steps, value = [step for step, _ in pairs], lookup(config, final)
+    if steps[0] != 0 or any(left >= right for left, right in itertools.pairwise(steps)):
+        raise ConfigError(f"{name} has the first steps {steps}: start with 0 and let them rise.")
+    if pairs[-1][1] != value:
+        raise ConfigError(
+            f"{name} ends with {pairs[-1][1]}, but {final} is {value}, which the result has: make them equal."
+        )
+    if steps[-1] >= config.train.num_steps:
+        raise ConfigError(
+            f"{name} reaches {value} at step {steps[-1]}, but train.num_steps is {config.train.num_steps}: "
+            "it would never be trained. Start it earlier."
+        )
+
+
+def check_curricula(config: Config) -> None:
+    """Blocks grow; a range of mask rates has a lower and an upper end."""
+    sizes = [size for _, size in config.format.block_growth]
+    if any(not 0 < left < right for left, right in itertools.pairwise(sizes)):
+        raise ConfigError(f"format.block_growth has the block sizes {sizes}: they must be positive and grow.")
+    low, high = config.states.mask_rate
+    if not 0 <= low < high <= 1:
+        raise ConfigError(
+            f"states.mask_rate ({low}, {high}) must be a range: 0 <= lower end < upper end <= 1."
+        )
 
 
 POSITIVE = (
@@ -446,6 +574,7 @@ POSITIVE = (
     "train.rows_per_update",
     "train.micro_batch_rows",
     "train.passes_per_rollout",
+    "train.gradient_checkpointing_every",
     "train.save_every",
     "train.save_total_limit",
     "eval.max_new_tokens",
@@ -458,13 +587,18 @@ INTERVALS = {
     "rollout.top_p": (1e-6, 1.0),
     "loss.jsd_beta": (1e-6, 1 - 1e-6),
     "loss.reverse_weight": (0.0, 1.0),
+    "lora.dropout": (0.0, 0.99),
     "optimizer.min_learning_rate_ratio": (0.0, 1.0),
     "optimizer.weight_decay": (0.0, 10.0),
     "optimizer.warmup_steps": (0, 10**9),
     "rollout.warm_start_steps": (0, 10**9),
     "data.self_prompts": (0, 10**9),
+    "states.mask_rate_ramp_steps": (0, 10**9),
+    "train.max_staleness": (0, 10**9),
+    "train.ema_decay": (0.0, 1 - 1e-9),
     "eval.confidence_threshold": (0.0, 1.0),
     "eval.veto_below": (0.0, 1.0),
+    "eval.likelihood_samples": (0, 10**6),
 }
 
 

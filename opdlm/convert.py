@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opdlm.attention import SlotCache, attention_windows
+from opdlm.attention import SlotCache, layer_kinds
 from opdlm.blocks import clean_slots
 from opdlm.config import Config, FormatSection
 from opdlm.diffusion import DiffusionLM, DiffusionSpec, head_logits
@@ -29,7 +29,9 @@ def make_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, con
     """The student at step 0; one seed, one student. `model` becomes its base, the tokenizer gains [MASK]."""
     with torch.random.fork_rng(devices=[]):  # PEFT and new embedding rows draw from the global generator
         torch.manual_seed(config.train.seed)
-        return build_student(model, tokenizer, config)
+        student = build_student(model, tokenizer, config)
+    student.attention = config.model.attention
+    return student
 
 
 def build_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> DiffusionLM:
@@ -91,7 +93,7 @@ def make_spec(
         mask_token_id=mask_token_id,
         stop_token_ids=stops,
         banned_token_ids=tuple(sorted({*unused, mask_token_id})),
-        adapter=config.lora.enabled and config.format.name == "preserve",
+        adapter=config.lora.enabled and (config.format.name == "preserve" or not config.lora.merge),
     )
 
 
@@ -105,12 +107,12 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def initial_mask_embedding(model: PreTrainedModel, spec: DiffusionSpec, kind: str, seed: int) -> Tensor:
-    """Where the mask embedding starts `[H]`, at the scale at which embeddings enter the model."""
+    """Where the mask embedding starts `[H]`, float32, at the scale at which embeddings enter the model."""
     ids = [i for i in range(vocabulary_rows(model)) if i not in spec.banned_token_ids]
     embedding = model.get_input_embeddings()
     with torch.no_grad():
         if kind == "stop":
-            return embedding(torch.tensor(spec.stop_token_ids[:1], device=model.device))[0].clone()
+            return embedding(torch.tensor(spec.stop_token_ids[:1], device=model.device))[0].float().clone()
         used_VH = embedding(torch.tensor(ids, device=model.device))
         mean_H = used_VH.float().mean(0)
         if kind == "zero":
@@ -118,7 +120,7 @@ def initial_mask_embedding(model: PreTrainedModel, spec: DiffusionSpec, kind: st
         if kind == "noise":
             noise_H = torch.randn(mean_H.shape, generator=torch.Generator().manual_seed(seed))
             mean_H = mean_H + noise_H.to(mean_H.device) * used_VH.float().std(0)
-        return mean_H.to(used_VH.dtype)
+        return mean_H
 
 
 @torch.no_grad()
@@ -138,7 +140,7 @@ def probe(model: PreTrainedModel, spec: DiffusionSpec) -> None:
 
 def find_failure(model: PreTrainedModel, spec: DiffusionSpec) -> str | None:
     """The first property that does not hold, in words; None when all do."""
-    others = sorted({*attention_windows(model.config)} - {"full_attention", "sliding_attention"})
+    others = sorted({*layer_kinds(model.config)} - {"full_attention", "sliding_attention"})
     if others:
         return f"its {', '.join(others)} layers cannot be told who sees whom"
     ids = [i for i in range(vocabulary_rows(model)) if i not in spec.banned_token_ids]

@@ -1,12 +1,15 @@
-"""Prompts from JSONL, Parquet or a `datasets` name, chat-templated, as token ids. Nothing is cut or skipped.
+"""Prompts from JSONL, Parquet or a `datasets` name, chat-templated, as token ids.
 
-Rows need `prompt` (text) or `messages` (a list of role/content). Tokenizers without a chat template get the
-plain prompt. A wrong row is one `DataError` that names file, line and fix, before any training starts.
+Rows need `prompt` (text), another column that `data.prompt_column` names, or `messages` (a list of
+role/content). Nothing is cut; long prompts are an error, or left out and counted. Tokenizers without a chat
+template get the plain prompt. A wrong row is one `DataError` that names file, line and fix, before any
+training starts.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from opdlm.config import DataSection, resolve_path
 from opdlm.errors import DataError
 from opdlm.records import Prompt
+from opdlm.scoring import Scoring
 
 Row = dict[str, Any]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +36,10 @@ class Task:
     answer: str | None
     skill: str
     held_out: bool
+    scoring: Scoring = "exact"
 
 
-def read_rows(path: str, split: str = "train") -> list[tuple[str, Row]]:
+def read_rows(path: str, split: str = "train", config: str = "") -> list[tuple[str, Row]]:
     """(place, row) pairs; `place` says where to look when something is wrong."""
     file = Path(resolve_path(path))
     if file.suffix == ".jsonl":
@@ -42,7 +48,7 @@ def read_rows(path: str, split: str = "train") -> list[tuple[str, Row]]:
         return read_parquet(file)
     if file.is_file() or (file.suffix and not file.is_dir()):
         raise DataError(f"data.path ({path}) must be a .jsonl or .parquet file, or the name of a dataset.")
-    return read_dataset(path, split)
+    return read_dataset(path, split, config)
 
 
 def read_jsonl(file: Path) -> list[tuple[str, Row]]:
@@ -78,11 +84,11 @@ def read_parquet(file: Path) -> list[tuple[str, Row]]:
     return [(f"{file} row {i}", row) for i, row in enumerate(table.to_pylist())]
 
 
-def read_dataset(name: str, split: str) -> list[tuple[str, Row]]:
+def read_dataset(name: str, split: str, config: str) -> list[tuple[str, Row]]:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name, split=split)
+        loaded = datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise DataError(
@@ -91,9 +97,9 @@ def read_dataset(name: str, split: str) -> list[tuple[str, Row]]:
     return [(f"{name} row {i}", row) for i, row in enumerate(loaded)]
 
 
-def messages_of(place: str, row: Row, system_prompt: str) -> list[dict[str, str]]:
-    """The conversation up to the response, checked."""
-    if "messages" in row:
+def messages_of(place: str, row: Row, system_prompt: str, column: str = "") -> list[dict[str, str]]:
+    """The conversation up to the response, checked; `column` names the one that holds the prompt's text."""
+    if "messages" in row and not column:
         messages = row["messages"]
         if not isinstance(messages, list) or not all(is_message(m) for m in messages):
             raise DataError(
@@ -101,10 +107,14 @@ def messages_of(place: str, row: Row, system_prompt: str) -> list[dict[str, str]
             )
         if messages and messages[-1].get("role") == "assistant":
             messages = messages[:-1]  # the response is the student's to write
-    elif "prompt" in row:
-        if not isinstance(row["prompt"], str):
-            raise DataError(f"{place}: `prompt` must be text, not {type(row['prompt']).__name__}.")
-        messages = [{"role": "user", "content": row["prompt"]}]
+    elif (name := column or "prompt") in row:
+        if not isinstance(row[name], str):
+            raise DataError(f"{place}: `{name}` must be text, not {type(row[name]).__name__}.")
+        messages = [{"role": "user", "content": row[name]}]
+    elif column:
+        raise DataError(
+            f"{place} has no column {column} (data.prompt_column), only {', '.join(row) or 'nothing'}."
+        )
     else:
         raise DataError(
             f"{place} has neither `prompt` nor `messages` (found: {', '.join(row) or 'nothing'})."
@@ -118,10 +128,16 @@ def is_message(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids up to where the response starts."""
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], enable_thinking: bool | None = None
+) -> list[int]:
+    """Token ids up to where the response starts; `enable_thinking` is for the chat template, if it is set."""
     if tokenizer.chat_template:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        options: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, **options
+        )
+        return list(ids)
     return list(tokenizer(messages[-1]["content"])["input_ids"])
 
 
@@ -129,24 +145,35 @@ def encode_rows(
     rows: Sequence[tuple[str, Row]],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    system_prompt: str,
-    max_prompt_tokens: int,
+    section: DataSection,
     mask_token_id: int,
 ) -> list[Prompt]:
-    prompts = []
+    prompts, num_long = [], 0
     for index, (place, row) in enumerate(rows):
-        ids = encode_prompt(tokenizer, messages_of(place, row, system_prompt))
-        if len(ids) > max_prompt_tokens:
+        messages = messages_of(place, row, section.system_prompt, section.prompt_column)
+        ids = encode_prompt(tokenizer, messages, section.enable_thinking)
+        if len(ids) > section.max_prompt_tokens:
+            if section.drop_long_prompts:
+                num_long += 1
+                continue
             raise DataError(
                 f"{place} has {len(ids)} prompt tokens, more than data.max_prompt_tokens "
-                f"({max_prompt_tokens}). "
-                "Raise the limit (up to the model's context) or remove the row."
+                f"({section.max_prompt_tokens}). Raise the limit (up to the model's context), remove the "
+                "row, or set data.drop_long_prompts=true."
             )
         if not ids:
             raise DataError(f"{place} has a prompt without any token. Remove the row.")
         if mask_token_id in ids:
             raise DataError(f"{place} contains the mask token. Remove it or set another format.mask_token.")
         prompts.append(Prompt(ids=tuple(ids), index=index))
+    if num_long:
+        log.warning(
+            f"left out {num_long} of {len(rows)} prompts: longer than {section.max_prompt_tokens} tokens"
+        )
+    if not prompts:
+        raise DataError(
+            f"no prompt has at most {section.max_prompt_tokens} tokens: raise data.max_prompt_tokens."
+        )
     return prompts
 
 
@@ -160,28 +187,30 @@ def load_prompts(
             "data.path is empty: conversion needs prompts. Give a .jsonl or .parquet file or a dataset, or "
             "let the model write them: data.self_prompts=4000."
         )
-    rows = [row for path in paths for row in read_rows(path, section.split)][: section.limit]
+    rows = [row for path in paths for row in read_rows(path, section.split, section.config)]
+    rows = rows[: section.limit]
     if not rows:
         raise DataError(f"data.path ({section.path}) holds no rows. Give at least one prompt.")
-    return encode_rows(
-        rows,
-        tokenizer,
-        system_prompt=section.system_prompt,
-        max_prompt_tokens=section.max_prompt_tokens,
-        mask_token_id=mask_token_id,
-    )
+    return encode_rows(rows, tokenizer, section=section, mask_token_id=mask_token_id)
 
 
 def load_tasks(
-    path: str, tokenizer: PreTrainedTokenizerBase, mask_token_id: int, *, limit: int | None = None
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    mask_token_id: int,
+    *,
+    limit: int | None = None,
+    enable_thinking: bool | None = None,
+    scoring: Scoring = "exact",
 ) -> list[Task]:
     """Evaluation prompts; `limit` keeps that many of each skill."""
     rows = read_rows(path)
     if not rows:
         raise DataError(f"eval.path ({path}) holds no rows.")
-    prompts = encode_rows(
-        rows, tokenizer, system_prompt="", max_prompt_tokens=10**9, mask_token_id=mask_token_id
-    )
+    if scoring == "gsm8k":
+        rows = [(place, gsm8k_row(place, row)) for place, row in rows]
+    section = DataSection(max_prompt_tokens=10**9, enable_thinking=enable_thinking)
+    prompts = encode_rows(rows, tokenizer, section=section, mask_token_id=mask_token_id)
     tasks, counts = [], dict[str, int]()
     for prompt, (place, row) in zip(prompts, rows, strict=True):
         skill = str(row.get("skill", "all"))
@@ -196,9 +225,20 @@ def load_tasks(
                 answer=None if answer is None else str(answer),
                 skill=skill,
                 held_out=bool(row.get("held_out", False)),
+                scoring=scoring,
             )
         )
     return tasks
+
+
+def gsm8k_row(place: str, row: Row) -> Row:
+    """A row of the GSM8K files as a task, asked as lm-evaluation-harness asks it (without examples)."""
+    if not isinstance(row.get("question"), str) or "#### " not in str(row.get("answer")):
+        raise DataError(
+            f"{place}: eval.scoring=gsm8k needs `question` and an `answer` that ends in `#### number`. "
+            "Give a file of GSM8K, or set eval.scoring=exact."
+        )
+    return {"prompt": f"Question: {row['question']}\nAnswer:", "answer": row["answer"], "skill": "gsm8k"}
 
 
 class PromptStream:

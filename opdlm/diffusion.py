@@ -3,11 +3,10 @@
 One object holds what both formats need: the student that computes noised slots, the frozen teacher that
 computes clean ones (`preserve`) or the targets, the mask embedding, and the block grid. Where teacher and
 student share weights (LoRA), the adapter is *gated*: it is computed for noised slots only, so one forward
-pass gives exact teacher states and drafts together. METHOD parts 2
-and 8.
+pass gives exact teacher states and drafts together. METHOD parts 2 and 8.
 
-This room, `attention`, `blocks`, `unmasking` and `generate` import only torch and transformers: they travel
-inside every converted checkpoint as its remote code.
+This room and those that decode (`export.REMOTE_ROOMS`) import only torch and transformers: they travel inside
+every converted checkpoint as its remote code.
 """
 
 from __future__ import annotations
@@ -18,11 +17,20 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention import SlotCache, attention_windows, keys_with_cache, layer_masks, use_slot_attention
+from .attention import (
+    AttentionChoice,
+    Backend,
+    SlotCache,
+    choose_backend,
+    layer_windows,
+    no_mask,
+    start_decode,
+    start_forward,
+    use_slot_attention,
+)
 from .blocks import Format, Grid, GridKind, Slots, clean_slots
 from .cache import DecodeCache, Packed
 
@@ -60,13 +68,11 @@ class DiffusionSpec:
 
 
 class Adapted(NamedTuple):
-    """A linear layer with a low-rank adapter: host(x) = base(x) + scale * up @ down @ x."""
+    """A linear layer with an adapter: host(x) = base(x) + change(x, base(x))."""
 
     host: nn.Module
     base: Callable[[Tensor], Tensor]
-    down_RI: Tensor
-    up_OR: Tensor
-    scale: float
+    change: Callable[[Tensor, Tensor], Tensor]
 
 
 class Gate:
@@ -87,10 +93,9 @@ class Gate:
             if self.num_clean is None:
                 return ungated(inputs, *args, **kwargs)
             output = layer.base(inputs)
-            noised = inputs[..., self.num_clean :, :]
+            noised = output[..., self.num_clean :, :]
             if noised.shape[-2]:
-                change = F.linear(F.linear(noised.to(layer.down_RI.dtype), layer.down_RI), layer.up_OR)
-                output[..., self.num_clean :, :].add_(change, alpha=layer.scale)
+                noised.add_(layer.change(inputs[..., self.num_clean :, :], noised))
             return output
 
         return forward
@@ -131,7 +136,8 @@ class DiffusionLM(nn.Module):
         self.gate = Gate()
         self.gate.attach(adapted)
         self.adapter_off = adapter_off
-        self.windows = attention_windows(student.config)
+        self.windows = layer_windows(student.config)
+        self.attention: AttentionChoice = "auto"
         self.head_constants = head_constants(student)  # reading a config is slow: not once a step
         for model in (student, teacher):
             if model is not None:
@@ -141,6 +147,11 @@ class DiffusionLM(nn.Module):
     def device(self) -> torch.device:
         embedding: Any = self.student.get_input_embeddings()  # `student.device` searches every module
         return embedding.weight.device
+
+    @property
+    def backend(self) -> Backend:
+        """The attention backend that runs."""
+        return choose_backend(self.attention, self.device, self.student.config)
 
     @property
     def is_one_forward(self) -> bool:
@@ -191,20 +202,14 @@ class DiffusionLM(nn.Module):
             context = self.gate.after(packed.num_clean)
         with context:
             embedded_NH = self.embed(model, packed.ids_N.to(self.device))
-            masks = {kind: cache.mask(window, embedded_NH.dtype) for kind, window in self.windows.items()}
+            dtype = embedded_NH.dtype
             return backbone(model)(
                 inputs_embeds=embedded_NH[None],
                 position_ids=packed.positions_N[None].to(self.device),
-                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+                attention_mask=no_mask(dtype, self.device),
                 use_cache=False,
-                decode_cache=cache,
+                slot_forward=start_decode(self.windows, dtype, cache),
             ).last_hidden_state[0]
-
-    @torch.no_grad()
-    def teacher_causal_hidden(self, ids_BL: Tensor) -> Tensor:
-        """The teacher's plain causal pass, with no mask of ours: what the AR model itself would compute."""
-        with self.teacher_weights() as model:
-            return backbone(model)(input_ids=ids_BL, use_cache=False).last_hidden_state
 
     @contextmanager
     def teacher_weights(self) -> Iterator[PreTrainedModel]:
@@ -232,7 +237,7 @@ class DiffusionLM(nn.Module):
         stops = self.spec.stop_token_ids if stop_token_ids is None else stop_token_ids
         spec = replace(self.spec, format="preserve", stop_token_ids=stops)
         decoder = DiffusionLM(self.student, spec, teacher=self.teacher, adapter_off=self.adapter_off)
-        decoder.gate = self.gate
+        decoder.gate, decoder.attention = self.gate, self.attention
         return decoder
 
     def embed(self, model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
@@ -247,18 +252,14 @@ class DiffusionLM(nn.Module):
         return clean_slots(ids_BL, lengths_B, num_prompt_B, self.spec.block_grid, self.spec.format)
 
     def _hidden(self, model: PreTrainedModel, slots: Slots, cache: SlotCache | None) -> Tensor:
-        keys = slots
-        if cache is not None:
-            reach = max(int(slots.reach_BS.max()), 0)
-            cache.begin(slots, min(reach + 1, cache.capacity))
-            keys = keys_with_cache(slots, cache.length)
         embedded_BSH = self.embed(model, slots.ids_BS)
+        dtype = embedded_BSH.dtype
         return backbone(model)(
             inputs_embeds=embedded_BSH,
             position_ids=slots.positions_BS,
-            attention_mask=layer_masks(slots, keys, self.windows, embedded_BSH.dtype),
+            attention_mask=no_mask(dtype, self.device),
             use_cache=False,
-            slot_cache=cache,
+            slot_forward=start_forward(slots, self.windows, dtype, self.backend, cache),
         ).last_hidden_state
 
 

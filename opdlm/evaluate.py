@@ -2,7 +2,8 @@
 
 Per skill: exact match, share of outputs identical to the teacher's, tokens per forward with every forward
 counted (prefill and commits included). Where prompts carry no answer, the teacher's greedy output is the
-reference. Retention is the student's mean over skills divided by the teacher's.
+reference. Retention is the student's mean over skills divided by the teacher's. Every score has its 95 %
+interval (`intervals`); student and teacher are compared on the same prompts.
 """
 
 from __future__ import annotations
@@ -16,32 +17,63 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from opdlm.checkpoint import write_atomic
 from opdlm.config import EvalSection
 from opdlm.data import Task
 from opdlm.diffusion import DiffusionLM
 from opdlm.errors import ConfigError
 from opdlm.generate import DecodeConfig, DecodeStats, Mode, generate
+from opdlm.generation_log import Generation, GenerationLog
+from opdlm.intervals import Interval, PairedComparison, compare_paired, mean_of_shares, wilson
 from opdlm.records import Rollout
+from opdlm.scoring import is_right, is_right_flexibly
+
+REPEATED_TOKENS = 4
+"""Length of the pieces whose recurrence within a response counts as repetition."""
+
+
+DENOISING_MODES = ("static", "threshold", "entropy", "left_to_right")
+ACTS_IN: dict[str, tuple[str, ...]] = {
+    "batch_size": (),
+    "denoising_steps": ("static", "threshold", "left_to_right"),
+    "confidence_threshold": ("threshold",),
+    "entropy_bound": ("entropy",),
+    "veto_below": DENOISING_MODES,
+    "forward_overhead": ("lossless",),
+}
+"""Modes in which a decoding setting decides the response or its forwards; those not named act in all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModeReport:
-    """One model in one decoding mode. Shares are between 0 and 1."""
+    """One model in one decoding mode. Shares are between 0 and 1, intervals are 95 %."""
 
     name: str
     accuracy: float
     """Mean over skills of exact match."""
+    accuracy_interval: Interval
     accuracy_seen: float | None
+    accuracy_seen_interval: Interval | None
     accuracy_held_out: float | None
+    accuracy_held_out_interval: Interval | None
+    accuracy_flexible: float | None
+    """The last number of the response is right; where eval.scoring is gsm8k."""
     by_skill: dict[str, float]
+    by_skill_interval: dict[str, Interval]
+    against_teacher: dict[str, PairedComparison]
+    """Prompt by prompt: all skills, and seen and held-out ones where both exist."""
     identical_to_teacher: float
     """Share of responses equal to the teacher's, token for token."""
+    identical_to_teacher_interval: Interval
     tokens_per_forward: float
     tokens_per_forward_seen: float
     tokens_per_forward_held_out: float
     tokens_per_step: float
     tokens_per_second: float
     stop_rate: float
+    mean_response_tokens: float
+    repetition: float
+    """Share of 4-token pieces that stood earlier in the same response."""
     num_prompts: int
 
 
@@ -67,15 +99,26 @@ class RetentionReport:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Responses of one model in one mode."""
+    """Responses of one model in one mode, in the order of the tasks, and their keys in the log."""
 
-    rollouts: list[Rollout]
-    stats_by_held_out: dict[bool, DecodeStats]
-    seconds: float
+    generations: list[Generation]
+    keys: list[str]
 
     @property
-    def stats(self) -> DecodeStats:
-        return self.stats_by_held_out[False] + self.stats_by_held_out[True]
+    def rollouts(self) -> list[Rollout]:
+        return [generation.rollout for generation in self.generations]
+
+    @property
+    def seconds(self) -> float:
+        return sum(generation.seconds for generation in self.generations)
+
+
+def decoding_stats(rollouts: Sequence[Rollout]) -> DecodeStats:
+    return DecodeStats(
+        sum(r.num_response for r in rollouts),
+        sum(r.num_forwards for r in rollouts),
+        sum(r.num_steps for r in rollouts),
+    )
 
 
 def decode_tasks(
@@ -84,8 +127,12 @@ def decode_tasks(
     mode: Mode,
     section: EvalSection,
     on_batch: Callable[[int], None] = lambda _: None,
+    log: GenerationLog | None = None,
+    name: str = "",
 ) -> Outputs:
-    """Greedy responses for every task."""
+    """Greedy responses for every task, prompts of similar length together. What the log holds is not decoded
+    again; `name` tells decodings of one mode apart there.
+    """
     config = DecodeConfig(
         mode=mode,
         max_new_tokens=section.max_new_tokens,
@@ -93,15 +140,29 @@ def decode_tasks(
         confidence_threshold=section.confidence_threshold,
         veto_below=section.veto_below,
     )
-    rollouts: dict[int, Rollout] = {}
-    stats = {False: DecodeStats(), True: DecodeStats()}
-    started = time.perf_counter()
-    for held_out in stats:
-        group = [i for i, task in enumerate(tasks) if task.held_out == held_out]
-        batch, stats[held_out] = generate(model, [tasks[i].prompt.ids for i in group], config)
-        rollouts.update(zip(group, batch, strict=True))
-        on_batch(len(group))
-    return Outputs([rollouts[i] for i in range(len(tasks))], stats, time.perf_counter() - started)
+    keys = [decoding_key(log, name or mode, config, task) for task in tasks]
+    done = dict(log.finished) if log else {}
+    order = sorted(range(len(tasks)), key=lambda i: (tasks[i].held_out, len(tasks[i].prompt.ids)))
+    for first in range(0, len(order), section.batch_size):
+        chosen = [i for i in order[first : first + section.batch_size] if keys[i] not in done]
+        started = time.perf_counter()
+        batch, _ = generate(model, [tasks[i].prompt.ids for i in chosen], config)
+        seconds = (time.perf_counter() - started) / max(1, len(chosen))
+        fresh = {keys[i]: Generation(r, seconds) for i, r in zip(chosen, batch, strict=True)}
+        if log and fresh:
+            log.add(fresh)
+        done |= fresh
+        on_batch(len(chosen))
+    return Outputs([done[key] for key in keys], keys)
+
+
+def decoding_key(log: GenerationLog | None, name: str, config: DecodeConfig, task: Task) -> str:
+    """Without a log: the task's place."""
+    if log is None:
+        return str(task.prompt.index)
+    acting = {k: v for k, v in asdict(config).items() if config.mode in ACTS_IN.get(k, (config.mode,))}
+    decoding = acting | {"name": name}
+    return log.key(decoding, task.prompt.ids)
 
 
 def evaluate(
@@ -110,19 +171,20 @@ def evaluate(
     tasks: Sequence[Task],
     section: EvalSection,
     on_batch: Callable[[int], None] = lambda _: None,
+    log: GenerationLog | None = None,
 ) -> tuple[RetentionReport, dict[str, Outputs]]:
     """The retention report and the raw outputs per mode (`teacher` is the AR reference)."""
     if model.spec.format == "sdar" and "lossless" in section.modes:
         raise ConfigError(
             "mode lossless needs format preserve; this checkpoint is sdar. Drop it from eval.modes."
         )
-    teacher = decode_tasks(model.teacher_decoder(), tasks, "ar", section, on_batch)
+    teacher = decode_tasks(model.teacher_decoder(), tasks, "ar", section, on_batch, log, "teacher")
     outputs = {"teacher": teacher}
     for mode in section.modes or default_modes(model):
         outputs[mode] = (
             teacher
             if mode == "ar" and model.spec.format == "preserve"
-            else decode_tasks(model, tasks, mode, section, on_batch)
+            else decode_tasks(model, tasks, mode, section, on_batch, log)
         )
     reports = {name: report_mode(name, output, teacher, tasks, tokenizer) for name, output in outputs.items()}
     report = RetentionReport(
@@ -145,28 +207,77 @@ def response_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
 def report_mode(
     name: str, output: Outputs, teacher: Outputs, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase
 ) -> ModeReport:
-    correct: dict[str, list[bool]] = {}
-    for task, rollout, reference in zip(tasks, output.rollouts, teacher.rollouts, strict=True):
-        expected = task.answer if task.answer is not None else response_text(reference, tokenizer)
-        correct.setdefault(task.skill, []).append(response_text(rollout, tokenizer) == expected.strip())
-    by_skill = {skill: sum(hits) / len(hits) for skill, hits in sorted(correct.items())}
+    texts = [response_text(rollout, tokenizer) for rollout in output.rollouts]
+    references = [response_text(rollout, tokenizer) for rollout in teacher.rollouts]
+    expected = [r if t.answer is None else t.answer for t, r in zip(tasks, references, strict=True)]
+    right = [is_right(x, e, t.scoring) for x, e, t in zip(texts, expected, tasks, strict=True)]
+    reference = [is_right(x, e, t.scoring) for x, e, t in zip(references, expected, tasks, strict=True)]
+    pairs: dict[str, list[tuple[bool, bool]]] = {}
+    for task, pair in sorted(zip(tasks, zip(reference, right, strict=True), strict=True), key=skill_of):
+        pairs.setdefault(task.skill, []).append(pair)
     held_out = {task.skill for task in tasks if task.held_out}
-    same = [a.text_ids == b.text_ids for a, b in zip(output.rollouts, teacher.rollouts, strict=True)]
+    groups = {
+        "all": pairs,
+        "seen": {skill: p for skill, p in pairs.items() if skill not in held_out},
+        "held_out": {skill: p for skill, p in pairs.items() if skill in held_out},
+    }
+    scores = {group: score(of_group) for group, of_group in groups.items() if of_group}
+    overall = scores["all"]
+    same = sum(a.text_ids == b.text_ids for a, b in zip(output.rollouts, teacher.rollouts, strict=True))
+    stats = {
+        "all": decoding_stats(output.rollouts),
+        "seen": decoding_stats([r for r, t in zip(output.rollouts, tasks, strict=True) if not t.held_out]),
+        "held_out": decoding_stats([r for r, t in zip(output.rollouts, tasks, strict=True) if t.held_out]),
+    }
     return ModeReport(
         name=name,
-        accuracy=mean(list(by_skill.values())) or 0.0,
-        accuracy_seen=mean([v for k, v in by_skill.items() if k not in held_out]),
-        accuracy_held_out=mean([v for k, v in by_skill.items() if k in held_out]),
-        by_skill=by_skill,
-        identical_to_teacher=sum(same) / len(same),
-        tokens_per_forward=output.stats.tokens_per_forward,
-        tokens_per_forward_seen=output.stats_by_held_out[False].tokens_per_forward,
-        tokens_per_forward_held_out=output.stats_by_held_out[True].tokens_per_forward,
-        tokens_per_step=output.stats.tokens_per_step,
-        tokens_per_second=output.stats.num_tokens / output.seconds,
-        stop_rate=sum(r.finish_reason == "stop" for r in output.rollouts) / len(output.rollouts),
+        accuracy=overall[0],
+        accuracy_interval=overall[1],
+        accuracy_seen=scores["seen"][0] if "seen" in scores else None,
+        accuracy_seen_interval=scores["seen"][1] if "seen" in scores else None,
+        accuracy_held_out=scores["held_out"][0] if "held_out" in scores else None,
+        accuracy_held_out_interval=scores["held_out"][1] if "held_out" in scores else None,
+        accuracy_flexible=flexible_accuracy(texts, tasks),
+        by_skill={skill: share_right(p) for skill, p in pairs.items()},
+        by_skill_interval={skill: wilson(sum(r for _, r in p), len(p)) for skill, p in pairs.items()},
+        against_teacher={group: compare_paired(groups[group]) for group in scores},
+        identical_to_teacher=same / len(tasks),
+        identical_to_teacher_interval=wilson(same, len(tasks)),
+        tokens_per_forward=stats["all"].tokens_per_forward,
+        tokens_per_forward_seen=stats["seen"].tokens_per_forward,
+        tokens_per_forward_held_out=stats["held_out"].tokens_per_forward,
+        tokens_per_step=stats["all"].tokens_per_step,
+        tokens_per_second=stats["all"].num_tokens / output.seconds,
+        stop_rate=sum(r.finish_reason == "stop" for r in output.rollouts) / len(tasks),
+        mean_response_tokens=stats["all"].num_tokens / len(tasks),
+        repetition=sum(map(repetition, output.rollouts)) / len(tasks),
         num_prompts=len(tasks),
     )
+
+
+def skill_of(item: tuple[Task, Any]) -> str:
+    return item[0].skill
+
+
+def share_right(pairs: Sequence[tuple[bool, bool]]) -> float:
+    return sum(right for _, right in pairs) / len(pairs)
+
+
+def score(pairs: dict[str, list[tuple[bool, bool]]]) -> tuple[float, Interval]:
+    """Mean over skills, with its interval."""
+    counts = [(sum(right for _, right in p), len(p)) for p in pairs.values()]
+    return sum(map(share_right, pairs.values())) / len(pairs), mean_of_shares(counts)
+
+
+def flexible_accuracy(texts: Sequence[str], tasks: Sequence[Task]) -> float | None:
+    numeric = [(x, t.answer) for x, t in zip(texts, tasks, strict=True) if t.answer and t.scoring == "gsm8k"]
+    return mean([float(is_right_flexibly(text, answer)) for text, answer in numeric])
+
+
+def repetition(rollout: Rollout) -> float:
+    ids = rollout.text_ids
+    pieces = [ids[i : i + REPEATED_TOKENS] for i in range(len(ids) - REPEATED_TOKENS + 1)]
+    return 1 - len(set(pieces)) / len(pieces) if pieces else 0.0
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -190,16 +301,17 @@ def percent(value: float | None) -> str:
 def write_outputs(
     path: Path, tasks: Sequence[Task], outputs: dict[str, Outputs], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Every generation as one JSON line."""
-    with path.open("w", encoding="utf-8") as file:
-        for name, output in outputs.items():
-            for task, rollout in zip(tasks, output.rollouts, strict=True):
-                record = {
-                    "mode": name,
-                    "skill": task.skill,
-                    "prompt": task.text,
-                    "answer": task.answer,
-                    "response": response_text(rollout, tokenizer),
-                    "finish_reason": rollout.finish_reason,
-                }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    """Every generation as one JSON line; replaces the log of the evaluation, which reads these lines too."""
+    lines = []
+    for name, output in outputs.items():
+        for task, generation, key in zip(tasks, output.generations, output.keys, strict=True):
+            record = {
+                "mode": name,
+                "skill": task.skill,
+                "prompt": task.text,
+                "answer": task.answer,
+                "response": response_text(generation.rollout, tokenizer),
+                "key": key,
+            }
+            lines.append(json.dumps(record | generation.to_record(), ensure_ascii=False) + "\n")
+    write_atomic(path, "".join(lines))

@@ -7,20 +7,35 @@ this package's own decoding rooms, so there is one implementation.
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opdlm.adapter import merged
+from opdlm.checkpoint import atomic_folder
 from opdlm.diffusion import DiffusionLM
-from opdlm.models import ADAPTER_FOLDER, MASK_EMBEDDING_FILE, STUDENT_FOLDER, set_embedding_row
+from opdlm.errors import ConfigError
+from opdlm.models import (
+    ADAPTER_FOLDER,
+    MASK_EMBEDDING_FILE,
+    STUDENT_FOLDER,
+    load,
+    load_causal_lm,
+    read_spec,
+    set_embedding_row,
+)
 
 REMOTE_ROOMS = (
     *("modeling_opdlm", "generate", "lossless", "denoise", "rows", "diffusion", "attention", "cache"),
     *("unmasking", "blocks", "records"),
 )
+RECORDS = ("README.md", "opdlm_config.yaml", "all_results.json", "retention.json", "generations.jsonl")
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_opdlm.OpdlmForCausalLM"}
 
 
@@ -28,19 +43,10 @@ def write_model(folder: Path, model: DiffusionLM, tokenizer: PreTrainedTokenizer
     """Write weights, adapter, tokenizer, config and remote code. Takes the LoRA layers off `model`: load it
     again.
     """
-    spec, peft_model = model.spec, vars(model).get("peft_model")
-    if isinstance(peft_model, PeftModel):
-        peft_model.save_pretrained(str(folder / ADAPTER_FOLDER))
-        (folder / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)
-        base = peft_model.merge_and_unload() if spec.format == "sdar" else peft_model.unload()
-    elif spec.format == "preserve":
-        model.student.save_pretrained(folder / STUDENT_FOLDER)
-        assert model.teacher is not None
-        base = model.teacher
-    else:
-        base = model.student
+    spec = model.spec
+    base = write_student(folder, model)
     if model.mask_embedding is not None:
-        if spec.format == "sdar":
+        if spec.format == "sdar" and not spec.adapter:
             set_embedding_row(base, spec.mask_token_id, model.mask_embedding)
         else:
             save_file(
@@ -53,3 +59,50 @@ def write_model(folder: Path, model: DiffusionLM, tokenizer: PreTrainedTokenizer
     package = Path(__file__).parent
     for room in REMOTE_ROOMS:
         shutil.copyfile(package / f"{room}.py", folder / f"{room}.py")
+
+
+def write_student(folder: Path, model: DiffusionLM) -> PreTrainedModel:
+    """Write what lies beside the base (an adapter, or the student's own copy); returns the base."""
+    peft_model: Any = vars(model).get("peft_model")
+    if model.spec.adapter:
+        peft_model.save_pretrained(str(folder / ADAPTER_FOLDER))
+        (folder / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)
+        return peft_model.unload()
+    if isinstance(peft_model, PeftModel):
+        return merged(peft_model)
+    if model.spec.format == "sdar":
+        return model.student
+    assert model.teacher is not None
+    model.student.save_pretrained(folder / STUDENT_FOLDER)
+    return model.teacher
+
+
+def merge_folder(folder: Path, out: Path, *, full_copy: bool) -> None:
+    """Write a converted folder again without its adapter, which is added to the weights.
+
+    `sdar`: one set of plain weights. `preserve`: only with `full_copy`, as the untouched AR weights and a
+    second, merged set for the noised slots. ConfigError where there is nothing to merge.
+    """
+    spec = read_spec(folder)
+    if not spec.adapter:
+        raise ConfigError(f"{folder} holds no adapter: its weights are complete. Use it as it is.")
+    if spec.format == "preserve" and not full_copy:
+        raise ConfigError(
+            f"{folder} cannot be merged: its adapter acts on noised slots only, and added to the weights it "
+            "would change every token of the AR model. Keep the folder (AR weights + adapter), or give "
+            "--full-copy to write the AR weights and a merged student beside them (twice the size)."
+        )
+    if out.exists():
+        raise ConfigError(f"OUT ({out}) exists already. Choose another name.")
+    dtype = json.loads((folder / "config.json").read_text()).get("dtype", "float32")
+    model, tokenizer = load(folder, dtype)
+    student = merged(vars(model)["peft_model"])
+    teacher = load_causal_lm(str(folder), dtype) if spec.format == "preserve" else None
+    plain = DiffusionLM(
+        student, replace(spec, adapter=False), teacher=teacher, mask_embedding=model.mask_embedding
+    )
+    with atomic_folder(out) as partial:
+        for record in folder.iterdir():
+            if record.suffix == ".png" or record.name in RECORDS:
+                shutil.copyfile(record, partial / record.name)
+        write_model(partial, plain, tokenizer)

@@ -27,6 +27,7 @@ from .rows import Mode as Mode
 
 OnStep = Callable[[Tensor, Tensor, Tensor], None]
 FindEnd = Callable[[Sequence[int]], int | None]
+Seeds = torch.Generator | Sequence[int] | None
 
 
 @torch.inference_mode()
@@ -34,7 +35,7 @@ def generate(
     model: DiffusionLM,
     prompts: Sequence[Sequence[int]],
     config: DecodeConfig,
-    rng: torch.Generator | None = None,
+    rng: Seeds = None,
     on_step: OnStep | None = None,
     find_end: FindEnd | None = None,
 ) -> tuple[list[Rollout], DecodeStats]:
@@ -43,7 +44,7 @@ def generate(
     A prompt with mask ids in it is a template whose gaps are filled (not with `ar` and `lossless`).
     `on_step(prompt indices [B], tokens [B, L], revealed [B, L])` is called after every step; `revealed` marks
     what the step wrote. `find_end(response ids)` returns how many tokens to keep once a response is complete,
-    else None: stop strings. Deterministic given `rng`, which seeds each row.
+    else None: stop strings. Deterministic given `rng`, which seeds each row or is the seed of each prompt.
     """
     waiting = waiting_rows(prompts, rng)
     if not waiting:
@@ -81,13 +82,12 @@ def generate(
     return [rollout for rollout, _ in pairs], sum((stats for _, stats in pairs), DecodeStats())
 
 
-def waiting_rows(
-    prompts: Sequence[Sequence[int]], rng: torch.Generator | None
-) -> list[tuple[int, Sequence[int], int]]:
+def waiting_rows(prompts: Sequence[Sequence[int]], rng: Seeds) -> list[tuple[int, Sequence[int], int]]:
     """(index, ids, seed) of every prompt, shortest first."""
-    device = rng.device if rng is not None else "cpu"
-    seeds = torch.randint(2**62, (len(prompts),), generator=rng, device=device).tolist()
-    return sorted(zip(range(len(prompts)), prompts, seeds, strict=True), key=lambda row: len(row[1]))
+    if not isinstance(rng, Sequence):
+        device = rng.device if rng is not None else "cpu"
+        rng = torch.randint(2**62, (len(prompts),), generator=rng, device=device).tolist()
+    return sorted(zip(range(len(prompts)), prompts, rng, strict=True), key=lambda row: len(row[1]))
 
 
 def step_of(
@@ -134,7 +134,7 @@ def collect_finished(
         rollout = make_rollout(
             rows, row, num_response, "stop" if is_stop else "length", grid, config.logprobs
         )
-        stats = DecodeStats(num_response, int(rows.num_forwards_B[row]), int(rows.num_steps_B[row]))
+        stats = DecodeStats(num_response, rollout.num_forwards, rollout.num_steps)
         finished[int(rows.index_B[row])] = (rollout, stats)
     return done_B
 
@@ -153,4 +153,6 @@ def make_rollout(
         num_response=num_response,
         finish_reason=reason,
         logprobs=tuple(rows.logprob_BL[row, num_prompt:last].tolist()) if logprobs else (),
+        num_forwards=int(rows.num_forwards_B[row]),
+        num_steps=int(rows.num_steps_B[row]),
     )

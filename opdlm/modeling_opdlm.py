@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from .attention import SlotCache as SlotCache
@@ -32,36 +33,58 @@ from .rows import Rows as Rows
 from .unmasking import Remasking as Remasking
 
 
+class LowRank(nn.Module):
+    """What one layer's adapter adds: s B A x, and with DoRA (f - 1) W x + f s B A x for row factors f."""
+
+    down_RI: Tensor
+    up_OR: Tensor
+    factor_O: Tensor | None
+
+    def __init__(self, down_RI: Tensor, up_OR: Tensor, scale: float, factor_O: Tensor | None) -> None:
+        super().__init__()
+        self.scale = scale
+        for name, value in (("down_RI", down_RI), ("up_OR", up_OR), ("factor_O", factor_O)):
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, inputs: Tensor, plain: Tensor) -> Tensor:
+        """`plain` is the base layer's output without its bias."""
+        extra = F.linear(F.linear(inputs.to(self.down_RI.dtype), self.down_RI), self.up_OR) * self.scale
+        return extra if self.factor_O is None else (self.factor_O - 1) * plain + self.factor_O * extra
+
+
 class Adapter:
     """A PEFT LoRA folder put onto a model's layers; `off` silences it."""
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
         config = json.loads((folder / "adapter_config.json").read_text())
         weights = load_file(folder / "adapter_model.safetensors")
-        scale = config["lora_alpha"] / config["r"]
+        rank = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
+        scale = config["lora_alpha"] / rank
         self.enabled = True
         self.layers: list[Adapted] = []
         for key, down_RI in weights.items():
             if key.endswith(".lora_A.weight"):
                 name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
                 up_OR = weights[key.replace("lora_A", "lora_B")]
-                host = model.get_submodule(name)
-                host.lora_A, host.lora_B = as_linear(down_RI), as_linear(up_OR)
-                layer = Adapted(host, host.forward, host.lora_A.weight, host.lora_B.weight, scale)
-                host.forward = self._adapted(layer)
-                self.layers.append(layer)
+                host, factor_O = model.get_submodule(name), None
+                if config.get("use_dora"):
+                    length_O = weights[key.replace("lora_A.weight", "lora_magnitude_vector")]
+                    factor_O = length_O / row_lengths(host, scale * up_OR @ down_RI)
+                self.layers.append(self._adapt(host, LowRank(down_RI, up_OR, scale, factor_O)))
 
-    def _adapted(self, layer: Adapted) -> Any:
+    def _adapt(self, host: Any, low_rank: LowRank) -> Adapted:
+        base = host.forward
+        host.low_rank = low_rank  # a part of the layer, so that it moves with it
+
+        def change(inputs: Tensor, output: Tensor) -> Tensor:
+            return low_rank(inputs, output if host.bias is None else output - host.bias)
+
         def forward(inputs: Tensor) -> Tensor:
-            output = layer.base(inputs)
-            if not self.enabled:
-                return output
-            change = (
-                F.linear(F.linear(inputs.to(layer.down_RI.dtype), layer.down_RI), layer.up_OR) * layer.scale
-            )
-            return output + change.to(output.dtype)
+            output = base(inputs)
+            return (output + change(inputs, output)).to(output.dtype) if self.enabled else output
 
-        return forward
+        host.forward = forward
+        return Adapted(host, base, change)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -72,10 +95,11 @@ class Adapter:
             self.enabled = True
 
 
-def as_linear(weight_OI: Tensor) -> nn.Linear:
-    layer = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, dtype=weight_OI.dtype)
-    layer.weight = nn.Parameter(weight_OI, requires_grad=False)
-    return layer
+def row_lengths(layer: Any, change_OI: Tensor) -> Tensor:
+    """Euclidean length of every row of the changed weight `[O]`; Conv1D holds its weight transposed."""
+    weight = layer.weight
+    weight_OI = weight.T if isinstance(layer, Conv1D) else weight
+    return (weight_OI.to(change_OI.dtype) + change_OI).norm(dim=1)
 
 
 class OpdlmForCausalLM(nn.Module):
@@ -95,11 +119,11 @@ class OpdlmForCausalLM(nn.Module):
         }
         base = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **loading)
         spec = DiffusionSpec.from_dict(config.block_diffusion)
-        if spec.format == "sdar":
+        if spec.format == "sdar" and not spec.adapter:
             return cls(config, DiffusionLM(base, spec)).eval()
         revision = loading.get("revision")
         embedding_file: Any = cached_file(name, "mask_embedding.safetensors", revision=revision)
-        mask_embedding = load_file(embedding_file)["mask_embedding"].to(base.dtype)
+        mask_embedding = load_file(embedding_file)["mask_embedding"]
         if not spec.adapter:
             student = AutoModelForCausalLM.from_pretrained(name, subfolder="student", **loading)
             return cls(config, DiffusionLM(student, spec, teacher=base, mask_embedding=mask_embedding)).eval()

@@ -14,17 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from opdlm.adapter import adapted_layers, add_lora
 from opdlm.config import LoraSection, resolve_path
-from opdlm.diffusion import Adapted, DiffusionLM, DiffusionSpec, head_constants
-from opdlm.errors import ConfigError, DataError
+from opdlm.diffusion import DiffusionLM, DiffusionSpec, head_constants
+from opdlm.errors import DataError
 from opdlm.losses import Head
 
 ADAPTER_FOLDER = "adapter"
@@ -44,11 +49,20 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         ) from error
 
 
-def load_causal_lm(path: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """An autoregressive checkpoint, checked for finite weights."""
+def load_causal_lm(
+    path: str, dtype: str, trust_remote_code: bool = False, *, load_in_4bit: bool = False
+) -> PreTrainedModel:
+    """An autoregressive checkpoint, checked for finite weights; its linear layers in 4 bits if asked."""
     path = resolve_path(path)
     check_is_checkpoint(path)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    if load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options["dtype"],
+        )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, use_safetensors=True, output_loading_info=True, **options
@@ -57,7 +71,7 @@ def load_causal_lm(path: str, dtype: str, trust_remote_code: bool = False) -> Pr
         raise DataError(
             f"the weights in {path} are damaged or cut off ({first_line(error)}). Download them again."
         ) from error
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise DataError(f"cannot load {path} as a causal language model: {first_line(error)}") from error
     model, found = loaded
     if found["missing_keys"]:
@@ -71,7 +85,21 @@ def load_causal_lm(path: str, dtype: str, trust_remote_code: bool = False) -> Pr
                 f"{path}: weight {name} holds NaN or infinite values; the checkpoint is damaged. Download it "
                 "again."
             )
+    if getattr(model, "is_loaded_in_4bit", False):
+        make_savable(model)
     return model.eval()
+
+
+def make_savable(model: Any) -> None:
+    """Let a 4-bit model be written as it was read: transformers cannot reverse how it reads 4-bit files, and
+    the packed CPU kernel of bitsandbytes rounds the scales of a weight when it is unpacked again.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    vars(model).pop("_weight_conversions", None)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def check_is_checkpoint(path: str) -> None:
@@ -108,54 +136,6 @@ def head_of(model: PreTrainedModel, banned: Tensor | None = None) -> Head:
     return Head(
         weight=linear.weight, bias=getattr(linear, "bias", None), softcap=softcap, scale=scale, banned=banned
     )
-
-
-def add_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
-    """Wrap the model with a fresh adapter; the base is frozen, and bit for bit itself while the adapter is
-    off.
-    """
-    target = section.target_modules
-    if target == "all-linear" and any(p.dim() == 3 for p in model.parameters()):
-        target = attention_layers(model)
-    config = LoraConfig(
-        r=section.r,
-        lora_alpha=section.alpha,
-        target_modules=target if isinstance(target, str) else list(target),
-        task_type="CAUSAL_LM",
-    )
-    try:
-        peft_model = get_peft_model(model, config)
-    except ValueError as error:
-        raise ConfigError(f"lora.target_modules: {first_line(error)}") from error
-    if any(isinstance(m, ParamWrapper) for m in peft_model.modules()):
-        raise ConfigError(
-            f"lora.target_modules ({section.target_modules}) reaches stacked expert weights, where an "
-            "adapter cannot be switched per token. Name attention layers only, for example [q_proj, v_proj]."
-        )
-    return peft_model
-
-
-def attention_layers(model: PreTrainedModel) -> tuple[str, ...]:
-    """all-linear for a mixture of experts: PEFT would change stacked expert *weights*, past the gate."""
-    linear = [
-        name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and "att" in name
-    ]
-    return tuple(sorted({name.split(".")[-1] for name in linear}))
-
-
-def adapted_layers(peft_model: PeftModel) -> list[Adapted]:
-    """Every layer with an adapter: where a gate can act."""
-    hosts: list[Any] = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
-    return [
-        Adapted(
-            host,
-            host.base_layer.forward,
-            host.lora_A["default"].weight,
-            host.lora_B["default"].weight,
-            host.scaling["default"],
-        )
-        for host in hosts
-    ]
 
 
 def assemble(
@@ -215,12 +195,12 @@ def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> tup
     base = load_causal_lm(str(folder), dtype)
     mask_embedding = None
     if (folder / MASK_EMBEDDING_FILE).is_file():
-        mask_embedding = load_file(folder / MASK_EMBEDDING_FILE)["mask_embedding"].to(base.dtype)
-    if spec.format == "sdar":  # the folder's weights are the student
-        model = assemble(base, spec, lora=None)
-    elif spec.adapter:
+        mask_embedding = load_file(folder / MASK_EMBEDDING_FILE)["mask_embedding"]
+    if spec.adapter:
         peft_model = PeftModel.from_pretrained(base, str(folder / ADAPTER_FOLDER))
         model = assemble(base, spec, lora=peft_model, mask_embedding=mask_embedding)
+    elif spec.format == "sdar":  # the folder's weights are the student
+        model = assemble(base, spec, lora=None)
     else:
         student = load_causal_lm(str(folder / STUDENT_FOLDER), dtype)
         model = assemble(student, spec, lora=None, teacher=base, mask_embedding=mask_embedding)

@@ -14,19 +14,24 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlm import __version__
-from opdlm.card import model_card
-from opdlm.checkpoint import atomic_folder, find_checkpoints, write_atomic
-from opdlm.config import Config, load_config, read_recipe
+from opdlm.attention import choose_backend, why_not
+from opdlm.card import measured_table, model_card
+from opdlm.checkpoint import atomic_folder, find_checkpoints, load_weights, write_atomic
+from opdlm.config import Config, EvalSection, load_config, read_recipe, resolve_path
 from opdlm.convert import make_student
 from opdlm.data import Task, load_prompts, load_tasks
+from opdlm.devices import is_sharded, join_ranks
 from opdlm.diffusion import DiffusionLM
-from opdlm.errors import ConfigError, DataError
-from opdlm.evaluate import RetentionReport, evaluate, write_outputs
+from opdlm.errors import ConfigError, DataError, require_package
+from opdlm.evaluate import Outputs, RetentionReport, evaluate, skill_table, write_outputs
 from opdlm.export import write_model
+from opdlm.generation_log import GenerationLog, fingerprint
+from opdlm.likelihood import agreement_report, likelihood_report
 from opdlm.metrics import MetricsLog, read_metrics
 from opdlm.models import check_fits, load, load_causal_lm, load_tokenizer, vocabulary_rows
 from opdlm.plots import plot_metrics, plot_retention
@@ -58,8 +63,18 @@ def load_inputs(config: Config) -> Inputs:
     if not config.model.path:
         raise ConfigError("model.path is empty: give a recipe or a checkpoint folder as the target.")
     check_trackers(config)
+    if config.model.load_in_4bit:
+        require_package("bitsandbytes", "quant", "model.load_in_4bit (true)")
+    if config.optimizer.name == "adamw8bit":
+        require_package("bitsandbytes", "quant", "optimizer.name (adamw8bit)")
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    model = load_causal_lm(config.model.path, config.model.dtype, config.model.trust_remote_code)
+    model = load_causal_lm(
+        config.model.path,
+        config.model.dtype,
+        config.model.trust_remote_code,
+        load_in_4bit=config.model.load_in_4bit,
+    )
+    check_attention(model, config)
     student = make_student(model, tokenizer, config)
     prompts = []
     if config.data.path or not config.data.self_prompts:
@@ -71,14 +86,28 @@ def load_inputs(config: Config) -> Inputs:
     return Inputs(student, tokenizer, prompts, tasks)
 
 
+def check_attention(model: PreTrainedModel, config: Config) -> None:
+    device = PartialState().device
+    reason = why_not(config.model.attention, device, model.config)
+    if reason:
+        raise ConfigError(f"model.attention ({config.model.attention}) cannot run: {reason}.")
+
+
 def load_eval_tasks(model: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[Task]:
-    tasks = load_tasks(config.eval.path, tokenizer, model.spec.mask_token_id, limit=config.eval.limit)
+    tasks = load_tasks(
+        config.eval.path,
+        tokenizer,
+        model.spec.mask_token_id,
+        limit=config.eval.limit,
+        enable_thinking=config.data.enable_thinking,
+        scoring=config.eval.scoring,
+    )
     check_fits(model, [task.prompt.ids for task in tasks], config.eval.max_new_tokens, "eval.max_new_tokens")
     return tasks
 
 
-def prepare_output(config: Config) -> Path:
-    """Make the run folder; refuse to mix two different runs in one."""
+def prepare_output(config: Config, *, writes: bool = True) -> Path:
+    """Make the run folder; refuse to mix two different runs in one. Of many ranks, one writes."""
     output_dir = Path(config.output_dir)
     saved = output_dir / CONFIG_FILE
     if saved.is_file() and find_checkpoints(output_dir):
@@ -90,7 +119,8 @@ def prepare_output(config: Config) -> Path:
             )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(saved, config.to_yaml())
+        if writes:
+            write_atomic(saved, config.to_yaml())
     except OSError as error:
         raise ConfigError(
             f"output_dir ({output_dir}) cannot be written: {error.strerror}. Choose another output_dir."
@@ -111,18 +141,20 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "")
 
 def convert_checkpoint(config: Config, console: Console) -> Path:
     """Run a conversion (or continue it); returns the folder of the converted model."""
+    ranks = join_ranks()
     inputs = load_inputs(config)
-    output_dir = prepare_output(config)
+    output_dir = prepare_output(config, writes=ranks.is_main_process)
     if config.data.self_prompts:
-        with console.status(f"the model writes {config.data.self_prompts} prompts"):
+        status = console.status(f"the model writes {config.data.self_prompts} prompts")
+        with status, ranks.main_process_first():  # the others read what it wrote
             add_self_prompts(inputs, config, output_dir)
     describe(inputs, config, console)
     with MetricsLog(output_dir, console) as log:
         run = train(inputs.student, inputs.prompts, config, log)
     folder = output_dir / MODEL_FOLDER
-    if run.accelerator.is_main_process:
+    if ranks.is_main_process:
         with atomic_folder(folder) as partial:
-            write_model(partial, run.model.eval(), inputs.tokenizer)
+            write_model(partial, trained_student(run.model, config).eval(), inputs.tokenizer)
             write_record(partial, output_dir, config)
         if inputs.tasks:
             measure(folder, inputs.tasks, config, console)
@@ -140,15 +172,25 @@ def add_self_prompts(inputs: Inputs, config: Config, output_dir: Path) -> None:
     inputs.prompts.extend(replace(p, index=len(inputs.prompts) + p.index) for p in added)
 
 
+def trained_student(model: DiffusionLM, config: Config) -> DiffusionLM:
+    """The trained model in one piece; after a sharded run, built again from the last checkpoint."""
+    if not is_sharded(model):
+        return model
+    student = load_inputs(config).student
+    load_weights(find_checkpoints(Path(config.output_dir))[-1], student)
+    return student
+
+
 def describe(inputs: Inputs, config: Config, console: Console) -> None:
     student = inputs.student
     total = sum(p.numel() for name, p in student.student.named_parameters() if "lora_" not in name)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    backend = choose_backend(student.attention, PartialState().device, student.student.config)
     console.print(
         f"{config.model.path}: {student.student.config.model_type}, {total / 1e6:.2f} M parameters, "
         f"{trained / 1e6:.2f} M trained; format {student.spec.format}, block size {student.spec.block_size}, "
         f"objective {config.loss.objective}, {len(inputs.prompts)} prompts, "
-        f"mask token id {student.spec.mask_token_id}"
+        f"attention {backend}, mask token id {student.spec.mask_token_id}"
     )
 
 
@@ -175,16 +217,54 @@ def versions() -> dict[str, str]:
 def measure(folder: Path, tasks: list[Task], config: Config, console: Console) -> RetentionReport:
     """Evaluate the folder and write `retention.json`, the plot and the raw generations into it."""
     model, tokenizer = load_for_evaluation(folder, config.model.path, config.model.dtype)
-    report, outputs = evaluate(model, tokenizer, tasks, config.eval)
-    write_report(folder, report)
-    write_outputs(folder / "generations.jsonl", tasks, outputs, tokenizer)
+    log = open_log(folder, folder, config.model.path, config.model.dtype)
+    report, _ = evaluate_model(model, tokenizer, tasks, config.eval, log)
     return report
 
 
+def evaluate_model(
+    model: DiffusionLM,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[Task],
+    section: EvalSection,
+    log: GenerationLog | None,
+) -> tuple[RetentionReport, dict[str, Any]]:
+    """The retention report, and all of it as plain values; written beside the log where there is one."""
+    report, outputs = evaluate(model, tokenizer, tasks, section, log=log)
+    values = report.to_dict() | text_measures(model, outputs, section)
+    if log is not None:
+        write_report(log.path.parent, report, values)
+        write_outputs(log.path, tasks, outputs, tokenizer)
+    return report, values
+
+
+def text_measures(model: DiffusionLM, outputs: dict[str, Outputs], section: EvalSection) -> dict[str, Any]:
+    """What teacher and student think of the responses, where the settings ask for it."""
+    measures: dict[str, Any] = {}
+    if section.agreement:
+        measures["agreement"] = {
+            name: agreement_report(model, output.rollouts, section.batch_size)
+            for name, output in outputs.items()
+            if name != "teacher"
+        }
+    if section.likelihood_samples:
+        texts = outputs["teacher"].rollouts
+        measures["likelihood"] = likelihood_report(
+            model, texts, section.likelihood_samples, section.batch_size
+        )
+    return measures
+
+
+def open_log(out: Path, folder: Path, teacher_path: str, dtype: str) -> GenerationLog:
+    """The generations already in `out`; those of other weights are not found again."""
+    weights = [fingerprint(str(folder)), fingerprint(resolve_path(teacher_path)), dtype]
+    return GenerationLog(out / "generations.jsonl", json.dumps(weights))
+
+
 def load_for_evaluation(folder: Path, teacher_path: str, dtype: str) -> tuple[DiffusionLM, Any]:
-    """A converted folder; an `sdar` folder no longer holds its teacher, which is then loaded beside it."""
+    """A converted folder; a merged `sdar` folder no longer holds its teacher: it is loaded beside it."""
     model, tokenizer = load(folder, dtype)
-    if model.spec.format == "sdar":
+    if model.spec.format == "sdar" and not model.spec.adapter:
         teacher = load_causal_lm(teacher_path, dtype)
         rows = vocabulary_rows(model.student)
         if rows != vocabulary_rows(teacher):
@@ -193,8 +273,9 @@ def load_for_evaluation(folder: Path, teacher_path: str, dtype: str) -> tuple[Di
     return model, tokenizer
 
 
-def write_report(folder: Path, report: RetentionReport) -> None:
-    write_atomic(folder / "retention.json", json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+def write_report(folder: Path, report: RetentionReport, values: dict[str, Any]) -> None:
+    write_atomic(folder / "retention.json", json.dumps(values, indent=2, ensure_ascii=False))
+    write_atomic(folder / "retention.md", f"{measured_table(values)}\n\n{skill_table(report)}\n")
     plot_retention(report, folder / "retention.png")
 
 

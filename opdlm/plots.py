@@ -40,7 +40,10 @@ def plot_retention(report: RetentionReport, path: Path) -> None:
     for offset, (label, attribute) in enumerate(groups.items()):
         values = [100 * (getattr(mode, attribute) or 0.0) for mode in modes]
         places = [i + 0.27 * (offset - 1) for i in range(len(modes))]
-        bars = axis.bar(places, values, width=0.25, label=label)
+        limits = [getattr(mode, f"{attribute}_interval") or (0.0, 0.0) for mode in modes]
+        errors = [[v - 100 * low, 100 * high - v] for v, (low, high) in zip(values, limits, strict=True)]
+        whiskers = [list(side) for side in zip(*errors, strict=True)]
+        bars = axis.bar(places, values, width=0.25, label=label, yerr=whiskers, error_kw={"linewidth": 0.8})
         axis.bar_label(bars, fmt="%.0f", fontsize=8)
     axis.set_xticks(range(len(modes)), [f"{m.name}\n{m.tokens_per_forward:.2f} tok/fwd" for m in modes])
     axis.set_ylabel("exact match, %")

@@ -34,6 +34,10 @@ class Rollout:
     finish_reason: FinishReason
     logprobs: tuple[float, ...] = ()
     """Of the `num_response` chosen tokens, where they were asked for."""
+    num_forwards: int = 0
+    """Forward passes that decoding took, prefill included; 0 where it was not this package's."""
+    num_steps: int = 0
+    """Denoising steps among them."""
 
     @property
     def text_ids(self) -> tuple[int, ...]:

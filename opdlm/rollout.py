@@ -1,13 +1,15 @@
 """Prompts -> rollouts: the student's own reverse trajectories, or the teacher's responses for the baselines.
 
-The length cap grows over the first steps (length curriculum), METHOD part 3. Random draws derive from
-(seed, step, rank), never from what ran before.
+The length cap grows over the first steps (length curriculum), METHOD part 3. Random draws derive from (seed,
+step, place of the prompt in the step), never from what ran before, what is decoded beside it, or where.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -17,12 +19,17 @@ from opdlm.generate import DecodeConfig, DecodeStats, generate
 from opdlm.records import Prompt, Rollout
 
 
-def generator_for(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on all of the numbers and on nothing else."""
+def seed_of(*numbers: int) -> int:
+    """A seed that depends on all of the numbers and on nothing else."""
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number + 1) % (2**63 - 1)
-    return torch.Generator(device=device).manual_seed(seed)
+    return seed
+
+
+def generator_for(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator with `seed_of` these numbers."""
+    return torch.Generator(device=device).manual_seed(seed_of(*numbers))
 
 
 def length_cap(section: RolloutSection, step: int, block_size: int) -> int:
@@ -51,6 +58,16 @@ def decode_config(section: RolloutSection, max_new_tokens: int, *, from_teacher:
     )
 
 
+def rollout_to_plain(rollout: Rollout) -> dict[str, Any]:
+    """As JSON has it."""
+    return asdict(rollout)
+
+
+def rollout_from_plain(values: dict[str, Any]) -> Rollout:
+    fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return Rollout(**fields)
+
+
 def generate_rollouts(
     model: DiffusionLM,
     prompts: Sequence[Prompt],
@@ -58,13 +75,16 @@ def generate_rollouts(
     *,
     step: int,
     seed: int,
-    rank: int = 0,
+    places: Sequence[int] | None = None,
     from_teacher: bool = False,
 ) -> tuple[list[Rollout], DecodeStats]:
-    """One response per prompt, in the order of the prompts. `step` counts from 1."""
+    """One response per prompt, in the order of the prompts. `step` counts from 1; `places` of the prompts in
+    the step decide the random draws (None: they are the step's first).
+    """
     config = decode_config(
         section, length_cap(section, step, model.spec.block_size), from_teacher=from_teacher
     )
     decoder = model.teacher_decoder() if from_teacher else model
-    rng = generator_for(seed, step, rank)
-    return generate(decoder, [prompt.ids for prompt in prompts], config, rng)
+    places = range(len(prompts)) if places is None else places
+    seeds = [seed_of(seed, step, place) for place in places]
+    return generate(decoder, [prompt.ids for prompt in prompts], config, seeds)

@@ -64,7 +64,7 @@ def self_prompts(
         texts = write_prompts(model, tokenizer, config, excluded)
         lines = (json.dumps({"prompt": text}, ensure_ascii=False) for text in texts)
         write_atomic(path, "".join(f"{line}\n" for line in lines))
-    section = replace(config.data, path=str(path), limit=None)
+    section = replace(config.data, path=str(path), prompt_column="", limit=None)
     return load_prompts(section, tokenizer, model.spec.mask_token_id)
 
 
@@ -79,7 +79,10 @@ def write_prompts(
     wanted, rows = config.data.self_prompts, config.rollout.batch_size
     decoder = model.teacher_decoder(stop_token_ids=(end,))
     decoding = DecodeConfig(
-        mode="ar", max_new_tokens=max(1, config.data.max_prompt_tokens - len(start)), temperature=1.0
+        mode="ar",
+        max_new_tokens=max(1, config.data.max_prompt_tokens - len(start)),
+        batch_size=rows,
+        temperature=1.0,
     )
     found: dict[str, None] = {}
     for number in range(-(-wanted * DRAWS_PER_PROMPT // rows)):

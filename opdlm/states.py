@@ -2,8 +2,8 @@
 
 A state of a block is the set of its positions that are still [MASK]. With distinct reveal steps v_1 < ... <
 v_T, state k masks {i : unmask_step_i >= v_k}. Selections (METHOD part 4): `one_per_block` draws one state per
-block, `all` takes every realised one, `complementary` masks M and then the rest, `random_mask` draws t ~ U(0,
-1) and needs no trajectory. Several states of a rollout share one clean half (part 5).
+block, `all` takes every realised one, `complementary` masks M and then the rest, `random_mask` draws t ~
+U(mask_rate) and needs no trajectory. Several states of a rollout share one clean half (part 5).
 
 Shape suffixes: B rollouts, C copies (states), N blocks, T positions of a block, L clean row, S noised slots.
 """
@@ -11,37 +11,56 @@ Shape suffixes: B rollouts, C copies (states), N blocks, T positions of a block,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from opdlm.blocks import Slots, make_slots
+from opdlm.blocks import Slots, clean_slots, join_slots, make_slots, pack_slots
+from opdlm.config import Selection
 from opdlm.diffusion import DiffusionSpec
 from opdlm.records import NEVER, Rollout
 
-Selection = Literal["one_per_block", "all", "complementary", "random_mask"]
+MaskRate = tuple[float, float]
+ANY_RATE: MaskRate = (0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateBatch:
-    """Training rows: the clean text and the noised slots of the chosen states.
+    """Training rows: what the teacher reads and what the student computes."""
 
-    `target_BS` is the position that a supervised slot predicts and -1 elsewhere.
-    """
-
-    ids_BL: Tensor
-    lengths_B: Tensor
-    num_prompt_B: Tensor
-    noised: Slots
+    text: Slots
+    """The clean text, token-causal: column = position, counted from the start of the document."""
+    slots: Slots
+    """The chosen states as noised slots; in `sdar` after the clean text that they look at."""
     target_BS: Tensor
+    """The position that a supervised slot predicts, -1 elsewhere."""
     masked_fraction_BS: Tensor
     """Masked share of the block's response positions in this state, for metrics."""
 
     @property
     def is_supervised_BS(self) -> Tensor:
         return self.target_BS >= 0
+
+    @property
+    def num_columns(self) -> int:
+        """Columns that the two passes compute."""
+        return self.text.ids_BS.numel() + self.slots.ids_BS.numel()
+
+    def to(self, device: torch.device) -> StateBatch:
+        return StateBatch(
+            text=self.text.to(device),
+            slots=self.slots.to(device),
+            target_BS=self.target_BS.to(device),
+            masked_fraction_BS=self.masked_fraction_BS.to(device),
+        )
+
+    def without_targets(self) -> StateBatch:
+        """The same rows, teaching nothing."""
+        return replace(self, target_BS=torch.full_like(self.target_BS, -1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +77,7 @@ class BlockTable:
     """Positions of the row at all: prompt, response, and the rest of the last block."""
 
 
-def block_table(rollouts: Sequence[Rollout], spec: DiffusionSpec, device: torch.device) -> BlockTable:
+def block_table(rollouts: Sequence[Rollout], spec: DiffusionSpec) -> BlockTable:
     grid, size = spec.block_grid, spec.block_size
     starts = [grid.block_start(len(r.prompt_ids), len(r.prompt_ids)) for r in rollouts]
     ends = [len(r.prompt_ids) + r.num_response for r in rollouts]
@@ -79,12 +98,12 @@ def block_table(rollouts: Sequence[Rollout], spec: DiffusionSpec, device: torch.
     is_response_BW = (positions_BW >= num_prompt_B1) & (positions_BW < end_B1)
     is_inside_BW = positions_BW < last_block_end_B1
     shape = (len(rollouts), num_blocks, size)
-    return BlockTable(
-        *(x.to(device).view(shape) for x in (ids_BW, positions_BW, step_BW, is_response_BW, is_inside_BW))
-    )
+    return BlockTable(*(x.view(shape) for x in (ids_BW, positions_BW, step_BW, is_response_BW, is_inside_BW)))
 
 
-def select_masks(table: BlockTable, selection: Selection, rng: torch.Generator) -> Tensor:
+def select_masks(
+    table: BlockTable, selection: Selection, rng: torch.Generator, mask_rate: MaskRate = ANY_RATE
+) -> Tensor:
     """Masked positions of every chosen state: bool `[B, C, N, T]`. A block may be absent (nothing masked)."""
     can_mask_BNT = (table.step_BNT >= 0) & table.is_inside_BNT
     match selection:
@@ -93,10 +112,10 @@ def select_masks(table: BlockTable, selection: Selection, rng: torch.Generator) 
         case "all":
             return trajectory_masks(table, can_mask_BNT, rng, every=True)
         case "complementary":
-            masked_BNT = random_masks(can_mask_BNT, rng)
+            masked_BNT = random_masks(can_mask_BNT, rng, mask_rate)
             return torch.stack([masked_BNT, can_mask_BNT & ~masked_BNT], 1)
         case "random_mask":
-            return random_masks(can_mask_BNT, rng)[:, None]
+            return random_masks(can_mask_BNT, rng, mask_rate)[:, None]
 
 
 def trajectory_masks(table: BlockTable, can_mask_BNT: Tensor, rng: torch.Generator, *, every: bool) -> Tensor:
@@ -110,19 +129,18 @@ def trajectory_masks(table: BlockTable, can_mask_BNT: Tensor, rng: torch.Generat
         threshold_BNT = torch.where(is_new_BNT, sorted_BNT, NEVER + 1)
         masked_BNTT = can_mask_BNT[:, :, None, :] & (step_BNT[:, :, None, :] >= threshold_BNT[..., None])
         return masked_BNTT.transpose(1, 2)
-    score_BNT = (
-        torch.rand(is_new_BNT.shape, generator=rng).to(is_new_BNT.device) * is_new_BNT - (~is_new_BNT).float()
-    )
+    score_BNT = torch.rand(is_new_BNT.shape, generator=rng) * is_new_BNT - (~is_new_BNT).float()
     pick_BN1 = score_BNT.argmax(-1, keepdim=True)
     has_state_BN1 = is_new_BNT.any(-1, keepdim=True)
     threshold_BN1 = torch.where(has_state_BN1, sorted_BNT.gather(-1, pick_BN1), NEVER + 1)
     return (can_mask_BNT & (step_BNT >= threshold_BN1))[:, None]
 
 
-def random_masks(can_mask_BNT: Tensor, rng: torch.Generator) -> Tensor:
-    """Per block t ~ U(0, 1), Bernoulli(t), at least one masked."""
-    rate_BN1 = torch.rand(can_mask_BNT.shape[:2], generator=rng)[..., None].to(can_mask_BNT.device)
-    uniform_BNT = torch.rand(can_mask_BNT.shape, generator=rng).to(can_mask_BNT.device)
+def random_masks(can_mask_BNT: Tensor, rng: torch.Generator, mask_rate: MaskRate = ANY_RATE) -> Tensor:
+    """Per block t ~ U(mask_rate), Bernoulli(t), at least one masked."""
+    low, high = mask_rate
+    rate_BN1 = low + (high - low) * torch.rand(can_mask_BNT.shape[:2], generator=rng)[..., None]
+    uniform_BNT = torch.rand(can_mask_BNT.shape, generator=rng)
     uniform_BNT = uniform_BNT.masked_fill(~can_mask_BNT, 2.0)
     is_lowest_BNT = uniform_BNT == uniform_BNT.min(-1, keepdim=True).values
     return can_mask_BNT & ((uniform_BNT < rate_BN1) | is_lowest_BNT)
@@ -133,25 +151,69 @@ def select_states(
     spec: DiffusionSpec,
     selection: Selection,
     rng: torch.Generator,
-    device: torch.device,
+    mask_rate: MaskRate = ANY_RATE,
 ) -> StateBatch:
-    """Pick the denoising states to train on, one row per rollout."""
-    table = block_table(rollouts, spec, device)
-    masked_BCNT = select_masks(table, selection, rng)
+    """Pick the denoising states to train on, one row per rollout. `rng` is a CPU generator."""
+    table = block_table(rollouts, spec)
+    return make_states(rollouts, table, select_masks(table, selection, rng, mask_rate), spec)
+
+
+def make_states(
+    rollouts: Sequence[Rollout], table: BlockTable, masked_BCNT: Tensor, spec: DiffusionSpec
+) -> StateBatch:
+    """The states with these masked positions, one row per rollout."""
     noised, target_BS, fraction_BS = noised_slots(table, masked_BCNT, spec)
-    # Noised slots look at clean text before their own block only, so the last block never needs a clean half.
-    lengths = [len(r.prompt_ids) + r.num_response for r in rollouts]
-    ids_BL = torch.zeros((len(rollouts), max(lengths)), dtype=torch.long)
-    for i, rollout in enumerate(rollouts):
-        ids_BL[i, : lengths[i]] = torch.tensor(rollout.prompt_ids + rollout.text_ids)
+    lengths_B = torch.tensor([len(r.prompt_ids) + r.num_response for r in rollouts])
+    ids = [torch.tensor(r.prompt_ids + r.text_ids) for r in rollouts]
+    ids_BL = pad_sequence(ids, batch_first=True)
+    num_prompt_B = torch.tensor([len(r.prompt_ids) for r in rollouts])
+    context = clean_context(ids_BL, noised, num_prompt_B, spec)
+    width = context.ids_BS.shape[1]
     return StateBatch(
-        ids_BL=ids_BL.to(device),
-        lengths_B=torch.tensor(lengths, device=device),
-        num_prompt_B=torch.tensor([len(r.prompt_ids) for r in rollouts], device=device),
-        noised=noised,
-        target_BS=target_BS,
-        masked_fraction_BS=fraction_BS,
+        text=clean_slots(ids_BL, lengths_B, num_prompt_B, spec.block_grid, "preserve"),
+        slots=join_slots(context, noised),
+        target_BS=F.pad(target_BS, (width, 0), value=-1),
+        masked_fraction_BS=F.pad(fraction_BS, (width, 0)),
     )
+
+
+def clean_context(ids_BL: Tensor, noised: Slots, num_prompt_B: Tensor, spec: DiffusionSpec) -> Slots:
+    """The clean slots that the student computes: none in `preserve`, which reads the teacher's.
+
+    In `sdar` the text before the last block that carries loss: nobody looks at the rest.
+    """
+    lengths_B = noised.reach_BS.amax(1) + 1
+    if spec.format == "preserve":
+        lengths_B = torch.zeros_like(lengths_B)
+    ids_BL = ids_BL[:, : int(lengths_B.max())]
+    return clean_slots(ids_BL, lengths_B, num_prompt_B, spec.block_grid, spec.format)
+
+
+def pack_states(batches: Sequence[StateBatch]) -> StateBatch:
+    """Rollouts selected one by one, side by side in one row without padding."""
+    starts = [0, *accumulate(batch.text.ids_BS.shape[1] for batch in batches)][:-1]
+    num_groups = max(int(batch.slots.group_BS.max()) for batch in batches)
+    return StateBatch(
+        text=pack_slots([batch.text for batch in batches], starts, num_groups),
+        slots=pack_slots([batch.slots for batch in batches], starts, num_groups),
+        target_BS=torch.cat([batch.target_BS for batch in batches], 1),
+        masked_fraction_BS=torch.cat([batch.masked_fraction_BS for batch in batches], 1),
+    )
+
+
+def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices in bins of at most `capacity`, largest first into the first bin with room for it."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fitting = (b for b, left in enumerate(room) if sizes[index] <= left)
+        chosen = next(fitting, len(bins))
+        if chosen == len(bins):
+            bins.append([])
+            room.append(capacity)
+        bins[chosen].append(index)
+        room[chosen] -= sizes[index]
+    return bins
 
 
 def noised_slots(table: BlockTable, masked_BCNT: Tensor, spec: DiffusionSpec) -> tuple[Slots, Tensor, Tensor]:
@@ -162,7 +224,7 @@ def noised_slots(table: BlockTable, masked_BCNT: Tensor, spec: DiffusionSpec) ->
     position and slot i predicts token i + 1.
     """
     num_copies, size = masked_BCNT.shape[1], spec.block_size
-    offset_T = torch.arange(size, device=masked_BCNT.device)
+    offset_T = torch.arange(size)
     learnable_BCNT = masked_BCNT & table.is_response_BNT[:, None]
     if spec.format == "preserve":
         first_BCN1 = masked_BCNT.long().argmax(-1, keepdim=True)
@@ -180,9 +242,7 @@ def noised_slots(table: BlockTable, masked_BCNT: Tensor, spec: DiffusionSpec) ->
     ids_BCNT = torch.where(masked_BCNT, spec.mask_token_id, table.ids_BNT[:, None])
     target_BCNT = torch.where(predicts_BCNT, positions_BCNT + shift, -1)
     num_blocks = masked_BCNT.shape[2]
-    group_CN = 1 + torch.arange(num_copies * num_blocks, device=masked_BCNT.device).view(
-        num_copies, num_blocks
-    )
+    group_CN = 1 + torch.arange(num_copies * num_blocks).view(num_copies, num_blocks)
     group_BCNT = group_CN[None, :, :, None].expand_as(masked_BCNT)
     response_BCN1 = table.is_response_BNT[:, None].sum(-1, keepdim=True).clamp_min(1)
     fraction_BCNT = (learnable_BCNT.sum(-1, keepdim=True) / response_BCN1).expand_as(masked_BCNT)
@@ -208,4 +268,4 @@ def compact_columns(keep_BX: Tensor) -> tuple[Tensor, Tensor]:
     counts_B = keep_BX.sum(1)
     width = max(int(counts_B.max()), 1)
     order_BS = keep_BX.long().argsort(dim=1, descending=True, stable=True)[:, :width]
-    return order_BS, torch.arange(width, device=keep_BX.device) < counts_B[:, None]
+    return order_BS, torch.arange(width) < counts_B[:, None]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from opdlm.attention import SlotCache
+from opdlm.blocks import Slots
 from opdlm.config import LossSection
 from opdlm.diffusion import DiffusionLM
 from opdlm.losses import HiddenTargets, TokenTargets, TopKTargets, top_k_targets
@@ -34,13 +35,10 @@ class TeacherPass:
 
 
 @torch.no_grad()
-def score_rows(model: DiffusionLM, ids_BL: Tensor, lengths_B: Tensor, num_prompt_B: Tensor) -> TeacherPass:
-    """The teacher's causal pass over right-padded rows."""
-    if model.spec.format == "sdar":
-        return TeacherPass(model.teacher_causal_hidden(ids_BL), None)
-    cache = SlotCache(*ids_BL.shape)
-    slots = model.clean_slots(ids_BL, lengths_B, num_prompt_B)
-    return TeacherPass(model.teacher_hidden(slots, cache), cache)
+def score_rows(model: DiffusionLM, text: Slots) -> TeacherPass:
+    """The teacher's causal pass over rows of clean text (`StateBatch.text`)."""
+    cache = SlotCache(*text.ids_BS.shape) if model.spec.format == "preserve" else None
+    return TeacherPass(model.teacher_hidden(text, cache), cache)
 
 
 def targets_at_supervised(
@@ -48,9 +46,9 @@ def targets_at_supervised(
 ) -> HiddenTargets | TopKTargets | TokenTargets:
     """Targets of the supervised slots, in the order of `is_supervised_BS.nonzero()`."""
     row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
-    target_M = states.target_BS[row_M, column_M]
+    target_M = states.slots.start_BS[row_M, column_M] + states.target_BS[row_M, column_M]
     if section.objective == "sft":
-        return TokenTargets(ids_M=states.ids_BL[row_M, target_M])
+        return TokenTargets(ids_M=states.text.ids_BS[row_M, target_M])
     hidden_MH = scored.hidden_BLH[row_M, target_M - 1]
     banned = torch.tensor(model.spec.banned_token_ids, dtype=torch.long, device=hidden_MH.device)
     head = head_of(model.teacher or model.student, banned)

@@ -5,8 +5,8 @@
     states   = masked versions of the rollout        those the sampler visited
     loss     = D(teacher token | student at state)   at supervised positions only
 
-`accelerate` places the model, syncs gradients and runs trackers. The loss is normalised over the whole
-update, so micro-batching and the number of ranks change no gradient. METHOD parts 3 to 7.
+`devices` places the model and shares the work. The loss is normalised over the whole update and random draws
+belong to a prompt, so micro-batching and the number of ranks change no gradient. METHOD parts 3 to 7.
 """
 
 from __future__ import annotations
@@ -17,31 +17,60 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, current_thread, main_thread
 from types import FrameType
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from opdlm.blocks import join_slots
-from opdlm.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
+from opdlm.adapter import adapter_dropout
+from opdlm.checkpoint import (
+    find_checkpoints,
+    load_average,
+    load_checkpoint,
+    save_checkpoint,
+    trainable_weights,
+)
 from opdlm.config import Config, LossSection, OptimizerSection
+from opdlm.curricula import (
+    block_size_at,
+    first_reused_step,
+    is_from_teacher,
+    mask_rate_at,
+    num_updates_of,
+    selection_at,
+)
 from opdlm.data import PromptStream
+from opdlm.devices import (
+    gather_items,
+    gathered_weights,
+    place,
+    start_accelerator,
+    sum_over_ranks,
+    without_sync,
+)
 from opdlm.diffusion import DiffusionLM
 from opdlm.errors import ConfigError, DataError
+from opdlm.generate import DecodeStats
 from opdlm.losses import LossOutput, chunked_divergence
 from opdlm.metrics import MetricsLog
 from opdlm.models import head_of
+from opdlm.optimizer import checkpoint_layers, make_optimizer
 from opdlm.records import Prompt, Rollout
-from opdlm.rollout import generate_rollouts, generator_for
-from opdlm.states import Selection, StateBatch, select_states
+from opdlm.rollout import generate_rollouts, generator_for, rollout_from_plain, rollout_to_plain
+from opdlm.states import (
+    ANY_RATE,
+    MaskRate,
+    Selection,
+    StateBatch,
+    first_fit,
+    pack_states,
+    select_states,
+)
 from opdlm.targets import TeacherPass, score_rows, targets_at_supervised
 
 
@@ -55,7 +84,7 @@ class StudentLoss(nn.Module):
         self.model, self.section = model, section
 
     def forward(self, states: StateBatch, scored: TeacherPass, weights_M: Tensor) -> LossOutput:
-        hidden_BSH = noised_hidden(self.model, states, scored)
+        hidden_BSH = self.model.student_hidden(states.slots, scored.cache)
         row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
         banned = torch.tensor(self.model.spec.banned_token_ids, dtype=torch.long, device=hidden_BSH.device)
         return chunked_divergence(
@@ -67,18 +96,6 @@ class StudentLoss(nn.Module):
             beta=self.section.jsd_beta,
             reverse_weight=self.section.reverse_weight,
         )
-
-
-def noised_hidden(model: DiffusionLM, states: StateBatch, scored: TeacherPass) -> Tensor:
-    """Student states of the noised slots `[B, S, H]`.
-
-    `preserve` reads the teacher's keys and values: no clean pass, no gradient through clean text. `sdar`
-    computes the clean half with the student.
-    """
-    if scored.cache is not None:
-        return model.student_hidden(states.noised, scored.cache)
-    clean = model.clean_slots(states.ids_BL, states.lengths_B, states.num_prompt_B)
-    return model.student_hidden(join_slots(clean, states.noised))[:, states.ids_BL.shape[1] :]
 
 
 @dataclass(slots=True)
@@ -93,25 +110,33 @@ class Run:
     prompts: PromptStream
     num_updates: int = 0
     totals: dict[str, float] = field(default_factory=lambda: {"rollout_tokens": 0.0, "loss_tokens": 0.0})
+    pool: dict[int, list[Rollout]] = field(default_factory=dict)
+    """This rank's rollouts that are still trained on, by the step that made them."""
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """Running average of the trained weights, float32; empty without `train.ema_decay`."""
 
 
 def train(model: DiffusionLM, prompts: Sequence[Prompt], config: Config, log: MetricsLog) -> Run:
     """Train to `train.num_steps`, continuing from the newest checkpoint in `output_dir` if there is one."""
     run = start_run(model, prompts, config)
     first_step = resume(run)
-    log.start(config.train.num_steps, first_step)
+    is_main = run.accelerator.is_main_process
+    if is_main:
+        log.start(config.train.num_steps, first_step)
     with deferred_interrupt(log) as interrupted:
         for step in range(first_step, config.train.num_steps):
             metrics = train_step(run, step)
-            log.step(step + 1, metrics)
+            if is_main:
+                log.step(step + 1, metrics)
             run.accelerator.log(metrics, step=step + 1)
             is_last = step + 1 == config.train.num_steps
-            is_asked_to_stop = any_rank(run, interrupted.is_set())
+            is_asked_to_stop = sum_over_ranks(run.accelerator, interrupted.is_set())[0] > 0
             if (step + 1) % config.train.save_every == 0 or is_last or is_asked_to_stop:
                 save(run, step + 1)
             if is_asked_to_stop:
                 raise KeyboardInterrupt
     run.accelerator.end_training()
+    use_average(run)
     return run
 
 
@@ -137,10 +162,6 @@ def deferred_interrupt(log: MetricsLog) -> Iterator[Event]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def any_rank(run: Run, flag: bool) -> bool:
-    return bool(run.accelerator.reduce(torch.tensor(float(flag), device=run.accelerator.device), "sum"))
-
-
 def check_trackers(config: Config) -> None:
     for tracker in config.train.report_to:
         if find_spec(tracker) is None:
@@ -149,73 +170,66 @@ def check_trackers(config: Config) -> None:
             )
 
 
-def start_accelerator(config: Config) -> Accelerator:
-    """Device, precision and trackers. A second run in one process may choose another precision."""
-    AcceleratorState._reset_state(reset_partial_state=False)
-    accelerator = Accelerator(
-        mixed_precision=config.train.mixed_precision,
-        log_with=list(config.train.report_to) or None,
-        project_dir=config.output_dir,
-    )
-    if config.train.report_to:
-        settings = {key: str(value) for key, value in config.flat().items()}
-        accelerator.init_trackers("opdlm", config=settings)
-    return accelerator
-
-
 def start_run(model: DiffusionLM, prompts: Sequence[Prompt], config: Config) -> Run:
     accelerator = start_accelerator(config)
-    model.to(accelerator.device)
+    is_sharded = place(model.eval(), accelerator)  # dropout acts where `adapter_dropout` says
     if config.train.gradient_checkpointing:
-        model.student.gradient_checkpointing_enable({"use_reentrant": False})
-        # Checkpointing acts in training mode only; entered by the layers alone, it turns no dropout on.
-        for module in model.student.modules():
-            module.training = module.training or isinstance(module, GradientCheckpointingLayer)
+        checkpoint_layers(model.student, config.train.gradient_checkpointing_every)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.optimizer.learning_rate,
-        betas=config.optimizer.betas,
-        weight_decay=config.optimizer.weight_decay,
-    )
-    student_loss, optimizer = accelerator.prepare(StudentLoss(model, config.loss), optimizer)
-    stream = PromptStream(
-        prompts, config.rollout.prompts_per_step * accelerator.num_processes, config.train.seed
-    )
-    return Run(config, model, student_loss, optimizer, accelerator, stream)
+    optimizer = make_optimizer(parameters, config.optimizer)
+    student_loss: nn.Module = StudentLoss(model, config.loss)
+    if not is_sharded:
+        student_loss, optimizer = accelerator.prepare(student_loss, optimizer)
+    stream = PromptStream(prompts, config.rollout.prompts_per_step, config.train.seed)
+    run = Run(config, model, student_loss, optimizer, accelerator, stream)
+    if config.train.ema_decay is not None:
+        run.average = {
+            name: weight.detach().float().clone() for name, weight in trainable_weights(model).items()
+        }
+    return run
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
     """One rollout step (0-based): generate, then `passes_per_rollout` passes of updates over the rollouts."""
     config, started = run.config, time.perf_counter()
-    prompts = rank_share(run, run.prompts.at(step))
+    run.model.spec = replace(run.model.spec, block_size=block_size_at(config.format, step))
     from_teacher = is_from_teacher(config, step)
-    rollouts, decoding = generate_rollouts(
-        run.model,
-        prompts,
-        config.rollout,
-        step=step + 1,
-        seed=config.train.seed,
-        rank=run.accelerator.process_index,
-        from_teacher=from_teacher,
-    )
+    rollouts, decoding = roll_out(run, run.prompts.at(step), step, from_teacher=from_teacher)
     rollout_seconds = time.perf_counter() - started
-    rng = generator_for(config.train.seed, step + 1, run.accelerator.process_index, 10**6)
-    on_trajectory = config.loss.objective == "opd" and not from_teacher
-    selection: Selection = config.states.selection if on_trajectory else "random_mask"
+    rng = generator_for(config.train.seed, step + 1, 10**6)
+    run.pool = reusable(run, step) | {step: rollouts}
+    pool = [rollout for made in run.pool.values() for rollout in made]
+    selection, mask_rate = selection_at(config, step), mask_rate_at(config.states, step)
     sums = UpdateSums()
-    for chosen in update_order(len(rollouts), config, rng):
-        sums += update(run, rollouts, chosen, selection, rng)
+    for chosen in update_order(len(pool), config, rng):
+        sums += update(run, pool, chosen, selection, mask_rate)
     return step_metrics(run, rollouts, decoding, sums, rollout_seconds, time.perf_counter() - started)
 
 
-def is_from_teacher(config: Config, step: int) -> bool:
-    """Whose responses step `step` (0-based) trains on."""
-    return config.loss.objective in ("off_policy", "sft") or step < config.rollout.warm_start_steps
+def reusable(run: Run, step: int) -> dict[int, list[Rollout]]:
+    """Earlier rollouts that step `step` trains on again."""
+    oldest = first_reused_step(run.config, step)
+    return {made: rollouts for made, rollouts in run.pool.items() if made >= oldest}
 
 
-def rank_share(run: Run, prompts: list[Prompt]) -> list[Prompt]:
-    return prompts[run.accelerator.process_index :: run.accelerator.num_processes]
+def roll_out(
+    run: Run, prompts: list[Prompt], step: int, *, from_teacher: bool
+) -> tuple[list[Rollout], DecodeStats]:
+    """Rollouts of all the prompts, on every rank; each rank decodes its share of them."""
+    places = range(run.accelerator.process_index, len(prompts), run.accelerator.num_processes)
+    with gathered_weights(run.model):
+        rollouts, decoding = generate_rollouts(
+            run.model,
+            [prompts[i] for i in places],
+            run.config.rollout,
+            step=step + 1,
+            seed=run.config.train.seed,
+            places=places,
+            from_teacher=from_teacher,
+        )
+    everyone = gather_items(run.accelerator, dict(zip(places, rollouts, strict=True)))
+    decodings = gather_items(run.accelerator, {run.accelerator.process_index: decoding})
+    return everyone, sum(decodings, DecodeStats())
 
 
 def update_order(num_rollouts: int, config: Config, rng: torch.Generator) -> Iterator[list[int]]:
@@ -249,30 +263,37 @@ class UpdateSums:
 def update(
     run: Run,
     rollouts: Sequence[Rollout],
-    chosen: list[int],
+    chosen: Sequence[int],
     selection: Selection,
-    rng: torch.Generator,
+    mask_rate: MaskRate = ANY_RATE,
 ) -> UpdateSums:
-    """One optimiser update on the chosen rollouts, in micro-batches of similar length."""
-    config, device = run.config, run.accelerator.device
-    chosen = sorted(chosen, key=lambda i: len(rollouts[i].prompt_ids) + rollouts[i].num_response)
-    size = config.train.micro_batch_rows
-    micro_batches = [chosen[first : first + size] for first in range(0, len(chosen), size)]
-    states = [
-        select_states([rollouts[i] for i in batch], run.model.spec, selection, rng, device)
-        for batch in micro_batches
-    ]
+    """One optimiser update on the chosen rollouts, in packed micro-batches; each rank takes its share."""
+    config = run.config
+    mine = chosen[run.accelerator.process_index :: run.accelerator.num_processes]
+    states = [states_of(run, rollouts, i, selection, mask_rate) for i in mine]
     weights = normalized_weights(run, states)
-    sums = UpdateSums(num_updates=1)
-    for batch_states, weights_M in zip(states, weights, strict=True):
-        teacher_pass = score_rows(
-            run.model, batch_states.ids_BL, batch_states.lengths_B, batch_states.num_prompt_B
-        )
-        output = run.student_loss(batch_states, teacher_pass, weights_M)
-        run.accelerator.backward(output.loss)
-        sums.loss += float(output.loss.detach())
-        sums.divergence += float(output.per_position_M.sum())
-        sums.positions += len(weights_M)
+    batches = micro_batches(run, states)
+    loss = divergence = 0.0
+    rank = run.accelerator.process_index
+    dropout_seed = generator_for(config.train.seed, 2 * 10**6 + run.num_updates, rank).initial_seed()
+    with adapter_dropout(run.model, dropout_seed):
+        for number, batch in enumerate(batches):
+            if batch:
+                packed = pack_states([states[i] for i in batch]).to(run.accelerator.device)
+                weights_M = torch.cat([weights[i] for i in batch]).to(run.accelerator.device)
+            else:  # takes part in what ranks do together, and teaches nothing
+                idle = states_of(run, rollouts, chosen[0], selection, mask_rate)
+                packed = idle.without_targets().to(run.accelerator.device)
+                weights_M = torch.zeros(0, device=run.accelerator.device)
+            is_last = number == len(batches) - 1
+            with without_sync(run.student_loss, is_last=is_last), run.accelerator.autocast():
+                output = run.student_loss(packed, score_rows(run.model, packed.text), weights_M)
+                run.accelerator.backward(output.loss)
+            loss += float(output.loss.detach())
+            divergence += float(output.per_position_M.sum())
+    num_positions = sum(len(weights_M) for weights_M in weights)
+    loss, divergence, positions = sum_over_ranks(run.accelerator, loss, divergence, num_positions)
+    sums = UpdateSums(loss / run.accelerator.num_processes, 0.0, 1, int(positions), divergence)
     if not math.isfinite(sums.loss):
         raise DataError(
             f"the loss became {sums.loss} at update {run.num_updates + 1}. Lower optimizer.learning_rate "
@@ -284,7 +305,47 @@ def update(
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.num_updates += 1
+    update_average(run)
     return sums
+
+
+def micro_batches(run: Run, states: list[StateBatch]) -> list[list[int]]:
+    """Which of this rank's rollouts share a packed row: as many columns as `micro_batch_rows` of the longest
+    would have. All ranks have equally many micro-batches; some may be empty.
+    """
+    sizes = [one.num_columns for one in states]
+    batches = first_fit(sizes, run.config.train.micro_batch_rows * max(sizes, default=0))
+    device = run.accelerator.device
+    num_batches = int(run.accelerator.gather(torch.tensor([len(batches)], device=device)).max())
+    return batches + [[]] * (num_batches - len(batches))
+
+
+def states_of(
+    run: Run, rollouts: Sequence[Rollout], index: int, selection: Selection, mask_rate: MaskRate
+) -> StateBatch:
+    """States of one rollout; what is drawn depends on the update and the rollout alone."""
+    rng = generator_for(run.config.train.seed, 10**6 + run.num_updates, index)
+    return select_states([rollouts[index]], run.model.spec, selection, rng, mask_rate)
+
+
+@torch.no_grad()
+def update_average(run: Run) -> None:
+    """average <- decay * average + (1 - decay) * weights, decay <= n / (n + 9) at update n: short runs forget
+    their start.
+    """
+    if run.config.train.ema_decay is None:
+        return
+    decay = min(run.config.train.ema_decay, run.num_updates / (run.num_updates + 9))
+    for name, weight in trainable_weights(run.model).items():
+        run.average[name].lerp_(weight.float(), 1 - decay)
+
+
+@torch.no_grad()
+def use_average(run: Run) -> None:
+    """Put the averaged weights, if there are any, into the model; checkpoints keep both."""
+    weights = dict(run.model.named_parameters())
+    for name, average in run.average.items():
+        weights[name].copy_(average)
 
 
 def normalized_weights(run: Run, states: list[StateBatch]) -> list[Tensor]:
@@ -293,7 +354,7 @@ def normalized_weights(run: Run, states: list[StateBatch]) -> list[Tensor]:
     `token`: over supervised positions. `row`: over rows, of the mean over each row (the paper). `sft` weights
     a position by 1 / (masked fraction of its block) first.
     """
-    per_batch, total = [], torch.zeros((), device=run.accelerator.device)
+    per_batch, total = [], torch.zeros(())
     for batch in states:
         is_supervised_BS = batch.is_supervised_BS
         weights_BS = is_supervised_BS.float()
@@ -306,14 +367,8 @@ def normalized_weights(run: Run, states: list[StateBatch]) -> list[Tensor]:
         else:
             total = total + is_supervised_BS.sum()
         per_batch.append(weights_BS[is_supervised_BS])
-    total = run.accelerator.reduce(total, "sum").clamp_min(1)
-    return [weights_M * (run.accelerator.num_processes / total) for weights_M in per_batch]
-
-
-def num_updates_of(config: Config) -> int:
-    """Optimiser updates in a whole run."""
-    per_pass = -(-config.rollout.prompts_per_step // config.train.rows_per_update)
-    return config.train.num_steps * config.train.passes_per_rollout * per_pass
+    total = run.accelerator.reduce(total.to(run.accelerator.device), "sum").clamp_min(1)
+    return [weights_M * (run.accelerator.num_processes / total.cpu()) for weights_M in per_batch]
 
 
 def learning_rate_scale(update_index: int, total: int, section: OptimizerSection) -> float:
@@ -334,7 +389,7 @@ def set_learning_rate(run: Run) -> None:
 def step_metrics(
     run: Run,
     rollouts: Sequence[Rollout],
-    decoding: Any,
+    decoding: DecodeStats,
     sums: UpdateSums,
     rollout_seconds: float,
     seconds: float,
@@ -347,6 +402,7 @@ def step_metrics(
         "divergence": sums.divergence / max(1, sums.positions),
         "grad_norm": sums.grad_norm / sums.num_updates,
         "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "block_size": run.model.spec.block_size,
         "tokens_per_forward": decoding.tokens_per_forward,
         "tokens_per_step": decoding.tokens_per_step,
         "response_length": decoding.num_tokens / len(rollouts),
@@ -359,15 +415,18 @@ def step_metrics(
 
 
 def save(run: Run, step: int) -> None:
-    if run.accelerator.is_main_process:
-        save_checkpoint(
-            Path(run.config.output_dir),
-            step,
-            run.model,
-            run.optimizer,
-            {"num_updates": run.num_updates, "totals": run.totals},
-            run.config.train.save_total_limit,
-        )
+    """All ranks take part: the main one writes what the others hold of sharded weights."""
+    pool = {made: [rollout_to_plain(r) for r in made_then] for made, made_then in reusable(run, step).items()}
+    save_checkpoint(
+        Path(run.config.output_dir),
+        step,
+        run.model,
+        run.optimizer,
+        {"num_updates": run.num_updates, "totals": run.totals, "pool": pool},
+        run.config.train.save_total_limit,
+        run.average,
+        writes=run.accelerator.is_main_process,
+    )
     run.accelerator.wait_for_everyone()
 
 
@@ -383,4 +442,8 @@ def resume(run: Run) -> int:
         return 0
     progress = load_checkpoint(found[-1], run.model, run.optimizer)
     run.num_updates, run.totals = progress["num_updates"], progress["totals"]
+    for made, rollouts in progress["pool"].items():
+        run.pool[int(made)] = [rollout_from_plain(r) for r in rollouts]
+    if run.average:
+        load_average(found[-1], run.average)
     return progress["step"]

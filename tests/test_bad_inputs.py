@@ -243,6 +243,14 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: p.convert(model=without_tokenizer(p)),
         ("no tokenizer", "/no_tokenizer", "Copy"),
     ),
+    "flex attention on a CPU": (
+        lambda p: p.convert("model.attention=flex"),
+        ("model.attention (flex)", "no backward pass on cpu", "choose flash or sdpa"),
+    ),
+    "unknown attention": (
+        lambda p: p.convert("model.attention=eager"),
+        ("model.attention", "eager", "flash"),
+    ),
     "NaN weights": (lambda p: p.convert(model=nan_weights(p)), ("model.norm.weight", "NaN", "damaged")),
     "weights cut off": (lambda p: p.convert(model=cut_weights(p)), ("/cut", "damaged", "again")),
     "weight missing": (
@@ -261,6 +269,50 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     "no attention to mask": (
         lambda p: p.convert(model=linear_attention(p)),
         ("mamba models cannot be converted", "masks"),
+    ),
+    "blocks that do not start at step 0": (
+        lambda p: p.convert("format.block_growth=[[1,2]]", "format.block_size=2"),
+        ("format.block_growth", "[1]", "start with 0"),
+    ),
+    "blocks that shrink": (
+        lambda p: p.convert("format.block_growth=[[0,8],[1,4]]", "format.block_size=4"),
+        ("format.block_growth", "[8, 4]", "grow"),
+    ),
+    "blocks that do not end as the checkpoint's": (
+        lambda p: p.convert("format.block_growth=[[0,2],[1,4]]", "format.block_size=8"),
+        ("format.block_growth ends with 4", "format.block_size is 8", "make them equal"),
+    ),
+    "a block size that is never trained": (
+        lambda p: p.convert("format.block_growth=[[0,2],[2,4]]", "format.block_size=4"),
+        ("format.block_growth reaches 4 at step 2", "train.num_steps is 2", "Start it earlier"),
+    ),
+    "more denoising steps than the first blocks have tokens": (
+        lambda p: p.convert("format.block_growth=[[0,2],[1,4]]", "rollout.denoising_steps=4"),
+        ("rollout.denoising_steps (4)", "block_size (2)"),
+    ),
+    "a pair that is none": (
+        lambda p: p.convert("format.block_growth=[4,8]"),
+        ("format.block_growth (4)", "needs 2 values"),
+    ),
+    "unknown selection in a schedule": (
+        lambda p: p.convert("states.selection_schedule=[[0,random],[1,all]]"),
+        ("states.selection_schedule ('random')", "mean random_mask?"),
+    ),
+    "an empty range of mask rates": (
+        lambda p: p.convert("states.mask_rate=[0.5,0.5]"),
+        ("states.mask_rate (0.5, 0.5)", "range"),
+    ),
+    "a decay of 1": (
+        lambda p: p.convert("train.ema_decay=1"),
+        ("train.ema_decay (1.0)", "between 0.0 and"),
+    ),
+    "column that the rows do not have": (
+        lambda p: p.convert("data.prompt_column=question"),
+        ("prompts.jsonl:1", "no column question", "only prompt"),
+    ),
+    "plan of a model that is nowhere": (
+        lambda p: p.convert("--dry-run", model=Path("nobody/has-this-model")),
+        ("model.path (nobody/has-this-model)", "no folder with a config.json", "hf download"),
     ),
     "no prompts given": (lambda p: p.convert("data.path="), ("data.path is empty", "Give a .jsonl")),
     "self prompts without a chat template": (
@@ -367,6 +419,34 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: p.convert("lora.target_modules=[nothing]"),
         ("lora.target_modules", "nothing"),
     ),
+    "adapter that rewrites the teacher": (
+        lambda p: p.convert("lora.init=pissa"),
+        ("lora.init ('pissa')", "default, gaussian, orthogonal", "teacher"),
+    ),
+    "orthogonal with an odd rank": (
+        lambda p: p.convert("lora.init=orthogonal", "lora.r=5"),
+        ("lora.init (orthogonal)", "even lora.r (5)"),
+    ),
+    "adapter on the LM head": (
+        lambda p: p.convert("lora.target_modules=[lm_head]"),
+        ("lora.target_modules", "LM head", "Name layers"),
+    ),
+    "four bits without an adapter": (
+        lambda p: p.convert("model.load_in_4bit=true", "lora.enabled=false"),
+        ("model.load_in_4bit (true)", "set lora.enabled=true"),
+    ),
+    "four bits with DoRA": (
+        lambda p: p.convert("model.load_in_4bit=true", "lora.use_dora=true"),
+        ("lora.use_dora (true)", "model.load_in_4bit"),
+    ),
+    "merge of a merged checkpoint": (
+        lambda p: ["merge", str(p.root / "sdar" / "model"), str(p.root / "merged")],
+        ("/sdar/model", "holds no adapter"),
+    ),
+    "merge of a plain model": (
+        lambda p: ["merge", str(p.model), str(p.root / "merged")],
+        ("/model is not a folder written by opdlm", "Give the folder"),
+    ),
     "output_dir is a file": (
         lambda p: p.convert(f"output_dir={p.file('file', '')}"),
         ("output_dir", "/file)", "cannot be written"),
@@ -414,11 +494,23 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: ["eval", str(p.root / "sdar" / "model")],
         ("eval.path is empty", "Give"),
     ),
+    "eval with one likelihood sample": (
+        lambda p: ["eval", str(p.root / "sdar" / "model"), "eval.likelihood_samples=1"],
+        ("eval.likelihood_samples (1)", "at least 2"),
+    ),
+    "eval with a folder of tasks but no task": (
+        lambda p: ["eval", str(p.root / "sdar" / "model"), "--include-path", "tasks"],
+        ("--include-path", "--tasks"),
+    ),
+    "GSM8K scoring of another file": (
+        lambda p: p.convert(f"eval.path={p.root / 'eval.jsonl'}", "eval.scoring=gsm8k"),
+        ("eval.jsonl:1", "#### number", "eval.scoring=exact"),
+    ),
     "eval of a training key": (
         lambda p: ["eval", str(p.root / "sdar" / "model"), "train.seed=1"],
         ("train.seed=1", "only eval.*"),
     ),
-    "unknown recipe": (lambda p: ["recipes", "tinny"], ("tinny", "There are: ")),
+    "unknown recipe": (lambda p: ["recipes", "tinny"], ("tinny", "Did you mean tiny")),
 }
 
 

@@ -1,6 +1,8 @@
 """Reading prompts: formats, chat templates, and an order that needs no saved state."""
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -10,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from opdlm.config import DataSection
 from opdlm.data import PromptStream, load_prompts, load_tasks
+from opdlm.errors import DataError
 from opdlm.records import Prompt
 
 MASK = 101
@@ -70,3 +73,55 @@ def test_every_pass_over_the_prompts_is_a_permutation_and_a_step_is_a_function_o
     assert all(sorted(order) == list(range(12)) for order in passes)
     assert passes[0] != passes[1]
     assert PromptStream(prompts, per_step=4, seed=3).at(4) == stream.at(4)
+
+
+def test_a_configuration_and_a_column_of_a_dataset_are_read_by_name(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """A folder as `openai/gsm8k` is laid out: two configurations, and prompts under `question`."""
+    for name, question in (("main", "add 1 2"), ("socratic", "sort b a")):
+        (tmp_path / name).mkdir()
+        row = {"question": question, "answer": "3", "messages": []}
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / name / "train.parquet")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files: main/*\n"
+        "- config_name: socratic\n  data_files: socratic/*\n---\n"
+    )
+    section = DataSection(path=str(tmp_path), config="socratic", prompt_column="question")
+    prompts = load_prompts(section, tokenizer, MASK)
+    assert [tokenizer.decode(list(prompt.ids)) for prompt in prompts] == ["<|user|>sort b a<|assistant|>"]
+    with pytest.raises(DataError, match=r"no column text .*only question, answer, messages"):
+        load_prompts(replace(section, prompt_column="text"), tokenizer, MASK)
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_prompts(replace(section, config=""), tokenizer, MASK)
+
+
+def test_long_prompts_are_refused_or_left_out_and_counted(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "add 1 2"}\n{"prompt": "sort a b c d e f g h i j k l m n o p"}\n')
+    section = DataSection(path=str(path), max_prompt_tokens=12)
+    with pytest.raises(DataError, match=r"more than data.max_prompt_tokens"):
+        load_prompts(section, tokenizer, MASK)
+    prompts = load_prompts(replace(section, drop_long_prompts=True), tokenizer, MASK)
+    assert [prompt.index for prompt in prompts] == [0]
+    assert "left out 1 of 2 prompts" in caplog.text
+    with pytest.raises(DataError, match="no prompt has at most 2 tokens"):
+        load_prompts(replace(section, drop_long_prompts=True, max_prompt_tokens=2), tokenizer, MASK)
+
+
+def test_thinking_is_switched_through_the_chat_template(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{{ messages[-1]['content'] }}"
+        "{% if enable_thinking is defined and enable_thinking is false %}=>{% endif %}"
+    )
+    texts = {}
+    for value in (None, True, False):
+        prompts = load_prompts(DataSection(path=str(path), enable_thinking=value), tokenizer, MASK)
+        texts[value] = tokenizer.decode(list(prompts[0].ids))
+    assert texts == {None: "add 47 38", True: "add 47 38", False: "add 47 38=>"}

@@ -36,7 +36,6 @@ from opdlm.models import as_autoregressive
 from opdlm.records import NEVER, Rollout
 from opdlm.states import select_states
 from opdlm.targets import score_rows
-from opdlm.trainer import noised_hidden
 
 MODES = {
     "static": DecodeConfig(mode="static", max_new_tokens=10, veto_below=0.0),
@@ -50,12 +49,12 @@ MODES = {
 
 def training_logits(model: DiffusionLM, rollouts: list[Rollout]) -> dict[tuple[object, ...], Tensor]:
     """(row, first position of the state, masked positions among its slots, target) -> logits of training."""
-    states = select_states(rollouts, model.spec, "all", torch.Generator().manual_seed(0), CPU)
-    scored = score_rows(model, states.ids_BL, states.lengths_B, states.num_prompt_B)
+    states = select_states(rollouts, model.spec, "all", torch.Generator().manual_seed(0))
+    scored = score_rows(model, states.text)
     with torch.no_grad():
-        logits_BSV = model.logits(noised_hidden(model, states, scored))
+        logits_BSV = model.logits(model.student_hidden(states.slots, scored.cache))
     found = {}
-    noised = states.noised
+    noised = states.slots
     for row, column in states.is_supervised_BS.nonzero().tolist():
         in_group_S = noised.group_BS[row] == noised.group_BS[row, column]
         masked_S = in_group_S & (noised.ids_BS[row] == model.spec.mask_token_id)
@@ -213,15 +212,11 @@ def test_clean_slots_are_the_base_model_bitwise_beside_noised_ones(kind: str) ->
         model.spec,
         "all",
         torch.Generator().manual_seed(0),
-        CPU,
     )
-    clean = model.clean_slots(states.ids_BL, states.lengths_B, states.num_prompt_B)
-    slots = join_slots(clean, states.noised)
+    clean = states.text
+    slots = join_slots(clean, states.slots)
     with torch.no_grad():
         assert torch.equal(model.teacher_hidden(clean), untouched.student_hidden(clean))
-        assert torch.equal(
-            model.teacher_causal_hidden(states.ids_BL), untouched.teacher_causal_hidden(states.ids_BL)
-        )
         both_BSH, num_forwards = model.decode_hidden(slots, DecodeCache(2, 60, CPU))
         alone_BSH, _ = untouched.decode_hidden(slots, DecodeCache(2, 60, CPU))
     assert num_forwards == (1 if kind == "lora" else 2)

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opdlm.blocks import join_slots, visible
+from opdlm.blocks import clean_slots, join_slots, visible
 from opdlm.config import LossSection, OptimizerSection, RolloutSection
 from opdlm.diffusion import DiffusionLM, DiffusionSpec
 from opdlm.generate import DecodeConfig, generate
@@ -104,7 +105,7 @@ def make_states(golden: dict[str, Tensor], model: DiffusionLM, loss_mask: str = 
             golden["input_ids"].tolist(), golden["step_map_ext"].tolist(), num_padding(golden), strict=True
         )
     ]
-    table = block_table(rollouts, model.spec, torch.device("cpu"))
+    table = block_table(rollouts, model.spec)
     table = replace(table, is_inside_BNT=table.is_response_BNT)
     noised_BR = golden["extended_input_ids"][:, NUM_PROMPT + NUM_RESPONSE :]
     masked_BW = torch.zeros(3, 12, dtype=torch.bool)
@@ -113,13 +114,15 @@ def make_states(golden: dict[str, Tensor], model: DiffusionLM, loss_mask: str = 
     assert noised.ids_BS.tolist() == noised_BR.tolist()
     supervised_BR = golden[loss_mask][:, NUM_PROMPT:]
     rows = [torch.tensor(r.prompt_ids + r.response_ids) for r in rollouts]
+    ids_BL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths_B = torch.tensor([len(row) for row in rows])
+    num_prompt_B = torch.tensor([len(r.prompt_ids) for r in rollouts])
+    target_BS = torch.where(supervised_BR, target_BS, -1)
     return StateBatch(
-        ids_BL=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
-        lengths_B=torch.tensor([len(row) for row in rows]),
-        num_prompt_B=torch.tensor([len(r.prompt_ids) for r in rollouts]),
-        noised=noised,
-        target_BS=torch.where(supervised_BR, target_BS, -1),
-        masked_fraction_BS=fraction_BS,
+        text=clean_slots(ids_BL, lengths_B, num_prompt_B, model.spec.block_grid, "preserve"),
+        slots=join_slots(model.clean_slots(ids_BL, lengths_B, num_prompt_B), noised),
+        target_BS=F.pad(target_BS, (ids_BL.shape[1], 0), value=-1),
+        masked_fraction_BS=F.pad(fraction_BS, (ids_BL.shape[1], 0)),
     )
 
 
@@ -135,7 +138,7 @@ def test_masks_and_logits_of_training_rows_equal_the_published_ones(
     golden: dict[str, Tensor], model: DiffusionLM
 ) -> None:
     states = make_states(golden, model)
-    slots = join_slots(model.clean_slots(states.ids_BL, states.lengths_B, states.num_prompt_B), states.noised)
+    slots = states.slots
     seen_BSS = visible(slots, slots)
     with torch.no_grad():
         logits_BSV = model.logits(model.student_hidden(slots))
@@ -154,7 +157,7 @@ def test_teacher_targets_equal_the_published_log_probabilities(
     golden: dict[str, Tensor], model: DiffusionLM
 ) -> None:
     states = make_states(golden, model)
-    scored = score_rows(model, states.ids_BL, states.lengths_B, states.num_prompt_B)
+    scored = score_rows(model, states.text)
     targets = targets_at_supervised(model, states, scored, LossSection())
     assert isinstance(targets, HiddenTargets)
     logprobs_MV = targets.head.logits(targets.hidden_MH).log_softmax(-1)
@@ -167,7 +170,7 @@ def test_losses_through_rows_targets_and_chunks_equal_the_published_ones(
     name: str, golden: dict[str, Tensor], model: DiffusionLM
 ) -> None:
     states = make_states(golden, model, "loss_mask_with_imend" if name.endswith("imend") else "loss_mask")
-    scored = score_rows(model, states.ids_BL, states.lengths_B, states.num_prompt_B)
+    scored = score_rows(model, states.text)
     with torch.no_grad():
         out = StudentLoss(model, VARIANTS[name])(states, scored, row_mean_weights(states))
     counts = states.is_supervised_BS.sum(1).tolist()
@@ -193,7 +196,7 @@ def test_gradients_equal_the_mathematically_correct_ones(
         model.student.gradient_checkpointing_enable({"use_reentrant": False})
         model.student.train()
     states = make_states(golden, model)
-    scored = score_rows(model, states.ids_BL, states.lengths_B, states.num_prompt_B)
+    scored = score_rows(model, states.text)
     StudentLoss(model, LossSection())(states, scored, row_mean_weights(states)).loss.backward()
     assert len(calls) == (2 if checkpointing else 1)  # else checkpointing was not on
     expected = load_tensors("grads_fkl_full", "grad.")

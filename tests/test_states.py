@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from tiny_models import BLOCK, CPU, GRIDS, MASK, STOP, V, make_rollout
+from tiny_models import BLOCK, GRIDS, MASK, STOP, V, make_rollout
 from torch import Tensor
 
-from opdlm.blocks import FAR, Format, Grid, GridKind, Slots, clean_slots, join_slots, make_slots, visible
+from opdlm.blocks import CLEAN, FAR, Format, Grid, GridKind, Slots, join_slots, make_slots, visible
 from opdlm.diffusion import DiffusionSpec
 from opdlm.records import NEVER, Rollout
 from opdlm.states import Selection, StateBatch, block_table, select_masks, select_states
@@ -37,7 +37,7 @@ def make_rollouts(grid: GridKind) -> list[Rollout]:
 def select(
     rollouts: Sequence[Rollout], spec: DiffusionSpec, selection: Selection, seed: int = 0
 ) -> StateBatch:
-    return select_states(rollouts, spec, selection, torch.Generator().manual_seed(seed), CPU)
+    return select_states(rollouts, spec, selection, torch.Generator().manual_seed(seed))
 
 
 def block_of(position: int, num_prompt: int, grid: GridKind) -> int:
@@ -49,9 +49,9 @@ def group_positions(batch: StateBatch, row: int) -> dict[int, dict[int, int]]:
     """Group -> {position: token} of one row's noised slots."""
     groups: dict[int, dict[int, int]] = {}
     columns = zip(
-        batch.noised.group_BS[row].tolist(),
-        batch.noised.positions_BS[row].tolist(),
-        batch.noised.ids_BS[row].tolist(),
+        batch.slots.group_BS[row].tolist(),
+        batch.slots.positions_BS[row].tolist(),
+        batch.slots.ids_BS[row].tolist(),
         strict=True,
     )
     for group, position, token in columns:
@@ -63,7 +63,7 @@ def group_positions(batch: StateBatch, row: int) -> dict[int, dict[int, int]]:
 def targets_of(batch: StateBatch, row: int) -> dict[int, list[int]]:
     """Group -> supervised positions."""
     targets: dict[int, list[int]] = {}
-    columns = zip(batch.noised.group_BS[row].tolist(), batch.target_BS[row].tolist(), strict=True)
+    columns = zip(batch.slots.group_BS[row].tolist(), batch.target_BS[row].tolist(), strict=True)
     for group, target in columns:
         if target >= 0:
             targets.setdefault(group, []).append(target)
@@ -115,16 +115,16 @@ def test_visibility_equals_the_formula_of_the_method(fmt: Format, grid: GridKind
     """A noised slot of `preserve` sees clean text up to the token before its state's first masked one."""
     spec, rollouts = make_spec(fmt, grid), make_rollouts(grid)
     batch = select(rollouts, spec, "all")
-    clean = clean_slots(batch.ids_BL, batch.lengths_B, batch.num_prompt_B, spec.block_grid, fmt)
-    slots = join_slots(clean, batch.noised)
+    slots = join_slots(batch.text, batch.slots) if fmt == "preserve" else batch.slots
     seen_BSS, width = visible(slots, slots), slots.ids_BS.shape[1]
+    num_clean = int((slots.group_BS == CLEAN).any(0).sum())
     for row, rollout in enumerate(rollouts):
         layout = {
             "fmt": fmt,
             "grid": grid,
             "num_prompt": len(rollout.prompt_ids),
-            "num_text": len(rollout.prompt_ids) + rollout.num_response,
-            "num_clean": clean.ids_BS.shape[1],
+            "num_text": int((slots.group_BS[row] == CLEAN).sum()),
+            "num_clean": num_clean,
             "position": slots.positions_BS[row].tolist(),
             "group": slots.group_BS[row].tolist(),
             "anchor": {
@@ -137,9 +137,7 @@ def test_visibility_equals_the_formula_of_the_method(fmt: Format, grid: GridKind
 
 def test_a_window_keeps_the_nearest_positions_only() -> None:
     spec, rollouts = make_spec("sdar", "absolute"), [make_rollout(9, 7, "absolute")]
-    batch = select(rollouts, spec, "all")
-    clean = clean_slots(batch.ids_BL, batch.lengths_B, batch.num_prompt_B, spec.block_grid, "sdar")
-    slots = join_slots(clean, batch.noised)
+    slots = select(rollouts, spec, "all").slots
     distance_BSS = slots.positions_BS[:, :, None] - slots.positions_BS[:, None, :]
     expected_BSS = visible(slots, slots) & (distance_BSS < 5)
     assert torch.equal(visible(slots, slots, window=5), expected_BSS)
@@ -156,7 +154,7 @@ def test_joined_padding_sees_only_itself_and_is_seen_by_nothing_else() -> None:
     seen_BSS = visible(slots, slots)
     assert torch.equal(seen_BSS[:, is_padding_S], torch.eye(10).bool()[is_padding_S].expand(2, -1, -1))
     assert not seen_BSS[:, ~is_padding_S][:, :, is_padding_S].any()
-    assert (slots.key_positions_BS[:, is_padding_S] == FAR).all()
+    assert (slots.key_columns_BS[:, is_padding_S] == FAR).all()
 
 
 def realised(rollout: Rollout, grid: GridKind) -> dict[int, list[set[int]]]:
@@ -174,7 +172,7 @@ def chosen_masks(
     rollouts: Sequence[Rollout], grid: GridKind, selection: Selection, seed: int = 0
 ) -> list[list[tuple[int, set[int]]]]:
     """Per rollout: (block, masked positions) of every state that masks something."""
-    table = block_table(rollouts, make_spec("sdar", grid), CPU)
+    table = block_table(rollouts, make_spec("sdar", grid))
     masked_BCNT = select_masks(table, selection, torch.Generator().manual_seed(seed))
     found: list[list[tuple[int, set[int]]]] = [[] for _ in rollouts]
     for row, copy, number in masked_BCNT.any(-1).nonzero().tolist():
@@ -273,7 +271,7 @@ def test_the_slot_of_a_target_is_its_own_in_sdar_and_the_one_before_in_preserve(
     for fmt, shift in (("sdar", 0), ("preserve", 1)):
         batch = select(make_rollouts("absolute"), make_spec(fmt, "absolute"), "all")
         supervised_BS: Tensor = batch.is_supervised_BS
-        distance_M = (batch.target_BS - batch.noised.positions_BS)[supervised_BS]
+        distance_M = (batch.target_BS - batch.slots.positions_BS)[supervised_BS]
         assert distance_M.unique().tolist() == [shift]
 
 
@@ -281,11 +279,11 @@ def test_the_slot_of_a_target_is_its_own_in_sdar_and_the_one_before_in_preserve(
 def test_masked_fraction_is_the_share_of_the_blocks_response_that_is_masked(fmt: Format) -> None:
     rollouts = make_rollouts("absolute")
     batch = select(rollouts, make_spec(fmt, "absolute"), "all")
-    table = block_table(rollouts, make_spec(fmt, "absolute"), CPU)
+    table = block_table(rollouts, make_spec(fmt, "absolute"))
     masks = select_masks(table, "all", torch.Generator())
     num_blocks = masks.shape[2]
     for row, column in batch.is_supervised_BS.nonzero().tolist():
-        copy, number = divmod(int(batch.noised.group_BS[row, column]) - 1, num_blocks)
+        copy, number = divmod(int(batch.slots.group_BS[row, column]) - 1, num_blocks)
         response_T = table.is_response_BNT[row, number]
         share = (masks[row, copy, number] & response_T).sum() / response_T.sum()
         assert batch.masked_fraction_BS[row, column].item() == pytest.approx(share.item())
@@ -295,6 +293,6 @@ def test_a_row_s_clean_text_ends_with_its_stop_token() -> None:
     rollouts = make_rollouts("absolute")
     batch = select(rollouts, make_spec("preserve", "absolute"), "all")
     for row, rollout in enumerate(rollouts):
-        length = int(batch.lengths_B[row])
-        assert tuple(batch.ids_BL[row, :length].tolist()) == rollout.prompt_ids + rollout.text_ids
-    assert batch.ids_BL.max() < V - 1
+        is_text_L = batch.text.group_BS[row] == CLEAN
+        assert tuple(batch.text.ids_BS[row, is_text_L].tolist()) == rollout.prompt_ids + rollout.text_ids
+    assert batch.text.ids_BS.max() < V - 1

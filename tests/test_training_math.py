@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import CPU, KINDS, MASK, STOP, make_lm, make_prompts, make_rollout, qwen3
+from tiny_models import KINDS, MASK, STOP, make_lm, make_prompts, make_rollout, qwen3
 from torch import Tensor
 
 from opdlm.config import Config, LossSection, TrainSection
@@ -22,7 +22,7 @@ from opdlm.losses import HiddenTargets, LossOutput, TokenTargets, TopKTargets
 from opdlm.records import Prompt, Rollout
 from opdlm.states import StateBatch, select_states
 from opdlm.targets import score_rows, targets_at_supervised
-from opdlm.trainer import Run, StudentLoss, noised_hidden, normalized_weights, start_run, update
+from opdlm.trainer import Run, StudentLoss, normalized_weights, start_run, update
 
 ROLLOUTS = [
     make_rollout(p, r, "absolute", stop=r % 2 == 0)
@@ -36,13 +36,13 @@ def make_model(kind: str, **options: Any) -> DiffusionLM:
 
 
 def make_states(model: DiffusionLM, rollouts: Sequence[Rollout], selection: Any = "all") -> StateBatch:
-    return select_states(rollouts, model.spec, selection, torch.Generator().manual_seed(0), CPU)
+    return select_states(rollouts, model.spec, selection, torch.Generator().manual_seed(0))
 
 
 def loss_of(
     model: DiffusionLM, states: StateBatch, weights_M: Tensor | None = None, **loss: Any
 ) -> LossOutput:
-    scored = score_rows(model, states.ids_BL, states.lengths_B, states.num_prompt_B)
+    scored = score_rows(model, states.text)
     if weights_M is None:
         weights_M = torch.ones(int(states.is_supervised_BS.sum()), dtype=torch.float64)
     return StudentLoss(model, LossSection(**loss))(states, scored, weights_M)
@@ -70,7 +70,7 @@ def run_update(kind: str, **changes: Any) -> tuple[float, dict[str, Tensor]]:
     run = make_run(model, TrainSection(rows_per_update=8, **changes), **loss)
     run.optimizer = recorder = GradientRecorder(model)
     order = list(range(len(ROLLOUTS)))
-    sums = update(run, ROLLOUTS, order, "all", torch.Generator().manual_seed(0))
+    sums = update(run, ROLLOUTS, order, "all")
     assert recorder.gradients and all(grad.abs().max() > 0 for grad in recorder.gradients.values())
     return sums.loss, recorder.gradients
 
@@ -112,8 +112,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, monkeypatch: pyte
             num_recomputed.append(1)
         return checkpoint(*args, **options)
 
-    monkeypatch.setattr("torch.utils.checkpoint.checkpoint", counted)
-    monkeypatch.setattr("transformers.modeling_utils.checkpoint", counted)
+    monkeypatch.setattr("opdlm.optimizer.checkpoint", counted)
     assert_same_update(plain, run_update(kind, micro_batch_rows=4, gradient_checkpointing=True))
     assert len(num_recomputed) == 2 * 2  # layers times micro-batches: it was on
 
@@ -182,7 +181,7 @@ def test_a_row_s_losses_do_not_depend_on_the_rows_beside_it(kind: str) -> None:
 def test_targets_are_the_log_probabilities_of_the_plain_ar_model(kind: str) -> None:
     base, model = qwen3().double(), make_model(kind)
     states = make_states(model, ROLLOUTS)
-    scored = score_rows(model, states.ids_BL, states.lengths_B, states.num_prompt_B)
+    scored = score_rows(model, states.text)
     full = targets_at_supervised(model, states, scored, LossSection())
     top = targets_at_supervised(model, states, scored, LossSection(top_k=5))
     hard = targets_at_supervised(model, states, scored, LossSection(objective="sft"))
@@ -214,7 +213,7 @@ def test_clean_text_of_preserve_gets_no_gradient() -> None:
     model = make_model("copy")
     states = make_states(model, ROLLOUTS[:3])
     loss_of(model, states).loss.backward()
-    noised = set(states.noised.ids_BS[states.noised.is_noised_BS].tolist()) - {MASK}
+    noised = set(states.slots.ids_BS[states.slots.is_noised_BS].tolist()) - {MASK}
     clean = {token for rollout in ROLLOUTS[:3] for token in rollout.prompt_ids + rollout.text_ids}
     assert clean - noised and noised
     gradient_VH = model.student.get_input_embeddings().weight.grad
@@ -229,7 +228,7 @@ def test_the_clean_half_of_sdar_gets_gradient() -> None:
     states = make_states(model, ROLLOUTS[:3])
     loss_of(model, states).loss.backward()
     moved = model.student.get_input_embeddings().weight.grad.abs().sum(1).nonzero()[:, 0].tolist()
-    noised = set(states.noised.ids_BS[states.noised.is_noised_BS].tolist())
+    noised = set(states.slots.ids_BS[states.slots.is_noised_BS].tolist())
     assert set(moved) > noised and set(moved) & set(ROLLOUTS[1].prompt_ids[:4])
 
 
@@ -297,11 +296,11 @@ def test_sft_loss_is_the_weighted_cross_entropy_of_the_response_tokens() -> None
     states = make_states(model, ROLLOUTS, "random_mask")
     (weights_M,) = normalized_weights(make_run(model, objective="sft"), [states])
     out = loss_of(model, states, weights_M, objective="sft")
-    scored = score_rows(model, states.ids_BL, states.lengths_B, states.num_prompt_B)
-    hidden_MH = noised_hidden(model, states, scored)[states.is_supervised_BS]
+    scored = score_rows(model, states.text)
+    hidden_MH = model.student_hidden(states.slots, scored.cache)[states.is_supervised_BS]
     logits_MV = hidden_MH @ model.student.lm_head.weight.T
     logits_MV = logits_MV.index_fill(-1, torch.tensor([MASK]), -torch.inf)
-    targets_M = states.ids_BL.gather(1, states.target_BS.clamp_min(0))[states.is_supervised_BS]
+    targets_M = states.text.ids_BS.gather(1, states.target_BS.clamp_min(0))[states.is_supervised_BS]
     losses_M = F.cross_entropy(logits_MV, targets_M, reduction="none")
     torch.testing.assert_close(out.per_position_M, losses_M.detach())
     torch.testing.assert_close(out.loss, (weights_M.double() * losses_M).sum())

@@ -1,0 +1,151 @@
+"""What an adapter must be to match full training: rank, targets, scaling and initialisation, same budget.
+
+    python benchmarks/lora_study.py --out docs/results/lora
+    python benchmarks/lora_study.py --out docs/results/lora --variants rank-8 dora --steps 24
+
+Every variant converts the bundled teacher (preserve, the tiny recipe) with the same prompts, seed and number
+of updates; only the `lora` section differs, and the learning rate of the full copy. Interrupted, the same
+command continues: a variant whose JSON exists is not run again. Writes results.json, table.md and
+lora_study.png. One seed: read differences of a few points as noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opdlm.config import Config, load_config
+from opdlm.evaluate import evaluate
+from opdlm.pipeline import load_inputs, versions
+from opdlm.plots import new_figure
+from opdlm.trainer import start_run, train_step
+
+ATTENTION = "lora.target_modules=[q_proj,k_proj,v_proj,o_proj]"
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "rank-4": ("lora.r=4", "lora.alpha=8"),
+    "rank-8": ("lora.r=8", "lora.alpha=16"),
+    "rank-32": ("lora.r=32", "lora.alpha=64"),
+    "rank-32-attention": ("lora.r=32", "lora.alpha=64", ATTENTION),
+    "rank-32-rslora": ("lora.r=32", "lora.alpha=11", "lora.use_rslora=true"),
+    "rank-4-dora": ("lora.r=4", "lora.alpha=8", "lora.use_dora=true"),
+    "rank-32-gaussian": ("lora.r=32", "lora.alpha=64", "lora.init=gaussian"),
+    "rank-32-orthogonal": ("lora.r=32", "lora.alpha=64", "lora.init=orthogonal"),
+    "full-copy": ("lora.enabled=false", "optimizer.learning_rate=1e-3"),
+}
+"""rank-32-rslora scales by 11 / sqrt(32) = 1.94, as rank-32 by 64 / 32: it must give nearly the same.
+METHOD part 2: full training wants a third of LoRA's learning rate."""
+TINY = Path(__file__).parent.parent / "recipes" / "tiny.yaml"
+
+
+def run_config(variant: str, args: argparse.Namespace) -> Config:
+    return load_config(
+        TINY,
+        [
+            f"train.num_steps={args.steps}",
+            f"train.seed={args.seed}",
+            f"eval.limit={args.limit}",
+            "eval.modes=static,threshold,lossless",
+            f"output_dir={args.out}",
+            *args.set,
+            *VARIANTS[variant],
+        ],
+    )
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Train one variant and evaluate it in memory."""
+    inputs = load_inputs(config)
+    run = start_run(inputs.student, inputs.prompts, config)
+    trained = [p for p in inputs.student.parameters() if p.requires_grad]
+    total = sum(p.numel() for n, p in inputs.student.student.named_parameters() if "lora_" not in n)
+    started = time.perf_counter()
+    for step in range(config.train.num_steps):
+        metrics = train_step(run, step)
+        print(f"step {step + 1}/{config.train.num_steps} loss {metrics['loss']:.4f}", flush=True)
+    seconds = time.perf_counter() - started
+    report, _ = evaluate(run.model.eval(), inputs.tokenizer, inputs.tasks, config.eval)
+    modes = {row["name"]: row for row in report.to_dict()["student"]}
+    return {
+        "trained": sum(p.numel() for p in trained),
+        "bytes": sum(p.numel() * p.element_size() for p in trained),
+        "parameters": total,
+        "rollout_tokens": run.totals["rollout_tokens"],
+        "divergence": metrics["divergence"],
+        "seconds": seconds,
+        "teacher": report.teacher.accuracy,
+        "static": modes["static"]["accuracy"],
+        "threshold": modes["threshold"]["accuracy"],
+        "threshold_tokens_per_forward": modes["threshold"]["tokens_per_forward"],
+        "lossless_tokens_per_forward": modes["lossless"]["tokens_per_forward"],
+        "lossless_identical": modes["lossless"]["identical_to_teacher"],
+    }
+
+
+def write_table(runs: dict[str, Any], path: Path) -> None:
+    lines = [
+        "| student | trained | of the model | size | static | threshold | tok/fwd | lossless tok/fwd | "
+        "= teacher | s per run |",
+        "|---|" + "---:|" * 9,
+    ]
+    for name, run in runs.items():
+        lines.append(
+            f"| {name} | {run['trained'] / 1e3:.0f} k | {100 * run['trained'] / run['parameters']:.1f} % | "
+            f"{run['bytes'] / 2**20:.2f} MiB | {100 * run['static']:.1f} % | "
+            f"{100 * run['threshold']:.1f} % | {run['threshold_tokens_per_forward']:.2f} | "
+            f"{run['lossless_tokens_per_forward']:.2f} | "
+            f"{100 * run['lossless_identical']:.1f} % | {run['seconds']:.0f} |"
+        )
+    path.write_text("\n".join(lines) + "\n")
+
+
+def plot(runs: dict[str, Any], path: Path) -> None:
+    figure, ((quality, speed),) = new_figure(2, 11, 4)
+    for name, run in runs.items():
+        size = run["bytes"] / 2**20
+        for axis, value in ((quality, 100 * run["static"]), (speed, run["lossless_tokens_per_forward"])):
+            axis.scatter(size, value)
+            axis.annotate(name, (size, value), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    quality.set_ylabel("static, exact match, %")
+    speed.set_ylabel("lossless, tokens per forward")
+    for axis in (quality, speed):
+        axis.set_xscale("log")
+        axis.set_xlabel("trained weights, MiB")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--limit", type=int, default=10, help="evaluation prompts per skill")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="for every variant")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for variant in args.variants:
+        part = args.out / f"{variant}.json"
+        if not part.is_file():
+            print(variant, flush=True)
+            part.write_text(json.dumps(measure(run_config(variant, args)), indent=1))
+    parts = {name: args.out / f"{name}.json" for name in VARIANTS}
+    runs = {name: json.loads(part.read_text()) for name, part in parts.items() if part.is_file()}
+    settings = {"steps": args.steps, "seed": args.seed, "limit": args.limit, "set": args.set}
+    results = {"settings": settings | {"versions": versions()}, "runs": runs}
+    (args.out / "results.json").write_text(json.dumps(results, indent=1))
+    write_table(runs, args.out / "table.md")
+    plot(runs, args.out / "lora_study.png")
+
+
+if __name__ == "__main__":
+    main()

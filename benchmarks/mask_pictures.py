@@ -1,0 +1,151 @@
+"""Pictures of the masks, drawn from `blocks.visible` of slots that the code itself builds.
+
+Training rows come from `select_states`, decoding steps from a real `generate` of a tiny random model:
+whatever it passes to `decode_hidden` is what is drawn.
+
+    python benchmarks/mask_pictures.py          writes docs/masks/*.png
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.colors import ListedColormap
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from opdlm.attention import keys_with_cache
+from opdlm.blocks import CLEAN, Format, GridKind, Slots, join_slots, visible
+from opdlm.cache import DecodeCache
+from opdlm.diffusion import DiffusionLM, DiffusionSpec
+from opdlm.generate import DecodeConfig, generate
+from opdlm.plots import new_figure
+from opdlm.records import Rollout
+from opdlm.states import Selection, select_states
+
+FOLDER = Path(__file__).parent.parent / "docs" / "masks"
+VOCABULARY, BLOCK_SIZE = 32, 4
+COLOURS = ListedColormap(["#ffffff", "#4c78a8", "#f58518", "#e8e8e8"])
+UNSEEN, SEEN_CLEAN, SEEN_GROUP, PADDING = range(4)
+
+
+def make_spec(fmt: Format, grid: GridKind = "absolute", *, adapter: bool = False) -> DiffusionSpec:
+    return DiffusionSpec(
+        format=fmt,
+        block_size=BLOCK_SIZE,
+        grid=grid,
+        mask_token_id=VOCABULARY - 1,
+        stop_token_ids=(VOCABULARY - 2,),
+        banned_token_ids=(VOCABULARY - 1,),
+        adapter=adapter,
+    )
+
+
+def make_rollout(num_prompt: int, num_response: int) -> Rollout:
+    """Revealed two tokens a step, in the order of a sampler that likes odd places."""
+    tokens = tuple(range(1, num_prompt + num_response + 1))
+    steps = tuple(1 + i // 4 * 2 + (i % 2 == 0) for i in range(num_response))
+    return Rollout(
+        prompt_ids=tokens[:num_prompt],
+        response_ids=tokens[num_prompt:],
+        unmask_step=steps,
+        num_response=num_response,
+        finish_reason="length",
+    )
+
+
+def training_row(
+    fmt: Format, prompts: tuple[int, ...], grid: GridKind = "absolute", selection: Selection = "one_per_block"
+) -> Slots:
+    """Clean slots, then the noised ones; in `preserve` the two halves are two forward passes."""
+    spec = make_spec(fmt, grid)
+    rollouts = [make_rollout(num_prompt, 16 - num_prompt) for num_prompt in prompts]
+    rng = torch.Generator().manual_seed(3)
+    states = select_states(rollouts, spec, selection, rng)
+    return join_slots(states.text, states.slots) if fmt == "preserve" else states.slots
+
+
+class Recorder(DiffusionLM):
+    """Keeps the queries and keys of every decoding step."""
+
+    steps: list[tuple[Slots, Slots]]
+
+    def decode_hidden(self, slots: Slots, cache: DecodeCache) -> tuple[torch.Tensor, int]:
+        result = super().decode_hidden(slots, cache)
+        self.steps.append((slots, keys_with_cache(slots, int(slots.reach_BS.max()) + 1)))
+        return result
+
+
+def decoding_step(mode: Any, step: int, prompts: list[tuple[int, ...]]) -> tuple[Slots, Slots]:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    model = Recorder(Qwen3ForCausalLM(config).eval(), make_spec("preserve"))
+    model.spec = type(model.spec)(
+        **{**model.spec.to_dict(), "adapter": True}
+    )  # one set of weights, one forward
+    model.steps = []
+    generate(model, prompts, DecodeConfig(mode=mode, max_new_tokens=8, temperature=0.0))
+    return model.steps[step]
+
+
+def kinds(queries: Slots, keys: Slots, window: int | None, row: int) -> torch.Tensor:
+    """What to paint at each place `[Q, K]`."""
+    seen_QK = visible(queries, keys, window)[row]
+    is_clean_K = keys.group_BS[row] == CLEAN
+    picture_QK = torch.where(seen_QK, torch.where(is_clean_K, SEEN_CLEAN, SEEN_GROUP), UNSEEN)
+    picture_QK[:, keys.group_BS[row] < CLEAN] = PADDING
+    picture_QK[queries.group_BS[row] < CLEAN] = PADDING
+    return picture_QK
+
+
+def labels(slots: Slots, row: int) -> list[str]:
+    """The position of a clean slot; a noised one names its group (a, b, ...) too; nothing for padding."""
+    pairs = zip(slots.positions_BS[row].tolist(), slots.group_BS[row].tolist(), strict=True)
+    return [
+        "" if group < CLEAN else str(position) if group == CLEAN else f"{position}{chr(96 + group)}"
+        for position, group in pairs
+    ]
+
+
+def draw(name: str, queries: Slots, keys: Slots | None = None, window: int | None = None) -> None:
+    """One panel per row of the batch."""
+    keys = queries if keys is None else keys
+    (num_rows, num_queries), num_keys = queries.ids_BS.shape, keys.ids_BS.shape[1]
+    figure, axes = new_figure(num_rows, num_rows * (1 + 0.21 * num_keys), 1 + 0.21 * num_queries)
+    for row, axis in enumerate(axes[0]):
+        axis.imshow(kinds(queries, keys, window, row), cmap=COLOURS, vmin=0, vmax=3)
+        axis.set_xticks(range(num_keys), labels(keys, row), fontsize=7, rotation=90)
+        axis.set_yticks(range(num_queries), labels(queries, row), fontsize=7)
+        axis.set_xticks([i - 0.5 for i in range(num_keys)], minor=True)
+        axis.set_yticks([i - 0.5 for i in range(num_queries)], minor=True)
+        axis.grid(which="minor", color="#cccccc", linewidth=0.5)
+        axis.tick_params(which="both", length=0)
+        axis.set_xlabel("keys")
+        axis.set_ylabel("queries")
+    figure.savefig(FOLDER / f"{name}.png", dpi=80)
+
+
+def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    draw("preserve", training_row("preserve", (4,)))
+    draw("preserve_all_states", training_row("preserve", (8,), selection="all"))
+    draw("sdar", training_row("sdar", (4,)))
+    draw("ragged", training_row("preserve", (2, 7)))
+    draw("window", training_row("preserve", (4,)), window=6)
+    draw("grid_absolute", training_row("sdar", (6,)))
+    draw("grid_response", training_row("sdar", (6,), "response"))
+    draw("denoise", *decoding_step("static", 2, [(1, 2, 3, 4, 5), (6, 7, 8, 9, 10, 11, 12)]))
+    draw("lossless", *decoding_step("lossless", 1, [(1, 2, 3, 4, 5)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""One run on many devices: who does which share, weights sharded over ranks, values gathered from all ranks.
+
+A run's result does not depend on the number of ranks: prompts, rollouts and updates are those of the whole
+run, every rank takes a share of them, and random draws belong to a prompt, not to a rank. DDP is what
+accelerate makes of it. FSDP2 is applied here, because rollouts and the teacher's pass go around the forward
+that accelerate wraps: every decoder layer is a shard of its own; embeddings, norm and head form the root's,
+which the first forward after an update gathers and the backward pass frees, so the loss can read the head.
+Not here: the launch (`accelerate launch`, docs/many_devices.md).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object, parse_flag_from_env
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from opdlm.blocks import clean_slots
+from opdlm.config import Config
+from opdlm.diffusion import DiffusionLM
+from opdlm.errors import ConfigError
+
+Item = TypeVar("Item")
+
+
+def join_ranks() -> PartialState:
+    """Meet the other ranks of the launch. accelerate looks for them on CPUs only when told to."""
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(
+            "the launch asks for DeepSpeed, which is not supported: its checkpoints would not continue on "
+            "another number of devices. Launch with recipes/accelerate/fsdp2.yaml, which shards as much."
+        )
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    assert state.num_processes == int(os.environ.get("WORLD_SIZE", "1")), "every rank would run alone"
+    return state
+
+
+def start_accelerator(config: Config) -> Accelerator:
+    """Device, precision and trackers. A second run in one process may choose another precision."""
+    join_ranks()
+    AcceleratorState._reset_state(reset_partial_state=False)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.train.mixed_precision,
+        log_with=list(config.train.report_to) or None,
+        project_dir=config.output_dir,
+    )
+    if config.train.report_to:
+        settings = {key: str(value) for key, value in config.flat().items()}
+        accelerator.init_trackers("opdlm", config=settings)
+    return accelerator
+
+
+def place(model: DiffusionLM, accelerator: Accelerator) -> bool:
+    """Move the model to this rank's device, or its share of the weights if the launch asks for FSDP; whether
+    it was sharded. Make the optimiser afterwards: sharding replaces the parameters.
+    """
+    if accelerator.num_processes == 1 or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        model.to(accelerator.device)
+        return False
+    reshard = parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True)
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # what transformers calls a decoder layer
+            fully_shard(module, reshard_after_forward=reshard)
+    fully_shard(model)
+    for name in ("_hidden", "_packed_hidden"):  # every forward pass goes through one of them
+        register_fsdp_forward_method(model, name)
+    # The first forward decides which module is the root; a rank without prompts would start elsewhere.
+    one = torch.ones((1, 1), dtype=torch.long, device=accelerator.device)
+    model.teacher_hidden(clean_slots(one, one[0], one[0], model.spec.block_grid, "preserve"))
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # the optimiser must find the shards
+    return True
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+@contextmanager
+def gathered_weights(model: nn.Module) -> Iterator[None]:
+    """All weights on every rank, without communication inside: ranks decode different numbers of steps."""
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    layers = [module for module in shards if module is not model]
+    reshard = parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True)
+    for layer in layers:
+        layer.set_reshard_after_forward(False, recurse=False)
+    for shard in shards:
+        shard.unshard()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(reshard, recurse=False)
+            layer.reshard()
+
+
+def without_sync(module: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
+    """DDP sums gradients over ranks in the last micro-batch; FSDP scatters them in each and holds less."""
+    if isinstance(module, DistributedDataParallel) and not is_last:
+        return module.no_sync()
+    return nullcontext()
+
+
+def gather_items(accelerator: Accelerator, items: dict[int, Item]) -> list[Item]:
+    """What all ranks hold under their own keys, on every rank, in the order of the keys."""
+    found: list[tuple[int, Item]] = gather_object(list(items.items()))
+    return [item for _, item in sorted(found, key=lambda pair: pair[0])]
+
+
+def sum_over_ranks(accelerator: Accelerator, *values: float) -> list[float]:
+    total = accelerator.reduce(torch.tensor(values, device=accelerator.device), "sum")
+    return total.tolist()

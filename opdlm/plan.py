@@ -1,0 +1,387 @@
+"""`convert --dry-run`: what a run will hold, compute and write, from `config.json` alone.
+
+The model is built on the meta device, so its parameters are counted, not guessed. Every row is taken at its
+caps (longest prompt, longest response), so memory, FLOPs and tokens are what a run needs at most. With a =
+bytes of an activation, H hidden, A heads * head size, I feed-forward width (all experts of a mixture), V
+vocabulary, Q queries and K keys of a micro-batch's student pass, per layer:
+    kept for backward       Q * (2 * (4 + 2 a) H + 3 a A + 4 a I) + 2 a A * K       norms, attention, MLP
+    a 2-byte base + LoRA    + Q * 4 * (5 H + A + I)                 PEFT's float32 copies of what it adapts
+    kept if checkpointed    Q * a * H
+    at work, one layer      the first line once more, or the chunks of the loss if they are larger
+    FLOPs                   2 * weights * Q + 4 A * Q * K; backward 2x that (LoRA 1x), checkpointed + 1x
+It does not know the kernels' own buffers or the allocator's slack: `tests/test_recipes.py` measures how far
+off it is on one step. Kernels with a dense mask compute all Q * K pairs, so they are counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from opdlm.checkpoint import find_checkpoints
+from opdlm.config import Config, resolve_path
+from opdlm.curricula import (
+    block_size_at,
+    first_reused_step,
+    is_from_teacher,
+    num_updates_of,
+    selection_at,
+)
+from opdlm.errors import DataError
+from opdlm.losses import NUM_TEMPORARIES, default_chunk_size
+from opdlm.models import add_lora, first_line, input_embedding
+from opdlm.rollout import length_cap
+from opdlm.self_prompts import SELF_PROMPTS_FILE
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Of a model: counts of parameters, widths, bytes."""
+
+    family: str
+    total: int
+    trained: int
+    weight_bytes: int
+    """Student, and the teacher where it is a copy."""
+    trained_bytes: int
+    body: int
+    """Parameters without embedding and head."""
+    layers: int
+    hidden: int
+    heads: int
+    """Heads * head size."""
+    kv_heads: int
+    inner: int
+    vocabulary: int
+    context: int
+    """Positions the model knows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One training row at the caps of a step."""
+
+    prompt: int
+    response: int
+    block_size: int
+    denoising_steps: int
+    noised: float
+    """Noised slots of all its states."""
+    supervised: float
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.response
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    sizes: Sizes
+    memory: dict[str, float]
+    """Bytes per device by purpose; what starts with `rollout:` is gone when training begins."""
+    activations: tuple[float, float]
+    """Bytes without and with gradient checkpointing."""
+    peak: float
+    step_flops: dict[str, float]
+    """Of the last step, by purpose."""
+    total_flops: float
+    response_tokens: int
+
+
+def make_plan(config: Config) -> Plan:
+    """Everything about the run that can be known before it starts. Reads config.json, writes nothing."""
+    sizes = measure_sizes(config)
+    last = config.train.num_steps - 1
+    fixed = fixed_memory(config, sizes)
+    row = longest_row(config, sizes, last)
+    rollout, training = rollout_memory(config, sizes, row), training_memory(config, sizes, row)
+    steps = range(config.train.num_steps)
+    return Plan(
+        sizes=sizes,
+        memory=fixed | rollout | training,
+        activations=(kept_bytes(config, sizes, row, False), kept_bytes(config, sizes, row, True)),
+        peak=sum(fixed.values()) + max(sum(rollout.values()), sum(training.values())),
+        step_flops=step_flops(config, sizes, last),
+        total_flops=sum(sum(step_flops(config, sizes, step).values()) for step in steps),
+        response_tokens=sum(config.rollout.prompts_per_step * response_cap(config, step) for step in steps),
+    )
+
+
+def meta_model(config: Config) -> Any:
+    """The architecture without weights."""
+    path = resolve_path(config.model.path)
+    trust = config.model.trust_remote_code
+    try:
+        architecture = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                architecture, dtype=getattr(torch, config.model.dtype), trust_remote_code=trust
+            )
+    except OSError as error:
+        raise DataError(
+            f"model.path ({path}) is no folder with a config.json, and neither cache nor hub has one: "
+            "fetch it where there is a network (hf download ORG/NAME config.json), or give a folder."
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise DataError(f"model.path ({path}) is no causal language model: {first_line(error)}") from error
+
+
+def measure_sizes(config: Config) -> Sizes:
+    model = meta_model(config)
+    text = model.config.get_text_config()
+    total = sum(p.numel() for p in model.parameters())
+    weight_bytes = sum(p.nbytes for p in model.parameters())
+    table, head = input_embedding(model).weight, model.get_output_embeddings().weight
+    ends = {id(weight): weight.numel() for weight in (table, head)}  # one where they are tied
+    if config.lora.enabled:
+        model.requires_grad_(False)
+        with torch.device("meta"):
+            changed = [p for p in add_lora(model, config.lora).parameters() if p.requires_grad]
+        weight_bytes += sum(p.nbytes for p in changed)
+    else:
+        changed = list(model.parameters())
+        weight_bytes *= 2
+    trained, trained_bytes = sum(p.numel() for p in changed), sum(p.nbytes for p in changed)
+    if config.lora.enabled or config.format.name == "preserve":  # the mask embedding
+        trained += text.hidden_size
+        trained_bytes += text.hidden_size * table.element_size()
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return Sizes(
+        family=model.config.model_type,
+        total=total,
+        trained=trained,
+        weight_bytes=weight_bytes,
+        trained_bytes=trained_bytes,
+        body=total - sum(ends.values()),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        heads=text.num_attention_heads * head_size,
+        kv_heads=kv_heads * head_size,
+        inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocabulary=table.shape[0],
+        context=getattr(text, "max_position_embeddings", None) or 10**9,
+    )
+
+
+def response_cap(config: Config, step: int) -> int:
+    return length_cap(config.rollout, step + 1, block_size_at(config.format, step))
+
+
+def longest_row(config: Config, sizes: Sizes, step: int) -> Row:
+    """The row of step `step` at its caps. With D denoising steps a block is in D states, (D + 1) / 2D of it
+    masked in the mean.
+    """
+    size, response = block_size_at(config.format, step), response_cap(config, step)
+    steps = config.rollout.denoising_steps or size
+    match selection_at(config, step):
+        case "one_per_block":
+            states, masked = 1.0, (steps + 1) / (2 * steps)
+        case "all":
+            states, masked = float(steps), (steps + 1) / 2
+        case "complementary":
+            states, masked = 2.0, 1.0
+        case "random_mask":
+            states, masked = 1.0, 0.5
+    if config.format.name == "preserve":  # the first masked token of a state needs no slot and no training
+        states, masked = states * (size - 1) / size, max(masked - states / size, 0.0)
+    return Row(
+        prompt=min(config.data.max_prompt_tokens, sizes.context - response - 2 * size),
+        response=response,
+        block_size=size,
+        denoising_steps=steps,
+        noised=states * response,
+        supervised=masked * response,
+    )
+
+
+def student_pass(config: Config, row: Row) -> tuple[float, float]:
+    """(queries, keys) of one row: `sdar` computes its clean half, `preserve` reads the teacher's."""
+    keys = row.length + row.noised
+    return (keys if config.format.name == "sdar" else row.noised), keys
+
+
+def element_bytes(config: Config) -> int:
+    is_half = config.model.dtype == "bfloat16" or config.train.mixed_precision == "bf16"
+    return 2 if is_half else 4
+
+
+def weight_element(config: Config) -> int:
+    return 2 if config.model.dtype == "bfloat16" else 4
+
+
+def fixed_memory(config: Config, sizes: Sizes) -> dict[str, float]:
+    """What stays for the whole run, in bytes."""
+    kept = {"weights": float(sizes.weight_bytes), "AdamW moments": 2.0 * sizes.trained_bytes}
+    return kept | ({} if config.train.ema_decay is None else {"weight average": 4.0 * sizes.trained})
+
+
+def rollout_memory(config: Config, sizes: Sizes, row: Row) -> dict[str, float]:
+    """The key-value cache and the working layer of decoding, bytes."""
+    rows, a = min(config.rollout.batch_size, config.rollout.prompts_per_step), weight_element(config)
+    tokens = rows * (row.length + 2 * row.block_size + 1)
+    prefill = rows * row.prompt * (3 * sizes.inner + 4 * sizes.hidden) * a
+    layer = 2 * tokens * (sizes.heads + sizes.kv_heads) * a  # cache ++ current, repeated for every head
+    logits = 3 * 4 * rows * row.block_size * sizes.vocabulary
+    return {
+        "rollout: cache": 2.0 * tokens * sizes.layers * sizes.kv_heads * a,
+        "rollout: one layer and logits": float(max(prefill, layer, logits)),
+    }
+
+
+def training_memory(config: Config, sizes: Sizes, row: Row) -> dict[str, float]:
+    """What training adds, bytes. Gradients accumulate over micro-batches, so they coexist with all of it."""
+    rows, a = config.train.micro_batch_rows, weight_element(config)
+    teacher = rows * row.length * sizes.hidden * a
+    if config.format.name == "preserve":
+        teacher += 2 * rows * row.length * sizes.layers * sizes.kv_heads * a
+    found = {
+        "gradients": float(sizes.trained_bytes),
+        "teacher states and cache": float(teacher),
+        "activations": kept_bytes(config, sizes, row, config.train.gradient_checkpointing),
+        "layer at work or loss chunks": working_bytes(config, sizes, row),
+    }
+    if config.train.mixed_precision == "bf16" and config.model.dtype == "float32":
+        found["bf16 copies of the weights"] = 2.0 * sizes.total
+    return found
+
+
+def layer_bytes(config: Config, sizes: Sizes, row: Row) -> float:
+    """What one layer of the student keeps for its backward, for a micro-batch."""
+    a, (queries, keys) = element_bytes(config), student_pass(config, row)
+    width = 2 * (4 + 2 * a) * sizes.hidden + 3 * a * sizes.heads + 4 * a * sizes.inner
+    if config.lora.enabled and config.model.dtype == "bfloat16":
+        width += 4 * (5 * sizes.hidden + sizes.heads + sizes.inner)
+    return config.train.micro_batch_rows * (queries * width + 2 * a * sizes.heads * keys)
+
+
+def kept_bytes(config: Config, sizes: Sizes, row: Row, is_checkpointed: bool) -> float:
+    """What the student's forward keeps for its backward: layers or their inputs, and the mask."""
+    a, (queries, keys) = element_bytes(config), student_pass(config, row)
+    masks = config.train.micro_batch_rows * queries * keys * (1 + a)
+    if is_checkpointed:
+        return sizes.layers * config.train.micro_batch_rows * queries * a * sizes.hidden + masks
+    return sizes.layers * layer_bytes(config, sizes, row) + masks
+
+
+def working_bytes(config: Config, sizes: Sizes, row: Row) -> float:
+    """The chunks of the loss, then the gradients of one layer: the larger of the two."""
+    supervised = config.train.micro_batch_rows * row.supervised
+    chunk = min(default_chunk_size(sizes.vocabulary), supervised)
+    loss = 4 * (NUM_TEMPORARIES * chunk * sizes.vocabulary + 3 * supervised * sizes.hidden)
+    head = 0 if config.lora.enabled else 4 * sizes.vocabulary * sizes.hidden  # its gradient, in float32
+    return head + max(loss, layer_bytes(config, sizes, row))
+
+
+def step_flops(config: Config, sizes: Sizes, step: int) -> dict[str, float]:
+    """Floating-point operations of one step, by purpose."""
+    row, head = longest_row(config, sizes, step), sizes.vocabulary * sizes.hidden
+    num_trained = step - first_reused_step(config, step) + 1
+    updates = config.rollout.prompts_per_step * num_trained * config.train.passes_per_rollout
+    queries, keys = student_pass(config, row)
+    forward = pass_flops(sizes, queries, keys)
+    passes = 1 + (1 if config.lora.enabled else 2) + config.train.gradient_checkpointing
+    head_passes = 3 if config.lora.enabled else 4  # teacher, student, and the gradients asked for
+    return {
+        "rollout": config.rollout.prompts_per_step * rollout_flops(config, sizes, row, step),
+        "teacher": updates * pass_flops(sizes, row.length, row.length),
+        "student": updates * forward * passes,
+        "heads": updates * row.supervised * 2 * head * head_passes,
+    }
+
+
+def pass_flops(sizes: Sizes, queries: float, keys: float) -> float:
+    """One forward pass without the head."""
+    return 2 * sizes.body * queries + 4 * sizes.heads * sizes.layers * queries * keys
+
+
+def rollout_flops(config: Config, sizes: Sizes, row: Row, step: int) -> float:
+    """One response: prefill, then D forwards per block and one slot per token that commits it."""
+    head = 2 * sizes.vocabulary * sizes.hidden
+    prefill = pass_flops(sizes, row.prompt, row.prompt)
+    keys = row.prompt + row.response / 2
+    if is_from_teacher(config, step):
+        return prefill + pass_flops(sizes, row.response, keys) + head * row.response
+    slots = row.response * (row.denoising_steps + 1)
+    return prefill + pass_flops(sizes, slots, keys) + head * row.response * row.denoising_steps
+
+
+def describe_plan(config: Config, plan: Plan) -> str:
+    """The plan as lines of text."""
+    sizes = plan.sizes
+    without, with_checkpointing = (f"{x / GIB:.2f} GiB" for x in plan.activations)
+    flops = "  ".join(f"{name} {value:.2e}" for name, value in plan.step_flops.items())
+    lines = [
+        f"{config.model.path}: {sizes.family}, {sizes.total / 1e6:,.1f} M parameters, "
+        f"{sizes.trained / 1e6:,.1f} M trained ({'LoRA' if config.lora.enabled else 'full copy'}), "
+        f"format {config.format.name}",
+        "",
+        "memory per device, at most (estimate; each process holds all of it)",
+        *(f"  {name:30} {size / GIB:8.2f} GiB" for name, size in plan.memory.items()),
+        f"  {'peak':30} {plan.peak / GIB:8.2f} GiB",
+        f"  activations are {without} without and {with_checkpointing} with train.gradient_checkpointing",
+        "",
+        "work per process, at most (every response at its cap)",
+        f"  last step  {sum(plan.step_flops.values()):.2e} FLOPs: {flops}",
+        f"  whole run  {plan.total_flops:.2e} FLOPs, {plan.response_tokens:,} response tokens, "
+        f"{num_updates_of(config):,} updates",
+        "",
+        "schedule",
+        *(f"  {line}" for line in schedule_lines(config)),
+        "",
+        "written",
+        *(f"  {line}" for line in file_lines(config, sizes)),
+    ]
+    return "\n".join(lines)
+
+
+def schedule_lines(config: Config) -> list[str]:
+    """One line for each stretch of steps that differ in nothing but the length cap."""
+
+    def kind(step: int) -> tuple[str, int, str]:
+        author = "teacher" if is_from_teacher(config, step) else "student"
+        return author, block_size_at(config.format, step), selection_at(config, step)
+
+    lines = []
+    for (author, size, selection), group in groupby(range(config.train.num_steps), kind):
+        steps = list(group)
+        lines.append(
+            f"steps {steps[0]}-{steps[-1]}: the {author}'s responses, block size {size}, states {selection}, "
+            f"at most {response_cap(config, steps[0])} to {response_cap(config, steps[-1])} tokens"
+        )
+    peak, section = config.optimizer.learning_rate, config.optimizer
+    lines.append(
+        f"learning rate {peak:g} after {section.warmup_steps} updates, cosine to "
+        f"{peak * section.min_learning_rate_ratio:g}"
+    )
+    return lines
+
+
+def file_lines(config: Config, sizes: Sizes) -> list[str]:
+    """What the run writes, with sizes where they matter, and what it would continue."""
+    folder = Path(config.output_dir)
+    average = 0 if config.train.ema_decay is None else 4 * sizes.trained
+    checkpoint = 3 * sizes.trained_bytes + average
+    model = sizes.weight_bytes if config.format.name == "preserve" else weight_element(config) * sizes.total
+    lines = [
+        f"{folder / 'config.yaml'}, {folder / 'metrics.jsonl'}",
+        f"{folder / 'checkpoint-N'}: every {config.train.save_every} steps, {checkpoint / GIB:.2f} GiB each, "
+        f"the last {config.train.save_total_limit} kept",
+        f"{folder / 'model'}: {model / GIB:.2f} GiB"
+        + (", with retention.json" if config.eval.path else ", not evaluated (eval.path is empty)"),
+    ]
+    if config.data.self_prompts:
+        lines.append(
+            f"{folder / SELF_PROMPTS_FILE}: {config.data.self_prompts} prompts that the model writes"
+        )
+    found = find_checkpoints(folder)
+    if found and config.train.resume_from_checkpoint:
+        lines.append(f"{found[-1]} exists: the run would continue from it")
+    return lines

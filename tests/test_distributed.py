@@ -1,0 +1,241 @@
+"""One run on one process, on two with DDP and on two with FSDP2: the same losses, the same checkpoints.
+
+The two are real gloo processes, started once by `torchrun`; this file is also their program. A step's five
+rows are uneven on purpose: three rows, hence two micro-batches, on one rank; two rows and one on the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
+from tiny_models import make_lm, make_prompts, make_rollout, qwen3
+
+from opdlm import cli
+from opdlm.checkpoint import trainable_weights
+from opdlm.config import Config, LossSection, OptimizerSection, RolloutSection, StatesSection, TrainSection
+from opdlm.diffusion import DiffusionLM
+from opdlm.records import Prompt, Rollout
+from opdlm.rollout import generate_rollouts, seed_of
+from opdlm.trainer import Run, resume, save, start_run, train_step, update
+from opdlm.unmasking import choose_tokens, noise_keys
+
+ROOT = Path(__file__).parent.parent
+KINDS = ("lora", "sdar")
+FAST, SLOW = ("lora-ddp", "lora-fsdp", "sdar-fsdp"), ("sdar-ddp",)
+CASES = [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
+COMPARED = ("loss", "divergence", "grad_norm", "rollout_tokens", "loss_tokens", "stop_rate", "learning_rate")
+PROMPTS = [Prompt(ids=ids, index=i) for i, ids in enumerate(make_prompts([3, 8, 1, 5, 6, 2, 9]))]
+Metrics = dict[str, float]
+
+
+def make_model(kind: str) -> DiffusionLM:
+    """`sdar` trains everything and has its embedding as its head; `lora` shares one set of weights."""
+    return make_lm(kind, base=qwen3(tie_word_embeddings=kind == "sdar"))
+
+
+def start(kind: str, output: Path) -> Run:
+    config = Config(
+        output_dir=str(output),
+        rollout=RolloutSection(prompts_per_step=5, batch_size=2, max_new_tokens=6, temperature=1.0),
+        states=StatesSection(selection="one_per_block"),
+        loss=LossSection(normalization="row" if kind == "sdar" else "token"),
+        optimizer=OptimizerSection(learning_rate=1e-3),
+        train=TrainSection(rows_per_update=5, micro_batch_rows=2, num_steps=4, gradient_checkpointing=True),
+    )
+    return start_run(make_model(kind), PROMPTS, config)
+
+
+def steps(run: Run, numbers: range) -> list[Metrics]:
+    return [{key: train_step(run, step)[key] for key in COMPARED} for step in numbers]
+
+
+def uneven_updates(run: Run) -> list[Metrics]:
+    """Updates in which a rank has no row at all, then no supervised slot (`lora` drafts no single token)."""
+    rollouts = [make_rollout(4, 1, "absolute", stop=True), make_rollout(5, 12, "absolute")]
+    sums = [update(run, rollouts, chosen, "all") for chosen in ([1], [0, 1], [0, 1])]
+    return [{"loss": s.loss, "grad_norm": s.grad_norm, "positions": s.positions} for s in sums]
+
+
+def run_all(kind: str, output: Path) -> dict[str, list[Metrics]]:
+    """Four steps with a checkpoint after the second, and the uneven updates."""
+    run = start(kind, output)
+    losses = steps(run, range(2))
+    save(run, 2)
+    losses += steps(run, range(2, 4))
+    return {"steps": losses, "uneven": uneven_updates(start(kind, output / "unused"))}
+
+
+def continued(kind: str, output: Path) -> list[Metrics]:
+    """The last two steps, from the checkpoint after the second."""
+    run = start(kind, output)
+    assert resume(run) == 2
+    return steps(run, range(2, 4))
+
+
+def share_held(run: Run) -> float:
+    """Part of the trained weights that is in this process."""
+    weights = trainable_weights(run.model).values()
+    local = sum(getattr(p, "_local_tensor", p).numel() for p in weights)
+    return local / sum(p.numel() for p in weights)
+
+
+def main(root: Path, cases: list[str]) -> None:
+    """What each of the two processes does."""
+    results: dict[str, Any] = {}
+    for case in cases:
+        kind, mode = case.split("-")
+        os.environ["ACCELERATE_USE_FSDP"] = str(mode == "fsdp")
+        found = run_all(kind, root / case)
+        resumed = continued(kind, root / f"{kind}-one")
+        fresh = start(kind, root / "unused")
+        results[case] = found | {
+            "continued": resumed,
+            "share_held": share_held(fresh),
+            "num_processes": fresh.accelerator.num_processes,
+        }
+    if os.environ["RANK"] == "0":
+        (root / "results.json").write_text(json.dumps(results))
+
+
+def launch(program: list[str], *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a program on two processes of one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    command = [sys.executable, "-m", *options, *program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path) -> dict[str, dict[str, list[Metrics]]]:
+    """The run on one process."""
+    return {kind: run_all(kind, root / f"{kind}-one") for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def together(root: Path, alone: Any) -> Callable[[str], dict[str, Any]]:
+    """The runs on two processes, which also continue those of one; started when one is asked for."""
+    results: dict[str, Any] = {}
+
+    def run(case: str) -> dict[str, Any]:
+        if case not in results:
+            torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
+            launch([__file__, str(root), *(SLOW if case in SLOW else FAST)], *torchrun)
+            results.update(json.loads((root / "results.json").read_text()))
+        return results[case]
+
+    return run
+
+
+def assert_same(found: list[Metrics], expected: list[Metrics]) -> None:
+    assert len(found) == len(expected)
+    for left, right in zip(found, expected, strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], abs=1e-5)
+        assert left == pytest.approx(right, rel=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(case: str, alone: Any, together: Any) -> None:
+    expected = alone[case[:4]]["steps"]
+    assert together(case)["num_processes"] == 2
+    assert_same(together(case)["steps"], expected)
+    losses = [step["loss"] for step in expected]
+    assert min(losses) > 0.01 and len(set(losses)) == 4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_rank_may_have_no_rows_or_nothing_supervised(case: str, alone: Any, together: Any) -> None:
+    assert_same(together(case)["uneven"], alone[case[:4]]["uneven"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_stopped_on_two_processes_continues_on_one(
+    case: str, root: Path, alone: Any, together: Any
+) -> None:
+    together(case)
+    assert_same(continued(case[:4], root / case), alone[case[:4]]["steps"][2:])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_stopped_on_one_process_continues_on_two(case: str, alone: Any, together: Any) -> None:
+    assert_same(together(case)["continued"], alone[case[:4]]["steps"][2:])
+
+
+@pytest.mark.parametrize(("case", "share"), [("lora-ddp", 1.0), ("lora-fsdp", 0.5), ("sdar-fsdp", 0.5)])
+def test_fsdp_holds_half_of_the_weights_per_process(case: str, share: float, together: Any) -> None:
+    assert together(case)["share_held"] == pytest.approx(share, abs=0.02)
+
+
+def test_deepspeed_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert cli.main(["convert", "tiny"]) == 2
+    assert "Launch with recipes/accelerate/fsdp2.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rollout_depends_on_its_place_and_not_on_its_neighbours(kind: str) -> None:
+    model = make_model(kind)
+    section = RolloutSection(max_new_tokens=9, temperature=1.0, confidence_threshold=0.3)
+
+    def roll_out(places: range) -> list[Rollout]:
+        prompts = [PROMPTS[i] for i in places]
+        return generate_rollouts(model, prompts, section, step=1, seed=0, places=places)[0]
+
+    whole = roll_out(range(6))
+    assert [*roll_out(range(0, 6, 2)), *roll_out(range(1, 6, 2))] == whole[::2] + whole[1::2]
+    same_prompt = [PROMPTS[0]] * 4
+    drawn = generate_rollouts(model, same_prompt, section, step=1, seed=0)[0]
+    assert len({rollout.response_ids for rollout in drawn}) > 1
+
+
+def test_draws_with_a_seed_per_row_follow_the_distribution() -> None:
+    probs_V = torch.tensor([0.5, 0.0, 0.2, 0.3])
+    seed_M = torch.tensor([seed_of(0, 1, i // 10) for i in range(30_000)])
+    key_M = noise_keys(seed_M, torch.arange(30_000) % 10, 0)
+    ids_M = choose_tokens(probs_V.log().expand(30_000, 4), 1.0, None, None, key_M)
+    frequency_V = torch.bincount(ids_M, minlength=4) / 30_000
+    torch.testing.assert_close(frequency_V, probs_V, atol=0.01, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_the_recipe_runs_under_accelerate_launch(mode: str, tmp_path: Path) -> None:
+    """The launch files that are shipped; without a GPU the same ranks meet over gloo."""
+    write_checkpoint(tmp_path / "llama")
+    write_data(tmp_path)
+    settings = tiny_overrides(tmp_path / "llama", tmp_path, tmp_path / mode)
+    command = [
+        "opdlm",
+        "convert",
+        *settings[0].split("=")[1:],
+        *settings[1:],
+        f"eval.path={tmp_path / 'eval.jsonl'}",
+    ]
+    file = f"--config_file=recipes/accelerate/{mode}.yaml"
+    port = "--main_process_port=0"
+    done = launch(command, "accelerate.commands.launch", file, port, "--num_processes=2", "-m")
+    assert done.stdout.count("converted checkpoint:") == 1
+    folder = tmp_path / mode
+    steps_written = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps_written == [1, 2]
+    assert (folder / "model" / "retention.json").is_file()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,190 @@
+"""The retention report: scores against plain counting, and a run that a kill does not set back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data, write_rows
+
+from opdlm import evaluate as evaluation
+from opdlm.cli import main
+from opdlm.generation_log import GenerationLog
+
+ROOT = Path(__file__).parent.parent
+TASKS = [
+    {"prompt": f"{verb} {i} {7 * i % 10}", "answer": str(i), "skill": verb, "held_out": verb == "mul"}
+    for verb in ("add", "mul")
+    for i in range(4)
+] + [{"prompt": f"what is {i}", "skill": "open"} for i in range(4)]
+TIMING = ("tokens_per_second", "seconds")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted tiny checkpoint; its tasks lie in `tasks.jsonl` beside the run."""
+    root = tmp_path_factory.mktemp("eval")
+    write_data(root)
+    write_rows(root / "tasks.jsonl", TASKS)
+    settings = tiny_overrides(write_checkpoint(root / "teacher"), root, root / "run")
+    assert main(["convert", str(root / "teacher"), *settings[1:]]) == 0
+    return root / "run" / "model"
+
+
+def eval_command(folder: Path, out: Path, *overrides: str) -> list[str]:
+    tasks = folder.parent.parent / "tasks.jsonl"
+    return ["eval", str(folder), f"eval.path={tasks}", "eval.batch_size=1", *overrides, "--out", str(out)]
+
+
+def without_timing(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_timing(item) for key, item in value.items() if key not in TIMING}
+    return [without_timing(item) for item in value] if isinstance(value, list) else value
+
+
+def read_report(out: Path) -> Any:
+    return json.loads((out / "retention.json").read_text())
+
+
+def read_lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
+
+
+def test_scores_are_what_the_raw_generations_say(folder: Path, tmp_path: Path) -> None:
+    assert main(eval_command(folder, tmp_path, "eval.modes=static,threshold")) == 0
+    report, lines = read_report(tmp_path), read_lines(tmp_path)
+    by_mode = {mode: [x for x in lines if x["mode"] == mode] for mode in ("teacher", "static", "threshold")}
+    teacher = {x["prompt"]: x for x in by_mode["teacher"]}
+    for row in [report["teacher"], *report["student"]]:
+        mine = by_mode[row["name"]]
+        assert len(mine) == len(TASKS) == row["num_prompts"]
+        for skill, share in row["by_skill"].items():
+            hits = [
+                x["response"] == (x["answer"] or teacher[x["prompt"]]["response"])
+                for x in mine
+                if x["skill"] == skill
+            ]
+            assert share == sum(hits) / len(hits)
+            low, high = row["by_skill_interval"][skill]
+            assert low <= share <= high
+        tokens, forwards = sum(x["num_response"] for x in mine), sum(x["num_forwards"] for x in mine)
+        assert row["tokens_per_forward"] == tokens / forwards
+        assert row["mean_response_tokens"] == tokens / len(TASKS)
+        held_out = [x for x in mine if x["skill"] == "mul"]
+        assert row["tokens_per_forward_held_out"] == sum(x["num_response"] for x in held_out) / sum(
+            x["num_forwards"] for x in held_out
+        )
+        same = [x["response_ids"][: x["num_response"]] for x in mine]
+        expected = [
+            teacher[x["prompt"]]["response_ids"][: teacher[x["prompt"]]["num_response"]] for x in mine
+        ]
+        assert row["identical_to_teacher"] == sum(a == b for a, b in zip(same, expected, strict=True)) / len(
+            mine
+        )
+        assert set(row["against_teacher"]) == {"all", "seen", "held_out"}
+        assert row["against_teacher"]["all"]["difference"] == pytest.approx(
+            row["accuracy"] - report["teacher"]["accuracy"]
+        )
+    assert report["teacher"]["by_skill"]["open"] == 1.0  # its own output is the reference there
+
+
+def test_a_killed_evaluation_continues_without_repeating_a_prompt(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    assert main(eval_command(folder, whole)) == 0
+    log = out / "generations.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "cli.py"), *eval_command(folder, out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (log.is_file() and log.read_bytes().count(b"\n") >= 3):
+        assert process.poll() is None
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with log.open("a") as file:
+        file.write('{"key": "half a li')  # what a kill in the middle of a write leaves
+    before = read_finished_keys(log)
+    total = 4 * len(TASKS)
+    assert 3 <= len(before) < total and not (out / "retention.json").exists()
+
+    decoded: list[tuple[int, ...]] = []
+    generate = evaluation.generate
+
+    def counting(model: Any, prompts: Any, config: Any) -> Any:
+        decoded.extend(prompts)
+        return generate(model, prompts, config)
+
+    monkeypatch.setattr(evaluation, "generate", counting)
+    assert main(eval_command(folder, out)) == 0
+    assert len(decoded) == total - len(before)
+    assert without_timing(read_report(out)) == without_timing(read_report(whole))
+    assert without_timing(read_lines(out)) == without_timing(read_lines(whole))
+    assert before <= {line["key"] for line in read_lines(out)}
+
+    decoded.clear()
+    assert main(eval_command(folder, out, "eval.limit=2", "eval.modes=static")) == 0
+    assert not decoded  # a part of what is there
+    assert main(eval_command(folder, out, "eval.confidence_threshold=0.5", "eval.modes=threshold")) == 0
+    assert len(decoded) > 0  # another decoding is not taken for the one that is there
+
+
+def read_finished_keys(log: Path) -> set[str]:
+    return {json.loads(line)["key"] for line in log.read_text().splitlines() if line.endswith("}")}
+
+
+def test_the_log_tells_checkpoints_decodings_and_prompts_apart(tmp_path: Path) -> None:
+    first, second = GenerationLog(tmp_path / "a", "one"), GenerationLog(tmp_path / "b", "two")
+    keys = [
+        first.key({"mode": "ar"}, [1, 2]),
+        first.key({"mode": "static"}, [1, 2]),
+        first.key({"mode": "ar"}, [1, 3]),
+        second.key({"mode": "ar"}, [1, 2]),
+    ]
+    assert len(set(keys)) == 4
+
+
+def test_the_report_holds_agreement_and_likelihood_and_reads_as_markdown(
+    folder: Path, tmp_path: Path
+) -> None:
+    settings = ["eval.modes=static,lossless", "eval.likelihood_samples=2", "eval.batch_size=8"]
+    assert main(eval_command(folder, tmp_path, *settings)) == 0
+    report = read_report(tmp_path)
+    assert set(report["agreement"]) == {"static", "lossless"}
+    assert report["agreement"]["lossless"]["argmax_agreement"] == 1.0
+    tokens = sum(x["num_response"] for x in read_lines(tmp_path) if x["mode"] == "teacher")
+    assert report["likelihood"]["num_tokens"] == tokens
+    text = (tmp_path / "retention.md").read_text()
+    assert "| lossless | " in text and "100.0 % [100.0, 100.0]" in text
+    assert "KL(teacher ‖ student)" in text and "student at most" in text
+
+
+def test_gsm8k_reports_strict_and_flexible_scores(folder: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"what is {i}", "answer": f"#### {i}"} for i in range(3)]
+    path = write_rows(tmp_path / "gsm.jsonl", rows)
+    command = ["eval", str(folder), f"eval.path={path}", "eval.scoring=gsm8k", "eval.agreement=false"]
+    assert main([*command, "eval.modes=static", "--out", str(tmp_path / "out")]) == 0
+    report = read_report(tmp_path / "out")
+    assert report["teacher"]["accuracy_flexible"] is not None and "agreement" not in report
+    assert set(report["teacher"]["by_skill"]) == {"gsm8k"}
+
+
+def test_tasks_without_the_harness_say_what_to_install(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from opdlm import harness
+
+    harness.harness_class.cache_clear()
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
+    assert main(["eval", str(folder), "--tasks", "gsm8k"]) == 2
+    assert "pip install 'opdlm[eval]'" in capsys.readouterr().err

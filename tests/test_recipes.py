@@ -1,0 +1,313 @@
+"""Every recipe loads, is planned at its real size, and runs two steps; plans are held against real steps."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_checkpoints import write_checkpoint, write_data
+from tiny_models import make_lm, make_rollout, qwen3
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+
+from opdlm import plan as planning
+from opdlm import trainer
+from opdlm.cli import bundled_recipes, main
+from opdlm.config import Config, check_config, load_config, read_recipe
+from opdlm.curricula import num_updates_of
+from opdlm.plan import GIB, Plan, make_plan
+from opdlm.records import Prompt, Rollout
+from opdlm.rollout import generator_for
+
+RECIPES = {name: path for name, path in bundled_recipes().items() if not name.startswith("tiny")}
+QWEN3 = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40960}
+
+
+def qwen3_sizes(hidden: int, inner: int, layers: int, heads: int, *, tied: bool = True) -> dict[str, Any]:
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    return QWEN3 | sizes | {"num_attention_heads": heads, "tie_word_embeddings": tied}
+
+
+REAL: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "Qwen/Qwen3-0.6B": ("qwen3", 596.0, qwen3_sizes(1024, 3072, 28, 16)),
+    "Qwen/Qwen3-1.7B": ("qwen3", 1720.6, qwen3_sizes(2048, 6144, 28, 16)),
+    "Qwen/Qwen3-4B": ("qwen3", 4022.5, qwen3_sizes(2560, 9728, 36, 32)),
+    "Qwen/Qwen3-8B": ("qwen3", 8190.7, qwen3_sizes(4096, 12288, 36, 32, tied=False)),
+    "meta-llama/Llama-3.2-1B-Instruct": (
+        "llama",
+        1235.8,
+        {
+            **{"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
+            **{"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},
+            **{"max_position_embeddings": 131072},
+        },
+    ),
+    "HuggingFaceTB/SmolLM3-3B": (
+        "smollm3",
+        3075.1,
+        {
+            **{
+                "vocab_size": 128256,
+                "hidden_size": 2048,
+                "intermediate_size": 11008,
+                "num_hidden_layers": 36,
+            },
+            **{"num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 65536},
+        },
+    ),
+    "google/gemma-3-1b-it": (
+        "gemma3_text",
+        999.9,
+        {
+            **{"vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26},
+            **{"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512},
+        },
+    ),
+}
+"""Family, millions of parameters and shape, as the checkpoints' config.json and cards have them."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`NAME/config.json` for every model of a recipe, tiny checkpoints of their families, and prompts."""
+    root = tmp_path_factory.mktemp("recipes")
+    for model, (family, _, sizes) in REAL.items():
+        AutoConfig.for_model(family, **sizes).save_pretrained(root / model)
+        if not (root / family).exists():
+            write_checkpoint(root / family, family, max_position_embeddings=256)
+    write_data(root)
+    return root
+
+
+def at_real_size(place: Path, name: str) -> Config:
+    config = load_config(RECIPES[name])
+    return load_config(RECIPES[name], [f"model.path={place / config.model.path}"])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_planned_at_its_real_size_without_weights(name: str, place: Path) -> None:
+    config = at_real_size(place, name)
+    family, millions, _ = REAL[load_config(RECIPES[name]).model.path]
+    plan = make_plan(config)
+    assert plan.sizes.family == family
+    assert plan.sizes.total / 1e6 == pytest.approx(millions, abs=0.1)
+    header = " ".join(line.lstrip("# ") for line in RECIPES[name].read_text().splitlines()[:5])
+    assert f"opdlm convert {name}" in header and "Not yet run" in header
+    gigabytes = {"24 GB": 24, "40 GB": 40, "80 GB": 80, "141 GB": 141}
+    claimed = [size for text, size in gigabytes.items() if f"one GPU of {text}" in header]
+    if claimed:
+        assert plan.peak < 0.95 * claimed[0] * 1e9
+    else:
+        assert "sharded" in header and plan.peak > 141e9
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_two_steps_on_a_tiny_model_of_its_family(
+    name: str, place: Path, tmp_path: Path
+) -> None:
+    """Everything stays as the recipe has it but the paths and the sizes."""
+    family = REAL[load_config(RECIPES[name]).model.path][0]
+    overrides = [
+        *(f"model.path={place / family}", f"data.path={place / 'prompts.jsonl'}", f"output_dir={tmp_path}"),
+        *("data.config=", "data.prompt_column=prompt", "rollout.prompts_per_step=4", "rollout.batch_size=4"),
+        *("rollout.max_new_tokens=8", "train.rows_per_update=2", "train.num_steps=2"),
+    ]
+    if load_config(RECIPES[name]).rollout.start_new_tokens is not None:
+        overrides += ["rollout.start_new_tokens=4", "rollout.ramp_steps=2"]
+    assert main(["convert", str(RECIPES[name]), *overrides]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["loss_tokens"] > 0 for row in rows)
+    assert (tmp_path / "model" / "config.json").is_file()
+
+
+def test_recipes_of_a_kind_differ_only_where_sizes_do() -> None:
+    """Copies drift apart; these may differ in these keys and in no other."""
+    may_differ = {"model.path", "output_dir", "rollout.batch_size", "loss.top_k", "loss.tail"}
+    for kind in ("general", "math", "math_thinking", "lora_24gb"):
+        flat = [load_config(RECIPES[f"qwen3_{size}_{kind}"]) for size in ("0.6b", "1.7b", "4b", "8b")]
+        first = flat[0].flat() | {"output_dir": flat[0].output_dir}
+        for other in flat[1:]:
+            values = other.flat() | {"output_dir": other.output_dir}
+            assert {key for key in first if first[key] != values[key]} <= may_differ
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_complete_and_its_output_is_named_after_it(name: str) -> None:
+    values = read_recipe(RECIPES[name])
+    assert values["output_dir"] == f"runs/{name}"
+    assert values["model"]["path"] in REAL
+    check_config(load_config(RECIPES[name]))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors that were made under it and still live, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        old = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage(), old)
+        return result
+
+    def add(self, storage: torch.UntypedStorage, old: set[int]) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self.known or key in old:
+            return
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.drop, key, size)
+
+    def drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+PROMPT, RESPONSE, ROWS = 24, 40, 4
+
+
+def one_step(folder: Path, kind: str, *overrides: str) -> tuple[trainer.Run, list[Rollout], Plan]:
+    """A run over a random model, full-length rollouts for one update, and the plan of that step."""
+    base = qwen3(512, hidden_size=64, intermediate_size=192, num_hidden_layers=4, head_dim=16)
+    base = base.to(torch.bfloat16 if "model.dtype=bfloat16" in overrides else torch.float32)
+    base.config.save_pretrained(folder / "model")
+    options = [
+        *(f"model.path={folder / 'model'}", f"output_dir={folder / 'run'}", "lora.r=4", "lora.alpha=8"),
+        *(f"rollout.prompts_per_step={ROWS}", f"rollout.max_new_tokens={RESPONSE}", "train.num_steps=1"),
+        *(
+            f"train.rows_per_update={ROWS}",
+            f"train.micro_batch_rows={ROWS // 2}",
+            "states.selection=one_per_block",
+        ),
+        *(f"data.max_prompt_tokens={PROMPT}", f"lora.enabled={kind == 'lora'}".lower()),
+        f"format.name={'sdar' if kind == 'sdar' else 'preserve'}",
+    ]
+    config = load_config(None, [*options, *overrides])
+    rollouts = [make_rollout(PROMPT, RESPONSE, "absolute", seed) for seed in range(ROWS)]
+    run = trainer.start_run(make_lm(kind, base=base), [Prompt(ids=(1,), index=0)], config)
+    return run, rollouts, make_plan(config)
+
+
+MEMORY_FACTOR, FLOP_FACTOR = 1.25, 1.2
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("lora", "float32"), ("lora", "bfloat16"), ("copy", "float32"), ("sdar", "float32")],
+)
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_the_memory_estimate_of_training_holds_for_a_real_update(
+    kind: str, dtype: str, checkpointing: str, tmp_path: Path
+) -> None:
+    """Gradients, teacher's states, loss and activations, against the tensors that one update makes."""
+    options = [f"train.gradient_checkpointing={checkpointing}", f"model.dtype={dtype}"]
+    run, rollouts, plan = one_step(tmp_path, kind, *options)
+    chosen = list(range(ROWS))
+    trainer.update(run, rollouts, chosen, "one_per_block", generator_for(0))  # makes the moments
+    with LiveBytes() as live:
+        trainer.update(run, rollouts, chosen, "one_per_block", generator_for(0))
+    parts = ("gradients", "teacher states and cache", "activations", "layer at work or loss chunks")
+    planned = sum(plan.memory[part] for part in parts)
+    print(kind, checkpointing, live.peak, planned / live.peak)
+    assert live.peak / MEMORY_FACTOR < planned < live.peak * MEMORY_FACTOR
+
+
+@pytest.mark.parametrize("kind", ["lora", "copy", "sdar"])
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_the_flops_of_training_hold_for_a_real_update(kind: str, checkpointing: str, tmp_path: Path) -> None:
+    run, rollouts, plan = one_step(tmp_path, kind, f"train.gradient_checkpointing={checkpointing}")
+    math_kernel = sdpa_kernel(SDPBackend.MATH)  # the counter does not know the CPU's fused kernel
+    with math_kernel, FlopCounterMode(display=False) as counter:
+        trainer.update(run, rollouts, list(range(ROWS)), "one_per_block", generator_for(0))
+    measured = counter.get_total_flops()
+    planned = sum(plan.step_flops[part] for part in ("teacher", "student", "heads"))
+    print(kind, checkpointing, measured, planned / measured)
+    assert measured / FLOP_FACTOR < planned < measured * FLOP_FACTOR
+
+
+def test_weights_and_moments_are_counted_exactly(tmp_path: Path) -> None:
+    for kind in ("lora", "copy", "sdar"):
+        run, rollouts, plan = one_step(tmp_path / kind, kind)
+        trainer.update(run, rollouts, [0, 1, 2, 3], "one_per_block", generator_for(0))
+        moments = [t for s in run.optimizer.state.values() for t in s.values() if t.dim() > 0]
+        assert plan.memory["AdamW moments"] == sum(t.nbytes for t in moments)
+        mask = run.model.mask_embedding
+        in_memory = sum(p.nbytes for p in run.model.parameters()) - (0 if mask is None else mask.nbytes)
+        assert plan.memory["weights"] == in_memory
+        assert plan.sizes.trained == sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+
+
+def test_tokens_and_updates_follow_the_schedule_by_hand(place: Path) -> None:
+    config = load_config(
+        RECIPES["qwen3_0.6b_math"],
+        [
+            *(f"model.path={place / 'Qwen/Qwen3-0.6B'}", "train.num_steps=3", "rollout.prompts_per_step=8"),
+            *("rollout.start_new_tokens=8", "rollout.max_new_tokens=24", "rollout.ramp_steps=2"),
+            "rollout.ramp=linear",
+        ],
+    )
+    plan = make_plan(config)
+    assert plan.response_tokens == 8 * (16 + 24 + 24)
+    assert num_updates_of(config) == 3
+    assert [planning.response_cap(config, step) for step in range(3)] == [16, 24, 24]
+
+
+def test_a_dry_run_prints_everything_and_writes_nothing(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = str(RECIPES["qwen3_8b_math"])
+    growth = ["format.block_size=8", "format.block_growth=[[0,4],[50,8]]", "rollout.denoising_steps=null"]
+    overrides = [f"model.path={place / 'Qwen/Qwen3-8B'}", *growth, "rollout.warm_start_steps=10"]
+    assert main(["convert", recipe, "--dry-run", *overrides]) == 0
+    printed = capsys.readouterr().out
+    for text in (
+        *("8,190.7 M parameters", "8,190.7 M trained (full copy)", "weights ", "AdamW moments", "gradients"),
+        *("activations are", "FLOPs", "response tokens", "steps 0-9: the teacher's responses, block size 4"),
+        *("steps 10-49: the student's", "steps 50-199: the student's responses, block size 8"),
+        *("runs/qwen3_8b_math/checkpoint-N", "runs/qwen3_8b_math/model", "not evaluated"),
+    ):
+        assert text in printed, text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["nobody/has-this-model", "./nowhere"])
+def test_a_model_that_is_not_there_is_one_sentence(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", target, "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith(
+        f"opdlm: model.path ({target}) is no folder with a config.json"
+    )
+
+
+def test_what_a_run_writes_was_planned(place: Path, tmp_path: Path) -> None:
+    """The planned sizes of checkpoint and result, against the files of a real run."""
+    options = [
+        *(f"model.path={place / 'qwen3'}", f"data.path={place / 'prompts.jsonl'}", f"output_dir={tmp_path}"),
+        *("rollout.prompts_per_step=4", "rollout.max_new_tokens=8", "train.rows_per_update=4"),
+        *("train.num_steps=1", "train.ema_decay=0.9", "data.max_prompt_tokens=64"),
+    ]
+    config = load_config(None, options)
+    lines = planning.file_lines(config, planning.measure_sizes(config))
+    assert main(["convert", str(place / "qwen3"), *options[1:]]) == 0
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"config.yaml", "metrics.jsonl", "checkpoint-1", "model"}
+    assert all(any(name.replace("-1", "-N") in line for line in lines) for name in written)
+    sizes = planning.measure_sizes(config)
+    tensors = sum(f.stat().st_size for f in (tmp_path / "checkpoint-1").glob("*.safetensors"))
+    assert tensors == pytest.approx(3 * sizes.trained_bytes + 4 * sizes.trained, rel=0.25)
+    assert GIB == 1024**3

@@ -1,0 +1,63 @@
+"""What counts as right: the GSM8K rules on answers as models write them, and lm-evaluation-harness's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_checkpoints import tiny_tokenizer, write_rows
+
+from opdlm.data import load_tasks
+from opdlm.scoring import NEXT_QUESTION, is_right, is_right_flexibly, last_number, strict_number
+
+ANSWER = "He makes 2 * 9 = <<2*9=18>>18 dollars.\n#### 1,018"
+RESPONSES = {
+    "So he makes 1018 dollars.\n#### 1018": (True, True),
+    "#### 1,018": (True, True),
+    "The answer is $1,018.": (False, True),
+    "#### 1018.": (True, True),
+    "#### 1018 and 5 more": (True, False),
+    "#### -1018": (False, False),
+    "#### 10.18": (False, False),
+    "1018\n\nQuestion: How much is 7?": (False, True),
+    "no idea": (False, False),
+    "": (False, False),
+}
+
+
+@pytest.mark.parametrize("response", RESPONSES)
+def test_gsm8k_responses_are_scored_as_users_expect(response: str) -> None:
+    assert (is_right(response, ANSWER, "gsm8k"), is_right_flexibly(response, ANSWER)) == RESPONSES[response]
+
+
+@pytest.mark.parametrize("response", RESPONSES)
+def test_gsm8k_scores_are_those_of_the_harness(response: str) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+    import lm_eval
+    import yaml
+    from lm_eval.api.metrics import exact_match_fn
+    from lm_eval.filters.extraction import RegexFilter
+
+    task = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml").read_text())
+    options = {k: v for k, v in task["metric_list"][0].items() if k.startswith(("ignore", "regexes"))}
+    cut = response.split(NEXT_QUESTION)[0]
+    scores = []
+    for steps, ours in zip(task["filter_list"], (strict_number, last_number), strict=True):
+        settings = {k: v for k, v in steps["filter"][0].items() if k != "function"}
+        ((found,),) = RegexFilter(**settings).apply([[cut]], [{}])
+        assert found == ours(response)
+        score = exact_match_fn(references=[ANSWER], predictions=[found], **options)["exact_match"]
+        scores.append(bool(score))
+    assert tuple(scores) == RESPONSES[response]
+
+
+def test_exact_match_ignores_the_space_around() -> None:
+    assert is_right(" 42\n", "42", "exact") and not is_right("42.", "42", "exact")
+
+
+def test_a_gsm8k_file_becomes_tasks(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "test.jsonl", [{"question": "how much is 2+2", "answer": "2+2=4\n#### 4"}])
+    (task,) = load_tasks(str(path), tiny_tokenizer(), 63, scoring="gsm8k")
+    assert task.text == "Question: how much is 2+2\nAnswer:"
+    assert (task.skill, task.scoring, task.held_out) == ("gsm8k", "gsm8k", False)
+    assert task.answer is not None and is_right("so it is 4\n#### 4", task.answer, task.scoring)
