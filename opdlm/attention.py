@@ -304,7 +304,8 @@ class SlotForward:
     """By window."""
     windows: tuple[int | None, ...]
     """By layer."""
-    cache: SlotCache | DecodeCache | None
+    cache: SlotCache | None
+    decode_cache: DecodeCache | None = None
 
 
 def start_forward(
@@ -326,7 +327,8 @@ def start_forward(
 
 def start_decode(windows: tuple[int | None, ...], dtype: torch.dtype, cache: DecodeCache) -> SlotForward:
     """The same for the packed forward that the decoding cache has begun."""
-    return SlotForward({window: cache.mask(window, dtype) for window in set(windows)}, windows, cache)
+    masks: dict[int | None, LayerMask] = {window: cache.mask(window, dtype) for window in set(windows)}
+    return SlotForward(masks, windows, cache=None, decode_cache=cache)
 
 
 def slot_attention(
@@ -341,13 +343,13 @@ def slot_attention(
     """The attention function of stock models: `[B, H, Q, D]` -> `[B, Q, H, D]`; without slots plain sdpa."""
     if slot_forward is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    cache, mask = slot_forward.cache, slot_forward.masks[slot_forward.windows[module.layer_idx]]
-    if isinstance(cache, DecodeCache):
+    mask = slot_forward.masks[slot_forward.windows[module.layer_idx]]
+    if slot_forward.decode_cache is not None:
         assert isinstance(mask, Tensor)
-        scale = kwargs.get("scaling")
-        return cache.attend(module.layer_idx, query[0], key[0], value[0], mask, scale), None
-    if cache is not None:
-        key, value = cache.extend(module.layer_idx, key, value)
+        cache = slot_forward.decode_cache
+        return cache.attend(module.layer_idx, query[0], key[0], value[0], mask, kwargs.get("scaling")), None
+    if slot_forward.cache is not None:
+        key, value = slot_forward.cache.extend(module.layer_idx, key, value)
     if isinstance(mask, Tensor):
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     if isinstance(mask, BlockMask):
