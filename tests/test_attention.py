@@ -299,7 +299,11 @@ def largest_tensor(backend: Backend, length: int) -> int:
     ids_BL, lengths_B = torch.zeros((1, length), dtype=torch.long), torch.tensor([length])
     clean = clean_slots(ids_BL, lengths_B, lengths_B, grid, fmt)
     noised = Slots(
-        clean.ids_BS, clean.positions_BS, clean.positions_BS // 4 * 4 - 1, clean.positions_BS // 4 + 1
+        clean.ids_BS,
+        clean.positions_BS,
+        clean.positions_BS // 4 * 4 - 1,
+        clean.positions_BS // 4 + 1,
+        clean.start_BS,
     )
     layout = noised, keys_with_cache(noised, length)
     inputs = [x.requires_grad_() for x in random_inputs(layout, torch.float32, "cpu")]
