@@ -15,8 +15,9 @@ import torch
 from matplotlib.colors import ListedColormap
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opdlm.attention import SlotCache, keys_with_cache
+from opdlm.attention import keys_with_cache
 from opdlm.blocks import CLEAN, Format, GridKind, Slots, join_slots, visible
+from opdlm.cache import DecodeCache
 from opdlm.diffusion import DiffusionLM, DiffusionSpec
 from opdlm.generate import DecodeConfig, generate
 from opdlm.plots import new_figure
@@ -70,9 +71,9 @@ class Recorder(DiffusionLM):
 
     steps: list[tuple[Slots, Slots]]
 
-    def decode_hidden(self, slots: Slots, cache: SlotCache) -> tuple[torch.Tensor, int]:
+    def decode_hidden(self, slots: Slots, cache: DecodeCache) -> tuple[torch.Tensor, int]:
         result = super().decode_hidden(slots, cache)
-        self.steps.append((slots, keys_with_cache(slots, cache.length)))
+        self.steps.append((slots, keys_with_cache(slots, int(slots.reach_BS.max()) + 1)))
         return result
 
 

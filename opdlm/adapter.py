@@ -1,16 +1,17 @@
 """The LoRA adapter: built by PEFT on frozen weights, gated where it adds to them, merged into them.
 
 A layer computes `base(x) + extra(x)`. LoRA's extra is `s B A x` with s = alpha / r (rsLoRA: alpha / sqrt(r)).
-DoRA's is `(m / |W + s B A| - 1) W x + m / |W + s B A| s B A x`, so its gate multiplies all of that and not
-`B` alone. Either way a closed gate leaves `base(x) + 0`, which is `base(x)` bit for bit. Initialisations that
-rewrite the base weights are refused when the settings are read: those weights are the teacher.
+DoRA's is `(m / |W + s B A| - 1) W x + m / |W + s B A| s B A x`, so a gate on `B` alone would not do. The gate
+computes extra(x) for the slots where it is open and adds it there: the others keep `base(x)` bit for bit.
+Initialisations that rewrite the base weights are refused when the settings are read: those weights are the
+teacher.
 
 LoRA arXiv 2106.09685, rsLoRA 2312.03732, DoRA 2402.09353, QLoRA 2305.14314.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,11 +19,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from opdlm.config import LoraSection
+from opdlm.diffusion import Adapted
 from opdlm.errors import ConfigError
 
 ADAPTER = "default"
@@ -77,13 +79,29 @@ def attention_layers(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(sorted({name.split(".")[-1] for name in linear}))
 
 
-def adapter_outputs(peft_model: PeftModel) -> list[nn.Module]:
-    """Of every adapted layer the module whose output is what it adds to its base: where a gate acts."""
-    layers = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
-    return [
-        layer.lora_magnitude_vector[ADAPTER] if layer.lora_magnitude_vector else layer.lora_B[ADAPTER]
-        for layer in layers
-    ]
+def adapted_layers(peft_model: PeftModel) -> list[Adapted]:
+    """Every layer with an adapter: where a gate acts."""
+    layers: list[Any] = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
+    return [Adapted(layer, layer.base_layer.forward, change_of(layer)) for layer in layers]
+
+
+def change_of(layer: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """What the adapter adds to the base's output for some inputs, dropout off; the weights are read when
+    called, since sharding replaces them.
+    """
+    down, up, scale = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.scaling[ADAPTER]
+
+    def lora(inputs: Tensor, _: Tensor) -> Tensor:
+        return up(down(inputs.to(down.weight.dtype))) * scale
+
+    def dora(inputs: Tensor, output: Tensor) -> Tensor:
+        change = layer.lora_magnitude_vector[ADAPTER]
+        inputs = inputs.to(down.weight.dtype)
+        return change(
+            inputs, lora_A=down, lora_B=up, scaling=scale, base_layer=layer.base_layer, base_result=output
+        )
+
+    return dora if layer.lora_magnitude_vector else lora
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .blocks import CLEAN, Slots, join_slots, visible
+from .cache import DecodeCache
 
 ATTENTION_NAME = "opdlm"
 CHUNK = 128
@@ -252,9 +253,9 @@ class SlotCache:
     """Keys and values of clean slots, one buffer per layer, indexed by column (the position, unless a row is
     packed): no cropping, no reallocation.
 
-    A forward pass writes its clean slots at their columns and reads `[0, length)`; the mask decides who
-    sees what (`keys_with_cache`). Columns beyond every `reach` may hold stale entries of rejected drafts:
-    they are rewritten before anything can see them. Tensors are `[B, kv heads, capacity, head_dim]`.
+    For training; decoding has `DecodeCache`. A forward pass writes its clean slots at their columns and reads
+    `[0, length)`; the mask decides who sees what (`keys_with_cache`). Tensors are `[B, kv heads, capacity,
+    head_dim]`.
     """
 
     def __init__(self, num_rows: int, capacity: int) -> None:
@@ -282,11 +283,6 @@ class SlotCache:
         keys_BHKD = torch.cat([stored[0][:, :, : self.length], keys_BHSD], 2)
         return keys_BHKD, torch.cat([stored[1][:, :, : self.length], values_BHSD], 2)
 
-    def keep_rows(self, rows_N: Tensor) -> None:
-        """Drop every row but these (finished rows leave)."""
-        self.num_rows = len(rows_N)
-        self._layers = {i: (keys[rows_N], values[rows_N]) for i, (keys, values) in self._layers.items()}
-
 
 def keys_with_cache(slots: Slots, cache_length: int) -> Slots:
     """Keys of a cached forward: every buffer column as a clean slot, then the current slots.
@@ -309,6 +305,7 @@ class SlotForward:
     windows: tuple[int | None, ...]
     """By layer."""
     cache: SlotCache | None
+    decode_cache: DecodeCache | None = None
 
 
 def start_forward(
@@ -328,6 +325,12 @@ def start_forward(
     return SlotForward(masks, windows, cache)
 
 
+def start_decode(windows: tuple[int | None, ...], dtype: torch.dtype, cache: DecodeCache) -> SlotForward:
+    """The same for the packed forward that the decoding cache has begun."""
+    masks: dict[int | None, LayerMask] = {window: cache.mask(window, dtype) for window in set(windows)}
+    return SlotForward(masks, windows, cache=None, decode_cache=cache)
+
+
 def slot_attention(
     module: Any,
     query: Tensor,
@@ -340,9 +343,13 @@ def slot_attention(
     """The attention function of stock models: `[B, H, Q, D]` -> `[B, Q, H, D]`; without slots plain sdpa."""
     if slot_forward is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    mask = slot_forward.masks[slot_forward.windows[module.layer_idx]]
+    if slot_forward.decode_cache is not None:
+        assert isinstance(mask, Tensor)
+        cache = slot_forward.decode_cache
+        return cache.attend(module.layer_idx, query[0], key[0], value[0], mask, kwargs.get("scaling")), None
     if slot_forward.cache is not None:
         key, value = slot_forward.cache.extend(module.layer_idx, key, value)
-    mask = slot_forward.masks[slot_forward.windows[module.layer_idx]]
     if isinstance(mask, Tensor):
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     if isinstance(mask, BlockMask):

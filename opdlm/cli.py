@@ -24,6 +24,8 @@ CONVERT_EXAMPLE = """examples:
   opdlm convert qwen3_0.6b_lora_24gb --dry-run              what it would need and write
   opdlm convert ./my-model data.path=prompts.jsonl format.name=sdar lora.enabled=false"""
 
+MODES = ("static", "threshold", "entropy", "left_to_right", "lossless", "ar")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 on success, 2 with one sentence on a user's mistake, 130 on Ctrl-C."""
@@ -72,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_convert(verbs)
     add_generate(verbs)
     add_eval(verbs)
+    add_bench(verbs)
     add_merge(verbs)
     add_recipes(verbs)
     add_env(verbs)
@@ -117,7 +120,7 @@ def add_generate(verbs: Verbs) -> None:
     )
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
-    parser.add_argument("--mode", choices=("static", "threshold", "lossless", "ar"), default="threshold")
+    parser.add_argument("--mode", choices=MODES, default="threshold")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = arg-max (default)")
     parser.add_argument("--top-k", type=int)
@@ -159,6 +162,29 @@ def add_eval(verbs: Verbs) -> None:
     parser.add_argument("--num-fewshot", type=int, help="examples before each question, with --tasks")
     parser.add_argument("--chat-template", action="store_true", help="ask through it, with --tasks")
     parser.set_defaults(run=run_eval)
+
+
+def add_bench(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "bench",
+        "decoding speed of a converted checkpoint",
+        "Tokens per second and per forward of every decoding mode against transformers.generate on the AR\n"
+        "model of the same folder: greedy, same prompts, interleaved. Close other programs first.",
+        "examples:\n  opdlm bench runs/tiny/model\n"
+        "  opdlm bench runs/tiny/model --batch-sizes 1 8 --modes ar lossless --limit 40 --out report",
+    )
+    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="JSONL with `prompt` (default: eval.path of the run)"
+    )
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="default: all that the format has")
+    parser.add_argument("--limit", type=int, default=64, help="prompts, evenly spaced over the file (64)")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", help="write bench.json and bench.png here")
+    parser.set_defaults(run=run_bench)
 
 
 def add_merge(verbs: Verbs) -> None:
@@ -417,6 +443,48 @@ def run_merge(options: argparse.Namespace) -> int:
 
     merge_folder(Path(options.folder), Path(options.out), full_copy=options.full_copy)
     print(f"merged checkpoint: {options.out}")
+    return 0
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    if min(options.limit, options.max_new_tokens, options.repeats, *options.batch_sizes) < 1:
+        raise ConfigError("--limit, --max-new-tokens, --repeats and --batch-sizes must be at least 1.")
+    quiet_libraries()
+    from rich.console import Console
+
+    from opdlm import pipeline
+    from opdlm.bench import measure_speed, speed_table, write_speed
+    from opdlm.data import load_tasks
+    from opdlm.models import check_fits, load, load_causal_lm
+
+    model, tokenizer = load(options.folder)
+    is_preserve = model.spec.format == "preserve"
+    modes = options.modes or [*(("ar", "lossless") if is_preserve else ()), "static", "threshold"]
+    if not is_preserve and {"ar", "lossless"} & set(modes):
+        raise ConfigError("--modes ar and lossless need a preserve checkpoint; this one is sdar.")
+    path = options.prompts or pipeline.read_config_of(Path(options.folder)).eval.path
+    if not path:
+        raise ConfigError("the run had no evaluation set: give --prompts FILE.jsonl.")
+    tasks = load_tasks(path, tokenizer, model.spec.mask_token_id, limit=None)
+    prompts = [task.prompt.ids for task in tasks][:: max(1, len(tasks) // options.limit)][: options.limit]
+    check_fits(model, prompts, options.max_new_tokens, "--max-new-tokens")
+    console = Console()
+    rows = measure_speed(
+        model,
+        load_causal_lm(options.folder, "float32"),
+        prompts,
+        modes,
+        options.batch_sizes,
+        max_new_tokens=options.max_new_tokens,
+        repeats=options.repeats,
+        on_row=lambda row: console.print(
+            f"batch {row.batch_size}: {row.name} {row.tokens_per_second:.0f} tokens/s", soft_wrap=True
+        ),
+    )
+    console.print(speed_table(rows), markup=False, soft_wrap=True)
+    if options.out:
+        settings = {"prompts": len(prompts), "file": path, "repeats": options.repeats}
+        write_speed(rows, Path(options.out), settings | pipeline.versions())
     return 0
 
 

@@ -72,7 +72,8 @@ def place(model: DiffusionLM, accelerator: Accelerator) -> bool:
         if isinstance(module, GradientCheckpointingLayer):  # what transformers calls a decoder layer
             fully_shard(module, reshard_after_forward=reshard)
     fully_shard(model)
-    register_fsdp_forward_method(model, "_hidden")  # every forward pass goes through it
+    for name in ("_hidden", "_packed_hidden"):  # every forward pass goes through one of them
+        register_fsdp_forward_method(model, name)
     # The first forward decides which module is the root; a rank without prompts would start elsewhere.
     one = torch.ones((1, 1), dtype=torch.long, device=accelerator.device)
     model.teacher_hidden(clean_slots(one, one[0], one[0], model.spec.block_grid, "preserve"))

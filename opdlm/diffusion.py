@@ -2,20 +2,19 @@
 
 One object holds what both formats need: the student that computes noised slots, the frozen teacher that
 computes clean ones (`preserve`) or the targets, the mask embedding, and the block grid. Where teacher and
-student share weights (LoRA), the adapter is *gated*: a factor per slot, 1 on noised and 0 on clean,
-multiplies its output, so one forward pass computes exact teacher states and drafts together. METHOD parts 2
-and 8.
+student share weights (LoRA), the adapter is *gated*: it is computed for noised slots only, so one forward
+pass gives exact teacher states and drafts together. METHOD parts 2 and 8.
 
-This room, `attention`, `blocks`, `unmasking` and `generate` import only torch and transformers: they travel
-inside every converted checkpoint as its remote code.
+This room and those that decode (`export.REMOTE_ROOMS`) import only torch and transformers: they travel inside
+every converted checkpoint as its remote code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +27,12 @@ from .attention import (
     choose_backend,
     layer_windows,
     no_mask,
+    start_decode,
     start_forward,
     use_slot_attention,
 )
 from .blocks import Format, Grid, GridKind, Slots, clean_slots
+from .cache import DecodeCache, Packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,33 +67,50 @@ class DiffusionSpec:
         return cls(**fields)
 
 
+class Adapted(NamedTuple):
+    """A linear layer with an adapter: host(x) = base(x) + change(x, base(x))."""
+
+    host: nn.Module
+    base: Callable[[Tensor], Tensor]
+    change: Callable[[Tensor, Tensor], Tensor]
+
+
 class Gate:
-    """Per-slot factor on the adapter's output; None lets it through everywhere."""
+    """Keeps the adapter off the clean slots of a packed forward, which come first; computes it for no
+    others.
+    """
 
     def __init__(self) -> None:
-        self.value_BS: Tensor | None = None
+        self.num_clean: int | None = None
 
-    def attach(self, adapter_outputs: list[nn.Module]) -> None:
-        """Multiply the output of each module (the `lora_B` of every adapted layer)."""
-        for module in adapter_outputs:
-            module.register_forward_hook(self._apply)
+    def attach(self, layers: Iterable[Adapted]) -> None:
+        """Replace each layer's forward by one that obeys the gate while it is set."""
+        for layer in layers:
+            layer.host.forward = self._gated(layer, layer.host.forward)
 
-    def _apply(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if self.value_BS is None:
+    def _gated(self, layer: Adapted, ungated: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.num_clean is None:
+                return ungated(inputs, *args, **kwargs)
+            output = layer.base(inputs)
+            noised = output[..., self.num_clean :, :]
+            if noised.shape[-2]:
+                noised.add_(layer.change(inputs[..., self.num_clean :, :], noised))
             return output
-        return output * self.value_BS.reshape(*output.shape[:-1], 1).to(output.dtype)
+
+        return forward
 
     @contextmanager
-    def only(self, is_open_BS: Tensor) -> Iterator[None]:
-        """Open the gate on some slots. Inference only: a checkpointed backward would find it open
+    def after(self, num_clean: int) -> Iterator[None]:
+        """Open the gate from slot `num_clean` on. Inference only: a checkpointed backward would find it open
         everywhere.
         """
         assert not torch.is_grad_enabled(), "the gate is for forwards without a backward"
-        self.value_BS = is_open_BS
+        self.num_clean = num_clean
         try:
             yield
         finally:
-            self.value_BS = None
+            self.num_clean = None
 
 
 class DiffusionLM(nn.Module):
@@ -109,24 +127,26 @@ class DiffusionLM(nn.Module):
         *,
         teacher: PreTrainedModel | None = None,
         mask_embedding: Tensor | None = None,
-        adapter_outputs: list[nn.Module] | None = None,
+        adapted: Iterable[Adapted] = (),
         adapter_off: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         super().__init__()
         self.student, self.teacher, self.spec = student, teacher, spec
         self.mask_embedding = nn.Parameter(mask_embedding) if mask_embedding is not None else None
         self.gate = Gate()
-        self.gate.attach(adapter_outputs or [])
+        self.gate.attach(adapted)
         self.adapter_off = adapter_off
         self.windows = layer_windows(student.config)
         self.attention: AttentionChoice = "auto"
+        self.head_constants = head_constants(student)  # reading a config is slow: not once a step
         for model in (student, teacher):
             if model is not None:
                 use_slot_attention(model)
 
     @property
     def device(self) -> torch.device:
-        return self.student.device
+        embedding: Any = self.student.get_input_embeddings()  # `student.device` searches every module
+        return embedding.weight.device
 
     @property
     def backend(self) -> Backend:
@@ -151,19 +171,45 @@ class DiffusionLM(nn.Module):
             return self._hidden(model, slots, cache)
 
     @torch.no_grad()
-    def decode_hidden(self, slots: Slots, cache: SlotCache) -> tuple[Tensor, int]:
-        """States of one decoding step `[B, S, H]` and the number of forward passes it took (1 or 2)."""
-        if self.spec.format == "sdar":
-            return self.student_hidden(slots, cache), 1
+    def decode_hidden(self, slots: Slots, cache: DecodeCache) -> tuple[Tensor, int]:
+        """States of one decoding step `[B, S, H]` and the number of forward passes it took (1 or 2).
+
+        `slots` lie on the CPU: laying out a forward needs no round trip to the device.
+        """
         is_noised_BS = slots.is_noised_BS
-        if not is_noised_BS.any():
-            return self.teacher_hidden(slots, cache), 1
-        if self.is_one_forward:
-            with self.gate.only(is_noised_BS):
-                return self.student_hidden(slots, cache), 1
-        clean_BSH = self.teacher_hidden(slots.only(~is_noised_BS), cache)
-        noised_BSH = self.student_hidden(slots.only(is_noised_BS), cache)
-        return torch.where(is_noised_BS[..., None], noised_BSH, clean_BSH), 2
+        if self.is_one_forward or not is_noised_BS.any():
+            parts = [Packed.of(slots)]
+        else:
+            parts = [Packed.of(slots, ~is_noised_BS), Packed.of(slots, is_noised_BS)]
+        hidden_BSH = None
+        length = max(int(slots.reach_BS.max()), 0) + 1
+        for packed in parts:
+            cache.begin(packed, slots.ids_BS.shape[0], length)
+            hidden_NH = self._packed_hidden(packed, cache)
+            if hidden_BSH is None:
+                hidden_BSH = hidden_NH.new_zeros(*slots.ids_BS.shape, hidden_NH.shape[-1])
+            hidden_BSH[packed.row_N.to(self.device), packed.column_N.to(self.device)] = hidden_NH
+        assert hidden_BSH is not None
+        return hidden_BSH, len(parts)
+
+    def _packed_hidden(self, packed: Packed, cache: DecodeCache) -> Tensor:
+        """One packed forward `[N, H]`: gated student, or the one model that computes these slots."""
+        context: AbstractContextManager[None] = nullcontext()
+        model = self.student
+        if self.spec.format == "preserve" and self.teacher is not None:
+            model = self.teacher if packed.num_clean else self.student
+        elif self.spec.format == "preserve":
+            context = self.gate.after(packed.num_clean)
+        with context:
+            embedded_NH = self.embed(model, packed.ids_N.to(self.device))
+            dtype = embedded_NH.dtype
+            return backbone(model)(
+                inputs_embeds=embedded_NH[None],
+                position_ids=packed.positions_N[None].to(self.device),
+                attention_mask=no_mask(dtype, self.device),
+                use_cache=False,
+                slot_forward=start_decode(self.windows, dtype, cache),
+            ).last_hidden_state[0]
 
     @contextmanager
     def teacher_weights(self) -> Iterator[PreTrainedModel]:
@@ -178,9 +224,11 @@ class DiffusionLM(nn.Module):
         """Float32 logits `[..., V]` with the banned ids at -inf. States of clean slots go through the
         teacher's head.
         """
-        scores = head_logits(self.student, hidden)
+        scores = head_logits(self.student, hidden, self.head_constants)
         if is_clean is not None and self.teacher is not None:
-            scores = torch.where(is_clean[..., None], head_logits(self.teacher, hidden), scores)
+            scores = torch.where(
+                is_clean[..., None], head_logits(self.teacher, hidden, self.head_constants), scores
+            )
         scores[..., list(self.spec.banned_token_ids)] = -torch.inf
         return scores
 
@@ -189,7 +237,7 @@ class DiffusionLM(nn.Module):
         stops = self.spec.stop_token_ids if stop_token_ids is None else stop_token_ids
         spec = replace(self.spec, format="preserve", stop_token_ids=stops)
         decoder = DiffusionLM(self.student, spec, teacher=self.teacher, adapter_off=self.adapter_off)
-        decoder.attention = self.attention
+        decoder.gate, decoder.attention = self.gate, self.attention
         return decoder
 
     def embed(self, model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
@@ -227,8 +275,10 @@ def head_constants(model: PreTrainedModel) -> tuple[float | None, float]:
     return values.get("final_logit_softcapping"), scale / (values.get("logits_scaling") or 1.0)
 
 
-def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+def head_logits(
+    model: PreTrainedModel, hidden: Tensor, constants: tuple[float | None, float] | None = None
+) -> Tensor:
     """Hidden states -> float32 logits, as the family's own forward computes them (`convert` checks that)."""
-    softcap, scale = head_constants(model)
+    softcap, scale = constants or head_constants(model)
     scores = model.get_output_embeddings()(hidden).float() * scale
     return softcap * torch.tanh(scores / softcap) if softcap else scores

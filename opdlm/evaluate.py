@@ -32,6 +32,18 @@ REPEATED_TOKENS = 4
 """Length of the pieces whose recurrence within a response counts as repetition."""
 
 
+DENOISING_MODES = ("static", "threshold", "entropy", "left_to_right")
+ACTS_IN: dict[str, tuple[str, ...]] = {
+    "batch_size": (),
+    "denoising_steps": ("static", "threshold", "left_to_right"),
+    "confidence_threshold": ("threshold",),
+    "entropy_bound": ("entropy",),
+    "veto_below": DENOISING_MODES,
+    "forward_overhead": ("lossless",),
+}
+"""Modes in which a decoding setting decides the response or its forwards; those not named act in all."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModeReport:
     """One model in one decoding mode. Shares are between 0 and 1, intervals are 95 %."""
@@ -124,6 +136,7 @@ def decode_tasks(
     config = DecodeConfig(
         mode=mode,
         max_new_tokens=section.max_new_tokens,
+        batch_size=section.batch_size,
         confidence_threshold=section.confidence_threshold,
         veto_below=section.veto_below,
     )
@@ -147,11 +160,8 @@ def decoding_key(log: GenerationLog | None, name: str, config: DecodeConfig, tas
     """Without a log: the task's place."""
     if log is None:
         return str(task.prompt.index)
-    decoding: dict[str, Any] = {"name": name, "mode": config.mode, "max_new_tokens": config.max_new_tokens}
-    if config.mode in ("static", "threshold"):
-        decoding["veto_below"] = config.veto_below
-    if config.mode == "threshold":
-        decoding["threshold"] = config.confidence_threshold
+    acting = {k: v for k, v in asdict(config).items() if config.mode in ACTS_IN.get(k, (config.mode,))}
+    decoding = acting | {"name": name}
     return log.key(decoding, task.prompt.ids)
 
 

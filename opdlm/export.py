@@ -31,7 +31,10 @@ from opdlm.models import (
     set_embedding_row,
 )
 
-REMOTE_ROOMS = ("modeling_opdlm", "diffusion", "generate", "attention", "unmasking", "blocks", "records")
+REMOTE_ROOMS = (
+    *("modeling_opdlm", "generate", "lossless", "denoise", "rows", "diffusion", "attention", "cache"),
+    *("unmasking", "blocks", "records"),
+)
 RECORDS = ("README.md", "opdlm_config.yaml", "all_results.json", "retention.json", "generations.jsonl")
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_opdlm.OpdlmForCausalLM"}
 

@@ -23,31 +23,37 @@ from transformers.utils import cached_file
 
 from .attention import SlotCache as SlotCache
 from .blocks import Grid as Grid
-from .diffusion import DiffusionLM, DiffusionSpec
+from .cache import DecodeCache as DecodeCache
+from .denoise import denoise_step as denoise_step
+from .diffusion import Adapted, DiffusionLM, DiffusionSpec
 from .generate import DecodeConfig, generate
+from .lossless import lossless_step as lossless_step
 from .records import Rollout as Rollout
+from .rows import Rows as Rows
 from .unmasking import Remasking as Remasking
 
 
 class LowRank(nn.Module):
     """What one layer's adapter adds: s B A x, and with DoRA (f - 1) W x + f s B A x for row factors f."""
 
+    down_RI: Tensor
+    up_OR: Tensor
+    factor_O: Tensor | None
+
     def __init__(self, down_RI: Tensor, up_OR: Tensor, scale: float, factor_O: Tensor | None) -> None:
         super().__init__()
-        self.down_RI, self.up_OR, self.scale, self.factor_O = down_RI, up_OR, scale, factor_O
+        self.scale = scale
+        for name, value in (("down_RI", down_RI), ("up_OR", up_OR), ("factor_O", factor_O)):
+            self.register_buffer(name, value, persistent=False)
 
-    def forward(self, hidden: Tensor, plain: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, plain: Tensor) -> Tensor:
         """`plain` is the base layer's output without its bias."""
-        down_RI, up_OR = self.down_RI.to(hidden.device), self.up_OR.to(hidden.device)
-        extra = F.linear(F.linear(hidden.to(down_RI.dtype), down_RI), up_OR) * self.scale
-        if self.factor_O is None:
-            return extra
-        factor_O = self.factor_O.to(hidden.device)
-        return (factor_O - 1) * plain + factor_O * extra
+        extra = F.linear(F.linear(inputs.to(self.down_RI.dtype), self.down_RI), self.up_OR) * self.scale
+        return extra if self.factor_O is None else (self.factor_O - 1) * plain + self.factor_O * extra
 
 
 class Adapter:
-    """A PEFT LoRA folder hooked onto a model; `off` silences it."""
+    """A PEFT LoRA folder put onto a model's layers; `off` silences it."""
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -55,26 +61,30 @@ class Adapter:
         rank = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
         scale = config["lora_alpha"] / rank
         self.enabled = True
-        self.layers: list[LowRank] = []
+        self.layers: list[Adapted] = []
         for key, down_RI in weights.items():
             if key.endswith(".lora_A.weight"):
                 name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
                 up_OR = weights[key.replace("lora_A", "lora_B")]
-                target, factor_O = model.get_submodule(name), None
+                host, factor_O = model.get_submodule(name), None
                 if config.get("use_dora"):
                     length_O = weights[key.replace("lora_A.weight", "lora_magnitude_vector")]
-                    factor_O = length_O / row_lengths(target, scale * up_OR @ down_RI)
-                self.layers.append(LowRank(down_RI, up_OR, scale, factor_O))
-                target.register_forward_hook(self._hook(self.layers[-1]))
+                    factor_O = length_O / row_lengths(host, scale * up_OR @ down_RI)
+                self.layers.append(self._adapt(host, LowRank(down_RI, up_OR, scale, factor_O)))
 
-    def _hook(self, layer: LowRank) -> Any:
-        def add(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if not self.enabled:
-                return output
-            plain = output if module.bias is None else output - module.bias
-            return (output + layer(inputs[0], plain)).to(output.dtype)
+    def _adapt(self, host: Any, low_rank: LowRank) -> Adapted:
+        base = host.forward
+        host.low_rank = low_rank  # a part of the layer, so that it moves with it
 
-        return add
+        def change(inputs: Tensor, output: Tensor) -> Tensor:
+            return low_rank(inputs, output if host.bias is None else output - host.bias)
+
+        def forward(inputs: Tensor) -> Tensor:
+            output = base(inputs)
+            return (output + change(inputs, output)).to(output.dtype) if self.enabled else output
+
+        host.forward = forward
+        return Adapted(host, base, change)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -124,7 +134,7 @@ class OpdlmForCausalLM(nn.Module):
             base,
             spec,
             mask_embedding=mask_embedding,
-            adapter_outputs=list(adapter.layers),
+            adapted=adapter.layers,
             adapter_off=adapter.off,
         )
         return cls(config, diffusion).eval()

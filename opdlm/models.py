@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from opdlm.adapter import adapter_outputs, add_lora
+from opdlm.adapter import adapted_layers, add_lora
 from opdlm.config import LoraSection, resolve_path
 from opdlm.diffusion import DiffusionLM, DiffusionSpec, head_constants
 from opdlm.errors import DataError
@@ -157,7 +157,7 @@ def assemble(
         student,
         spec,
         mask_embedding=mask_embedding,
-        adapter_outputs=adapter_outputs(peft_model),
+        adapted=adapted_layers(peft_model),
         adapter_off=peft_model.disable_adapter,
     )
     object.__setattr__(model, "peft_model", peft_model)  # not a submodule: its weights are the student's

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,4 +49,20 @@ def plot_retention(report: RetentionReport, path: Path) -> None:
     axis.set_ylabel("exact match, %")
     axis.set_ylim(0, 112)
     axis.legend(loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.13), frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def plot_bars(names: Sequence[str], groups: Mapping[str, Sequence[float]], ylabel: str, path: Path) -> None:
+    """One cluster of bars per group, a bar per name, on a logarithmic axis."""
+    figure, axes = new_figure(1, 2 + 2.2 * len(groups), 3.6)
+    axis = axes[0][0]
+    width = 0.8 / len(names)
+    for offset, name in enumerate(names):
+        places = [i + width * (offset - (len(names) - 1) / 2) for i in range(len(groups))]
+        bars = axis.bar(places, [values[offset] for values in groups.values()], width=width, label=name)
+        axis.bar_label(bars, fmt="%.0f", fontsize=7)
+    axis.set_xticks(range(len(groups)), list(groups))
+    axis.set_yscale("log")
+    axis.set_ylabel(ylabel)
+    axis.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)

@@ -32,6 +32,8 @@ class Rollout:
     unmask_step: tuple[int, ...]
     num_response: int
     finish_reason: FinishReason
+    logprobs: tuple[float, ...] = ()
+    """Of the `num_response` chosen tokens, where they were asked for."""
     num_forwards: int = 0
     """Forward passes that decoding took, prefill included; 0 where it was not this package's."""
     num_steps: int = 0

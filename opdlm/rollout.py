@@ -1,8 +1,7 @@
 """Prompts -> rollouts: the student's own reverse trajectories, or the teacher's responses for the baselines.
 
-Rows of similar prompt length are decoded together. The length cap grows over the first steps (length
-curriculum), METHOD part 3. Random draws derive from (seed, step, place of the prompt in the step), never from
-what ran before, what is decoded beside it, or where.
+The length cap grows over the first steps (length curriculum), METHOD part 3. Random draws derive from (seed,
+step, place of the prompt in the step), never from what ran before, what is decoded beside it, or where.
 """
 
 from __future__ import annotations
@@ -20,12 +19,17 @@ from opdlm.generate import DecodeConfig, DecodeStats, generate
 from opdlm.records import Prompt, Rollout
 
 
-def generator_for(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on all of the numbers and on nothing else."""
+def seed_of(*numbers: int) -> int:
+    """A seed that depends on all of the numbers and on nothing else."""
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number + 1) % (2**63 - 1)
-    return torch.Generator(device=device).manual_seed(seed)
+    return seed
+
+
+def generator_for(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator with `seed_of` these numbers."""
+    return torch.Generator(device=device).manual_seed(seed_of(*numbers))
 
 
 def length_cap(section: RolloutSection, step: int, block_size: int) -> int:
@@ -44,6 +48,7 @@ def decode_config(section: RolloutSection, max_new_tokens: int, *, from_teacher:
     return DecodeConfig(
         mode="ar" if from_teacher else section.remasking,
         max_new_tokens=max_new_tokens,
+        batch_size=section.batch_size,
         temperature=section.temperature,
         top_k=section.top_k,
         top_p=section.top_p,
@@ -81,13 +86,5 @@ def generate_rollouts(
     )
     decoder = model.teacher_decoder() if from_teacher else model
     places = range(len(prompts)) if places is None else places
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    rollouts: dict[int, Rollout] = {}
-    total = DecodeStats()
-    for first in range(0, len(order), section.batch_size):
-        chosen = order[first : first + section.batch_size]
-        rngs = [generator_for(seed, step, places[i], device=model.device) for i in chosen]
-        batch, stats = generate(decoder, [prompts[i].ids for i in chosen], config, rngs)
-        rollouts.update(zip(chosen, batch, strict=True))
-        total += stats
-    return [rollouts[i] for i in range(len(prompts))], total
+    seeds = [seed_of(seed, step, place) for place in places]
+    return generate(decoder, [prompt.ids for prompt in prompts], config, seeds)

@@ -79,7 +79,10 @@ def write_prompts(
     wanted, rows = config.data.self_prompts, config.rollout.batch_size
     decoder = model.teacher_decoder(stop_token_ids=(end,))
     decoding = DecodeConfig(
-        mode="ar", max_new_tokens=max(1, config.data.max_prompt_tokens - len(start)), temperature=1.0
+        mode="ar",
+        max_new_tokens=max(1, config.data.max_prompt_tokens - len(start)),
+        batch_size=rows,
+        temperature=1.0,
     )
     found: dict[str, None] = {}
     for number in range(-(-wanted * DRAWS_PER_PROMPT // rows)):

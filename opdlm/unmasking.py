@@ -1,25 +1,29 @@
 """Which tokens a denoising step proposes, and which of them it reveals.
 
 Filters (temperature, top-k, top-p) shape what is sampled; the confidence of a token is its *unfiltered*
-probability. Static: the n_s most confident positions. Dynamic: every position above the threshold, and at
-least the top n_s; n_s = block_size // denoising_steps, one more in the first block_size % denoising_steps
-steps. METHOD part 3.
+probability. n_s = block_size // denoising_steps, one more in the first block_size % denoising_steps steps
+(METHOD part 3). Rules: *static*: the n_s most confident positions. *dynamic*: every position above the
+threshold, and at least the top n_s. *entropy-bounded*: as many positions, most confident first, as keep the
+sum of their entropies less the largest within a bound, at least one (arXiv 2505.24857). *left-to-right*: the
+n_s leftmost.
+
+Draws are counter-based: the Gumbel noise of a token is a hash of (key, token), the key of (row's seed,
+position, step). So a row's draws do not depend on the rows beside it, and two models that draw at the same
+place share their noise: they agree as often as their distributions do (arXiv 2408.07978).
 
 Shape suffixes: M masked positions (flat), V vocabulary, B rows, T positions of a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-Remasking = Literal["low_confidence_static", "low_confidence_dynamic"]
-Rng: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
-"""One generator for a batch, or one for each of its rows: then no row's draws depend on its neighbours."""
+Remasking = Literal["low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "left_to_right"]
+
+UNIFORM_BITS = 23  # with half a step added, exact in float32 and never 0 or 1
 
 
 def filter_logits(logits_MV: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
@@ -35,34 +39,46 @@ def filter_logits(logits_MV: Tensor, top_k: int | None, top_p: float | None) -> 
     return logits_MV
 
 
-def sampling_probs(logits_MV: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """The distribution that tokens are drawn from; temperature 0 puts everything on the arg-max."""
+def mix_bits(number: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on int64 (shifts carry the sign, multiplication wraps): a bijection."""
+    number = (number ^ (number >> 30)) * -4658895280553007687
+    number = (number ^ (number >> 27)) * -7723592293110705685
+    return number ^ (number >> 31)
+
+
+def noise_keys(seed_M: Tensor, position_M: Tensor, step_M: Tensor | int) -> Tensor:
+    """One key `[M]` per (row's seed, position, step)."""
+    return mix_bits(mix_bits(mix_bits(seed_M) + position_M) + step_M)
+
+
+def gumbel_noise(key_M: Tensor, num_tokens: int) -> Tensor:
+    """Standard Gumbel noise `[M, V]` that depends on the keys only; 23 random bits, so at most 16.6."""
+    token_V = torch.arange(num_tokens, device=key_M.device) * -7046029254386353131
+    bits_MV = (mix_bits(key_M[:, None] + token_V) >> 20) & ((1 << UNIFORM_BITS) - 1)
+    return -torch.log(-torch.log((bits_MV.float() + 0.5) / (1 << UNIFORM_BITS)))
+
+
+def choose_tokens(
+    logits_MV: Tensor, temperature: float, top_k: int | None, top_p: float | None, key_M: Tensor
+) -> Tensor:
+    """One token `[M]` per row: the arg-max at temperature 0, else a draw from the filtered distribution."""
     if temperature == 0:
-        return torch.zeros_like(logits_MV).scatter_(-1, logits_MV.argmax(-1, keepdim=True), 1.0)
-    return filter_logits(logits_MV / temperature, top_k, top_p).softmax(-1)
-
-
-def draw(probs_MV: Tensor, rng: Rng) -> Tensor:
-    """One token per row of `probs_MV` (need not be normalised); a list of generators names one per row."""
-    if not isinstance(rng, Sequence):
-        return torch.multinomial(probs_MV, 1, generator=rng)[:, 0]
-    noise_MV = torch.empty_like(probs_MV)
-    for generator, same in groupby(range(len(rng)), key=rng.__getitem__):
-        rows = list(same)
-        noise_MV[rows[0] : rows[-1] + 1].exponential_(generator=generator)
-    return (probs_MV / noise_MV).argmax(-1)  # as torch.multinomial draws one sample
+        return logits_MV.argmax(-1)
+    filtered_MV = filter_logits(logits_MV / temperature, top_k, top_p)
+    return (filtered_MV + gumbel_noise(key_M, logits_MV.shape[-1])).argmax(-1)
 
 
 def propose_tokens(
-    logits_MV: Tensor, temperature: float, top_k: int | None, top_p: float | None, rng: Rng
+    logits_MV: Tensor, temperature: float, top_k: int | None, top_p: float | None, key_M: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Tokens `[M]` and their confidences `[M]` for float32 logits whose banned ids are -inf."""
-    if temperature == 0:
-        ids_M = logits_MV.argmax(-1)
-    else:
-        ids_M = draw(sampling_probs(logits_MV, temperature, top_k, top_p), rng)
-    confidence_M = logits_MV.softmax(-1).gather(-1, ids_M[:, None])[:, 0]
-    return ids_M, confidence_M
+    ids_M = choose_tokens(logits_MV, temperature, top_k, top_p, key_M)
+    return ids_M, logits_MV.softmax(-1).gather(-1, ids_M[:, None])[:, 0]
+
+
+def entropies(logits_MV: Tensor) -> Tensor:
+    """Entropy `[M]` of each distribution, in nats."""
+    return torch.special.entr(logits_MV.softmax(-1)).sum(-1)
 
 
 def num_to_reveal(step: Tensor, block_size: int, denoising_steps: int) -> Tensor:
@@ -74,9 +90,18 @@ def choose_revealed(
     confidence_BT: Tensor, masked_BT: Tensor, num_B: Tensor, remasking: Remasking, threshold: float
 ) -> Tensor:
     """Bool `[B, T]`: positions revealed now, always a subset of `masked_BT`; ties go to the leftmost."""
-    ranked_BT = confidence_BT.masked_fill(~masked_BT, -1.0)
+    if remasking == "left_to_right":
+        return masked_BT & (masked_BT.cumsum(1) <= num_B[:, None])
+    ranked_BT = confidence_BT.masked_fill(~masked_BT, -torch.inf)
     rank_BT = ranked_BT.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     revealed_BT = rank_BT < num_B[:, None]
     if remasking == "low_confidence_dynamic":
         revealed_BT = revealed_BT | (confidence_BT > threshold)
     return revealed_BT & masked_BT
+
+
+def choose_within_entropy(entropy_BT: Tensor, masked_BT: Tensor, bound: float) -> Tensor:
+    """Bool `[B, T]`: the most certain masked positions whose entropies, less the largest, sum to `bound`."""
+    sorted_BT, order_BT = entropy_BT.masked_fill(~masked_BT, torch.inf).sort(dim=1, stable=True)
+    fits_BT = sorted_BT.cumsum(1) - sorted_BT <= bound
+    return torch.zeros_like(masked_BT).scatter(1, order_BT, fits_BT) & masked_BT

@@ -12,14 +12,17 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "opdlm"
 FLOORS = {
     0: {"errors", "records", "blocks", "intervals", "scoring"},
-    1: {"config", "attention", "unmasking", "losses"},
-    2: {"diffusion", "adapter", "optimizer", "checkpoint", "metrics", "curricula", "generation_log"},
-    3: {"models", "data", "generate", "states", "devices"},
-    4: {"convert", "targets", "rollout", "evaluate", "export", "modeling_opdlm"},
-    5: {"trainer", "self_prompts", "plots", "card", "likelihood"},
-    6: {"pipeline", "plan", "harness"},
-    7: {"cli"},
-    8: {"__main__"},
+    1: {"config", "cache", "unmasking", "losses"},
+    2: {"attention", "rows", "optimizer", "checkpoint", "curricula", "metrics", "generation_log"},
+    3: {"diffusion"},
+    4: {"adapter", "data", "denoise", "devices", "states"},
+    5: {"models", "lossless"},
+    6: {"convert", "targets", "generate", "export"},
+    7: {"rollout", "evaluate", "modeling_opdlm"},
+    8: {"trainer", "self_prompts", "plots", "card", "likelihood"},
+    9: {"pipeline", "plan", "harness", "bench"},
+    10: {"cli"},
+    11: {"__main__"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 OPTIONAL_PACKAGES = {"vllm", "flash_attn", "lm_eval", "wandb", "sglang", "bitsandbytes", "tensorboard"}
@@ -131,7 +134,7 @@ def test_help_does_not_import_torch() -> None:
         "from opdlm.trainer import train",
         "import opdlm.trainer as t",
         "def f():\n    from .trainer import train",
-        "from .losses import Head",
+        "from .rows import Rows",
         "from .nowhere import x",
         "from opdlm import train",
     ],

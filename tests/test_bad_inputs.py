@@ -474,6 +474,14 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: ["generate", str(p.root / "sdar" / "model"), "a", "--max-new-tokens", "500"],
         ("--max-new-tokens (500)", "context (128)"),
     ),
+    "bench lossless on sdar": (
+        lambda p: ["bench", str(p.root / "sdar" / "model"), "--modes", "lossless"],
+        ("--modes", "preserve"),
+    ),
+    "bench without a batch": (
+        lambda p: ["bench", str(p.root / "sdar" / "model"), "--batch-sizes", "0"],
+        ("--batch-sizes", "at least 1"),
+    ),
     "generate lossless from sdar": (
         lambda p: ["generate", str(p.root / "sdar" / "model"), "a", "--mode", "lossless"],
         ("--mode lossless", "Use static or threshold"),

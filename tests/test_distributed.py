@@ -24,9 +24,9 @@ from opdlm.checkpoint import trainable_weights
 from opdlm.config import Config, LossSection, OptimizerSection, RolloutSection, StatesSection, TrainSection
 from opdlm.diffusion import DiffusionLM
 from opdlm.records import Prompt, Rollout
-from opdlm.rollout import generate_rollouts, generator_for
+from opdlm.rollout import generate_rollouts, seed_of
 from opdlm.trainer import Run, resume, save, start_run, train_step, update
-from opdlm.unmasking import draw
+from opdlm.unmasking import choose_tokens, noise_keys
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("lora", "sdar")
@@ -204,10 +204,11 @@ def test_a_rollout_depends_on_its_place_and_not_on_its_neighbours(kind: str) -> 
     assert len({rollout.response_ids for rollout in drawn}) > 1
 
 
-def test_draws_with_a_generator_per_row_follow_the_distribution() -> None:
+def test_draws_with_a_seed_per_row_follow_the_distribution() -> None:
     probs_V = torch.tensor([0.5, 0.0, 0.2, 0.3])
-    rngs = [generator_for(0, i) for i in range(3)]
-    ids_M = draw(probs_V.expand(30_000, 4), [rngs[i // 10_000] for i in range(30_000)])
+    seed_M = torch.tensor([seed_of(0, 1, i // 10) for i in range(30_000)])
+    key_M = noise_keys(seed_M, torch.arange(30_000) % 10, 0)
+    ids_M = choose_tokens(probs_V.log().expand(30_000, 4), 1.0, None, None, key_M)
     frequency_V = torch.bincount(ids_M, minlength=4) / 30_000
     torch.testing.assert_close(frequency_V, probs_V, atol=0.01, rtol=0)
 

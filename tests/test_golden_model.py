@@ -228,7 +228,7 @@ def test_greedy_decoding_reveals_what_the_published_sampler_reveals(run: dict[st
     blocks: list[list[int]] = []
     starts = [step["context_len"] for step in run["trace"]]
 
-    def on_step(_rows_B: Tensor, tokens_BL: Tensor) -> None:
+    def on_step(_rows_B: Tensor, tokens_BL: Tensor, _revealed_BL: Tensor) -> None:
         start = starts[len(blocks)]
         blocks.append(tokens_BL[0, start : start + run["block"]].tolist())
 

@@ -13,14 +13,15 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from tiny_checkpoints import tiny_model, tiny_overrides, tiny_tokenizer, write_checkpoint, write_data
-from tiny_models import MASK, make_lm, qwen3
+from tiny_models import CPU, MASK, make_lm, qwen3
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, dynamic_module_utils
 
 import opdlm
-from opdlm.adapter import adapter_dropout, adapter_outputs, add_lora
+from opdlm.adapter import adapted_layers, adapter_dropout, add_lora
 from opdlm.attention import SlotCache
 from opdlm.blocks import Slots, join_slots, make_slots
+from opdlm.cache import DecodeCache
 from opdlm.cli import main
 from opdlm.config import LoraSection, load_config
 from opdlm.convert import make_student
@@ -78,8 +79,8 @@ def test_a_gated_adapter_leaves_clean_slots_the_base_bit_for_bit(kind: str, dtyp
     model = adapted(kind, base)
     slots = mixed_slots(model)
     with torch.no_grad():
-        both_BSH, num_forwards = model.decode_hidden(slots, SlotCache(2, 16))
-        alone_BSH = DiffusionLM(untouched, model.spec).student_hidden(slots, SlotCache(2, 16))
+        both_BSH, num_forwards = model.decode_hidden(slots, DecodeCache(2, 32, CPU))
+        alone_BSH, _ = DiffusionLM(untouched, model.spec).decode_hidden(slots, DecodeCache(2, 32, CPU))
         open_BSH = model.student_hidden(slots, SlotCache(2, 16))
     assert num_forwards == 1
     assert torch.equal(both_BSH[:, :9], alone_BSH[:, :9])
@@ -107,7 +108,7 @@ def test_a_gate_on_lora_b_alone_would_let_dora_change_clean_slots() -> None:
     model = adapted("dora")
     slots = mixed_slots(model)
     with torch.no_grad():
-        right_BSH, _ = model.decode_hidden(slots, SlotCache(2, 16))
+        right_BSH, _ = model.decode_hidden(slots, DecodeCache(2, 32, CPU))
         for module in model.student.modules():
             if isinstance(module, LoraLayer):
                 module.lora_magnitude_vector["default"]._forward_hooks.clear()
@@ -153,7 +154,7 @@ def test_every_adapted_layer_has_a_gate() -> None:
     for kind in KINDS:
         peft_model = add_lora(qwen3(), LoraSection(r=4, **KINDS[kind]))
         layers = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
-        assert len(adapter_outputs(peft_model)) == len(layers) > 0
+        assert len(adapted_layers(peft_model)) == len(layers) > 0
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
@@ -222,7 +223,7 @@ def noised_logits(model: DiffusionLM) -> Tensor:
     slots = slots if model.spec.format == "preserve" else mixed_sdar(model)
     ids_BS = torch.where(slots.is_noised_BS, model.spec.mask_token_id, slots.ids_BS)
     slots = make_slots(ids_BS, slots.positions_BS, slots.reach_BS, slots.group_BS, slots.group_BS >= 0)
-    hidden_BSH, _ = model.decode_hidden(slots, SlotCache(2, 16))
+    hidden_BSH, _ = model.decode_hidden(slots, DecodeCache(2, 32, CPU))
     logits_BSV = model.logits(hidden_BSH)[slots.is_noised_BS]
     return logits_BSV[..., logits_BSV.isfinite().all(0)]
 
@@ -362,8 +363,8 @@ def test_qlora_trains_on_four_bits_and_the_folder_is_its_teacher_bit_for_bit(
     assert report["student"][-1]["identical_to_teacher"] == 1.0
     slots = mixed_slots(model)
     with torch.no_grad():
-        both_BSH, _ = model.decode_hidden(slots, SlotCache(2, 16))
-        alone_BSH = DiffusionLM(quantized, model.spec).student_hidden(slots, SlotCache(2, 16))
+        both_BSH, _ = model.decode_hidden(slots, DecodeCache(2, 32, CPU))
+        alone_BSH, _ = DiffusionLM(quantized, model.spec).decode_hidden(slots, DecodeCache(2, 32, CPU))
     assert torch.equal(both_BSH[:, :9], alone_BSH[:, :9])
 
 

@@ -25,7 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from opdlm import generate as decoding
+from opdlm import denoise, generate
 from opdlm.blocks import GridKind
 from opdlm.config import LoraSection
 from opdlm.diffusion import DiffusionLM, DiffusionSpec
@@ -167,9 +167,9 @@ def record_sampler() -> Iterator[list[Seen]]:
     """Every logit that reaches `propose_tokens` inside the decode loop."""
     seen: list[Seen] = []
     places: list[tuple[int, tuple[int, ...], int]] = []
-    step, propose = decoding.denoise_step, decoding.propose_tokens
+    step, propose = denoise.denoise_step, denoise.propose_tokens
 
-    def denoise_step(model, rows, config, grid, *rest):
+    def denoise_step(model, rows, cache, config, grid, *rest):
         places.clear()
         for index, tokens, num_prompt in zip(
             rows.index_B.tolist(), rows.tokens_BL.tolist(), rows.num_prompt_B.tolist(), strict=True
@@ -178,7 +178,7 @@ def record_sampler() -> Iterator[list[Seen]]:
             row = tuple(tokens[: start + grid.block_size])
             masked = [i for i in range(start, len(row)) if row[i] == model.spec.mask_token_id]
             places.extend((index, row, target) for target in masked)
-        return step(model, rows, config, grid, *rest)
+        return step(model, rows, cache, config, grid, *rest)
 
     def propose_tokens(logits_MV, *rest):
         assert len(places) == len(logits_MV)
@@ -186,7 +186,7 @@ def record_sampler() -> Iterator[list[Seen]]:
         return propose(logits_MV, *rest)
 
     with (
-        patch.object(decoding, "denoise_step", denoise_step),
-        patch.object(decoding, "propose_tokens", propose_tokens),
+        patch.object(generate, "denoise_step", denoise_step),
+        patch.object(denoise, "propose_tokens", propose_tokens),
     ):
         yield seen

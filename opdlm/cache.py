@@ -1,0 +1,198 @@
+"""The decoding cache: one buffer per layer for as many rows as decode at once, never reallocated.
+
+A forward pass is *packed*: the slots of all rows lie in one sequence, clean ones first, so that no linear
+layer ever computes padding; only attention pads, inside `attend`. Every forward writes its keys and values
+into the buffer (clean slots at their positions, noised ones behind the longest row) and attends to views of
+it: nothing is concatenated and grouped heads are not repeated. What lies beyond every `reach` is stale and
+unseen: rejected drafts, the noised slots of earlier forwards, rows that left.
+
+Shape suffixes: N packed slots, B rows, S padded slots, K keys, J noised slots of a row, H heads, D head
+dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .blocks import CLEAN, Slots
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The real slots of a `Slots`, clean ones first; `row_N` and `column_N` say where each came from."""
+
+    row_N: Tensor
+    column_N: Tensor
+    num_clean: int
+    ids_N: Tensor
+    positions_N: Tensor
+    reach_N: Tensor
+    group_N: Tensor
+
+    @classmethod
+    def of(cls, slots: Slots, keep_BS: Tensor | None = None) -> Packed:
+        """Pack the slots inside `keep_BS` (default: all that are not padding)."""
+        is_clean_BS, is_noised_BS = slots.group_BS == CLEAN, slots.is_noised_BS
+        if keep_BS is not None:
+            is_clean_BS, is_noised_BS = is_clean_BS & keep_BS, is_noised_BS & keep_BS
+        clean_N, noised_N = is_clean_BS.flatten().nonzero()[:, 0], is_noised_BS.flatten().nonzero()[:, 0]
+        flat_N = torch.cat([clean_N, noised_N])
+        fields = (slots.ids_BS, slots.positions_BS, slots.reach_BS, slots.group_BS)
+        width = slots.ids_BS.shape[1]
+        return cls(
+            flat_N // width, flat_N % width, len(clean_N), *(field.flatten()[flat_N] for field in fields)
+        )
+
+    def __len__(self) -> int:
+        return len(self.row_N)
+
+
+def place_in_row(row_N: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """How many earlier entries have the same row `[N]`, and how many entries each row has `[B]`."""
+    order_N = row_N.argsort(stable=True)
+    count_B = row_N.bincount(minlength=num_rows)
+    first_B = count_B.cumsum(0) - count_B
+    place_N = torch.empty_like(row_N)
+    place_N[order_N] = torch.arange(len(row_N)) - first_B[row_N[order_N]]
+    return place_N, count_B
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Neighbouring rows that attend in one call, padded to the widest of them."""
+
+    first: int
+    last: int
+    source_N: Tensor
+    """Packed slot for every padded place (slot 0 where there is none)."""
+
+
+class DecodeCache:
+    """Keys and values `[rows, capacity, kv heads, head_dim]` per layer, indexed by row and position."""
+
+    def __init__(self, num_rows: int, capacity: int, device: torch.device) -> None:
+        self.num_rows, self.capacity, self.device = num_rows, capacity, device
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._padded: dict[int, list[Tensor]] = {}
+        self._segments: list[Segment] = []
+
+    def begin(self, packed: Packed, num_rows: int, length: int) -> None:
+        """Lay out the next forward pass over the first `num_rows` rows. It reads `length` positions of each;
+        noised slots are stored behind them.
+        """
+        self._packed, self._active, self._padded = packed, num_rows, {}
+        self._length = length
+        noised_row_N = packed.row_N[packed.num_clean :]
+        place_N, count_B = place_in_row(noised_row_N, num_rows)
+        width = int(count_B.max())
+        assert self._length + width <= self.capacity
+        self._noised_group_BJ = torch.full((num_rows, width), -1)
+        self._noised_group_BJ[noised_row_N, place_N] = packed.group_N[packed.num_clean :]
+        self._noised_position_BJ = torch.zeros((num_rows, width), dtype=torch.long)
+        self._noised_position_BJ[noised_row_N, place_N] = packed.positions_N[packed.num_clean :]
+        index_N = torch.cat([packed.positions_N[: packed.num_clean], self._length + place_N])
+        self._write_N = (packed.row_N * self.capacity + index_N).to(self.device)
+        self._lay_out_queries()
+
+    def _lay_out_queries(self) -> None:
+        """Pad the queries row by row; rows that just joined (wide, last) apart from the others."""
+        row_N, num_rows = self._packed.row_N, self._active
+        place_N, count_B = place_in_row(row_N, num_rows)
+        bounds = [0, *best_split(count_B), num_rows]
+        self._segments, offset = [], 0
+        self._back_N = torch.zeros_like(row_N)
+        for first, last in pairwise(bounds):
+            width = int(count_B[first:last].max())
+            inside_N = (row_N >= first) & (row_N < last)
+            padded_N = (row_N - first) * width + place_N
+            source_N = torch.zeros((last - first) * width, dtype=torch.long)
+            source_N[padded_N[inside_N]] = inside_N.nonzero()[:, 0]
+            self._back_N = torch.where(inside_N, padded_N + offset, self._back_N)
+            self._segments.append(Segment(first, last, source_N.to(self.device)))
+            offset += len(source_N)
+        self._back_N = self._back_N.to(self.device)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Additive mask `[1, 1, N, K]` of the forward that was begun: who sees what of its own row."""
+        packed = self._packed
+        key_K = torch.arange(self._length)
+        seen_NK = key_K <= packed.reach_N[:, None]
+        seen_NJ = self._noised_group_BJ[packed.row_N] == packed.group_N[:, None]
+        if window is not None:
+            seen_NK &= packed.positions_N[:, None] - key_K < window
+            seen_NJ &= packed.positions_N[:, None] - self._noised_position_BJ[packed.row_N] < window
+        seen_NK = torch.cat([seen_NK, seen_NJ], 1).to(self.device)
+        mask_NK = torch.zeros(seen_NK.shape, dtype=dtype, device=self.device)
+        return mask_NK.masked_fill_(~seen_NK, torch.finfo(dtype).min)[None, None]
+
+    def attend(
+        self,
+        layer: int,
+        query_HND: Tensor,
+        key_HND: Tensor,
+        value_HND: Tensor,
+        mask: Tensor,
+        scale: float | None,
+    ) -> Tensor:
+        """Store this layer's keys and values, attend; `[1, N, heads, head_dim]`."""
+        num_slots, num_kv, dim = key_HND.shape[1], key_HND.shape[0], key_HND.shape[2]
+        if layer not in self._layers:
+            shape = (self.num_rows, self.capacity, num_kv)
+            self._layers[layer] = (
+                key_HND.new_zeros(*shape, dim),
+                value_HND.new_zeros(*shape, value_HND.shape[2]),
+            )
+        views = []
+        for buffer, new_HND in zip(self._layers[layer], (key_HND, value_HND), strict=True):
+            buffer.view(-1, *buffer.shape[2:]).index_copy_(0, self._write_N, new_HND.transpose(0, 1))
+            views.append(buffer[:, : mask.shape[-1]].transpose(1, 2))
+        share = query_HND.shape[0] // num_kv
+        query_NHD = query_HND.transpose(0, 1)
+        results = []
+        for segment, padded_mask in zip(self._segments, self._padded_masks(mask, share), strict=True):
+            rows = slice(segment.first, segment.last)
+            num_rows = segment.last - segment.first
+            grouped = query_NHD.index_select(0, segment.source_N).view(num_rows, -1, num_kv, share, dim)
+            folded = grouped.permute(0, 2, 3, 1, 4).reshape(num_rows, num_kv, -1, dim)
+            mixed = F.scaled_dot_product_attention(
+                folded, views[0][rows], views[1][rows], attn_mask=padded_mask, scale=scale
+            )
+            mixed = mixed.view(num_rows, num_kv, share, -1, mixed.shape[-1]).permute(0, 3, 1, 2, 4)
+            results.append(mixed.reshape(-1, num_kv * share, mixed.shape[-1]))
+        padded = results[0] if len(results) == 1 else torch.cat(results)
+        return padded.index_select(0, self._back_N).view(1, num_slots, num_kv * share, -1)
+
+    def _padded_masks(self, mask: Tensor, share: int) -> list[Tensor]:
+        """The mask of each segment, repeated for the query heads that share keys; built once per forward."""
+        if id(mask) not in self._padded:
+            self._padded[id(mask)] = [
+                mask[0, 0]
+                .index_select(0, segment.source_N)
+                .view(segment.last - segment.first, 1, -1, mask.shape[-1])
+                .repeat(1, 1, share, 1)
+                for segment in self._segments
+            ]
+        return self._padded[id(mask)]
+
+    def move(self, from_N: Tensor, to_N: Tensor) -> None:
+        """Copy rows over others (finished rows leave, the last rows take their places)."""
+        for buffers in self._layers.values():
+            for buffer in buffers:
+                buffer[to_N, : self._length] = buffer[from_N, : self._length]
+
+
+def best_split(count_B: Tensor) -> list[int]:
+    """Where to cut the rows in two so that padding shrinks by a third at least; [] if nowhere."""
+    num_rows = len(count_B)
+    if num_rows == 1:
+        return []
+    before_B, after_B = count_B.cummax(0).values, count_B.flip(0).cummax(0).values.flip(0)
+    cut_B = torch.arange(1, num_rows)
+    area_B = cut_B * before_B[:-1] + (num_rows - cut_B) * after_B[1:]
+    best = int(area_B.argmin())
+    return [best + 1] if int(area_B[best]) * 3 <= int(before_B[-1]) * num_rows * 2 else []

@@ -1,0 +1,181 @@
+"""The engine is the simple loop: all modes, ragged batches that refill, every P mod b; and what users ask.
+
+Shapes: M keys, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from simple_loop import simple_ar, simple_denoise
+from tiny_models import GRIDS, KINDS, MASK, STOP, make_lm, make_prompts, qwen3
+
+from opdlm.blocks import GridKind
+from opdlm.generate import DecodeConfig, generate, waiting_rows
+from opdlm.lossless import Economy, Plan
+from opdlm.rows import Rows
+from opdlm.unmasking import choose_tokens, choose_within_entropy, noise_keys
+
+LENGTHS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 3, 20]
+MODES = {
+    "static": DecodeConfig(mode="static", denoising_steps=3, veto_below=0.0),
+    "threshold": DecodeConfig(mode="threshold", confidence_threshold=0.2, veto_below=0.0),
+    "entropy": DecodeConfig(mode="entropy", entropy_bound=2.0, veto_below=0.0),
+    "left_to_right": DecodeConfig(mode="left_to_right", denoising_steps=2, veto_below=0.0),
+}
+
+
+def seeds_of(prompts: list[tuple[int, ...]], seed: int) -> list[int]:
+    rows = waiting_rows(prompts, torch.Generator().manual_seed(seed))
+    return [row_seed for _, _, row_seed in sorted(rows)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("kind", "grid"), [("lora", "absolute"), ("copy", "response"), *(("sdar", grid) for grid in GRIDS)]
+)
+def test_the_engine_is_the_simple_loop_for_every_prompt_length_while_rows_come_and_go(
+    kind: str, grid: GridKind, mode: str, temperature: float
+) -> None:
+    model, prompts = make_lm(kind, grid), make_prompts(LENGTHS)
+    config = replace(MODES[mode], max_new_tokens=9, batch_size=4, temperature=temperature, top_k=9)
+    rollouts, _ = generate(model, prompts, config, torch.Generator().manual_seed(7))
+    expected = [
+        simple_denoise(model, p, config, s) for p, s in zip(prompts, seeds_of(prompts, 7), strict=True)
+    ]
+    assert [rollout.text_ids for rollout in rollouts] == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("mode", ["ar", "lossless"])
+@pytest.mark.parametrize("kind", ["lora", "copy"])
+def test_ar_and_lossless_are_the_simple_loop_sample_for_sample(
+    kind: str, mode: str, temperature: float
+) -> None:
+    model = make_lm(kind, base=qwen3(vocabulary=6, initializer_range=0.15))
+    prompts = make_prompts(LENGTHS, vocabulary=6)
+    config = DecodeConfig(
+        mode=mode, max_new_tokens=9, batch_size=4, temperature=temperature, forward_overhead=1e6
+    )
+    rollouts, stats = generate(model, prompts, config, torch.Generator().manual_seed(7))
+    expected = [simple_ar(model, p, config, s) for p, s in zip(prompts, seeds_of(prompts, 7), strict=True)]
+    assert [rollout.text_ids for rollout in rollouts] == expected
+    assert mode == "ar" or stats.num_forwards < stats.num_tokens * (1 if kind == "lora" else 2)
+
+
+@pytest.mark.parametrize("kind", ["lora", "copy"])
+def test_lossless_output_does_not_depend_on_what_was_planned(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_lm(kind, base=qwen3(vocabulary=6))
+    prompts = make_prompts(LENGTHS, vocabulary=6)
+    config = DecodeConfig(mode="lossless", max_new_tokens=12, batch_size=5, temperature=1.0)
+    dice = torch.Generator().manual_seed(0)
+
+    def random_plan(economy: Economy, rows: Rows) -> Plan:
+        shape = (len(rows), economy.draft_length + 1)
+        num_verified_B = (torch.rand(len(rows), generator=dice) * (rows.num_draft_B + 1)).long()
+        has_group_BK = torch.rand(shape, generator=dice) < 0.4
+        has_group_BK &= torch.arange(shape[1]) <= num_verified_B[:, None]
+        return Plan(num_verified_B, has_group_BK, torch.randint(1, shape[1], shape[:1], generator=dice))
+
+    expected, _ = generate(model, prompts, replace(config, mode="ar"), torch.Generator().manual_seed(3))
+    monkeypatch.setattr(Economy, "plan", random_plan)
+    rollouts, _ = generate(model, prompts, config, torch.Generator().manual_seed(3))
+    assert [rollout.text_ids for rollout in rollouts] == [rollout.text_ids for rollout in expected]
+
+
+@pytest.mark.parametrize("mode", ["static", "threshold", "lossless", "ar"])
+def test_a_row_s_draws_do_not_depend_on_the_batch(mode: str) -> None:
+    model, prompts = make_lm("lora"), make_prompts(LENGTHS)
+    config = DecodeConfig(mode=mode, max_new_tokens=9, temperature=1.0)
+    wide, narrow = (
+        generate(model, prompts, replace(config, batch_size=size), torch.Generator().manual_seed(1))[0]
+        for size in (16, 2)
+    )
+    assert [rollout.text_ids for rollout in wide] == [rollout.text_ids for rollout in narrow]
+
+
+def test_draws_follow_the_distribution() -> None:
+    probs_V = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.02, 0.01])
+    key_M = noise_keys(torch.arange(60_000), torch.tensor(5), 2)
+    ids_M = choose_tokens(probs_V.log().expand(60_000, -1), 1.0, None, None, key_M)
+    expected_V = 60_000 * probs_V.double()
+    statistic = ((ids_M.bincount(minlength=6) - expected_V) ** 2 / expected_V).sum()
+    assert float(torch.special.gammaincc(torch.tensor(2.5).double(), statistic / 2)) > 1e-3
+
+
+def test_draws_of_neighbouring_positions_steps_and_seeds_are_independent() -> None:
+    logits_MV = torch.zeros(40_000, 2)
+    seed_M, position_M = torch.arange(40_000) % 200, torch.arange(40_000) // 200
+    first_M = choose_tokens(logits_MV, 1.0, None, None, noise_keys(seed_M, position_M, 0))
+    for other in ((seed_M + 1, position_M, 0), (seed_M, position_M + 1, 0), (seed_M, position_M, 1)):
+        second_M = choose_tokens(logits_MV, 1.0, None, None, noise_keys(*other))
+        assert abs(float((first_M == second_M).double().mean()) - 0.5) < 0.012  # 4.8 standard deviations
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streaming_tells_of_every_token_once(kind: str) -> None:
+    model, prompts = make_lm(kind), make_prompts([3, 6, 5])
+    seen: dict[tuple[int, int], int] = {}
+
+    def on_step(index_B: torch.Tensor, tokens_BL: torch.Tensor, revealed_BL: torch.Tensor) -> None:
+        for row, position in revealed_BL.nonzero().tolist():
+            place = (int(index_B[row]), position)
+            assert place not in seen
+            seen[place] = int(tokens_BL[row, position])
+
+    config = DecodeConfig(mode="threshold", max_new_tokens=9, batch_size=2, veto_below=0.0)
+    rollouts, _ = generate(model, prompts, config, on_step=on_step)
+    for index, rollout in enumerate(rollouts):
+        first = len(rollout.prompt_ids)
+        assert tuple(seen[index, first + i] for i in range(rollout.num_response)) == rollout.text_ids
+
+
+@pytest.mark.parametrize("mode", ["ar", "lossless"])
+def test_logprobs_are_the_base_model_s(mode: str) -> None:
+    base, prompts = qwen3(), make_prompts([3, 6])
+    config = DecodeConfig(mode=mode, max_new_tokens=9, temperature=1.0, logprobs=True)
+    for rollout in generate(make_lm("lora"), prompts, config, torch.Generator().manual_seed(2))[0]:
+        ids = rollout.prompt_ids + rollout.text_ids
+        logits_LV = base(torch.tensor([ids])).logits[0].detach()
+        logits_LV[:, MASK] = -torch.inf
+        first = len(rollout.prompt_ids) - 1
+        expected = logits_LV.log_softmax(-1)[
+            torch.arange(first, len(ids) - 1), torch.tensor(ids[first + 1 :])
+        ]
+        torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_response_ends_where_find_end_says() -> None:
+    model, prompts = make_lm("lora"), make_prompts([3, 6])
+    config = DecodeConfig(mode="lossless", max_new_tokens=9)
+    whole, _ = generate(model, prompts, config)
+    cut, _ = generate(model, prompts, config, find_end=lambda ids: 3 if len(ids) >= 3 else None)
+    assert [rollout.text_ids for rollout in cut] == [rollout.text_ids[:3] for rollout in whole]
+    assert {rollout.finish_reason for rollout in cut} == {"stop"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_template_keeps_its_text_and_sdar_sees_what_follows_a_gap(kind: str) -> None:
+    model = make_lm(kind)
+    config = DecodeConfig(mode="static", veto_below=0.0)
+    template = (1, 2, 3, 4, 5, MASK, MASK, 7, 8, MASK, 9)
+    other = (*template[:7], 6, *template[8:])  # differs in the gap's own block, after the gap
+    first, second = (generate(model, [ids], config)[0][0] for ids in (template, other))
+    for ids, rollout in ((template, first), (other, second)):
+        filled = rollout.prompt_ids + rollout.text_ids
+        assert len(filled) <= len(ids)
+        assert MASK not in filled
+        assert STOP in filled or len(filled) == len(ids)
+        assert all(new == old for new, old in zip(filled, ids, strict=False) if old != MASK)
+
+
+def test_entropy_bound_reveals_the_certain_ones_first_and_always_one() -> None:
+    entropy = torch.tensor([[0.3, 0.1, 0.2, 0.0], [2.0, 3.0, 1.0, 9.0]])
+    masked = torch.tensor([[True, True, True, False], [True, True, True, False]])
+    revealed = choose_within_entropy(entropy, masked, 0.25)
+    assert revealed.tolist() == [[False, True, True, False], [False, False, True, False]]
