@@ -246,6 +246,8 @@ class EvalSection:
     """For the threshold mode."""
     veto_below: float = 0.1
     """Static and threshold in preserve: the AR model replaces tokens it finds less likely; 0 = never."""
+    forward_overhead: float | None = None
+    """lossless: what a forward costs beside its slots, in slots. Large: fewest forwards; None: fastest here."""
     limit: int | None = None
     """Prompts per skill; None = all."""
     agreement: bool = True
@@ -598,6 +600,7 @@ INTERVALS = {
     "train.ema_decay": (0.0, 1 - 1e-9),
     "eval.confidence_threshold": (0.0, 1.0),
     "eval.veto_below": (0.0, 1.0),
+    "eval.forward_overhead": (0.0, 1e12),
     "eval.likelihood_samples": (0, 10**6),
 }
 

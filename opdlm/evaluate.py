@@ -139,6 +139,7 @@ def decode_tasks(
         batch_size=section.batch_size,
         confidence_threshold=section.confidence_threshold,
         veto_below=section.veto_below,
+        forward_overhead=section.forward_overhead,
     )
     keys = [decoding_key(log, name or mode, config, task) for task in tasks]
     done = dict(log.finished) if log else {}
