@@ -247,7 +247,7 @@ class EvalSection:
     veto_below: float = 0.1
     """Static and threshold in preserve: the AR model replaces tokens it finds less likely; 0 = never."""
     forward_overhead: float | None = None
-    """lossless: what a forward costs beside its slots, in slots. Large: fewest forwards; None: fastest here."""
+    """lossless: what a forward costs beside its slots, in slots. Large: fewest forwards; None: fastest."""
     limit: int | None = None
     """Prompts per skill; None = all."""
     agreement: bool = True
