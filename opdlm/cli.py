@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from opdlm.config import Config, build_section, check_config, describe_fields, load_config
+from opdlm.config import Config, check_config, load_config
 from opdlm.errors import ConfigError, OpdlmError
+from opdlm.settings import apply_override, build_section, describe_fields
 
 CONVERT_HELP = """Turn an autoregressive checkpoint into a block-diffusion model and measure what it kept.
 
@@ -259,7 +260,7 @@ def resolve_target(target: str, overrides: Sequence[str]) -> Config:
 
 def run_convert(options: argparse.Namespace) -> int:
     if options.list_keys:
-        for key, default, text in describe_fields():
+        for key, default, text in describe_fields(Config):
             print(f"{key} = {default!r}\n    {text}")
         return 0
     if options.target is None:
@@ -370,7 +371,6 @@ def eval_config(folder: Path, overrides: Sequence[str]) -> Config:
     """The settings of the run that made the folder, with other `eval.*` keys."""
     from dataclasses import replace
 
-    from opdlm.config import apply_override
     from opdlm.pipeline import read_config_of
 
     record = read_config_of(folder)

@@ -31,7 +31,7 @@ from .attention import (
     start_forward,
     use_slot_attention,
 )
-from .blocks import Format, Grid, GridKind, Slots, clean_slots
+from .blocks import Format, Grid, GridKind, Slots
 from .cache import DecodeCache, Packed
 
 
@@ -247,9 +247,6 @@ class DiffusionLM(nn.Module):
             return embedded_BSH
         is_mask_BS1 = (ids_BS == self.spec.mask_token_id)[..., None]
         return torch.where(is_mask_BS1, self.mask_embedding.to(embedded_BSH.dtype), embedded_BSH)
-
-    def clean_slots(self, ids_BL: Tensor, lengths_B: Tensor, num_prompt_B: Tensor) -> Slots:
-        return clean_slots(ids_BL, lengths_B, num_prompt_B, self.spec.block_grid, self.spec.format)
 
     def _hidden(self, model: PreTrainedModel, slots: Slots, cache: SlotCache | None) -> Tensor:
         embedded_BSH = self.embed(model, slots.ids_BS)

@@ -41,7 +41,7 @@ def generate(
 ) -> tuple[list[Rollout], DecodeStats]:
     """Decode prompts (token ids, each at least one token). Rollouts come back in the order of the prompts.
 
-    A prompt with mask ids in it is a template whose gaps are filled (not with `ar` and `lossless`).
+    A prompt with mask ids in it is a template whose gaps are filled (ValueError where that cannot be).
     `on_step(prompt indices [B], tokens [B, L], revealed [B, L])` is called after every step; `revealed` marks
     what the step wrote. `find_end(response ids)` returns how many tokens to keep once a response is complete,
     else None: stop strings. Deterministic given `rng`, which seeds each row or is the seed of each prompt.
@@ -49,6 +49,8 @@ def generate(
     waiting = waiting_rows(prompts, rng)
     if not waiting:
         return [], DecodeStats()
+    if any(model.spec.mask_token_id in ids for ids in prompts):
+        check_can_infill(model, config)
     grid = Grid(block_size=1) if config.mode in ("ar", "lossless") else model.spec.block_grid
     block_size = model.spec.block_size
     longest = max(len(ids) for _, ids, _ in waiting)
@@ -80,6 +82,20 @@ def generate(
                 waiting = waiting[num_joining:]
     pairs = [finished[i] for i in range(len(prompts))]
     return [rollout for rollout, _ in pairs], sum((stats for _, stats in pairs), DecodeStats())
+
+
+def check_can_infill(model: DiffusionLM, config: DecodeConfig) -> None:
+    """A template's text after a gap must survive, but what the AR model judges is cut off there."""
+    if config.mode in ("ar", "lossless"):
+        raise ValueError(
+            f"a prompt holds mask tokens (id {model.spec.mask_token_id}), and mode {config.mode!r} writes "
+            "from left to right only: fill gaps with static, threshold, entropy or left_to_right."
+        )
+    if model.spec.format == "preserve" and config.veto_below > 0:
+        raise ValueError(
+            f"a prompt holds mask tokens (id {model.spec.mask_token_id}), and the AR veto (veto_below "
+            f"{config.veto_below}) would take back the text after a gap: set veto_below=0."
+        )
 
 
 def waiting_rows(prompts: Sequence[Sequence[int]], rng: Seeds) -> list[tuple[int, Sequence[int], int]]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,11 @@ class Generation:
     seconds: float
 
     def to_record(self) -> dict[str, Any]:
-        return asdict(self.rollout) | {"seconds": self.seconds}
+        return self.rollout.to_dict() | {"seconds": self.seconds}
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Generation:
-        values = {name: record[name] for name in Rollout.__dataclass_fields__}
-        ids = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        return cls(Rollout(**values | ids), record["seconds"])
+        return cls(Rollout.from_dict(record), record["seconds"])
 
 
 class GenerationLog:

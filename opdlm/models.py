@@ -169,13 +169,6 @@ def copy_of(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
-def as_autoregressive(model: PreTrainedModel, spec: DiffusionSpec) -> DiffusionLM:
-    """A plain causal LM behind the decode loop: mode `ar` only."""
-    return DiffusionLM(
-        model, DiffusionSpec.from_dict(spec.to_dict() | {"format": "preserve", "adapter": False})
-    )
-
-
 def read_spec(folder: str | Path) -> DiffusionSpec:
     """`block_diffusion` of a converted folder."""
     try:

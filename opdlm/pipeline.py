@@ -22,7 +22,7 @@ from opdlm import __version__
 from opdlm.attention import choose_backend, why_not
 from opdlm.card import measured_table, model_card
 from opdlm.checkpoint import atomic_folder, find_checkpoints, load_weights, write_atomic
-from opdlm.config import Config, EvalSection, load_config, read_recipe, resolve_path
+from opdlm.config import Config, EvalSection, load_config, resolve_path
 from opdlm.convert import make_student
 from opdlm.data import Task, load_prompts, load_tasks
 from opdlm.devices import is_sharded, join_ranks
@@ -37,6 +37,7 @@ from opdlm.models import check_fits, load, load_causal_lm, load_tokenizer, vocab
 from opdlm.plots import plot_metrics, plot_retention
 from opdlm.records import Prompt
 from opdlm.self_prompts import self_prompts, user_turn
+from opdlm.settings import read_recipe
 from opdlm.trainer import check_trackers, train
 
 MODEL_FOLDER = "model"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
 
@@ -43,3 +43,16 @@ class Rollout:
     def text_ids(self) -> tuple[int, ...]:
         """The response that counts: up to and including the stop token."""
         return self.response_ids[: self.num_response]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it, but for tuples."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Rollout:
+        """From what JSON made of `to_dict`; other keys are not looked at."""
+        known: dict[str, Any] = {
+            name: tuple(values[name]) if isinstance(values[name], list) else values[name]
+            for name in cls.__dataclass_fields__
+        }
+        return cls(**known)

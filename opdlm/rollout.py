@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
 
 import torch
 
@@ -56,16 +54,6 @@ def decode_config(section: RolloutSection, max_new_tokens: int, *, from_teacher:
         confidence_threshold=section.confidence_threshold,
         veto_below=0.0,  # states must be the student's own
     )
-
-
-def rollout_to_plain(rollout: Rollout) -> dict[str, Any]:
-    """As JSON has it."""
-    return asdict(rollout)
-
-
-def rollout_from_plain(values: dict[str, Any]) -> Rollout:
-    fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    return Rollout(**fields)
 
 
 def generate_rollouts(

@@ -61,7 +61,7 @@ from opdlm.metrics import MetricsLog
 from opdlm.models import head_of
 from opdlm.optimizer import checkpoint_layers, make_optimizer
 from opdlm.records import Prompt, Rollout
-from opdlm.rollout import generate_rollouts, generator_for, rollout_from_plain, rollout_to_plain
+from opdlm.rollout import generate_rollouts, generator_for
 from opdlm.states import (
     ANY_RATE,
     MaskRate,
@@ -111,7 +111,7 @@ class Run:
     num_updates: int = 0
     totals: dict[str, float] = field(default_factory=lambda: {"rollout_tokens": 0.0, "loss_tokens": 0.0})
     pool: dict[int, list[Rollout]] = field(default_factory=dict)
-    """This rank's rollouts that are still trained on, by the step that made them."""
+    """Rollouts that are still trained on, by the step that made them."""
     average: dict[str, Tensor] = field(default_factory=dict)
     """Running average of the trained weights, float32; empty without `train.ema_decay`."""
 
@@ -416,7 +416,7 @@ def step_metrics(
 
 def save(run: Run, step: int) -> None:
     """All ranks take part: the main one writes what the others hold of sharded weights."""
-    pool = {made: [rollout_to_plain(r) for r in made_then] for made, made_then in reusable(run, step).items()}
+    pool = {made: [r.to_dict() for r in made_then] for made, made_then in reusable(run, step).items()}
     save_checkpoint(
         Path(run.config.output_dir),
         step,
@@ -443,7 +443,7 @@ def resume(run: Run) -> int:
     progress = load_checkpoint(found[-1], run.model, run.optimizer)
     run.num_updates, run.totals = progress["num_updates"], progress["totals"]
     for made, rollouts in progress["pool"].items():
-        run.pool[int(made)] = [rollout_from_plain(r) for r in rollouts]
+        run.pool[int(made)] = [Rollout.from_dict(r) for r in rollouts]
     if run.average:
         load_average(found[-1], run.average)
     return progress["step"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opdlm.attention import SlotCache
-from opdlm.blocks import Slots, make_slots
+from opdlm.blocks import Slots, clean_slots, make_slots
 from opdlm.diffusion import DiffusionLM
 from opdlm.generate import DecodeConfig
 from opdlm.unmasking import choose_tokens, noise_keys
@@ -20,7 +20,9 @@ from opdlm.unmasking import choose_tokens, noise_keys
 
 def clean_part(model: DiffusionLM, tokens: Sequence[int], num_prompt: int) -> Slots:
     length = torch.tensor([len(tokens)])
-    return model.clean_slots(torch.tensor([tokens]), length, torch.tensor([num_prompt]))
+    return clean_slots(
+        torch.tensor([tokens]), length, torch.tensor([num_prompt]), model.spec.block_grid, model.spec.format
+    )
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "opdlm"
 FLOORS = {
     0: {"errors", "records", "blocks", "intervals", "scoring"},
-    1: {"config", "cache", "unmasking", "losses"},
-    2: {"attention", "rows", "optimizer", "checkpoint", "curricula", "metrics", "generation_log"},
-    3: {"diffusion"},
+    1: {"settings", "cache", "unmasking", "losses"},
+    2: {"config", "attention", "rows", "checkpoint", "metrics", "generation_log"},
+    3: {"diffusion", "optimizer", "curricula"},
     4: {"adapter", "data", "denoise", "devices", "states"},
     5: {"models", "lossless"},
     6: {"convert", "targets", "generate", "export"},

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
+from tiny_checkpoints import failing_after_a_save, tiny_overrides, write_checkpoint, write_data
 from tiny_models import make_lm, make_prompts, make_rollout
 
 from opdlm import trainer
@@ -28,8 +28,7 @@ from opdlm.curricula import (
 )
 from opdlm.metrics import MetricsLog
 from opdlm.models import read_spec
-from opdlm.records import NEVER, Prompt
-from opdlm.rollout import rollout_from_plain, rollout_to_plain
+from opdlm.records import NEVER, Prompt, Rollout
 from opdlm.states import BlockTable, random_masks, select_masks
 
 BLOCKS = "format.block_growth=[[0,2],[1,4],[3,8]]"
@@ -116,7 +115,7 @@ def test_a_pool_holds_rollouts_that_are_fresh_enough_and_of_one_kind() -> None:
 
 def test_a_rollout_survives_json() -> None:
     rollout = replace(make_rollout(3, 6, "absolute"), unmask_step=(1, 2, 3, NEVER, 5))
-    assert rollout_from_plain(json.loads(json.dumps(rollout_to_plain(rollout)))) == rollout
+    assert Rollout.from_dict(json.loads(json.dumps(rollout.to_dict()))) == rollout
 
 
 def start(folder: Path, *overrides: str) -> trainer.Run:
@@ -208,14 +207,7 @@ def test_a_run_with_every_curriculum_resumes_bit_for_bit(
     """Step 2 of the resumed run trains on rollouts of steps 0 and 1, which only the checkpoint has."""
     whole, output = tmp_path / "whole", tmp_path / "run"
     assert main(command(place, whole, *EVERYTHING)) == 0
-    save = trainer.save
-
-    def save_and_fail(run: trainer.Run, step: int) -> None:
-        save(run, step)
-        raise OSError(5, "the machine went away")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save", save_and_fail)
+    with failing_after_a_save(monkeypatch):
         assert main(command(place, output, *EVERYTHING)) == 2
     pool = json.loads((output / "checkpoint-2" / "progress.json").read_text())["pool"]
     assert {made: len(rollouts) for made, rollouts in pool.items()} == {"0": 4, "1": 4}

@@ -32,7 +32,6 @@ from opdlm.blocks import CLEAN, GridKind, join_slots
 from opdlm.cache import DecodeCache
 from opdlm.diffusion import DiffusionLM
 from opdlm.generate import DecodeConfig, generate
-from opdlm.models import as_autoregressive
 from opdlm.records import NEVER, Rollout
 from opdlm.states import select_states
 from opdlm.targets import score_rows
@@ -191,7 +190,7 @@ def test_ar_mode_is_transformers_generate_on_the_base_model(kind: str) -> None:
 @pytest.mark.parametrize("family", SLIDING)
 def test_cached_decoding_beyond_a_sliding_window_is_the_family_s_own_forward(family: str) -> None:
     base = SLIDING[family](8)
-    model = as_autoregressive(copy.deepcopy(base), make_lm("lora").spec)
+    model = DiffusionLM(copy.deepcopy(base), make_lm("lora").spec).teacher_decoder()
     prompts = make_prompts([1, 12])
     with record_sampler() as seen:
         rollouts, _ = generate(model, prompts, DecodeConfig(mode="ar", max_new_tokens=24))

@@ -15,7 +15,7 @@ from tiny_models import GRIDS, KINDS, MASK, STOP, make_lm, make_prompts, qwen3
 from opdlm.blocks import GridKind
 from opdlm.generate import DecodeConfig, generate, waiting_rows
 from opdlm.lossless import Economy, Plan
-from opdlm.rows import Rows
+from opdlm.rows import Mode, Rows
 from opdlm.unmasking import choose_tokens, choose_within_entropy, noise_keys
 
 LENGTHS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 3, 20]
@@ -172,6 +172,13 @@ def test_a_template_keeps_its_text_and_sdar_sees_what_follows_a_gap(kind: str) -
         assert MASK not in filled
         assert STOP in filled or len(filled) == len(ids)
         assert all(new == old for new, old in zip(filled, ids, strict=False) if old != MASK)
+
+
+@pytest.mark.parametrize("mode", ["ar", "lossless", "static"])
+def test_a_template_is_refused_where_its_text_would_be_cut_off(mode: Mode) -> None:
+    config = DecodeConfig(mode=mode)  # static: the veto is on
+    with pytest.raises(ValueError, match="mask tokens"):
+        generate(make_lm("lora"), [[1, 2, 3], [1, 2, MASK, 4]], config)
 
 
 def test_entropy_bound_reveals_the_certain_ones_first_and_always_one() -> None:

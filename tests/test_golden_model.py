@@ -120,7 +120,9 @@ def make_states(golden: dict[str, Tensor], model: DiffusionLM, loss_mask: str = 
     target_BS = torch.where(supervised_BR, target_BS, -1)
     return StateBatch(
         text=clean_slots(ids_BL, lengths_B, num_prompt_B, model.spec.block_grid, "preserve"),
-        slots=join_slots(model.clean_slots(ids_BL, lengths_B, num_prompt_B), noised),
+        slots=join_slots(
+            clean_slots(ids_BL, lengths_B, num_prompt_B, model.spec.block_grid, model.spec.format), noised
+        ),
         target_BS=F.pad(target_BS, (ids_BL.shape[1], 0), value=-1),
         masked_fraction_BS=F.pad(fraction_BS, (ids_BL.shape[1], 0)),
     )

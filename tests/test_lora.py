@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, dynamic_module_u
 import opdlm
 from opdlm.adapter import adapted_layers, adapter_dropout, add_lora
 from opdlm.attention import SlotCache
-from opdlm.blocks import Slots, join_slots, make_slots
+from opdlm.blocks import Slots, clean_slots, join_slots, make_slots
 from opdlm.cache import DecodeCache
 from opdlm.cli import main
 from opdlm.config import LoraSection, load_config
@@ -60,7 +60,7 @@ def mixed_slots(model: DiffusionLM) -> Slots:
     """Nine clean tokens and the block after them, all masked."""
     ids_BL = torch.tensor([[5, 6, 7, 3, 2, 9, 8, 1, 4], [1, 2, 3, 4, 5, 6, 7, 8, 9]])
     lengths_B = torch.tensor([9, 9])
-    clean = model.clean_slots(ids_BL, lengths_B, lengths_B)
+    clean = clean_slots(ids_BL, lengths_B, lengths_B, model.spec.block_grid, model.spec.format)
     positions_BS = torch.tensor([[9, 10, 11]] * 2)
     noised = make_slots(
         torch.full((2, 3), MASK),

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
+from tiny_checkpoints import failing_after_a_save, tiny_overrides, write_checkpoint, write_data
 from tiny_models import qwen3
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from opdlm import trainer
 from opdlm.checkpoint import load_checkpoint, save_checkpoint
 from opdlm.cli import main
 from opdlm.config import OptimizerSection
@@ -156,14 +155,7 @@ def test_a_bfloat16_run_that_stops_and_continues_is_the_run_that_did_not(
         return main(["convert", str(tmp_path / "teacher"), *settings, *fixed, *overrides])
 
     assert run("whole") == 0
-    save = trainer.save
-
-    def save_and_fail(*arguments: object) -> None:
-        save(*arguments)  # type: ignore[arg-type]
-        raise OSError(5, "the machine went away")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save", save_and_fail)
+    with failing_after_a_save(monkeypatch):
         assert run("parts") == 2
     assert run("parts") == 0
     for name in ("trainable.safetensors", "optimizer.safetensors"):

@@ -20,10 +20,11 @@ from transformers import AutoConfig
 from opdlm import plan as planning
 from opdlm import trainer
 from opdlm.cli import bundled_recipes, main
-from opdlm.config import Config, check_config, load_config, read_recipe
+from opdlm.config import Config, check_config, load_config
 from opdlm.curricula import num_updates_of
 from opdlm.plan import GIB, Plan, make_plan
 from opdlm.records import Prompt, Rollout
+from opdlm.settings import read_recipe
 
 RECIPES = {name: path for name, path in bundled_recipes().items() if not name.startswith("tiny")}
 QWEN3 = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40960}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
+from tiny_checkpoints import failing_after_a_save, tiny_overrides, write_checkpoint, write_data
 
 from opdlm import trainer
 from opdlm.cli import main
@@ -67,14 +67,7 @@ def checkpoints(output: Path) -> list[str]:
 def test_four_steps_equal_two_and_two_more(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = trainer.save
-
-    def save_and_fail(run: trainer.Run, step: int) -> None:
-        save(run, step)
-        raise OSError(5, "the machine went away")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save", save_and_fail)
+    with failing_after_a_save(monkeypatch):
         assert main(command(place, tmp_path / "run")) == 2
     assert checkpoints(tmp_path / "run") == ["checkpoint-2"]
     assert main(command(place, tmp_path / "run")) == 0

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from opdlm import trainer
 
 CHARACTERS = " abcdefghijklmnopqrstuvwxyz0123456789+-*=>\n"
 TEMPLATE = (
@@ -112,3 +116,17 @@ def tiny_overrides(model: Path, data: Path, output_dir: Path) -> list[str]:
         "optimizer.learning_rate=1e-2",
         "eval.max_new_tokens=10",
     ]
+
+
+@contextmanager
+def failing_after_a_save(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The disk fails right after a checkpoint is complete."""
+    save = trainer.save
+
+    def save_and_fail(run: trainer.Run, step: int) -> None:
+        save(run, step)
+        raise OSError(5, "the machine went away")
+
+    with patch.context() as inner:
+        inner.setattr(trainer, "save", save_and_fail)
+        yield

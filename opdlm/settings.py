@@ -1,0 +1,166 @@
+"""Dataclasses from YAML files and `section.key=value` strings, with every mistake explained.
+
+Nothing here knows which settings exist: a tree of dataclasses says that, its types are checked, and the
+docstring under a field is its help text.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import itertools
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from opdlm.errors import ConfigError
+
+Section = TypeVar("Section")
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, recursively, as YAML and JSON have them."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the recipe {path}: {error.strerror}. Give an existing YAML file."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first_line = " ".join(str(error).split())
+        raise ConfigError(f"recipe {path} is not valid YAML: {first_line}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {path} must be a mapping of sections, not {type(values).__name__}.")
+    return values
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(
+            f"override {override!r} is not of the form section.key=value, for example train.num_steps=10."
+        )
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        value = text
+    *sections, name = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{key}: {section} is a value, not a section.")
+    values[name] = value
+
+
+def build_section(
+    cls: type[Section], values: Mapping[str, Any], prefix: str = "", root: type | None = None
+) -> Section:
+    """A dataclass from plain values; unknown keys (of the tree `root`) and wrong types are explained."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise ConfigError(unknown_key(f"{prefix}{key}", cls, prefix, root or cls))
+    built = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(
+                    f"{name} is a section: set its keys, for example {name}.{fields(hints[key])[0].name}."
+                )
+            built[key] = build_section(hints[key], value, f"{name}.", root or cls)
+        else:
+            built[key] = convert_value(name, value, hints[key])
+    return cls(**built)
+
+
+def unknown_key(name: str, cls: type, prefix: str, root: type) -> str:
+    key = name.removeprefix(prefix)
+    near = difflib.get_close_matches(key, [f.name for f in fields(cls)], n=1, cutoff=0.6)
+    candidates = [prefix + near[0]] if near else []
+    everything = [full for full, _, _ in describe_fields(root)]
+    if not candidates:  # the right name in another section
+        candidates = [full for full in everything if full.split(".")[-1] == key.split(".")[-1]]
+    if not candidates:
+        candidates = difflib.get_close_matches(name, everything, n=1, cutoff=0.4)
+    hint = f" Did you mean {candidates[0]}?" if candidates else ""
+    return f"unknown key {name}.{hint} `opdlm convert --list-keys` shows all."
+
+
+def convert_value(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`, or a ConfigError naming key, value and rule."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        options = [a for a in arguments if a is not type(None)]
+        if len(options) > 1 and (isinstance(value, list | tuple) or "," in str(value)):
+            options = [a for a in options if typing.get_origin(a) is tuple]
+        return convert_value(name, value, options[0])
+    if origin is Literal:
+        if value not in arguments:
+            near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
+            hint_text = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(
+                f"{name} ({value!r}) must be one of {', '.join(map(str, arguments))}.{hint_text}"
+            )
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [p for p in str(value).split(",") if p]
+        kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else list(arguments)
+        if len(items) != len(kinds):
+            raise ConfigError(f"{name} ({value!r}) needs {len(kinds)} values.")
+        return tuple(convert_value(name, item, kind) for item, kind in zip(items, kinds, strict=True))
+    return convert_scalar(name, value, hint)
+
+
+def convert_scalar(name: str, value: Any, kind: type) -> Any:
+    is_bool = isinstance(value, bool)
+    if kind is bool and is_bool:
+        return value
+    if kind is int and isinstance(value, int) and not is_bool:
+        return value
+    if kind is float and not is_bool and isinstance(value, int | float | str):
+        try:
+            return float(value)  # YAML reads 1e-5 as text
+        except ValueError:
+            pass
+    if kind is str and isinstance(value, str | int | float) and not is_bool:
+        return str(value)
+    raise ConfigError(f"{name} ({value!r}) must be {kind.__name__}, not {type(value).__name__}.")
+
+
+def describe_fields(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(dotted key, default, help text) of every setting."""
+    hints = typing.get_type_hints(cls)
+    docs = field_docstrings(cls)
+    default = cls()
+    for f in fields(cls):
+        if is_dataclass(hints[f.name]):
+            yield from describe_fields(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", getattr(default, f.name), docs.get(f.name, "")
+
+
+def field_docstrings(cls: type) -> dict[str, str]:
+    """The string literal that stands under each field."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for statement, following in itertools.pairwise(body):
+        is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+        if isinstance(statement, ast.AnnAssign) and is_text:
+            docs[ast.unparse(statement.target)] = " ".join(following.value.value.split())
+    return docs
