@@ -186,11 +186,13 @@ def describe(inputs: Inputs, config: Config, console: Console) -> None:
     student = inputs.student
     total = sum(p.numel() for name, p in student.student.named_parameters() if "lora_" not in name)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    distinct = len({prompt.ids for prompt in inputs.prompts})
     backend = choose_backend(student.attention, PartialState().device, student.student.config)
     console.print(
         f"{config.model.path}: {student.student.config.model_type}, {total / 1e6:.2f} M parameters, "
         f"{trained / 1e6:.2f} M trained; format {student.spec.format}, block size {student.spec.block_size}, "
-        f"objective {config.loss.objective}, {len(inputs.prompts)} prompts, "
+        f"objective {config.loss.objective}, {len(inputs.prompts)} prompts "
+        f"({distinct} distinct), "
         f"attention {backend}, mask token id {student.spec.mask_token_id}"
     )
 

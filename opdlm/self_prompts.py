@@ -1,8 +1,9 @@
 """Conversion prompts that the model writes itself, for want of a file or to widen a narrow one.
 
 Given nothing but the start of a user's turn, a chat model continues with a request that it has learned to
-expect (Magpie, arXiv 2406.08464). Such prompts range over all that the model knows. They are text in a JSONL
-file of the run folder, so they can be read, and an interrupted run continues with the same ones.
+expect (Magpie, arXiv 2406.08464). Such prompts range over all that the model knows, each as often as the
+model would ask it: a fact has few phrasings and comes back, as training needs. They are text in a JSONL file
+of the run folder, so they can be read, and an interrupted run continues with the same ones.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from opdlm.rollout import generator_for
 
 SELF_PROMPTS_FILE = "self_prompts.jsonl"
 PLACEHOLDER = "PLACEHOLDER"
-DRAWS_PER_PROMPT = 20  # a model that repeats itself more than this has nothing new to ask
+DRAWS_PER_PROMPT = 20  # a model that ends fewer turns than one in this many does not know how to ask
 
 
 def user_turn(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> tuple[list[int], int]:
@@ -55,7 +56,7 @@ def self_prompts(
     folder: Path,
     excluded: Collection[str],
 ) -> list[Prompt]:
-    """`data.self_prompts` distinct prompts, read from `folder` or written by the teacher and kept there.
+    """`data.self_prompts` prompts, read from `folder` or written by the teacher and kept there.
 
     `excluded`: texts that must not be among them (the evaluation's prompts).
     """
@@ -74,7 +75,7 @@ def write_prompts(
     config: Config,
     excluded: Collection[str],
 ) -> list[str]:
-    """Sample user turns at temperature 1 until enough distinct ones have ended by themselves."""
+    """Sample user turns at temperature 1 until enough have ended by themselves; what is asked twice stays."""
     start, end = user_turn(tokenizer, config.data.system_prompt)
     wanted, rows = config.data.self_prompts, config.rollout.batch_size
     decoder = model.teacher_decoder(stop_token_ids=(end,))
@@ -84,17 +85,17 @@ def write_prompts(
         batch_size=rows,
         temperature=1.0,
     )
-    found: dict[str, None] = {}
+    found: list[str] = []
     for number in range(-(-wanted * DRAWS_PER_PROMPT // rows)):
         rng = generator_for(config.train.seed, 0, number, device=model.device)
         rollouts, _ = generate(decoder, [start] * rows, decoding, rng)
         for rollout in rollouts:
             text = str(tokenizer.decode(list(rollout.text_ids[:-1]))).strip()
             if rollout.finish_reason == "stop" and text and text not in excluded:
-                found[text] = None
+                found.append(text)
         if len(found) >= wanted:
-            return list(found)[:wanted]
+            return found[:wanted]
     raise DataError(
-        f"data.self_prompts ({wanted}): the model wrote only {len(found)} distinct prompts in "
+        f"data.self_prompts ({wanted}): the model ended only {len(found)} prompts in "
         f"{wanted * DRAWS_PER_PROMPT} attempts. Ask for fewer, or set data.path."
     )
