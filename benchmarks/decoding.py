@@ -4,32 +4,35 @@
 
 Greedy: lossless against `transformers.generate`; a difference counts as a tie where, at the first differing
 token, the AR model's two best logits lie within 1e-4. Sampling: lossless against AR decoding with the same
-seed, response by response. Rollouts: threshold decoding at temperature 1 against the same decoding that
-prefills each row again in every step (`tests/simple_loop.py`, one row at a time). Speed tables: `opdlm
-bench`.
+seed, response by response. Rollouts: threshold decoding at temperature 1 against `reprefill`, the same
+decoding in fixed batches that prefills every row again in every step, at batch 1, 8 and 64. Speed tables:
+`opdlm bench`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-from simple_loop import simple_denoise
-
 from opdlm.bench import hf_responses
+from opdlm.cache import DecodeCache
 from opdlm.data import load_tasks
+from opdlm.denoise import denoise_step
 from opdlm.diffusion import DiffusionLM, backbone
-from opdlm.generate import DecodeConfig, generate, waiting_rows
+from opdlm.generate import DecodeConfig, collect_finished, generate, waiting_rows
 from opdlm.models import load, load_causal_lm
+from opdlm.records import Rollout
+from opdlm.rows import DecodeStats, Rows
 
 Ids = tuple[int, ...]
+ROLLOUT = DecodeConfig(mode="threshold", max_new_tokens=80, temperature=1.0, veto_below=0.0)
+BATCH_SIZES = {1: 16, 8: 64, 64: 256}
+"""Rows at once, and of how many prompts."""
 
 
 def is_tie(model: DiffusionLM, prompt: Ids, ours: Ids, theirs: Ids) -> bool:
@@ -68,24 +71,48 @@ def check_sampling(model: DiffusionLM, prompts: list[Ids]) -> dict[str, int]:
     return {"prompts": len(prompts), "identical": same}
 
 
-def time_rollouts(model: DiffusionLM, prompts: list[Ids]) -> dict[str, float]:
-    """CPU seconds per response of both sides."""
-    config = DecodeConfig(mode="threshold", max_new_tokens=80, temperature=1.0, veto_below=0.0)
-    seeds = {index: seed for index, _, seed in waiting_rows(prompts, torch.Generator().manual_seed(0))}
-    few = min(16, len(prompts))
-    started = time.process_time()
-    simple = [simple_denoise(model, prompts[i], config, seeds[i]) for i in range(few)]
-    simple_seconds = (time.process_time() - started) / few
-    started = time.process_time()
-    rollouts, _ = generate(model, prompts, config, torch.Generator().manual_seed(0))
-    engine_seconds = (time.process_time() - started) / len(prompts)
-    same = sum(rollouts[i].text_ids == simple[i] for i in range(few))
-    return {
-        "simple_seconds": simple_seconds,
-        "engine_seconds": engine_seconds,
-        "speedup": simple_seconds / engine_seconds,
-        "identical": same / few,
-    }
+@torch.inference_mode()
+def reprefill(model: DiffusionLM, prompts: list[Ids], config: DecodeConfig) -> list[Rollout]:
+    """The straightforward sampler: fixed batches in the order given; nothing known is kept between steps."""
+    rows_of = waiting_rows(prompts, torch.Generator().manual_seed(0))
+    in_order = sorted(rows_of, key=lambda row: row[0])
+    block_size, grid = model.spec.block_size, model.spec.block_grid
+    finished: dict[int, tuple[Rollout, DecodeStats]] = {}
+    for first in range(0, len(prompts), config.batch_size):
+        batch = in_order[first : first + config.batch_size]
+        capacity = max(len(ids) for _, ids, _ in batch) + config.max_new_tokens + 2 * block_size + 1
+        cache = DecodeCache(len(batch), capacity, model.device)
+        rows = Rows.start(batch, capacity, model.spec.mask_token_id, config.max_new_tokens, block_size - 1)
+        while len(rows):
+            rows.committed_B = torch.zeros_like(rows.committed_B)
+            denoise_step(model, rows, cache, config, grid, model.spec.format)
+            done_B = collect_finished(rows, model, config, grid, finished, None)
+            rows.keep(~done_B, cache)
+    return [finished[i][0] for i in range(len(prompts))]
+
+
+def time_rollouts(model: DiffusionLM, prompts: list[Ids]) -> list[dict[str, float]]:
+    """CPU seconds of both sides on the same prompts and seeds."""
+    found = []
+    for batch_size, count in BATCH_SIZES.items():
+        config, some = replace(ROLLOUT, batch_size=batch_size), prompts[:count]
+        started = time.process_time()
+        simple = reprefill(model, some, config)
+        middle = time.process_time()
+        rollouts, _ = generate(model, some, config, torch.Generator().manual_seed(0))
+        ended = time.process_time()
+        same = sum(a.text_ids == b.text_ids for a, b in zip(rollouts, simple, strict=True))
+        num_tokens = sum(rollout.num_response for rollout in rollouts)
+        row = {
+            "batch_size": batch_size,
+            "prompts": len(some),
+            "engine_tokens_per_second": num_tokens / (ended - middle),
+            "reprefill_tokens_per_second": num_tokens / (middle - started),
+            "speedup": (middle - started) / (ended - middle),
+            "identical": same / len(some),
+        }
+        found.append({key: round(value, 4) for key, value in row.items()})
+    return found
 
 
 def main() -> None:
@@ -101,7 +128,7 @@ def main() -> None:
     results = {
         "greedy": check_greedy(model, options.folder, prompts),
         "sampling": check_sampling(model, prompts),
-        "rollouts": time_rollouts(model, prompts[:256]),
+        "rollouts": time_rollouts(model, prompts),
     }
     print(json.dumps(results, indent=2))
     if options.json:

@@ -1,8 +1,7 @@
 """Time and peak memory of one training step at growing lengths: the straightforward way against ours.
 
 naive     student and teacher copies, both on the doubled row [prompt | clean | noised], full logits of both,
-dense
-          log-softmaxes, KL averaged over the supervised positions, backward, AdamW on all weights
+          dense log-softmaxes, KL averaged over the supervised positions, backward, AdamW on all weights
 sdar      ours, same format, same weights trained, same loss: only the computation differs
 preserve  ours, the default recipe: gated LoRA, one set of weights, noised slots only
 
