@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -85,20 +86,26 @@ def adapted_layers(peft_model: PeftModel) -> list[Adapted]:
     return [Adapted(layer, layer.base_layer.forward, change_of(layer)) for layer in layers]
 
 
-def change_of(layer: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """What the adapter adds to the base's output for some inputs, dropout off; the weights are read when
-    called, since sharding replaces them.
+def change_of(layer: Any) -> Callable[[Tensor, Tensor], None]:
+    """Adds what the adapter adds to the base's output for some inputs, dropout off, in place; the weights are
+    read when called, since sharding replaces them.
     """
     down, up, scale = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.scaling[ADAPTER]
 
-    def lora(inputs: Tensor, _: Tensor) -> Tensor:
-        return up(down(inputs.to(down.weight.dtype))) * scale
+    def lora(inputs: Tensor, output: Tensor) -> None:
+        low = F.linear(inputs.to(down.weight.dtype), down.weight)
+        if output.dtype == low.dtype:  # one call for product, scale and sum
+            output.view(-1, output.shape[-1]).addmm_(low.flatten(0, -2), up.weight.t(), alpha=scale)
+        else:
+            output.add_(up(low) * scale)
 
-    def dora(inputs: Tensor, output: Tensor) -> Tensor:
+    def dora(inputs: Tensor, output: Tensor) -> None:
         change = layer.lora_magnitude_vector[ADAPTER]
         inputs = inputs.to(down.weight.dtype)
-        return change(
-            inputs, lora_A=down, lora_B=up, scaling=scale, base_layer=layer.base_layer, base_result=output
+        output.add_(
+            change(
+                inputs, lora_A=down, lora_B=up, scaling=scale, base_layer=layer.base_layer, base_result=output
+            )
         )
 
     return dora if layer.lora_magnitude_vector else lora

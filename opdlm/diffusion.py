@@ -68,11 +68,11 @@ class DiffusionSpec:
 
 
 class Adapted(NamedTuple):
-    """A linear layer with an adapter: host(x) = base(x) + change(x, base(x))."""
+    """A linear layer with an adapter: host(x) is y = base(x) after add_change(x, y), which adds in place."""
 
     host: nn.Module
     base: Callable[[Tensor], Tensor]
-    change: Callable[[Tensor, Tensor], Tensor]
+    add_change: Callable[[Tensor, Tensor], object]
 
 
 class Gate:
@@ -95,7 +95,7 @@ class Gate:
             output = layer.base(inputs)
             noised = output[..., self.num_clean :, :]
             if noised.shape[-2]:
-                noised.add_(layer.change(inputs[..., self.num_clean :, :], noised))
+                layer.add_change(inputs[..., self.num_clean :, :], noised)
             return output
 
         return forward
@@ -137,6 +137,7 @@ class DiffusionLM(nn.Module):
         self.gate.attach(adapted)
         self.adapter_off = adapter_off
         self.windows = layer_windows(student.config)
+        self._embedding: tuple[Any] = (student.get_input_embeddings(),)  # searched once; not a submodule
         self.attention: AttentionChoice = "auto"
         self.head_constants = head_constants(student)  # reading a config is slow: not once a step
         for model in (student, teacher):
@@ -145,8 +146,7 @@ class DiffusionLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        embedding: Any = self.student.get_input_embeddings()  # `student.device` searches every module
-        return embedding.weight.device
+        return self._embedding[0].weight.device  # `student.device` searches every module
 
     @property
     def backend(self) -> Backend:

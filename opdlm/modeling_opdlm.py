@@ -84,7 +84,7 @@ class Adapter:
             return (output + change(inputs, output)).to(output.dtype) if self.enabled else output
 
         host.forward = forward
-        return Adapted(host, base, change)
+        return Adapted(host, base, lambda inputs, output: output.add_(change(inputs, output)))
 
     @contextmanager
     def off(self) -> Iterator[None]:
