@@ -22,13 +22,13 @@ from opdlm.convert import plain_decoder
 from opdlm.data import encode_prompt, encode_rows, load_rows, messages_of
 from opdlm.diffusion import DiffusionLM
 from opdlm.errors import ConfigError
-from opdlm.generate import DecodeConfig, generate
+from opdlm.generate import DecodeConfig, OnStep, generate
 from opdlm.generation_log import fingerprint
 from opdlm.metrics import DecodingProgress
 from opdlm.models import check_fits, load, load_causal_lm, load_tokenizer
 from opdlm.records import Prompt, Rollout
 from opdlm.rollout import seed_of
-from opdlm.rollout_file import decode_resumably, hash_of_prompts, is_finished, write_rollouts
+from opdlm.rollout_file import Engine, decode_resumably, hash_of_prompts, is_finished, write_rollouts
 from opdlm.rows import DecodeStats
 from opdlm.settings import apply_override, build_section
 
@@ -85,6 +85,8 @@ def check_answering(options: argparse.Namespace) -> None:
         raise ConfigError("--stop is empty: give the text that ends a response.")
     if options.stream and options.json:
         raise ConfigError("--stream shows text as it comes, and --json whole answers: choose one.")
+    if options.infill and options.stop:
+        raise ConfigError("--stop ends a response, and --infill keeps the text after a gap: choose one.")
     if options.infill and options.mode in ("ar", "lossless"):
         raise ConfigError(
             f"--infill with --mode {options.mode}, which writes from left to right and would cut off what "
@@ -172,11 +174,16 @@ def show(text: str, rollout: Rollout, stops: StopStrings, options: argparse.Name
     ids = rollout.prompt_ids + rollout.text_ids if options.infill else rollout.text_ids
     response = stops.cut(stops.text(ids))
     if options.json:
-        names = ("finish_reason", "unmask_step", "num_forwards", "num_steps", "logprobs")
-        values = rollout.to_dict()
-        record = {"prompt": text, "response": response, "token_ids": rollout.text_ids}
-        record |= {name: values[name] for name in names if name != "logprobs" or options.logprobs}
-        record["unmask_step"] = rollout.unmask_step[: rollout.num_response]
+        record = {
+            "prompt": text,
+            "response": response,
+            "finish_reason": rollout.finish_reason,
+            "token_ids": rollout.text_ids,
+            "unmask_step": rollout.unmask_step[: rollout.num_response],
+            "num_forwards": rollout.num_forwards,
+            "num_steps": rollout.num_steps,
+        }
+        record |= {"logprobs": rollout.logprobs} if options.logprobs else {}
         print(json.dumps(record, ensure_ascii=False))
         return
     if not options.stream:
@@ -211,7 +218,7 @@ def record_rollouts(options: argparse.Namespace) -> int:
             out,
             prompts,
             [seed_of(options.seed, prompt.index) for prompt in prompts],
-            lambda ids, seeds: generate(model, ids, config, seeds, progress.on_step)[0],
+            own_engine(model, config, progress.on_step),
             settings,
             piece_size=BATCHES_PER_PIECE * options.batch_size,
             on_piece=progress.on_piece,
@@ -225,6 +232,11 @@ def record_rollouts(options: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     return 0
+
+
+def own_engine(model: DiffusionLM, config: DecodeConfig, on_step: OnStep) -> Engine:
+    """This package's decode loop."""
+    return lambda prompts, seeds: generate(model, prompts, config, seeds, on_step)[0]
 
 
 def data_section(options: argparse.Namespace) -> DataSection:
