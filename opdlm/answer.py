@@ -111,7 +111,8 @@ class Stream(AbstractContextManager["Stream"]):
     def finish(self, rollout: Rollout) -> None:
         """The rest, and the end of the line."""
         ids = (rollout.prompt_ids + rollout.text_ids)[self.shown.start :]
-        self._show(self.stops.cut(self.stops.text(ids)) + "\n", "")
+        end = "" if self.live else "\n"  # rich ends the line that it leaves
+        self._show(self.stops.cut(self.stops.text(ids)) + end, "")
 
     def _show(self, text: str, beyond: str) -> None:
         end = text.rfind("\n") + 1 if self.live else len(text)

@@ -208,20 +208,20 @@ def check_trajectory(file: RolloutFile, config: Config) -> None:
     if not retraced:
         return
     record, name = file.record or {}, next(iter(retraced.values()))
-    fix = "set states.selection=random_mask, which needs none, or a file of opdlm rollout that fits"
     if record.get("mode") not in TRAJECTORY_MODES:
         how = f"mode {record['mode']}" if "mode" in record else "another program"
         raise ConfigError(
             f"states.selection ({name}) retraces how a rollout was denoised, and rollout.path ({file.path}) "
-            f"holds responses of {how}, without such states: {fix}."
+            f"holds responses of {how}, without such states: set states.selection=random_mask, or "
+            "loss.objective=off_policy, which need none."
         )
     for step in retraced:
         size = block_size_at(config.format, step)
         if (size, config.format.grid) != (record["block_size"], record["grid"]):
             raise ConfigError(
                 f"format.block_size ({size}) and format.grid ({config.format.grid}) differ from those of "
-                f"rollout.path ({record['block_size']}, {record['grid']}), whose states cannot be retraced: "
-                f"{fix}."
+                f"rollout.path ({record['block_size']}, {record['grid']}), whose states are retraced: set "
+                "them to these, or states.selection=random_mask."
             )
 
 
