@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from tiny_checkpoints import tiny_overrides, tiny_tokenizer, write_checkpoint, write_data
@@ -60,6 +60,7 @@ TEXTS = st.text("abc", max_size=12)
 STRINGS = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3).map(tuple)
 
 
+@settings(deadline=None)  # a busy machine is no mistake
 @given(text=TEXTS, strings=STRINGS)
 def test_a_response_keeps_the_fewest_tokens_that_hold_a_stop_string(
     text: str, strings: tuple[str, ...]
@@ -75,6 +76,7 @@ def test_a_response_keeps_the_fewest_tokens_that_hold_a_stop_string(
         assert stops.cut(text) == text[: found.start()]
 
 
+@settings(deadline=None)
 @given(text=TEXTS, more=TEXTS, strings=STRINGS)
 def test_settled_text_is_never_taken_back(text: str, more: str, strings: tuple[str, ...]) -> None:
     stops = StopStrings(TOKENIZER, strings)
