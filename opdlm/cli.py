@@ -47,14 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """argparse takes overrides before the first flag or after it, not on both sides: collect the rest."""
+    """argparse takes a list before the first flag or after it, not on both sides: collect the rest."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
-    are_overrides = "overrides" in options and all("=" in a and not a.startswith("-") for a in rest)
-    if rest and not are_overrides:
+    list_name = "prompts" if "prompts_file" in options else "overrides"
+    is_list = list_name in options and not any(a.startswith("-") for a in rest)
+    if rest and not (is_list and (list_name == "prompts" or all("=" in a for a in rest))):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.overrides = [*options.overrides, *rest]
+        setattr(options, list_name, [*getattr(options, list_name), *rest])
     return options
 
 
@@ -74,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     add_convert(verbs)
     add_generate(verbs)
+    add_rollout(verbs)
     add_eval(verbs)
     add_bench(verbs)
     add_merge(verbs)
@@ -116,26 +118,77 @@ def add_generate(verbs: Verbs) -> None:
         verbs,
         "generate",
         "answer prompts with a converted checkpoint",
-        "Answer prompts with a folder written by `opdlm convert`.",
-        'example:\n  opdlm generate runs/tiny/model "add 47 38" --mode lossless',
+        "Answer prompts with a folder written by `opdlm convert`, or fill the gaps in them.",
+        'examples:\n  opdlm generate runs/tiny/model "add 47 38" --mode lossless\n'
+        '  opdlm generate runs/tiny/model "add 47 38" --stream --stop 5\n'
+        "  opdlm generate runs/tiny/model --prompts-file questions.jsonl --json --logprobs\n"
+        '  opdlm generate runs/sdar/model "3 + <gap:2> = 45" --infill',
     )
     parser.add_argument("folder", metavar="DIR")
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
-    parser.add_argument("--mode", choices=MODES, default="threshold")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = arg-max (default)")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--threshold", type=float, default=0.9, help="confidence that reveals a token (0.9)")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT")
+    parser.add_argument("--prompts-file", metavar="FILE", help="more prompts: JSONL or Parquet, as data.path")
+    add_decoding(parser, temperature=0.0)
     parser.add_argument(
         "--veto-below",
         type=float,
-        default=0.1,
-        help="preserve: AR floor under revealed tokens, 0 = off (0.1)",
+        help="preserve: AR floor under revealed tokens, 0 = off (0.1; off with --infill)",
     )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end a response before this; repeatable"
+    )
+    parser.add_argument(
+        "--infill",
+        action="store_true",
+        help="fill <gap> (one block) and <gap:12> in the prompt, taken as plain text",
+    )
+    parser.add_argument("--stream", action="store_true", help="show each response while it is written")
+    parser.add_argument("--logprobs", action="store_true", help="also the log-probability of every token")
+    parser.add_argument("--json", action="store_true", help="one line of JSON per prompt")
+    parser.set_defaults(run=run_generate)
+
+
+def add_decoding(parser: argparse.ArgumentParser, temperature: float) -> None:
+    """The flags of everything that decodes."""
+    parser.add_argument("--mode", choices=MODES, default="threshold")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument(
+        "--temperature", type=float, default=temperature, help=f"0 = arg-max ({temperature:g})"
+    )
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--threshold", type=float, default=0.9, help="confidence that reveals a token (0.9)")
     parser.add_argument("--denoising-steps", type=int, help="steps per block at most (block size)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.set_defaults(run=run_generate)
+
+
+def add_rollout(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "rollout",
+        "responses with their trajectories as a Parquet file",
+        "Answer every prompt of a file and write token ids, the step that revealed each, texts and\n"
+        "log-probabilities to a Parquet file, which `opdlm convert rollout.path=FILE` trains on. MODEL is a\n"
+        "folder written by `opdlm convert`, or any checkpoint with --mode ar. An interrupted command\n"
+        "continues when it is given again, and the file is the same.",
+        "examples:\n  opdlm rollout runs/tiny/model prompts.jsonl --out rollouts.parquet\n"
+        "  opdlm rollout bundled:teacher bundled:prompts.jsonl --mode ar --limit 640 --out teacher.parquet\n"
+        "  opdlm convert tiny loss.objective=off_policy rollout.path=teacher.parquet",
+    )
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("source", metavar="PROMPTS", help="JSONL, Parquet or a `datasets` name, as data.path")
+    parser.add_argument("overrides", nargs="*", metavar="data.key=value")
+    parser.add_argument("--out", metavar="FILE.parquet", required=True)
+    parser.add_argument("--engine", choices=("own",), default="own")
+    add_decoding(parser, temperature=1.0)
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=64,
+        help="rows decoded at once; four batches are kept at a time (64)",
+    )
+    parser.add_argument("--limit", type=int, help="the first so many prompts")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.set_defaults(run=run_rollout)
 
 
 def add_eval(verbs: Verbs) -> None:
@@ -294,61 +347,16 @@ def run_convert(options: argparse.Namespace) -> int:
 
 def run_generate(options: argparse.Namespace) -> int:
     quiet_libraries()
-    from opdlm.data import encode_prompt
-    from opdlm.generate import DecodeConfig, generate
-    from opdlm.models import check_fits, load
-    from opdlm.rollout import generator_for
+    from opdlm.verbs import answer_prompts
 
-    check_generate_options(options)
-    model, tokenizer = load(options.folder)
-    if options.mode == "lossless" and model.spec.format == "sdar":
-        raise ConfigError(
-            "--mode lossless needs a preserve checkpoint; this one is sdar. Use static or threshold."
-        )
-    if options.denoising_steps is not None and options.denoising_steps > model.spec.block_size:
-        raise ConfigError(
-            f"--denoising-steps ({options.denoising_steps}) exceeds the block size ({model.spec.block_size})."
-        )
-    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in options.prompts]
-    if any(model.spec.mask_token_id in ids for ids in prompts):
-        raise ConfigError("PROMPT contains the mask token, which stands for unknown text: remove it.")
-    check_fits(model, prompts, options.max_new_tokens, "--max-new-tokens")
-    config = DecodeConfig(
-        mode=options.mode,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        denoising_steps=options.denoising_steps,
-        confidence_threshold=options.threshold,
-        veto_below=options.veto_below,
-    )
-    rollouts, stats = generate(model, prompts, config, generator_for(options.seed, device=model.device))
-    for rollout in rollouts:
-        print(tokenizer.decode(list(rollout.text_ids), skip_special_tokens=True))
-    print(
-        f"{stats.num_tokens} tokens in {stats.num_forwards} forwards, "
-        f"{stats.tokens_per_forward:.2f} per forward",
-        file=sys.stderr,
-    )
-    return 0
+    return answer_prompts(options)
 
 
-def check_generate_options(options: argparse.Namespace) -> None:
-    if any(not text.strip() for text in options.prompts):
-        raise ConfigError("PROMPT is empty: give some text.")
-    if options.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens ({options.max_new_tokens}) must be at least 1.")
-    if options.temperature < 0:
-        raise ConfigError(f"--temperature ({options.temperature:g}) must be 0 (arg-max) or greater.")
-    if not 0 <= options.threshold <= 1:
-        raise ConfigError(f"--threshold ({options.threshold:g}) must lie between 0 and 1.")
-    if not 0 <= options.veto_below <= 1:
-        raise ConfigError(f"--veto-below ({options.veto_below:g}) must lie between 0 and 1.")
-    if options.top_k is not None and options.top_k < 1:
-        raise ConfigError(f"--top-k ({options.top_k}) must be at least 1.")
-    if options.top_p is not None and not 0 < options.top_p <= 1:
-        raise ConfigError(f"--top-p ({options.top_p:g}) must lie in (0, 1].")
+def run_rollout(options: argparse.Namespace) -> int:
+    quiet_libraries()
+    from opdlm.verbs import record_rollouts
+
+    return record_rollouts(options)
 
 
 def run_eval(options: argparse.Namespace) -> int:

@@ -136,6 +136,11 @@ class RolloutSection:
     """threshold remasking reveals every token whose probability exceeds this."""
     warm_start_steps: int = 0
     """Steps at the start that train on randomly masked teacher responses: a new student cannot write yet."""
+    path: str = ""
+    """Train on the rollouts in this file of `opdlm rollout` instead of generating any; of this section only
+    prompts_per_step then counts, and no data.path is read. Every objective may; states that retrace a
+    rollout (one_per_block, all) need a file that was denoised with the same block size and grid.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -350,6 +355,17 @@ def check_config(config: Config) -> None:
     if config.format.name == "preserve" and b < 2:
         raise ConfigError("format.block_size (1) leaves preserve nothing to draft: use at least 2.")
     check_adapter(config)
+    check_recorded(config)
+
+
+def check_recorded(config: Config) -> None:
+    """What generates has nothing to do where rollouts come from a file."""
+    for key in ("rollout.warm_start_steps", "data.self_prompts"):
+        if config.rollout.path and lookup(config, key):
+            raise ConfigError(
+                f"{key} ({lookup(config, key)}) generates, and rollout.path ({config.rollout.path}) takes "
+                f"prompts and rollouts from a file: set {key}=0."
+            )
 
 
 LORA_INITS = ("default", "gaussian", "orthogonal")

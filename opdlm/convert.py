@@ -97,6 +97,16 @@ def make_spec(
     )
 
 
+def plain_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> DiffusionLM:
+    """A checkpoint that was not converted behind the decode loop: mode `ar` only, its own tokens only."""
+    mask_token_id = vocabulary_rows(model)  # unknown text needs an id, which no forward ever sees
+    spec = make_spec(model, tokenizer, Config(), mask_token_id)
+    banned = tuple(i for i in spec.banned_token_ids if i != mask_token_id)
+    spec = replace(spec, block_size=1, banned_token_ids=banned, adapter=False)
+    probe(model, spec)
+    return DiffusionLM(model, spec).eval().requires_grad_(False)
+
+
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every id that ends a response, from the generation config, the config and the tokenizer."""
     found: set[int] = set()

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +24,7 @@ from opdlm.records import Prompt
 from opdlm.scoring import Scoring
 
 Row = dict[str, Any]
+Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 
@@ -181,6 +182,11 @@ def load_prompts(
     section: DataSection, tokenizer: PreTrainedTokenizerBase, mask_token_id: int
 ) -> list[Prompt]:
     """Every prompt of `data.path`."""
+    return encode_rows(load_rows(section), tokenizer, section=section, mask_token_id=mask_token_id)
+
+
+def load_rows(section: DataSection) -> list[tuple[str, Row]]:
+    """The rows of `data.path`, at least one."""
     paths = (section.path,) if isinstance(section.path, str) else section.path
     if not all(paths):
         raise DataError(
@@ -191,7 +197,7 @@ def load_prompts(
     rows = rows[: section.limit]
     if not rows:
         raise DataError(f"data.path ({section.path}) holds no rows. Give at least one prompt.")
-    return encode_rows(rows, tokenizer, section=section, mask_token_id=mask_token_id)
+    return rows
 
 
 def load_tasks(
@@ -241,21 +247,21 @@ def gsm8k_row(place: str, row: Row) -> Row:
     return {"prompt": f"Question: {row['question']}\nAnswer:", "answer": row["answer"], "skill": "gsm8k"}
 
 
-class PromptStream:
-    """Endless shuffled passes over the prompts; step s always yields the same ones, so resuming needs no
-    state.
+class PromptStream(Generic[Item]):
+    """Endless shuffled passes over prompts, or over recorded rollouts; step s always yields the same ones, so
+    resuming needs no state.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], per_step: int, seed: int) -> None:
+    def __init__(self, prompts: Sequence[Item], per_step: int, seed: int) -> None:
         self.prompts, self.per_step, self.seed = prompts, per_step, seed
         self._epoch, self._permutation = -1, list[int]()
 
-    def at(self, step: int) -> list[Prompt]:
-        """The prompts of rollout step `step` (0-based)."""
+    def at(self, step: int) -> list[Item]:
+        """The items of rollout step `step` (0-based)."""
         first = step * self.per_step
         return [self._item(i) for i in range(first, first + self.per_step)]
 
-    def _item(self, index: int) -> Prompt:
+    def _item(self, index: int) -> Item:
         epoch, place = divmod(index, len(self.prompts))
         return self.prompts[self._order(epoch)[place]]
 

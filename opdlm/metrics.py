@@ -1,15 +1,31 @@
-"""A run made visible: one progress line with ETA, and `metrics.jsonl`."""
+"""Work made visible: one progress line with ETA, and `metrics.jsonl` of a run."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from opdlm.records import Rollout
+
+
+def progress_line(verb: str, console: Console) -> Progress:
+    """How much is done, time left, and what else `status` says; on terminals only."""
+    return Progress(
+        TextColumn(f"[bold]{verb}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
 
 
 class MetricsLog:
@@ -18,15 +34,7 @@ class MetricsLog:
     def __init__(self, output_dir: Path, console: Console) -> None:
         self.path = output_dir / "metrics.jsonl"
         self.console = console
-        self.progress = Progress(
-            TextColumn("[bold]convert"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self.progress = progress_line("convert", console)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -75,3 +83,47 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 break
     return rows
+
+
+class DecodingProgress:
+    """One line while prompts are answered: how many, tokens per second, time left."""
+
+    def __init__(self, num_prompts: int, console: Console) -> None:
+        self.num_prompts, self.console = num_prompts, console
+        self.done = self.num_tokens = 0
+        self.seen: set[int] = set()
+        self.progress = progress_line("rollout", console)
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> DecodingProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / max(1e-9, time.monotonic() - self.started)
+
+    def on_step(self, index_B: Tensor, tokens_BL: Tensor, revealed_BL: Tensor) -> None:
+        """After every decoding step (`generate`)."""
+        if self.task is None:
+            self.first_done, self.started = self.done, time.monotonic()
+            self.task = self.progress.add_task("", total=self.num_prompts, completed=self.done, status="")
+            self.progress.start()
+        self.seen.update(index_B.tolist())
+        self.num_tokens += int(revealed_BL.sum())
+        finished = self.done + len(self.seen) - len(index_B)
+        self.progress.update(self.task, completed=finished, status=f"{self.tokens_per_second:.0f} tok/s")
+
+    def on_piece(self, rollouts: Sequence[Rollout], seconds: float) -> None:
+        """These are on the disk; 0 seconds: they were there."""
+        self.done += len(rollouts)
+        self.seen.clear()
+        if seconds and not self.console.is_terminal:
+            spent = time.monotonic() - self.started
+            left = spent / (self.done - self.first_done) * (self.num_prompts - self.done)
+            self.console.print(
+                f"rollout {self.done}/{self.num_prompts}  {self.tokens_per_second:.0f} tok/s  "
+                f"{spent:.0f} s, {left:.0f} s left"
+            )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from opdlm.likelihood import agreement_report, likelihood_report
 from opdlm.metrics import MetricsLog, read_metrics
 from opdlm.models import check_fits, load, load_causal_lm, load_tokenizer, vocabulary_rows
 from opdlm.plots import plot_metrics, plot_retention
-from opdlm.records import Prompt
+from opdlm.records import Prompt, Rollout
+from opdlm.rollout_file import load_rollouts
 from opdlm.self_prompts import self_prompts, user_turn
 from opdlm.settings import read_recipe
 from opdlm.trainer import check_trackers, train
@@ -57,6 +59,8 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     prompts: list[Prompt]
     tasks: list[Task]
+    recorded: Sequence[Rollout] = ()
+    """Of `rollout.path`, instead of prompts."""
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -77,14 +81,17 @@ def load_inputs(config: Config) -> Inputs:
     )
     check_attention(model, config)
     student = make_student(model, tokenizer, config)
-    prompts = []
-    if config.data.path or not config.data.self_prompts:
+    prompts: list[Prompt] = []
+    recorded: Sequence[Rollout] = ()
+    if config.rollout.path:
+        recorded = load_rollouts(config, student, tokenizer)
+    elif config.data.path or not config.data.self_prompts:
         prompts = load_prompts(config.data, tokenizer, student.spec.mask_token_id)
         check_fits(student, [p.ids for p in prompts], config.rollout.max_new_tokens, "rollout.max_new_tokens")
     if config.data.self_prompts:
         user_turn(tokenizer, config.data.system_prompt)
     tasks = load_eval_tasks(student, tokenizer, config) if config.eval.path else []
-    return Inputs(student, tokenizer, prompts, tasks)
+    return Inputs(student, tokenizer, prompts, tasks, recorded)
 
 
 def check_attention(model: PreTrainedModel, config: Config) -> None:
@@ -151,7 +158,7 @@ def convert_checkpoint(config: Config, console: Console) -> Path:
             add_self_prompts(inputs, config, output_dir)
     describe(inputs, config, console)
     with MetricsLog(output_dir, console) as log:
-        run = train(inputs.student, inputs.prompts, config, log)
+        run = train(inputs.student, inputs.prompts, config, log, inputs.recorded)
     folder = output_dir / MODEL_FOLDER
     if ranks.is_main_process:
         with atomic_folder(folder) as partial:
@@ -188,11 +195,14 @@ def describe(inputs: Inputs, config: Config, console: Console) -> None:
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     distinct = len({prompt.ids for prompt in inputs.prompts})
     backend = choose_backend(student.attention, PartialState().device, student.student.config)
+    if config.rollout.path:
+        source = f"{len(inputs.recorded)} rollouts of {config.rollout.path}"
+    else:
+        source = f"{len(inputs.prompts)} prompts ({distinct} distinct)"
     console.print(
         f"{config.model.path}: {student.student.config.model_type}, {total / 1e6:.2f} M parameters, "
         f"{trained / 1e6:.2f} M trained; format {student.spec.format}, block size {student.spec.block_size}, "
-        f"objective {config.loss.objective}, {len(inputs.prompts)} prompts "
-        f"({distinct} distinct), "
+        f"objective {config.loss.objective}, {source}, "
         f"attention {backend}, mask token id {student.spec.mask_token_id}"
     )
 

@@ -226,7 +226,9 @@ def fixed_memory(config: Config, sizes: Sizes) -> dict[str, float]:
 
 
 def rollout_memory(config: Config, sizes: Sizes, row: Row) -> dict[str, float]:
-    """The key-value cache and the working layer of decoding, bytes."""
+    """The key-value cache and the working layer of decoding, bytes; none where rollouts come from a file."""
+    if config.rollout.path:
+        return {}
     rows, a = min(config.rollout.batch_size, config.rollout.prompts_per_step), weight_element(config)
     tokens = rows * (row.length + 2 * row.block_size + 1)
     prefill = rows * row.prompt * (3 * sizes.inner + 4 * sizes.hidden) * a
@@ -306,6 +308,8 @@ def pass_flops(sizes: Sizes, queries: float, keys: float) -> float:
 
 def rollout_flops(config: Config, sizes: Sizes, row: Row, step: int) -> float:
     """One response: prefill, then D forwards per block and one slot per token that commits it."""
+    if config.rollout.path:
+        return 0.0
     head = 2 * sizes.vocabulary * sizes.hidden
     prefill = pass_flops(sizes, row.prompt, row.prompt)
     keys = row.prompt + row.response / 2
@@ -348,7 +352,8 @@ def schedule_lines(config: Config) -> list[str]:
     """One line for each stretch of steps that differ in nothing but the length cap."""
 
     def kind(step: int) -> tuple[str, int, str]:
-        author = "teacher" if is_from_teacher(config, step) else "student"
+        author = "the teacher's" if is_from_teacher(config, step) else "the student's"
+        author = f"recorded ({config.rollout.path})" if config.rollout.path else author
         return author, block_size_at(config.format, step), selection_at(config, step)
 
     lines = []
@@ -356,7 +361,7 @@ def schedule_lines(config: Config) -> list[str]:
         steps = list(group)
         caps = [str(response_cap(config, step)) for step in (steps[0], steps[-1])]
         lines.append(
-            f"steps {steps[0]}-{steps[-1]}: the {author}'s responses, block size {size}, states {selection}, "
+            f"steps {steps[0]}-{steps[-1]}: {author} responses, block size {size}, states {selection}, "
             f"at most {' to '.join(dict.fromkeys(caps))} tokens"
         )
     peak, section = config.optimizer.learning_rate, config.optimizer

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .blocks import CLEAN, Format, Grid, Slots, clean_reach, make_slots
 from .cache import DecodeCache
-from .records import NEVER
+from .records import NEVER, Rollout
 from .unmasking import Remasking
 
 Mode = Literal["ar", "static", "threshold", "entropy", "left_to_right", "lossless"]
@@ -72,6 +72,15 @@ class DecodeStats:
     num_forwards: int = 0
     num_steps: int = 0
     """Denoising steps (forwards that revealed tokens of the block), summed over rows."""
+
+    @classmethod
+    def of(cls, rollouts: Sequence[Rollout]) -> DecodeStats:
+        """What these rollouts cost when they were decoded."""
+        return cls(
+            sum(r.num_response for r in rollouts),
+            sum(r.num_forwards for r in rollouts),
+            sum(r.num_steps for r in rollouts),
+        )
 
     @property
     def tokens_per_forward(self) -> float:

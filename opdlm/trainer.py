@@ -107,7 +107,9 @@ class Run:
     student_loss: nn.Module
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
-    prompts: PromptStream
+    prompts: PromptStream[Prompt]
+    recorded: PromptStream[Rollout] | None = None
+    """Rollouts of `rollout.path`: none is generated then."""
     num_updates: int = 0
     totals: dict[str, float] = field(default_factory=lambda: {"rollout_tokens": 0.0, "loss_tokens": 0.0})
     pool: dict[int, list[Rollout]] = field(default_factory=dict)
@@ -116,9 +118,15 @@ class Run:
     """Running average of the trained weights, float32; empty without `train.ema_decay`."""
 
 
-def train(model: DiffusionLM, prompts: Sequence[Prompt], config: Config, log: MetricsLog) -> Run:
+def train(
+    model: DiffusionLM,
+    prompts: Sequence[Prompt],
+    config: Config,
+    log: MetricsLog,
+    recorded: Sequence[Rollout] = (),
+) -> Run:
     """Train to `train.num_steps`, continuing from the newest checkpoint in `output_dir` if there is one."""
-    run = start_run(model, prompts, config)
+    run = start_run(model, prompts, config, recorded)
     first_step = resume(run)
     is_main = run.accelerator.is_main_process
     if is_main:
@@ -170,7 +178,9 @@ def check_trackers(config: Config) -> None:
             )
 
 
-def start_run(model: DiffusionLM, prompts: Sequence[Prompt], config: Config) -> Run:
+def start_run(
+    model: DiffusionLM, prompts: Sequence[Prompt], config: Config, recorded: Sequence[Rollout] = ()
+) -> Run:
     accelerator = start_accelerator(config)
     is_sharded = place(model.eval(), accelerator)  # dropout acts where `adapter_dropout` says
     if config.train.gradient_checkpointing:
@@ -182,6 +192,8 @@ def start_run(model: DiffusionLM, prompts: Sequence[Prompt], config: Config) -> 
         student_loss, optimizer = accelerator.prepare(student_loss, optimizer)
     stream = PromptStream(prompts, config.rollout.prompts_per_step, config.train.seed)
     run = Run(config, model, student_loss, optimizer, accelerator, stream)
+    if recorded:
+        run.recorded = PromptStream(recorded, config.rollout.prompts_per_step, config.train.seed)
     if config.train.ema_decay is not None:
         run.average = {
             name: weight.detach().float().clone() for name, weight in trainable_weights(model).items()
@@ -193,8 +205,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     """One rollout step (0-based): generate, then `passes_per_rollout` passes of updates over the rollouts."""
     config, started = run.config, time.perf_counter()
     run.model.spec = replace(run.model.spec, block_size=block_size_at(config.format, step))
-    from_teacher = is_from_teacher(config, step)
-    rollouts, decoding = roll_out(run, run.prompts.at(step), step, from_teacher=from_teacher)
+    rollouts, decoding = roll_out(run, step)
     rollout_seconds = time.perf_counter() - started
     rng = generator_for(config.train.seed, step + 1, 10**6)
     run.pool = reusable(run, step) | {step: rollouts}
@@ -212,10 +223,12 @@ def reusable(run: Run, step: int) -> dict[int, list[Rollout]]:
     return {made: rollouts for made, rollouts in run.pool.items() if made >= oldest}
 
 
-def roll_out(
-    run: Run, prompts: list[Prompt], step: int, *, from_teacher: bool
-) -> tuple[list[Rollout], DecodeStats]:
-    """Rollouts of all the prompts, on every rank; each rank decodes its share of them."""
+def roll_out(run: Run, step: int) -> tuple[list[Rollout], DecodeStats]:
+    """Rollouts of all the step's prompts, on every rank: recorded ones, or each rank decodes its share."""
+    if run.recorded is not None:
+        rollouts = run.recorded.at(step)
+        return rollouts, DecodeStats.of(rollouts)
+    prompts = run.prompts.at(step)
     places = range(run.accelerator.process_index, len(prompts), run.accelerator.num_processes)
     with gathered_weights(run.model):
         rollouts, decoding = generate_rollouts(
@@ -225,7 +238,7 @@ def roll_out(
             step=step + 1,
             seed=run.config.train.seed,
             places=places,
-            from_teacher=from_teacher,
+            from_teacher=is_from_teacher(run.config, step),
         )
     everyone = gather_items(run.accelerator, dict(zip(places, rollouts, strict=True)))
     decodings = gather_items(run.accelerator, {run.accelerator.process_index: decoding})
@@ -407,7 +420,9 @@ def step_metrics(
         "tokens_per_step": decoding.tokens_per_step,
         "response_length": decoding.num_tokens / len(rollouts),
         "stop_rate": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
-        "rollout_tokens_per_second": decoding.num_tokens / rollout_seconds,
+        "rollout_tokens_per_second": 0.0
+        if run.recorded is not None
+        else decoding.num_tokens / rollout_seconds,
         "rollout_share_of_time": rollout_seconds / seconds,
         "seconds": seconds,
         **run.totals,

@@ -17,10 +17,10 @@ FLOORS = {
     3: {"diffusion", "optimizer", "curricula"},
     4: {"adapter", "data", "denoise", "devices", "states"},
     5: {"models", "lossless"},
-    6: {"convert", "targets", "generate", "export"},
+    6: {"convert", "targets", "generate", "export", "rollout_file", "answer"},
     7: {"rollout", "evaluate", "modeling_opdlm"},
     8: {"trainer", "self_prompts", "plots", "card", "likelihood"},
-    9: {"pipeline", "plan", "harness", "bench"},
+    9: {"pipeline", "plan", "harness", "bench", "verbs"},
     10: {"cli"},
     11: {"__main__"},
 }

@@ -21,12 +21,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data, write_rows
 
 from opdlm.cli import main
+from opdlm.records import NEVER
+from opdlm.rollout_file import RECORD
 
 ROOT = Path(__file__).parent.parent
 
@@ -173,6 +176,46 @@ def other_model_in_checkpoint(place: Place) -> list[str]:
         assert main(place.convert(output, "train.save_every=1", model=folder)) == 0
     write_checkpoint(folder, hidden_size=16)
     return place.convert(output, "train.save_every=1", model=folder)
+
+
+def recorded(place: Place, record: dict[str, Any] | None = None, **changes: Any) -> str:
+    """`rollout.path` of a file with one good row (a random mask trains on it), but for these changes."""
+    row: dict[str, Any] = {
+        "prompt": "a",
+        "prompt_ids": [4, 5],
+        "response": "bc",
+        "response_ids": [5, 6, 1],
+        "unmask_step": [1, 2, 3],
+        "num_response": 3,
+        "finish_reason": "stop",
+        "logprobs": [-1.0, -1.0, -1.0],
+        "num_forwards": 3,
+        "num_steps": 3,
+    } | changes
+    metadata = None if record is None else {RECORD: json.dumps(record)}
+    columns = {name: [value] for name, value in row.items() if value is not None}
+    table = pyarrow.table(columns).replace_schema_metadata(metadata)
+    pyarrow.parquet.write_table(table if row["prompt"] else table.slice(0, 0), place.root / "bad.parquet")
+    return f"rollout.path={place.root / 'bad.parquet'}"
+
+
+def offline(place: Place, *overrides: str, record: dict[str, Any] | None = None, **changes: Any) -> list[str]:
+    return place.convert(recorded(place, record, **changes), *(overrides or ["states.selection=random_mask"]))
+
+
+def rollout(place: Place, *flags: str, model: str = "sdar/model", out: str = "new.parquet") -> list[str]:
+    prompts = str(place.root / "prompts.jsonl")
+    return ["rollout", str(place.root / model), prompts, "--out", str(place.root / out), *flags]
+
+
+def other_rollouts(place: Place) -> list[str]:
+    """The name of a file that other settings made."""
+    recorded(place, {"mode": "static"})
+    return rollout(place, "--max-new-tokens", "8", out="bad.parquet")
+
+
+def fill(place: Place, text: str, *flags: str) -> list[str]:
+    return ["generate", str(place.root / "sdar" / "model"), text, *flags]
 
 
 SDAR_LOSSLESS = ("format.name=sdar", "eval.modes=lossless")
@@ -509,6 +552,123 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     "eval of a training key": (
         lambda p: ["eval", str(p.root / "sdar" / "model"), "train.seed=1"],
         ("train.seed=1", "only eval.*"),
+    ),
+    "generate from a file that is missing": (
+        lambda p: ["generate", str(p.root / "sdar" / "model"), "--prompts-file", "/no/p.jsonl"],
+        ("/no/p.jsonl", "does not exist"),
+    ),
+    "infill without a gap": (lambda p: fill(p, "abc", "--infill"), ("PROMPT has no gap", "<gap:12>")),
+    "infill that starts with a gap": (
+        lambda p: fill(p, "<gap> a", "--infill"),
+        ("PROMPT starts with a gap", "put text first"),
+    ),
+    "a gap of no tokens": (lambda p: fill(p, "a <gap:0>", "--infill"), ("gap of 0 tokens", "at least 1")),
+    "infill from left to right": (
+        lambda p: fill(p, "a <gap>", "--infill", "--mode", "ar"),
+        ("--infill with --mode ar", "use threshold"),
+    ),
+    "infill with a veto": (
+        lambda p: fill(p, "a <gap>", "--infill", "--veto-below", "0.1"),
+        ("--veto-below 0.1", "Leave --veto-below out"),
+    ),
+    "infill with a stop string": (
+        lambda p: fill(p, "a <gap>", "--infill", "--stop", "b"),
+        ("--stop", "--infill", "choose one"),
+    ),
+    "an empty stop string": (lambda p: fill(p, "a", "--stop", ""), ("--stop is empty", "give the text")),
+    "streamed JSON": (lambda p: fill(p, "a", "--stream", "--json"), ("--stream", "--json", "choose one")),
+    "no denoising step": (
+        lambda p: fill(p, "a", "--denoising-steps", "0"),
+        ("--denoising-steps (0)", "between 1 and"),
+    ),
+    "rollout of a plain model by denoising": (
+        lambda p: rollout(p, model="model"),
+        ("--mode threshold", "use --mode ar"),
+    ),
+    "rollout of no model": (
+        lambda p: rollout(p, "--mode", "ar", model="nothing"),
+        ("/nothing) does not exist", "Give a checkpoint folder"),
+    ),
+    "rollout to another kind of file": (
+        lambda p: rollout(p, "--max-new-tokens", "8", out="new.jsonl"),
+        ("--out", "new.jsonl", ".parquet"),
+    ),
+    "rollout to a file of other settings": (
+        other_rollouts,
+        ("bad.parquet holds rollouts of other settings", "choose another --out"),
+    ),
+    "rollout past the context": (lambda p: rollout(p), ("--max-new-tokens (256)", "context (128)")),
+    "rollout of no prompts": (lambda p: rollout(p, "--limit", "0"), ("--limit (0)", "at least 1")),
+    "rollout with a training key": (
+        lambda p: rollout(p, "train.seed=1"),
+        ("train.seed=1", "only data.* keys"),
+    ),
+    "rollout with a column that is missing": (
+        lambda p: rollout(p, "data.prompt_column=question"),
+        ("prompts.jsonl:1", "no column question"),
+    ),
+    "recorded rollouts missing": (
+        lambda p: p.convert("rollout.path=/no/r.parquet"),
+        ("rollout.path (/no/r.parquet)", "does not exist", "opdlm rollout"),
+    ),
+    "recorded rollouts of another format": (
+        lambda p: p.convert(f"rollout.path={p.root / 'prompts.jsonl'}"),
+        ("rollout.path", "prompts.jsonl) cannot be read as a file of rollouts"),
+    ),
+    "recorded rollouts without a column": (
+        lambda p: offline(p, unmask_step=None),
+        ("no column unmask_step", "opdlm rollout"),
+    ),
+    "recorded rollouts of the wrong type": (
+        lambda p: offline(p, response_ids="abc"),
+        ("rollout.path", "cannot be read as a file of rollouts"),
+    ),
+    "recorded rollouts, none": (lambda p: offline(p, prompt=""), ("rollout.path", "holds no rollouts")),
+    "recorded rollouts that do not add up": (
+        lambda p: offline(p, num_response=9),
+        ("bad.parquet row 0", "different lengths"),
+    ),
+    "recorded rollouts with masks": (
+        lambda p: offline(p, response_ids=[5, 46, 1]),
+        ("row 0 contains the mask token (id 46)", "format.mask_token"),
+    ),
+    "recorded rollouts of another vocabulary": (
+        lambda p: offline(p, response_ids=[5, 70, 1]),
+        ("row 0 has the token id 70", "another model's"),
+    ),
+    "recorded rollouts of another tokenizer": (
+        lambda p: offline(p, response="cd"),
+        ("row 0", "reads as another text"),
+    ),
+    "recorded rollouts of another mask token": (
+        lambda p: offline(p, response_ids=[5, 6, 1, 7], unmask_step=[1, 2, 3, NEVER]),
+        ("row 0", "another mask token"),
+    ),
+    "recorded rollouts longer than the context": (
+        lambda p: offline(p, prompt_ids=[5] * 130),
+        ("row 0 has 133 tokens", "context (128)"),
+    ),
+    "recorded rollouts without a trajectory": (
+        lambda p: offline(p, "states.selection=all", record={"mode": "ar"}),
+        ("states.selection (all)", "mode ar", "set states.selection=random_mask"),
+    ),
+    "recorded rollouts of another program": (
+        lambda p: offline(p, "states.selection=one_per_block"),
+        ("states.selection (one_per_block)", "another program", "random_mask"),
+    ),
+    "recorded rollouts of another block size": (
+        lambda p: offline(
+            p, "states.selection=all", record={"mode": "static", "block_size": 8, "grid": "absolute"}
+        ),
+        ("format.block_size (4)", "(8, absolute)", "random_mask"),
+    ),
+    "recorded rollouts and a warm start": (
+        lambda p: offline(p, "rollout.warm_start_steps=1"),
+        ("rollout.warm_start_steps (1)", "set rollout.warm_start_steps=0"),
+    ),
+    "recorded rollouts and self prompts": (
+        lambda p: offline(p, "data.self_prompts=9"),
+        ("data.self_prompts (9)", "set data.self_prompts=0"),
     ),
     "unknown recipe": (lambda p: ["recipes", "tinny"], ("tinny", "Did you mean tiny")),
 }

@@ -1,0 +1,292 @@
+"""What `opdlm generate` and `opdlm rollout` do once their command line is read: load, check, decode."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from opdlm import __version__
+from opdlm.answer import StopStrings, Stream, encode_gaps
+from opdlm.blocks import Grid
+from opdlm.config import Config, DataSection, check_config, resolve_path
+from opdlm.convert import plain_decoder
+from opdlm.data import encode_prompt, encode_rows, load_rows, messages_of
+from opdlm.diffusion import DiffusionLM
+from opdlm.errors import ConfigError
+from opdlm.generate import DecodeConfig, OnStep, generate
+from opdlm.generation_log import fingerprint
+from opdlm.metrics import DecodingProgress
+from opdlm.models import check_fits, load, load_causal_lm, load_tokenizer
+from opdlm.records import Prompt, Rollout
+from opdlm.rollout import seed_of
+from opdlm.rollout_file import Engine, decode_resumably, hash_of_prompts, is_finished, write_rollouts
+from opdlm.rows import DecodeStats
+from opdlm.settings import apply_override, build_section
+
+BATCHES_PER_PIECE = 4
+"""`opdlm rollout` keeps so many batches on disk at a time: rows of one piece make room for each other."""
+
+
+def check_decoding(options: argparse.Namespace) -> None:
+    """The numbers that both verbs take."""
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens ({options.max_new_tokens}) must be at least 1.")
+    if options.temperature < 0:
+        raise ConfigError(f"--temperature ({options.temperature:g}) must be 0 (arg-max) or greater.")
+    if not 0 <= options.threshold <= 1:
+        raise ConfigError(f"--threshold ({options.threshold:g}) must lie between 0 and 1.")
+    if options.top_k is not None and options.top_k < 1:
+        raise ConfigError(f"--top-k ({options.top_k}) must be at least 1.")
+    if options.top_p is not None and not 0 < options.top_p <= 1:
+        raise ConfigError(f"--top-p ({options.top_p:g}) must lie in (0, 1].")
+
+
+def decode_config(options: argparse.Namespace, model: DiffusionLM, **others: Any) -> DecodeConfig:
+    """The settings of both verbs, checked against the checkpoint."""
+    if options.mode == "lossless" and model.spec.format == "sdar":
+        raise ConfigError(
+            "--mode lossless needs a preserve checkpoint; this one is sdar. Use static or threshold."
+        )
+    if options.denoising_steps is not None and not 1 <= options.denoising_steps <= model.spec.block_size:
+        raise ConfigError(
+            f"--denoising-steps ({options.denoising_steps}) must lie between 1 and the block size "
+            f"({model.spec.block_size})."
+        )
+    return DecodeConfig(
+        mode=options.mode,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        denoising_steps=options.denoising_steps,
+        confidence_threshold=options.threshold,
+        **others,
+    )
+
+
+def check_answering(options: argparse.Namespace) -> None:
+    check_decoding(options)
+    if not options.prompts and not options.prompts_file:
+        raise ConfigError("generate needs a PROMPT, or --prompts-file FILE. See: opdlm generate --help")
+    if not all(text.strip() for text in options.prompts):
+        raise ConfigError("PROMPT is empty: give some text.")
+    if options.veto_below is not None and not 0 <= options.veto_below <= 1:
+        raise ConfigError(f"--veto-below ({options.veto_below:g}) must lie between 0 and 1.")
+    if not all(options.stop):
+        raise ConfigError("--stop is empty: give the text that ends a response.")
+    if options.stream and options.json:
+        raise ConfigError("--stream shows text as it comes, and --json whole answers: choose one.")
+    if options.infill and options.stop:
+        raise ConfigError("--stop ends a response, and --infill keeps the text after a gap: choose one.")
+    if options.infill and options.mode in ("ar", "lossless"):
+        raise ConfigError(
+            f"--infill with --mode {options.mode}, which writes from left to right and would cut off what "
+            "follows a gap: use threshold, static, entropy or left_to_right."
+        )
+    if options.infill and options.veto_below:
+        raise ConfigError(
+            f"--infill with --veto-below {options.veto_below:g}: a veto masks all that follows, the text "
+            "after the gap too. Leave --veto-below out."
+        )
+
+
+def answer_prompts(options: argparse.Namespace) -> int:
+    """`opdlm generate`."""
+    check_answering(options)
+    model, tokenizer = load(options.folder)
+    if options.infill:  # what ends a response would cut off the text after the gap
+        banned = (*model.spec.banned_token_ids, *model.spec.stop_token_ids)
+        model.spec = replace(model.spec, banned_token_ids=banned)
+    veto_below = 0.0 if options.infill else options.veto_below
+    chosen = {} if veto_below is None else {"veto_below": veto_below}
+    config = decode_config(options, model, logprobs=options.logprobs, **chosen)
+    texts, prompts = read_prompts(options, model, tokenizer)
+    stops = StopStrings(tokenizer, tuple(options.stop))
+    seeds = [seed_of(options.seed, place) for place in range(len(prompts))]
+    find_end = stops.find_end if stops.strings else None
+    if options.stream:
+        rollouts = [
+            stream(model, ids, config, seed, stops, options) for ids, seed in zip(prompts, seeds, strict=True)
+        ]
+    else:
+        rollouts, _ = generate(model, prompts, config, seeds, find_end=find_end)
+    for text, rollout in zip(texts, rollouts, strict=True):
+        show(text, rollout, stops, options)
+    stats = DecodeStats.of(rollouts)
+    print(
+        f"{stats.num_tokens} tokens in {stats.num_forwards} forwards, "
+        f"{stats.tokens_per_forward:.2f} per forward",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def read_prompts(
+    options: argparse.Namespace, model: DiffusionLM, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], list[list[int]]]:
+    """Prompts as the user wrote them, and as token ids."""
+    conversations = [[{"role": "user", "content": text}] for text in options.prompts]
+    if options.prompts_file:
+        rows = load_rows(DataSection(path=options.prompts_file))
+        conversations += [messages_of(place, row, "") for place, row in rows]
+    texts, spec = [messages[-1]["content"] for messages in conversations], model.spec
+    if any(spec.mask_token_id in tokenizer(text)["input_ids"] for text in texts):
+        raise ConfigError("PROMPT contains the mask token, which stands for unknown text: remove it.")
+    if options.infill:
+        prompts = [encode_gaps(tokenizer, text, spec.mask_token_id, spec.block_size) for text in texts]
+        check_fits(model, prompts, 0, "--max-new-tokens")
+    else:
+        prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
+        check_fits(model, prompts, options.max_new_tokens, "--max-new-tokens")
+    return texts, prompts
+
+
+def stream(
+    model: DiffusionLM,
+    ids: list[int],
+    config: DecodeConfig,
+    seed: int,
+    stops: StopStrings,
+    options: argparse.Namespace,
+) -> Rollout:
+    """Answer one prompt, or fill its gaps, in sight of the user."""
+    shown = range(len(ids)) if options.infill else range(len(ids), len(ids) + config.max_new_tokens)
+    is_block = config.mode not in ("ar", "lossless")
+    grid = model.spec.block_grid if is_block else Grid(block_size=1)
+    find_end = stops.find_end if stops.strings else None
+    with Stream(stops, model.spec, grid, shown, Console(highlight=False)) as view:
+        (rollout,), _ = generate(model, [ids], config, [seed], view.on_step, find_end)
+        view.finish(rollout)
+    return rollout
+
+
+def show(text: str, rollout: Rollout, stops: StopStrings, options: argparse.Namespace) -> None:
+    """One answer on stdout: text, or a line of JSON; then its tokens with their log-probabilities."""
+    ids = rollout.prompt_ids + rollout.text_ids if options.infill else rollout.text_ids
+    response = stops.cut(stops.text(ids))
+    if options.json:
+        record = {
+            "prompt": text,
+            "response": response,
+            "finish_reason": rollout.finish_reason,
+            "token_ids": rollout.text_ids,
+            "unmask_step": rollout.unmask_step[: rollout.num_response],
+            "num_forwards": rollout.num_forwards,
+            "num_steps": rollout.num_steps,
+        }
+        record |= {"logprobs": rollout.logprobs} if options.logprobs else {}
+        print(json.dumps(record, ensure_ascii=False))
+        return
+    if not options.stream:
+        print(response)
+    for token, step, logprob in zip(rollout.text_ids, rollout.unmask_step, rollout.logprobs, strict=False):
+        if step:  # 0: the user's own text around a gap
+            print(f"{logprob:9.4f}  {stops.tokenizer.decode([token])!r}")
+
+
+def check_recording(options: argparse.Namespace) -> None:
+    check_decoding(options)
+    for name in ("batch_size", "limit"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} ({getattr(options, name)}) must be at least 1.")
+
+
+def record_rollouts(options: argparse.Namespace) -> int:
+    """`opdlm rollout`."""
+    check_recording(options)
+    section = data_section(options)
+    model, tokenizer = load_decoder(options)
+    config = decode_config(options, model, batch_size=options.batch_size, veto_below=0.0, logprobs=True)
+    rows = load_rows(section)
+    prompts = encode_rows(rows, tokenizer, section=section, mask_token_id=model.spec.mask_token_id)
+    check_fits(model, [prompt.ids for prompt in prompts], options.max_new_tokens, "--max-new-tokens")
+    settings, out, console = settings_of(options, model, prompts, config), Path(options.out), Console()
+    if is_finished(out, settings):
+        console.print(f"{out} is finished already: {len(prompts)} rollouts", soft_wrap=True)
+        return 0
+    with DecodingProgress(len(prompts), console) as progress:
+        rollouts = decode_resumably(
+            out,
+            prompts,
+            [seed_of(options.seed, prompt.index) for prompt in prompts],
+            own_engine(model, config, progress.on_step),
+            settings,
+            piece_size=BATCHES_PER_PIECE * options.batch_size,
+            on_piece=progress.on_piece,
+        )
+    texts = [messages_of(*rows[prompt.index], "", section.prompt_column)[-1]["content"] for prompt in prompts]
+    write_rollouts(out, texts, rollouts, tokenizer, settings)
+    stats = DecodeStats.of(rollouts)
+    console.print(
+        f"rollouts: {out} ({len(rollouts)} responses, {stats.num_tokens} tokens, "
+        f"{stats.tokens_per_forward:.2f} per forward)",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def own_engine(model: DiffusionLM, config: DecodeConfig, on_step: OnStep) -> Engine:
+    """This package's decode loop."""
+    return lambda prompts, seeds: generate(model, prompts, config, seeds, on_step)[0]
+
+
+def data_section(options: argparse.Namespace) -> DataSection:
+    """Where the prompts come from, with other `data.*` keys."""
+    values: dict[str, Any] = {"data": asdict(DataSection())}
+    for override in options.overrides:
+        if not override.startswith("data."):
+            raise ConfigError(
+                f"{override}: only data.* keys matter here, for example data.prompt_column=text."
+            )
+        apply_override(values, override)
+    values["data"]["path"] = options.source
+    config = build_section(Config, values)
+    check_config(config)
+    limit = config.data.limit if options.limit is None else options.limit
+    return replace(config.data, limit=limit)
+
+
+def load_decoder(options: argparse.Namespace) -> tuple[DiffusionLM, Any]:
+    """A converted folder, or (mode ar) a checkpoint as it is, on the GPU if there is one."""
+    path, device = resolve_path(options.model), str(PartialState().device)
+    if is_converted(Path(path)):
+        return load(path, options.dtype, device)
+    if options.mode != "ar":
+        raise ConfigError(
+            f"--mode {options.mode} needs a folder written by opdlm convert, and MODEL ({options.model}) is "
+            "none: give one, or use --mode ar."
+        )
+    tokenizer = load_tokenizer(path)
+    return plain_decoder(load_causal_lm(path, options.dtype), tokenizer).to(device), tokenizer
+
+
+def is_converted(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and "block_diffusion" in config.read_text()
+
+
+def settings_of(
+    options: argparse.Namespace, model: DiffusionLM, prompts: Sequence[Prompt], config: DecodeConfig
+) -> dict[str, Any]:
+    """Everything that decides what is in the file."""
+    path = resolve_path(options.model)
+    return {
+        "opdlm": __version__,
+        "model": str(Path(path).resolve()) if Path(path).is_dir() else path,
+        "checkpoint": fingerprint(path),
+        "prompts": hash_of_prompts(prompts),
+        "engine": options.engine,
+        "dtype": options.dtype,
+        "seed": options.seed,
+        "block_size": model.spec.block_size,
+        "grid": model.spec.grid,
+    } | asdict(config)
