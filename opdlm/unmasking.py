@@ -102,6 +102,7 @@ def choose_revealed(
 
 def choose_within_entropy(entropy_BT: Tensor, masked_BT: Tensor, bound: float) -> Tensor:
     """Bool `[B, T]`: the most certain masked positions whose entropies, less the largest, sum to `bound`."""
-    sorted_BT, order_BT = entropy_BT.masked_fill(~masked_BT, torch.inf).sort(dim=1, stable=True)
+    entropy_BT = entropy_BT.nan_to_num(0.0).masked_fill(~masked_BT, torch.inf)  # a broken model must end too
+    sorted_BT, order_BT = entropy_BT.sort(dim=1, stable=True)
     fits_BT = sorted_BT.cumsum(1) - sorted_BT <= bound
     return torch.zeros_like(masked_BT).scatter(1, order_BT, fits_BT) & masked_BT

@@ -186,3 +186,4 @@ def test_entropy_bound_reveals_the_certain_ones_first_and_always_one() -> None:
     masked = torch.tensor([[True, True, True, False], [True, True, True, False]])
     revealed = choose_within_entropy(entropy, masked, 0.25)
     assert revealed.tolist() == [[False, True, True, False], [False, False, True, False]]
+    assert choose_within_entropy(entropy * torch.nan, masked, 0.25).any(1).all()
