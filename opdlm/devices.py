@@ -85,7 +85,7 @@ def place(model: DiffusionLM, accelerator: Accelerator) -> None:
 def wrap(
     student_loss: nn.Module, optimizer: Optimizer, accelerator: Accelerator, config: Config
 ) -> tuple[nn.Module, Optimizer]:
-    """The loss and optimiser that exchange gradients: in ZeRO's engine, in FSDP's layers (as placed), in DDP."""
+    """Loss and optimiser that exchange gradients: in ZeRO's engine, in FSDP's layers (as placed), in DDP."""
     if zero_stage():
         return start_zero(student_loss, optimizer, config)
     if any(isinstance(module, FSDPModule) for module in student_loss.modules()):

@@ -2,8 +2,8 @@
 
 DeepSpeed's engine wraps the student's loss: it gathers weights around every module (stage 3), reduces
 gradients to the rank that holds their piece, clips and steps. The loop stays ours, and so do the checkpoints:
-whole tensors, in the layout of an optimiser that was never cut, so a run continues under any launch file on any
-number of ranks. `devices` calls this room where the launch asks for ZeRO. arXiv 1910.02054.
+whole tensors, as of an optimiser that was never cut, so a run continues under any launch file on any number
+of ranks. `devices` calls this room where the launch asks for ZeRO. arXiv 1910.02054.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def check_zero(config: Config) -> None:
         raise ConfigError("the launch asks for DeepSpeed, which is missing: pip install 'opdlm[deepspeed]'.")
     if stage and config.optimizer.name == "adamw8bit":
         raise ConfigError(
-            "optimizer.name (adamw8bit) does not work with ZeRO, which cuts tensors inside the blocks that share "
-            "a scale: use adamw, or launch with recipes/accelerate/ddp.yaml."
+            "optimizer.name (adamw8bit) does not work with ZeRO, which cuts tensors inside the blocks that "
+            "share a scale: use adamw, or launch with recipes/accelerate/ddp.yaml."
         )
     for key, is_used in {
         "train.ema_decay": config.train.ema_decay is not None,

@@ -25,7 +25,16 @@ FLOORS = {
     11: {"__main__"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-OPTIONAL_PACKAGES = {"vllm", "flash_attn", "lm_eval", "wandb", "sglang", "bitsandbytes", "tensorboard", "deepspeed"}
+OPTIONAL_PACKAGES = {
+    "bitsandbytes",
+    "deepspeed",
+    "flash_attn",
+    "lm_eval",
+    "sglang",
+    "tensorboard",
+    "vllm",
+    "wandb",
+}
 FILES = sorted(PACKAGE.glob("*.py"))
 ROOM_FILES = [path for path in FILES if path.stem != "__init__"]
 
