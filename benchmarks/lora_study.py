@@ -127,8 +127,8 @@ def plot(runs: dict[str, Any], path: Path) -> None:
 def finished(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The variants that were measured with these settings, in the order of VARIANTS."""
     parts = [(name, out / f"{name}.json") for name in VARIANTS]
-    runs = {name: json.loads(part.read_text()) for name, part in parts if part.is_file()}
-    return {name: run for name, run in runs.items() if run["settings"] == settings}
+    found = {name: json.loads(part.read_text()) for name, part in parts if part.is_file()}
+    return {name: part["run"] for name, part in found.items() if part["settings"] == settings}
 
 
 def write_results(runs: dict[str, Any], settings: dict[str, Any], out: Path) -> None:
@@ -163,7 +163,9 @@ def main() -> None:
                 traceback.print_exc()
                 failed.append(variant)
                 continue
-            write_atomic(args.out / f"{variant}.json", json.dumps({"settings": settings} | run, indent=1))
+            write_atomic(
+                args.out / f"{variant}.json", json.dumps({"settings": settings, "run": run}, indent=1)
+            )
         write_results(finished(args.out, settings), settings, args.out)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; the same command tries them again")

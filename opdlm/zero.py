@@ -46,6 +46,13 @@ def check_zero(config: Config) -> None:
             "optimizer.name (adamw8bit) does not work with ZeRO, which cuts tensors inside the blocks that "
             "share a scale: use adamw, or launch with recipes/accelerate/ddp.yaml."
         )
+    is_full_preserve = config.format.name == "preserve" and not config.lora.enabled
+    if stage and is_full_preserve and config.model.dtype != "float32":
+        raise ConfigError(
+            f"model.dtype ({config.model.dtype}) with format.name=preserve and lora.enabled=false trains "
+            "weights of two dtypes, which ZeRO cannot: use model.dtype=float32 with "
+            "train.mixed_precision=bf16, or launch with recipes/accelerate/ddp.yaml."
+        )
     for key, is_used in {
         "train.ema_decay": config.train.ema_decay is not None,
         "model.load_in_4bit": config.model.load_in_4bit,
@@ -63,7 +70,7 @@ def start_zero(
     """The engine, called like the module it wraps, and the optimiser in pieces."""
     import deepspeed
 
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = optimizer.param_groups[0]["params"]
     settings = {
         "train_micro_batch_size_per_gpu": 1,  # the loop makes its own batches
         "gradient_clipping": config.optimizer.max_grad_norm,

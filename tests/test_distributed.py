@@ -214,6 +214,7 @@ def test_a_process_holds_its_share_of_weights_and_moments(case: str, together: A
     [
         ("1", [], "must be 2 or 3"),
         ("2", ["optimizer.name=adamw8bit"], "optimizer.name (adamw8bit)"),
+        ("2", ["lora.enabled=false", "model.dtype=bfloat16"], "weights of two dtypes"),
         ("3", ["train.ema_decay=0.9"], "train.ema_decay needs whole weights"),
     ],
 )
