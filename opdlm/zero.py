@@ -74,7 +74,11 @@ def start_zero(
     settings = {
         "train_micro_batch_size_per_gpu": 1,  # the loop makes its own batches
         "gradient_clipping": config.optimizer.max_grad_norm,
-        "zero_optimization": {"stage": zero_stage(), "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {
+            "stage": zero_stage(),
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": 0,  # free weights after each use, however small the model
+        },
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {
             "enabled": config.train.mixed_precision == "bf16",
