@@ -54,8 +54,10 @@ Metrics = dict[str, float]
 
 
 def make_model(kind: str) -> DiffusionLM:
-    """`sdar` trains everything and has its embedding as its head; `lora` shares one set of weights."""
-    return make_lm(kind, base=qwen3(tie_word_embeddings=kind == "sdar"))
+    """`sdar` trains everything and has its embedding as its head; `lora` shares one set of weights.
+    33 numbers cannot be cut into two equal pieces.
+    """
+    return make_lm(kind, base=qwen3(tie_word_embeddings=kind == "sdar", hidden_size=33))
 
 
 def start(kind: str, output: Path) -> Run:
