@@ -5,20 +5,24 @@
 
 Every variant converts the bundled teacher (preserve, the tiny recipe) with the same prompts, seed and number
 of updates; only the `lora` section differs, and the learning rate of the full copy. Interrupted, the same
-command continues: a variant whose JSON exists is not run again. Writes results.json, table.md and
-lora_study.png. One seed: read differences of a few points as noise.
+command continues: a variant whose JSON exists, with the same settings, is not run again. A variant that fails
+is reported at the end; the others run. Writes results.json, table.md and lora_study.png after every variant.
+One seed: read differences of a few points as noise.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from opdlm.checkpoint import write_atomic
 from opdlm.config import Config, load_config
 from opdlm.evaluate import evaluate
 from opdlm.pipeline import load_inputs, versions
@@ -120,6 +124,20 @@ def plot(runs: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def finished(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The variants that were measured with these settings, in the order of VARIANTS."""
+    parts = [(name, out / f"{name}.json") for name in VARIANTS]
+    found = {name: json.loads(part.read_text()) for name, part in parts if part.is_file()}
+    return {name: part["run"] for name, part in found.items() if part["settings"] == settings}
+
+
+def write_results(runs: dict[str, Any], settings: dict[str, Any], out: Path) -> None:
+    results = {"settings": settings | {"versions": versions()}, "runs": runs}
+    write_atomic(out / "results.json", json.dumps(results, indent=1))
+    write_table(runs, out / "table.md")
+    plot(runs, out / "lora_study.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -134,18 +152,23 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    for variant in args.variants:
-        part = args.out / f"{variant}.json"
-        if not part.is_file():
-            print(variant, flush=True)
-            part.write_text(json.dumps(measure(run_config(variant, args)), indent=1))
-    parts = {name: args.out / f"{name}.json" for name in VARIANTS}
-    runs = {name: json.loads(part.read_text()) for name, part in parts.items() if part.is_file()}
     settings = {"steps": args.steps, "seed": args.seed, "limit": args.limit, "set": args.set}
-    results = {"settings": settings | {"versions": versions()}, "runs": runs}
-    (args.out / "results.json").write_text(json.dumps(results, indent=1))
-    write_table(runs, args.out / "table.md")
-    plot(runs, args.out / "lora_study.png")
+    failed = []
+    for variant in args.variants:
+        if variant not in finished(args.out, settings):
+            print(variant, flush=True)
+            try:
+                run = measure(run_config(variant, args))
+            except Exception:  # whatever it is, the other variants are worth having
+                traceback.print_exc()
+                failed.append(variant)
+                continue
+            write_atomic(
+                args.out / f"{variant}.json", json.dumps({"settings": settings, "run": run}, indent=1)
+            )
+        write_results(finished(args.out, settings), settings, args.out)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; the same command tries them again")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ from opdlm.models import assemble, copy_of
 from opdlm.records import Rollout
 from opdlm.rollout import generator_for
 from opdlm.states import StateBatch, select_states
-from opdlm.targets import score_rows
 from opdlm.trainer import StudentLoss
 
 MIB = 2**20
@@ -131,7 +130,7 @@ def make_loss(args: argparse.Namespace, states: StateBatch) -> tuple[Callable[[]
     weights_M = states.is_supervised_BS.float()[states.is_supervised_BS] / states.is_supervised_BS.sum()
 
     def loss() -> Tensor:
-        return student_loss(states, score_rows(model, states.text), weights_M).loss
+        return student_loss(states, weights_M).loss
 
     return loss, [p for p in model.parameters() if p.requires_grad]
 

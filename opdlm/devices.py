@@ -5,6 +5,7 @@ run, every rank takes a share of them, and random draws belong to a prompt, not 
 accelerate makes of it. FSDP2 is applied here, because rollouts and the teacher's pass go around the forward
 that accelerate wraps: every decoder layer is a shard of its own; embeddings, norm and head form the root's,
 which the first forward after an update gathers and the backward pass frees, so the loss can read the head.
+DeepSpeed's ZeRO is in `zero`.
 Not here: the launch (`accelerate launch`, docs/many_devices.md).
 """
 
@@ -13,60 +14,59 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env, patch_environment
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opdlm.blocks import clean_slots
 from opdlm.config import Config
 from opdlm.diffusion import DiffusionLM
-from opdlm.errors import ConfigError
+from opdlm.zero import ZeroOptimizer, check_zero, gathered_for_rollouts, start_zero, zero_stage
 
 Item = TypeVar("Item")
 
 
-def join_ranks() -> PartialState:
+def join_ranks(config: Config) -> PartialState:
     """Meet the other ranks of the launch. accelerate looks for them on CPUs only when told to."""
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ConfigError(
-            "the launch asks for DeepSpeed, which is not supported: its checkpoints would not continue on "
-            "another number of devices. Launch with recipes/accelerate/fsdp2.yaml, which shards as much."
-        )
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    check_zero(config)
+    with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):  # `zero` drives the engine, not accelerate
+        state = PartialState(cpu=not torch.accelerator.is_available())
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", "1")), "every rank would run alone"
     return state
 
 
 def start_accelerator(config: Config) -> Accelerator:
     """Device, precision and trackers. A second run in one process may choose another precision."""
-    join_ranks()
+    join_ranks(config)
     AcceleratorState._reset_state(reset_partial_state=False)
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=config.train.mixed_precision,
-        log_with=list(config.train.report_to) or None,
-        project_dir=config.output_dir,
-    )
+    with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=config.train.mixed_precision,
+            log_with=list(config.train.report_to) or None,
+            project_dir=config.output_dir,
+        )
     if config.train.report_to:
         settings = {key: str(value) for key, value in config.flat().items()}
         accelerator.init_trackers("opdlm", config=settings)
     return accelerator
 
 
-def place(model: DiffusionLM, accelerator: Accelerator) -> bool:
-    """Move the model to this rank's device, or its share of the weights if the launch asks for FSDP; whether
-    it was sharded. Make the optimiser afterwards: sharding replaces the parameters.
+def place(model: DiffusionLM, accelerator: Accelerator) -> None:
+    """Move the model to this rank's device, or its share of the weights if the launch asks for FSDP. Make the
+    optimiser afterwards: sharding replaces the parameters.
     """
     if accelerator.num_processes == 1 or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         model.to(accelerator.device)
-        return False
+        return
     reshard = parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):  # what transformers calls a decoder layer
@@ -80,18 +80,32 @@ def place(model: DiffusionLM, accelerator: Accelerator) -> bool:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # the optimiser must find the shards
-    return True
+
+
+def wrap(
+    student_loss: nn.Module, optimizer: Optimizer, accelerator: Accelerator, config: Config
+) -> tuple[nn.Module, Optimizer]:
+    """Loss and optimiser that exchange gradients: in ZeRO's engine, in FSDP's layers (as placed), in DDP."""
+    if zero_stage():
+        return start_zero(student_loss, optimizer, config)
+    if any(isinstance(module, FSDPModule) for module in student_loss.modules()):
+        return student_loss, optimizer
+    return accelerator.prepare(student_loss, optimizer)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
+    return isinstance(model, FSDPModule) or zero_stage() == 3
 
 
 @contextmanager
-def gathered_weights(model: nn.Module) -> Iterator[None]:
+def gathered_weights(student_loss: nn.Module) -> Iterator[None]:
     """All weights on every rank, without communication inside: ranks decode different numbers of steps."""
-    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    layers = [module for module in shards if module is not model]
+    if zero_stage() == 3:
+        with gathered_for_rollouts(student_loss):
+            yield
+        return
+    shards = [module for module in student_loss.modules() if isinstance(module, FSDPModule)]
+    layers = shards[1:]  # the root comes first
     reshard = parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True)
     for layer in layers:
         layer.set_reshard_after_forward(False, recurse=False)
@@ -106,10 +120,25 @@ def gathered_weights(model: nn.Module) -> Iterator[None]:
 
 
 def without_sync(module: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
-    """DDP sums gradients over ranks in the last micro-batch; FSDP scatters them in each and holds less."""
-    if isinstance(module, DistributedDataParallel) and not is_last:
+    """DDP sums gradients over ranks in the last micro-batch; FSDP and ZeRO scatter them in each."""
+    if zero_stage():
+        engine: Any = module
+        engine.set_gradient_accumulation_boundary(is_last)
+    elif isinstance(module, DistributedDataParallel) and not is_last:
         return module.no_sync()
     return nullcontext()
+
+
+def clip_and_step(
+    student_loss: nn.Module, optimizer: Optimizer, accelerator: Accelerator, max_norm: float
+) -> float:
+    """One optimiser update on clipped gradients, which are then cleared; their norm before."""
+    if isinstance(optimizer, ZeroOptimizer):
+        return optimizer.clip_and_step()
+    norm = accelerator.clip_grad_norm_(student_loss.parameters(), max_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(norm)
 
 
 def gather_items(accelerator: Accelerator, items: dict[int, Item]) -> list[Item]:

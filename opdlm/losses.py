@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -91,8 +91,9 @@ class TokenTargets:
     ids_M: Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossOutput:
+class LossOutput(NamedTuple):
+    """What wrappers around the loss (DDP, ZeRO) can walk through."""
+
     loss: Tensor
     """Scalar, differentiable."""
     per_position_M: Tensor

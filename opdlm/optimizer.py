@@ -23,8 +23,10 @@ from opdlm.config import OptimizerSection
 MakeOptimizer = Callable[[Sequence[Tensor]], Optimizer]
 
 
-def make_optimizer(parameters: Sequence[nn.Parameter], section: OptimizerSection) -> Optimizer:
-    """AdamW over the parameters, with master copies where they are needed."""
+def make_optimizer(
+    parameters: Sequence[nn.Parameter], section: OptimizerSection, *, masters: bool = True
+) -> Optimizer:
+    """AdamW over the parameters, with master copies where they are needed (ZeRO brings its own)."""
     options: dict[str, Any] = {
         "lr": section.learning_rate,
         "betas": section.betas,
@@ -36,7 +38,7 @@ def make_optimizer(parameters: Sequence[nn.Parameter], section: OptimizerSection
         make: MakeOptimizer = partial(AdamW8bit, **options)
     else:
         make = partial(torch.optim.AdamW, fused=True, **options)
-    if all(torch.finfo(p.dtype).bits >= 32 for p in parameters):
+    if not masters or all(torch.finfo(p.dtype).bits >= 32 for p in parameters):
         return make(parameters)
     return MasterWeights(parameters, make, section.learning_rate)
 

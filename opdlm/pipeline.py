@@ -149,7 +149,7 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "")
 
 def convert_checkpoint(config: Config, console: Console) -> Path:
     """Run a conversion (or continue it); returns the folder of the converted model."""
-    ranks = join_ranks()
+    ranks = join_ranks(config)
     inputs = load_inputs(config)
     output_dir = prepare_output(config, writes=ranks.is_main_process)
     if config.data.self_prompts:

@@ -46,12 +46,14 @@ from opdlm.curricula import (
 )
 from opdlm.data import PromptStream
 from opdlm.devices import (
+    clip_and_step,
     gather_items,
     gathered_weights,
     place,
     start_accelerator,
     sum_over_ranks,
     without_sync,
+    wrap,
 )
 from opdlm.diffusion import DiffusionLM
 from opdlm.errors import ConfigError, DataError
@@ -71,19 +73,21 @@ from opdlm.states import (
     pack_states,
     select_states,
 )
-from opdlm.targets import TeacherPass, score_rows, targets_at_supervised
+from opdlm.targets import score_rows, targets_at_supervised
+from opdlm.zero import whole_weights, zero_stage
 
 
 class StudentLoss(nn.Module):
-    """The student's forward and its loss as one module, so that wrappers (DDP) see every use of the
-    weights.
+    """The teacher's pass, the student's, and the loss as one module, so that wrappers (DDP, ZeRO) see every
+    use of the weights.
     """
 
     def __init__(self, model: DiffusionLM, section: LossSection) -> None:
         super().__init__()
         self.model, self.section = model, section
 
-    def forward(self, states: StateBatch, scored: TeacherPass, weights_M: Tensor) -> LossOutput:
+    def forward(self, states: StateBatch, weights_M: Tensor) -> LossOutput:
+        scored = score_rows(self.model, states.text)
         hidden_BSH = self.model.student_hidden(states.slots, scored.cache)
         row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
         banned = torch.tensor(self.model.spec.banned_token_ids, dtype=torch.long, device=hidden_BSH.device)
@@ -182,14 +186,12 @@ def start_run(
     model: DiffusionLM, prompts: Sequence[Prompt], config: Config, recorded: Sequence[Rollout] = ()
 ) -> Run:
     accelerator = start_accelerator(config)
-    is_sharded = place(model.eval(), accelerator)  # dropout acts where `adapter_dropout` says
+    place(model.eval(), accelerator)  # dropout acts where `adapter_dropout` says
     if config.train.gradient_checkpointing:
         checkpoint_layers(model.student, config.train.gradient_checkpointing_every)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(parameters, config.optimizer)
-    student_loss: nn.Module = StudentLoss(model, config.loss)
-    if not is_sharded:
-        student_loss, optimizer = accelerator.prepare(student_loss, optimizer)
+    optimizer = make_optimizer(parameters, config.optimizer, masters=not zero_stage())
+    student_loss, optimizer = wrap(StudentLoss(model, config.loss), optimizer, accelerator, config)
     stream = PromptStream(prompts, config.rollout.prompts_per_step, config.train.seed)
     run = Run(config, model, student_loss, optimizer, accelerator, stream)
     if recorded:
@@ -230,7 +232,7 @@ def roll_out(run: Run, step: int) -> tuple[list[Rollout], DecodeStats]:
         return rollouts, DecodeStats.of(rollouts)
     prompts = run.prompts.at(step)
     places = range(run.accelerator.process_index, len(prompts), run.accelerator.num_processes)
-    with gathered_weights(run.model):
+    with gathered_weights(run.student_loss):
         rollouts, decoding = generate_rollouts(
             run.model,
             [prompts[i] for i in places],
@@ -300,7 +302,7 @@ def update(
                 weights_M = torch.zeros(0, device=run.accelerator.device)
             is_last = number == len(batches) - 1
             with without_sync(run.student_loss, is_last=is_last), run.accelerator.autocast():
-                output = run.student_loss(packed, score_rows(run.model, packed.text), weights_M)
+                output = run.student_loss(packed, weights_M)
                 run.accelerator.backward(output.loss)
             loss += float(output.loss.detach())
             divergence += float(output.per_position_M.sum())
@@ -312,11 +314,9 @@ def update(
             f"the loss became {sums.loss} at update {run.num_updates + 1}. Lower optimizer.learning_rate "
             f"({config.optimizer.learning_rate:g}) and start again from the last checkpoint."
         )
-    grad_norm = run.accelerator.clip_grad_norm_(run.student_loss.parameters(), config.optimizer.max_grad_norm)
-    sums.grad_norm = float(grad_norm)
     set_learning_rate(run)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    max_norm = config.optimizer.max_grad_norm
+    sums.grad_norm = clip_and_step(run.student_loss, run.optimizer, run.accelerator, max_norm)
     run.num_updates += 1
     update_average(run)
     return sums
@@ -432,16 +432,17 @@ def step_metrics(
 def save(run: Run, step: int) -> None:
     """All ranks take part: the main one writes what the others hold of sharded weights."""
     pool = {made: [r.to_dict() for r in made_then] for made, made_then in reusable(run, step).items()}
-    save_checkpoint(
-        Path(run.config.output_dir),
-        step,
-        run.model,
-        run.optimizer,
-        {"num_updates": run.num_updates, "totals": run.totals, "pool": pool},
-        run.config.train.save_total_limit,
-        run.average,
-        writes=run.accelerator.is_main_process,
-    )
+    with whole_weights(trainable_weights(run.model).values()):
+        save_checkpoint(
+            Path(run.config.output_dir),
+            step,
+            run.model,
+            run.optimizer,
+            {"num_updates": run.num_updates, "totals": run.totals, "pool": pool},
+            run.config.train.save_total_limit,
+            run.average,
+            writes=run.accelerator.is_main_process,
+        )
     run.accelerator.wait_for_everyone()
 
 
@@ -455,7 +456,8 @@ def resume(run: Run) -> int:
         return 0
     if not found:
         return 0
-    progress = load_checkpoint(found[-1], run.model, run.optimizer)
+    with whole_weights(trainable_weights(run.model).values(), changed=True):
+        progress = load_checkpoint(found[-1], run.model, run.optimizer)
     run.num_updates, run.totals = progress["num_updates"], progress["totals"]
     for made, rollouts in progress["pool"].items():
         run.pool[int(made)] = [Rollout.from_dict(r) for r in rollouts]

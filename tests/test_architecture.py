@@ -14,7 +14,7 @@ FLOORS = {
     0: {"errors", "records", "blocks", "intervals", "scoring"},
     1: {"settings", "cache", "unmasking", "losses"},
     2: {"config", "attention", "rows", "checkpoint", "metrics", "generation_log"},
-    3: {"diffusion", "optimizer", "curricula"},
+    3: {"diffusion", "optimizer", "curricula", "zero"},
     4: {"adapter", "data", "denoise", "devices", "states"},
     5: {"models", "lossless"},
     6: {"convert", "targets", "generate", "export", "rollout_file", "answer"},
@@ -25,7 +25,16 @@ FLOORS = {
     11: {"__main__"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-OPTIONAL_PACKAGES = {"vllm", "flash_attn", "lm_eval", "wandb", "sglang", "bitsandbytes", "tensorboard"}
+OPTIONAL_PACKAGES = {
+    "bitsandbytes",
+    "deepspeed",
+    "flash_attn",
+    "lm_eval",
+    "sglang",
+    "tensorboard",
+    "vllm",
+    "wandb",
+}
 FILES = sorted(PACKAGE.glob("*.py"))
 ROOM_FILES = [path for path in FILES if path.stem != "__init__"]
 

@@ -1,4 +1,4 @@
-"""One run on one process, on two with DDP and on two with FSDP2: the same losses, the same checkpoints.
+"""One run on one process, on two with DDP, FSDP2 or ZeRO: the same losses, the same checkpoints.
 
 The two are real gloo processes, started once by `torchrun`; this file is also their program. A step's five
 rows are uneven on purpose: three rows, hence two micro-batches, on one rank; two rows and one on the other.
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
 from tiny_models import make_lm, make_prompts, make_rollout, qwen3
 
-from opdlm import cli
+from opdlm import cli, zero
 from opdlm.checkpoint import trainable_weights
 from opdlm.config import Config, LossSection, OptimizerSection, RolloutSection, StatesSection, TrainSection
 from opdlm.diffusion import DiffusionLM
@@ -27,19 +28,36 @@ from opdlm.records import Prompt, Rollout
 from opdlm.rollout import generate_rollouts, seed_of
 from opdlm.trainer import Run, resume, save, start_run, train_step, update
 from opdlm.unmasking import choose_tokens, noise_keys
+from opdlm.zero import ZeroOptimizer
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("lora", "sdar")
 FAST, SLOW = ("lora-ddp", "lora-fsdp", "sdar-fsdp"), ("sdar-ddp",)
-CASES = [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
+ZERO = ("lora-zero2", "lora-zero3", "sdar-zero2", "sdar-zero3")
+MODES = {"ddp": {}, "fsdp": {"ACCELERATE_USE_FSDP": "true"}} | {
+    f"zero{stage}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
+    for stage in "23"
+}
+"""What `accelerate launch` tells the ranks."""
+with_deepspeed = (
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs opdlm[deepspeed]"),
+)
+CASES = [
+    *FAST,
+    *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW),
+    *(pytest.param(case, marks=with_deepspeed) for case in ZERO),
+]
 COMPARED = ("loss", "divergence", "grad_norm", "rollout_tokens", "loss_tokens", "stop_rate", "learning_rate")
 PROMPTS = [Prompt(ids=ids, index=i) for i, ids in enumerate(make_prompts([3, 8, 1, 5, 6, 2, 9]))]
 Metrics = dict[str, float]
 
 
 def make_model(kind: str) -> DiffusionLM:
-    """`sdar` trains everything and has its embedding as its head; `lora` shares one set of weights."""
-    return make_lm(kind, base=qwen3(tie_word_embeddings=kind == "sdar"))
+    """`sdar` trains everything and has its embedding as its head; `lora` shares one set of weights.
+    33 numbers cannot be cut into two equal pieces.
+    """
+    return make_lm(kind, base=qwen3(tie_word_embeddings=kind == "sdar", hidden_size=33))
 
 
 def start(kind: str, output: Path) -> Run:
@@ -81,11 +99,18 @@ def continued(kind: str, output: Path) -> list[Metrics]:
     return steps(run, range(2, 4))
 
 
-def share_held(run: Run) -> float:
-    """Part of the trained weights that is in this process."""
+def shares_held(run: Run) -> tuple[float, float]:
+    """Parts of the trained weights and of their moments that are in this process between updates."""
     weights = trainable_weights(run.model).values()
-    local = sum(getattr(p, "_local_tensor", p).numel() for p in weights)
-    return local / sum(p.numel() for p in weights)
+    total = sum(getattr(p, "ds_numel", p.numel()) for p in weights)
+    if isinstance(run.optimizer, ZeroOptimizer):
+        states = run.optimizer.moments
+        held = sum(p.numel() + (p.ds_tensor.numel() if hasattr(p, "ds_id") else 0) for p in weights)
+    else:
+        states = run.optimizer.state
+        held = sum(getattr(p, "_local_tensor", p).numel() for p in weights)
+    moments = [state["exp_avg"] for state in states.values()]
+    return held / total, sum(getattr(m, "_local_tensor", m).numel() for m in moments) / total
 
 
 def main(root: Path, cases: list[str]) -> None:
@@ -93,13 +118,17 @@ def main(root: Path, cases: list[str]) -> None:
     results: dict[str, Any] = {}
     for case in cases:
         kind, mode = case.split("-")
-        os.environ["ACCELERATE_USE_FSDP"] = str(mode == "fsdp")
+        for variables in MODES.values():
+            for name in variables:
+                os.environ.pop(name, None)
+        os.environ.update(MODES[mode])
         found = run_all(kind, root / case)
         resumed = continued(kind, root / f"{kind}-one")
         fresh = start(kind, root / "unused")
+        steps(fresh, range(1))
         results[case] = found | {
             "continued": resumed,
-            "share_held": share_held(fresh),
+            "shares_held": shares_held(fresh),
             "num_processes": fresh.accelerator.num_processes,
         }
     if os.environ["RANK"] == "0":
@@ -134,7 +163,8 @@ def together(root: Path, alone: Any) -> Callable[[str], dict[str, Any]]:
     def run(case: str) -> dict[str, Any]:
         if case not in results:
             torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
-            launch([__file__, str(root), *(SLOW if case in SLOW else FAST)], *torchrun)
+            group = next(cases for cases in (FAST, SLOW, ZERO) if case in cases)
+            launch([__file__, str(root), *group], *torchrun)
             results.update(json.loads((root / "results.json").read_text()))
         return results[case]
 
@@ -175,17 +205,42 @@ def test_a_run_stopped_on_one_process_continues_on_two(case: str, alone: Any, to
     assert_same(together(case)["continued"], alone[case[:4]]["steps"][2:])
 
 
-@pytest.mark.parametrize(("case", "share"), [("lora-ddp", 1.0), ("lora-fsdp", 0.5), ("sdar-fsdp", 0.5)])
-def test_fsdp_holds_half_of_the_weights_per_process(case: str, share: float, together: Any) -> None:
-    assert together(case)["share_held"] == pytest.approx(share, abs=0.02)
+@pytest.mark.parametrize("case", CASES)
+def test_a_process_holds_its_share_of_weights_and_moments(case: str, together: Any) -> None:
+    shares = {"ddp": [1, 1], "fsdp": [0.5, 0.5], "zero2": [1, 0.5], "zero3": [0.5, 0.5]}
+    assert together(case)["shares_held"] == pytest.approx(shares[case[5:]], abs=0.02)
 
 
-def test_deepspeed_is_refused_before_anything_is_loaded(
+@pytest.mark.parametrize(
+    ("stage", "settings", "message"),
+    [
+        ("1", [], "must be 2 or 3"),
+        ("2", ["optimizer.name=adamw8bit"], "optimizer.name (adamw8bit)"),
+        ("2", ["lora.enabled=false", "model.dtype=bfloat16"], "weights of two dtypes"),
+        ("3", ["train.ema_decay=0.9"], "train.ema_decay needs whole weights"),
+    ],
+)
+def test_what_zero_cannot_do_is_said_before_anything_is_loaded(
+    stage: str,
+    settings: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    monkeypatch.setattr(zero, "find_spec", lambda name: True)
+    assert cli.main(["convert", "tiny", *settings]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_deepspeed_a_zero_launch_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(zero, "find_spec", lambda name: None)
     assert cli.main(["convert", "tiny"]) == 2
-    assert "Launch with recipes/accelerate/fsdp2.yaml" in capsys.readouterr().err
+    assert "pip install 'opdlm[deepspeed]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -214,7 +269,9 @@ def test_draws_with_a_seed_per_row_follow_the_distribution() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "mode", ["ddp", "fsdp2", *(pytest.param(m, marks=with_deepspeed) for m in ("zero2", "zero3"))]
+)
 def test_the_recipe_runs_under_accelerate_launch(mode: str, tmp_path: Path) -> None:
     """The launch files that are shipped; without a GPU the same ranks meet over gloo."""
     write_checkpoint(tmp_path / "llama")

@@ -172,9 +172,8 @@ def test_losses_through_rows_targets_and_chunks_equal_the_published_ones(
     name: str, golden: dict[str, Tensor], model: DiffusionLM
 ) -> None:
     states = make_states(golden, model, "loss_mask_with_imend" if name.endswith("imend") else "loss_mask")
-    scored = score_rows(model, states.text)
     with torch.no_grad():
-        out = StudentLoss(model, VARIANTS[name])(states, scored, row_mean_weights(states))
+        out = StudentLoss(model, VARIANTS[name])(states, row_mean_weights(states))
     counts = states.is_supervised_BS.sum(1).tolist()
     expected = NUMBERS["training"]["losses"][name]
     row_means = [row.mean().item() for row in out.per_position_M.split(counts)]
@@ -198,8 +197,7 @@ def test_gradients_equal_the_mathematically_correct_ones(
         model.student.gradient_checkpointing_enable({"use_reentrant": False})
         model.student.train()
     states = make_states(golden, model)
-    scored = score_rows(model, states.text)
-    StudentLoss(model, LossSection())(states, scored, row_mean_weights(states)).loss.backward()
+    StudentLoss(model, LossSection())(states, row_mean_weights(states)).loss.backward()
     assert len(calls) == (2 if checkpointing else 1)  # else checkpointing was not on
     expected = load_tensors("grads_fkl_full", "grad.")
     actual = {name: parameter.grad for name, parameter in model.student.named_parameters()}

@@ -42,10 +42,9 @@ def make_states(model: DiffusionLM, rollouts: Sequence[Rollout], selection: Any 
 def loss_of(
     model: DiffusionLM, states: StateBatch, weights_M: Tensor | None = None, **loss: Any
 ) -> LossOutput:
-    scored = score_rows(model, states.text)
     if weights_M is None:
         weights_M = torch.ones(int(states.is_supervised_BS.sum()), dtype=torch.float64)
-    return StudentLoss(model, LossSection(**loss))(states, scored, weights_M)
+    return StudentLoss(model, LossSection(**loss))(states, weights_M)
 
 
 class GradientRecorder:
