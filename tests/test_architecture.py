@@ -17,7 +17,7 @@ FLOORS = {
     3: {"diffusion", "optimizer", "curricula"},
     4: {"adapter", "data", "denoise", "devices", "states"},
     5: {"models", "lossless"},
-    6: {"convert", "targets", "generate", "export"},
+    6: {"convert", "targets", "generate", "export", "vllm_engine"},
     7: {"rollout", "evaluate", "modeling_opdlm"},
     8: {"trainer", "self_prompts", "plots", "card", "likelihood"},
     9: {"pipeline", "plan", "harness", "bench"},
