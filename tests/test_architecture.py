@@ -15,7 +15,7 @@ FLOORS = {
     1: {"settings", "cache", "unmasking", "losses"},
     2: {"config", "attention", "rows", "checkpoint", "metrics", "generation_log"},
     3: {"diffusion", "optimizer", "curricula"},
-    4: {"adapter", "data", "denoise", "devices", "states"},
+    4: {"adapter", "data", "denoise", "devices", "states", "vllm_plugin"},
     5: {"models", "lossless"},
     6: {"convert", "targets", "generate", "export", "vllm_engine"},
     7: {"rollout", "evaluate", "modeling_opdlm"},
