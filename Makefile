@@ -23,7 +23,7 @@ test-vllm:
 	wanted=$$({ pwd; cat pyproject.toml requirements-vllm.lock; } | cksum); \
 	if [ "$$(cat .venv-vllm/.opdlm-installed 2>/dev/null)" != "$$wanted" ]; then \
 	  echo "Setting up .venv-vllm (a few minutes and about 4 GB the first time)"; \
-	  $(PYTHON) -m venv --clear .venv-vllm; \
+	  .venv-vllm/bin/python -c "import pip" 2>/dev/null || $(PYTHON) -m venv --clear .venv-vllm; \
 	  .venv-vllm/bin/python -m pip install -q --no-deps -r requirements-vllm.lock; \
 	  .venv-vllm/bin/python -m pip install -q --no-deps -e .; \
 	  echo "$$wanted" > .venv-vllm/.opdlm-installed; \
