@@ -17,7 +17,7 @@ test-slow: env
 	$(BIN)/python -m pytest -m "slow and not gpu and not vllm"
 
 # vLLM pins its own torch and transformers, so it has an environment of its own. --no-deps: the lock is
-# complete, and leaves out what must not be there.
+# complete, and leaves out what must not be there. One process per file: vLLM decides about Triton once.
 test-vllm:
 	@set -e; \
 	wanted=$$({ pwd; cat pyproject.toml requirements-vllm.lock; } | cksum); \
@@ -28,7 +28,7 @@ test-vllm:
 	  .venv-vllm/bin/python -m pip install -q --no-deps -e .; \
 	  echo "$$wanted" > .venv-vllm/.opdlm-installed; \
 	fi
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm
+	@for file in tests/test_vllm*.py; do OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm $$file || exit 1; done
 
 lint: env
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -28,7 +29,10 @@ class InterpretedDriver:
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[None]:
+    if "vllm" in sys.modules:
+        pytest.skip("vLLM was imported without the interpreter: run this file in a process of its own")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
         patch.setenv("TRITON_INTERPRET", "1")
         import triton.backends
 
