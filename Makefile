@@ -5,7 +5,7 @@ STAMP := .venv/.opdlm-installed
 export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint wheel clean env
+.PHONY: demo test test-slow test-vllm lint wheel clean env
 
 demo: env
 	@$(BIN)/opdlm convert tiny
@@ -15,6 +15,20 @@ test: lint
 
 test-slow: env
 	$(BIN)/python -m pytest -m "slow and not gpu and not vllm"
+
+# vLLM pins its own torch and transformers, so it has an environment of its own. --no-deps: the lock is
+# complete, and leaves out what must not be there. One process per file: vLLM decides about Triton once.
+test-vllm:
+	@set -e; \
+	wanted=$$({ pwd; cat pyproject.toml requirements-vllm.lock; } | cksum); \
+	if [ "$$(cat .venv-vllm/.opdlm-installed 2>/dev/null)" != "$$wanted" ]; then \
+	  echo "Setting up .venv-vllm (a few minutes and about 4 GB the first time)"; \
+	  .venv-vllm/bin/python -c "import pip" 2>/dev/null || $(PYTHON) -m venv --clear .venv-vllm; \
+	  .venv-vllm/bin/python -m pip install -q --no-deps -r requirements-vllm.lock; \
+	  .venv-vllm/bin/python -m pip install -q --no-deps -e .; \
+	  echo "$$wanted" > .venv-vllm/.opdlm-installed; \
+	fi
+	@for file in tests/test_vllm*.py; do OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm $$file || exit 1; done
 
 lint: env
 	$(BIN)/ruff check .

@@ -110,6 +110,10 @@ class DataSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutSection:
+    engine: Literal["own", "vllm"] = "own"
+    """Who writes the teacher's responses (sft, off_policy, warm start): our decoder, or vLLM, an extra. The
+    student's own rollouts are always our decoder's.
+    """
     prompts_per_step: int = 64
     """Prompts that get a response in each step, over all devices."""
     batch_size: int = 64
@@ -356,6 +360,7 @@ def check_config(config: Config) -> None:
         raise ConfigError("format.block_size (1) leaves preserve nothing to draft: use at least 2.")
     check_adapter(config)
     check_recorded(config)
+    check_engine(config)
 
 
 def check_recorded(config: Config) -> None:
@@ -366,6 +371,33 @@ def check_recorded(config: Config) -> None:
                 f"{key} ({lookup(config, key)}) generates, and rollout.path ({config.rollout.path}) takes "
                 f"prompts and rollouts from a file: set {key}=0."
             )
+
+
+def check_engine(config: Config) -> None:
+    """vLLM runs the teacher from its checkpoint folder, and no student."""
+    if config.rollout.engine == "own":
+        return
+    if config.rollout.path:
+        raise ConfigError(
+            f"rollout.engine (vllm) has nothing to generate: rollout.path ({config.rollout.path}) gives the "
+            "rollouts. Set rollout.engine=own."
+        )
+    if config.loss.objective in ("opd", "opd_random") and not config.rollout.warm_start_steps:
+        raise ConfigError(
+            f"rollout.engine (vllm) writes teacher responses only, and loss.objective "
+            f"({config.loss.objective}) trains on the student's own: use rollout.engine=own, or have teacher "
+            "responses first (rollout.warm_start_steps)."
+        )
+    if config.rollout.temperature > 2:
+        raise ConfigError(
+            f"rollout.temperature ({config.rollout.temperature}) must not exceed 2 with rollout.engine=vllm: "
+            "vLLM refuses it. Use rollout.engine=own."
+        )
+    if config.model.load_in_4bit:
+        raise ConfigError(
+            "rollout.engine (vllm) runs the teacher in model.dtype, but model.load_in_4bit makes it 4-bit: "
+            "the responses would be another model's. Use rollout.engine=own."
+        )
 
 
 LORA_INITS = ("default", "gaussian", "orthogonal")

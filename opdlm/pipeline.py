@@ -41,6 +41,7 @@ from opdlm.rollout_file import load_rollouts
 from opdlm.self_prompts import self_prompts, user_turn
 from opdlm.settings import read_recipe
 from opdlm.trainer import check_trackers, train
+from opdlm.vllm_engine import check_vllm
 
 MODEL_FOLDER = "model"
 CONFIG_FILE = "config.yaml"
@@ -72,6 +73,8 @@ def load_inputs(config: Config) -> Inputs:
         require_package("bitsandbytes", "quant", "model.load_in_4bit (true)")
     if config.optimizer.name == "adamw8bit":
         require_package("bitsandbytes", "quant", "optimizer.name (adamw8bit)")
+    if config.rollout.engine == "vllm":
+        check_engine()
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     model = load_causal_lm(
         config.model.path,
@@ -92,6 +95,17 @@ def load_inputs(config: Config) -> Inputs:
         user_turn(tokenizer, config.data.system_prompt)
     tasks = load_eval_tasks(student, tokenizer, config) if config.eval.path else []
     return Inputs(student, tokenizer, prompts, tasks, recorded)
+
+
+def check_engine() -> None:
+    """vLLM is there, and runs in the one process of the run."""
+    check_vllm("rollout.engine (vllm)")
+    num_processes = PartialState().num_processes
+    if num_processes > 1:
+        raise ConfigError(
+            f"rollout.engine (vllm) runs on one device, and this run has {num_processes} processes: use "
+            "rollout.engine=own."
+        )
 
 
 def check_attention(model: PreTrainedModel, config: Config) -> None:

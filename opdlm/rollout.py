@@ -15,6 +15,7 @@ from opdlm.config import RolloutSection
 from opdlm.diffusion import DiffusionLM
 from opdlm.generate import DecodeConfig, DecodeStats, generate
 from opdlm.records import Prompt, Rollout
+from opdlm.vllm_engine import VllmTeacher
 
 
 def seed_of(*numbers: int) -> int:
@@ -65,14 +66,17 @@ def generate_rollouts(
     seed: int,
     places: Sequence[int] | None = None,
     from_teacher: bool = False,
+    vllm: VllmTeacher | None = None,
 ) -> tuple[list[Rollout], DecodeStats]:
     """One response per prompt, in the order of the prompts. `step` counts from 1; `places` of the prompts in
-    the step decide the random draws (None: they are the step's first).
+    the step decide the random draws (None: they are the step's first). `vllm` writes the teacher's, if given.
     """
     config = decode_config(
         section, length_cap(section, step, model.spec.block_size), from_teacher=from_teacher
     )
-    decoder = model.teacher_decoder() if from_teacher else model
     places = range(len(prompts)) if places is None else places
     seeds = [seed_of(seed, step, place) for place in places]
-    return generate(decoder, [prompt.ids for prompt in prompts], config, seeds)
+    ids = [prompt.ids for prompt in prompts]
+    if from_teacher and vllm is not None:
+        return vllm.responses(ids, config, seeds)
+    return generate(model.teacher_decoder() if from_teacher else model, ids, config, seeds)

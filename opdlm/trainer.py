@@ -74,6 +74,7 @@ from opdlm.states import (
     select_states,
 )
 from opdlm.targets import score_rows, targets_at_supervised
+from opdlm.vllm_engine import VllmTeacher, start_teacher
 from opdlm.zero import whole_weights, zero_stage
 
 
@@ -120,6 +121,8 @@ class Run:
     """Rollouts that are still trained on, by the step that made them."""
     average: dict[str, Tensor] = field(default_factory=dict)
     """Running average of the trained weights, float32; empty without `train.ema_decay`."""
+    vllm: VllmTeacher | None = None
+    """With `rollout.engine=vllm`, while the teacher writes the responses."""
 
 
 def train(
@@ -147,6 +150,7 @@ def train(
                 save(run, step + 1)
             if is_asked_to_stop:
                 raise KeyboardInterrupt
+    use_vllm(run, needed=False)  # its process group must not be the one that `end_training` destroys
     run.accelerator.end_training()
     use_average(run)
     return run
@@ -207,6 +211,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     """One rollout step (0-based): generate, then `passes_per_rollout` passes of updates over the rollouts."""
     config, started = run.config, time.perf_counter()
     run.model.spec = replace(run.model.spec, block_size=block_size_at(config.format, step))
+    use_vllm(run, needed=is_from_teacher(config, step) and config.rollout.engine == "vllm")
     rollouts, decoding = roll_out(run, step)
     rollout_seconds = time.perf_counter() - started
     rng = generator_for(config.train.seed, step + 1, 10**6)
@@ -225,6 +230,25 @@ def reusable(run: Run, step: int) -> dict[int, list[Rollout]]:
     return {made: rollouts for made, rollouts in run.pool.items() if made >= oldest}
 
 
+def use_vllm(run: Run, *, needed: bool) -> None:
+    """Start the engine where it is needed, and free its memory after the warm start."""
+    if run.vllm is not None and not needed:
+        run.vllm.close()
+        run.vllm = None
+    if run.vllm is None and needed:
+        config = run.config
+        longest = max(len(prompt.ids) for prompt in run.prompts.prompts)
+        run.vllm = start_teacher(
+            config.model.path,
+            run.model.student.config,
+            run.model.spec,
+            dtype=config.model.dtype,
+            max_rows=config.rollout.batch_size,
+            max_tokens=longest + config.rollout.max_new_tokens,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+
+
 def roll_out(run: Run, step: int) -> tuple[list[Rollout], DecodeStats]:
     """Rollouts of all the step's prompts, on every rank: recorded ones, or each rank decodes its share."""
     if run.recorded is not None:
@@ -241,6 +265,7 @@ def roll_out(run: Run, step: int) -> tuple[list[Rollout], DecodeStats]:
             seed=run.config.train.seed,
             places=places,
             from_teacher=is_from_teacher(run.config, step),
+            vllm=run.vllm,
         )
     everyone = gather_items(run.accelerator, dict(zip(places, rollouts, strict=True)))
     decodings = gather_items(run.accelerator, {run.accelerator.process_index: decoding})

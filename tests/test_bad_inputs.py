@@ -349,6 +349,22 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: p.convert("train.ema_decay=1"),
         ("train.ema_decay (1.0)", "between 0.0 and"),
     ),
+    "vLLM where it is not installed": (
+        lambda p: p.convert("rollout.engine=vllm", "loss.objective=sft"),
+        ("rollout.engine (vllm)", "vllm==0.32.0", "pip install 'opdlm[vllm]'"),
+    ),
+    "vLLM for the student's own rollouts": (
+        lambda p: p.convert("rollout.engine=vllm"),
+        ("rollout.engine (vllm)", "loss.objective (opd)", "use rollout.engine=own", "warm_start_steps"),
+    ),
+    "vLLM at a temperature it refuses": (
+        lambda p: p.convert("rollout.engine=vllm", "loss.objective=sft", "rollout.temperature=3"),
+        ("rollout.temperature (3.0)", "must not exceed 2", "Use rollout.engine=own"),
+    ),
+    "vLLM with a teacher in 4 bits": (
+        lambda p: p.convert("rollout.engine=vllm", "loss.objective=sft", "model.load_in_4bit=true"),
+        ("rollout.engine (vllm)", "model.load_in_4bit", "Use rollout.engine=own"),
+    ),
     "column that the rows do not have": (
         lambda p: p.convert("data.prompt_column=question"),
         ("prompts.jsonl:1", "no column question", "only prompt"),

