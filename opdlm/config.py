@@ -251,6 +251,14 @@ class EvalSection:
     """lossless: what a forward costs beside its slots, in slots. Large: fewest forwards; None: fastest."""
     limit: int | None = None
     """Prompts per skill; None = all."""
+    every: int = 0
+    """Also measure retention every so many training steps, into metrics.jsonl; 0 = only at the end."""
+    subset: int = 40
+    """Prompts that are measured during training, evenly spaced over all."""
+    patience: int | None = None
+    """Stop when retention during training (of the worst mode) has not risen in so many measurements; None =
+    never. The result is the last step.
+    """
     agreement: bool = True
     """Also report how far responses and visited states are from the teacher."""
     likelihood_samples: int = 0
@@ -366,6 +374,16 @@ def check_evaluation(config: Config) -> None:
             f"eval.seeds ({config.eval.seeds}) repeats what is always the same: eval.temperature is 0, which "
             "draws nothing. Use one seed, or a temperature above 0."
         )
+    if config.eval.every and not config.eval.path:
+        raise ConfigError(
+            f"eval.every ({config.eval.every}) measures during training, but eval.path is empty: give a file "
+            "of evaluation prompts, or set eval.every=0."
+        )
+    if config.eval.patience is not None and not config.eval.every:
+        raise ConfigError(
+            f"eval.patience ({config.eval.patience}) counts measurements during training, but eval.every is "
+            "0: set it to a number of steps."
+        )
     if any(not 0 <= threshold <= 1 for threshold in config.eval.thresholds):
         raise ConfigError(f"eval.thresholds ({config.eval.thresholds}) must lie between 0 and 1.")
 
@@ -455,6 +473,8 @@ POSITIVE = (
     "eval.batch_size",
     "eval.limit",
     "eval.seeds",
+    "eval.subset",
+    "eval.patience",
 )
 INTERVALS = {
     "rollout.temperature": (0.0, 100.0),
@@ -472,6 +492,7 @@ INTERVALS = {
     "train.max_staleness": (0, 10**9),
     "train.ema_decay": (0.0, 1 - 1e-9),
     "eval.temperature": (0.0, 100.0),
+    "eval.every": (0, 10**9),
     "eval.confidence_threshold": (0.0, 1.0),
     "eval.veto_below": (0.0, 1.0),
     "eval.forward_overhead": (0.0, 1e12),

@@ -34,6 +34,7 @@ from opdlm.retention import CONFIG_COPY, MODEL_FOLDER, RESULTS_FILE, load_eval_t
 from opdlm.self_prompts import self_prompts, user_turn
 from opdlm.settings import read_recipe
 from opdlm.trainer import check_trackers, train
+from opdlm.watch import Watch
 
 CONFIG_FILE = "config.yaml"
 FREE_SETTINGS = (
@@ -132,7 +133,8 @@ def convert_checkpoint(config: Config, console: Console) -> Path:
             add_self_prompts(inputs, config, output_dir)
     describe(inputs, config, console)
     with MetricsLog(output_dir, console) as log:
-        run = train(inputs.student, inputs.prompts, config, log)
+        watch = Watch(inputs.tokenizer, inputs.tasks, config.eval) if config.eval.every else None
+        run = train(inputs.student, inputs.prompts, config, log, watch)
     folder = output_dir / MODEL_FOLDER
     if ranks.is_main_process:
         with atomic_folder(folder) as partial:

@@ -49,6 +49,7 @@ def plot_metrics(metrics: Sequence[dict[str, float]], path: Path) -> None:
             axis.plot(tokens, [row[name] for row in rows], linewidth=1)
         if name in LOGARITHMIC and any(row[name] > 0 for row in rows):
             axis.set_yscale("log")
+        axis.locator_params(axis="x", nbins=5)
         axis.set_title(CURVES[name], fontsize=10)
         axis.set_xlabel("rollout tokens seen", fontsize=8)
         axis.grid(alpha=0.3)
@@ -150,10 +151,12 @@ def plot_comparison(students: Sequence[Mapping[str, Any]], path: Path) -> None:
             axis.annotate(mode["name"], at, (4, 5), textcoords="offset points", fontsize=7, color=color)
         curve = sorted(report.get("trade_off", []), key=lambda point: point["confidence_threshold"])
         if curve:
-            xs = [point["tokens_per_forward"] for point in curve]
-            axis.plot(xs, [100 * p["retention"] for p in curve], ".-", color=color, linewidth=0.8, alpha=0.6)
+            steps = [(point["tokens_per_forward"], 100 * point["retention"]) for point in curve]
+            points += steps
+            axis.plot(*zip(*steps, strict=True), ".-", color=color, linewidth=0.8, alpha=0.6)
     front = pareto_front(points)
-    axis.plot(*zip(*front, strict=True), "--", color="gray", linewidth=0.8, label="Pareto front of the modes")
+    ring = {"marker": "o", "markersize": 11, "markerfacecolor": "none"}
+    axis.plot(*zip(*front, strict=True), "--", color="gray", linewidth=0.8, label="beaten by none", **ring)
     axis.margins(0.12)
     finish_trade_off(axis, "retained, % of the teacher")
     figure.savefig(path, dpi=DPI)

@@ -118,6 +118,11 @@ def read_retention(folder: Path) -> Values | None:
     if not (folder / RETENTION_FILE).is_file():
         return None
     report = json.loads((folder / RETENTION_FILE).read_text(encoding="utf-8"))
+    if "config" not in report["settings"]:
+        raise DataError(
+            f"{folder / RETENTION_FILE} was written by an earlier version: `opdlm eval {folder} --out "
+            f"{folder}` writes it again."
+        )
     timing = folder / TIMING_FILE
     return report | ({"timing": json.loads(timing.read_text())} if timing.is_file() else {})
 

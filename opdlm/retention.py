@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import platform
+import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from opdlm.data import Task, load_tasks
 from opdlm.diffusion import DiffusionLM
 from opdlm.errors import ConfigError, DataError
 from opdlm.evaluate import (
+    ModeReport,
     Outputs,
+    RetentionReport,
     check_modes,
+    decode_tasks,
     differing_examples,
     evaluate,
-    spread_over_seeds,
-    trade_off,
+    report_mode,
     write_outputs,
 )
 from opdlm.generation_log import GenerationLog, fingerprint
@@ -144,6 +147,45 @@ def measure_model(
         ]
         decodings |= {f"threshold {threshold:g}": output for threshold, (_, output) in points.items()}
     return values, decodings
+
+
+def trade_off(
+    model: DiffusionLM,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    section: EvalSection,
+    teacher: Outputs,
+    log: GenerationLog | None = None,
+) -> dict[float, tuple[ModeReport, Outputs]]:
+    """Threshold decoding at every one of `eval.thresholds`: how much accuracy a larger step costs."""
+    points = {}
+    for threshold in section.thresholds:
+        at = replace(section, confidence_threshold=threshold)
+        output = decode_tasks(model, tasks, "threshold", at, log)
+        points[threshold] = (report_mode("threshold", output, teacher, tasks, tokenizer), output)
+    return points
+
+
+OVER_SEEDS = ("accuracy", "accuracy_seen", "accuracy_held_out", "retention", "tokens_per_forward")
+
+
+def spread_over_seeds(reports: Sequence[RetentionReport]) -> dict[str, dict[str, Any]]:
+    """Mean and standard deviation (of the sample) per mode; None where the prompts have no such skill."""
+    measured: dict[str, list[dict[str, Any]]] = {}
+    for report in reports:
+        for mode in (report.teacher, *report.student):
+            measured.setdefault(mode.name, []).append(report.with_retention(mode))
+    return {
+        name: {key: mean_and_deviation([row[key] for row in rows]) for key in OVER_SEEDS}
+        for name, rows in measured.items()
+    }
+
+
+def mean_and_deviation(values: Sequence[float | None]) -> dict[str, Any] | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return {"mean": statistics.fmean(known), "standard_deviation": statistics.stdev(known), "by_seed": known}
 
 
 def text_measures(model: DiffusionLM, outputs: dict[str, Outputs], section: EvalSection) -> dict[str, Any]:

@@ -19,7 +19,7 @@ FLOORS = {
     5: {"models", "lossless"},
     6: {"convert", "targets", "generate", "export"},
     7: {"rollout", "evaluate", "modeling_opdlm", "plots", "card"},
-    8: {"trainer", "self_prompts", "likelihood", "report"},
+    8: {"trainer", "self_prompts", "likelihood", "report", "watch"},
     9: {"retention"},
     10: {"pipeline", "plan", "harness", "bench"},
     11: {"cli"},

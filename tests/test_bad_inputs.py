@@ -494,6 +494,52 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: ["eval", str(p.root / "sdar" / "model")],
         ("eval.path is empty", "Give"),
     ),
+    "eval with several seeds and nothing to draw": (
+        lambda p: ["eval", str(p.root / "sdar" / "model"), "--seeds", "3"],
+        ("eval.seeds (3)", "eval.temperature is 0", "temperature above 0"),
+    ),
+    "eval with samples and no answers": (
+        lambda p: [
+            *("eval", str(p.root / "sdar" / "model"), "--temperature", "1"),
+            *(f"eval.path={p.root / 'eval.jsonl'}", "eval.max_new_tokens=10"),
+        ],
+        ("eval.jsonl", "without `answer`", "temperature 0"),
+    ),
+    "eval of a threshold above 1": (
+        lambda p: ["eval", str(p.root / "sdar" / "model"), "--thresholds", "0.5", "1.5"],
+        ("eval.thresholds", "1.5", "between 0 and 1"),
+    ),
+    "eval in an unknown mode": (
+        lambda p: ["eval", str(p.root / "sdar" / "model"), "--modes", "staticc"],
+        ("eval.modes ('staticc')", "mean static?"),
+    ),
+    "eval without a folder": (
+        lambda p: ["eval", "eval.limit=3"],
+        ("DIR", "before any eval.key=value"),
+    ),
+    "several students and nowhere to write": (
+        lambda p: ["eval", *[str(p.root / "sdar" / "model")] * 2, f"eval.path={p.root / 'eval.jsonl'}"],
+        ("several DIRs", "--out FOLDER"),
+    ),
+    "one student twice": (
+        lambda p: [
+            *("eval", *[str(p.root / "sdar" / "model")] * 2, f"eval.path={p.root / 'eval.jsonl'}"),
+            *("--out", str(p.root / "twice")),
+        ],
+        ("/sdar/model is named twice", "once"),
+    ),
+    "report of no run": (
+        lambda p: ["report", str(p.model)],
+        ("/model holds no finished step", "runs/tiny"),
+    ),
+    "evaluation during training without a set": (
+        lambda p: p.convert("eval.every=10"),
+        ("eval.every (10)", "eval.path is empty", "eval.every=0"),
+    ),
+    "patience without measurements": (
+        lambda p: p.convert("eval.patience=3"),
+        ("eval.patience (3)", "eval.every is 0"),
+    ),
     "eval with one likelihood sample": (
         lambda p: ["eval", str(p.root / "sdar" / "model"), "eval.likelihood_samples=1"],
         ("eval.likelihood_samples (1)", "at least 2"),
