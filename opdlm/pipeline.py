@@ -17,7 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlm.attention import choose_backend, why_not
 from opdlm.card import model_card
-from opdlm.checkpoint import atomic_folder, find_checkpoints, load_weights, write_atomic
+from opdlm.checkpoint import (
+    atomic_folder,
+    find_checkpoints,
+    load_average,
+    load_weights,
+    trainable_weights,
+    write_atomic,
+)
 from opdlm.config import Config
 from opdlm.convert import make_student
 from opdlm.data import Task, load_prompts
@@ -161,7 +168,10 @@ def trained_student(model: DiffusionLM, config: Config) -> DiffusionLM:
     if not is_sharded(model):
         return model
     student = load_inputs(config).student
-    load_weights(find_checkpoints(Path(config.output_dir))[-1], student)
+    last = find_checkpoints(Path(config.output_dir))[-1]
+    load_weights(last, student)
+    if config.train.ema_decay is not None:
+        load_average(last, trainable_weights(student))
     return student
 
 

@@ -255,11 +255,8 @@ def comparison_table(students: Sequence[Values]) -> Table:
 
 def measured_text(report: Values) -> str:
     """The essence of a report in Markdown, for the model card and the terminal."""
-    main, distance = retention_table(report), distance_table(report)
-    parts = [
-        main.markdown(),
-        main.note,
-        distance.markdown() if distance.rows else "",
-        likelihood_note(report),
-    ]
-    return "\n\n".join(filter(None, parts))
+    parts = []
+    for table in (retention_table(report), seed_table(report), distance_table(report)):
+        if table.rows:
+            parts += [table.markdown(), table.note]
+    return "\n\n".join(filter(None, [*parts, likelihood_note(report)]))
