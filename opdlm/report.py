@@ -151,9 +151,9 @@ def write_run_page(run: Path) -> Path:
         raise DataError(
             f"{run} holds no finished step in metrics.jsonl: give the output_dir of a run, as runs/tiny."
         )
+    report, tables = read_retention(run / "model"), [last_step_table(metrics)]
     pictures = [Picture(run / "training.png", "Training, against the rollout tokens seen")]
     plot_metrics(metrics, pictures[0].path)
-    report, tables = read_retention(run / "model"), [last_step_table(metrics)]
     if report is not None:
         pictures.append(Picture(run / "retention.png", "Accuracy and retention with 95 % intervals"))
         plot_retention(report, pictures[1].path)

@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data, write_rows
 
@@ -173,6 +174,23 @@ def other_model_in_checkpoint(place: Place) -> list[str]:
         assert main(place.convert(output, "train.save_every=1", model=folder)) == 0
     write_checkpoint(folder, hidden_size=16)
     return place.convert(output, "train.save_every=1", model=folder)
+
+
+def other_limit(place: Place) -> Path:
+    """A second student whose record asks for fewer prompts."""
+    folder = Path(shutil.copytree(place.root / "sdar" / "model", place.root / "other", dirs_exist_ok=True))
+    record = yaml.safe_load((folder / "opdlm_config.yaml").read_text())
+    record["eval"]["limit"] = 2
+    (folder / "opdlm_config.yaml").write_text(yaml.safe_dump(record))
+    return folder
+
+
+def measured_long_ago(place: Place) -> Path:
+    """A run whose numbers an earlier version wrote."""
+    (place.root / "old" / "model").mkdir(parents=True, exist_ok=True)
+    shutil.copy(place.root / "sdar" / "metrics.jsonl", place.root / "old")
+    (place.root / "old" / "model" / "retention.json").write_text('{"settings": {}}')
+    return place.root / "old"
 
 
 SDAR_LOSSLESS = ("format.name=sdar", "eval.modes=lossless")
@@ -527,6 +545,17 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
             *("--out", str(p.root / "twice")),
         ],
         ("/sdar/model is named twice", "once"),
+    ),
+    "students that were measured on different prompts": (
+        lambda p: [
+            *("eval", str(p.root / "sdar" / "model"), str(other_limit(p)), "--out", str(p.root / "two")),
+            f"eval.path={p.root / 'eval.jsonl'}",
+        ],
+        ("eval.limit is None for", "2 for", "give one eval.limit for all"),
+    ),
+    "report of a run that an earlier version measured": (
+        lambda p: ["report", str(measured_long_ago(p))],
+        ("/old/model/retention.json", "earlier version", "opdlm eval"),
     ),
     "report of no run": (
         lambda p: ["report", str(p.model)],
