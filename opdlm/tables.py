@@ -256,7 +256,8 @@ def comparison_table(students: Sequence[Values]) -> Table:
 def measured_text(report: Values) -> str:
     """The essence of a report in Markdown, for the model card and the terminal."""
     parts = []
-    for table in (retention_table(report), seed_table(report), distance_table(report)):
+    for make in (retention_table, seed_table, distance_table, trade_off_table):
+        table = make(report)
         if table.rows:
             parts += [table.markdown(), table.note]
     return "\n\n".join(filter(None, [*parts, likelihood_note(report)]))

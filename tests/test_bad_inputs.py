@@ -565,6 +565,10 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: p.convert("eval.every=10"),
         ("eval.every (10)", "eval.path is empty", "eval.every=0"),
     ),
+    "patience where the AR model keeps retention up": (
+        lambda p: p.convert("eval.patience=3", "eval.every=1", f"eval.path={p.root / 'eval.jsonl'}"),
+        ("eval.patience (3)", "near 100 %", "eval.veto_below=0"),
+    ),
     "patience without measurements": (
         lambda p: p.convert("eval.patience=3"),
         ("eval.patience (3)", "eval.every is 0"),

@@ -226,7 +226,7 @@ def test_the_recipe_runs_under_accelerate_launch(mode: str, tmp_path: Path) -> N
         *settings[0].split("=")[1:],
         *settings[1:],
         f"eval.path={tmp_path / 'eval.jsonl'}",
-        *("eval.every=1", "eval.patience=2", "train.ema_decay=0.9"),
+        *("eval.every=1", "eval.patience=2", "eval.veto_below=0", "train.ema_decay=0.9"),
     ]
     file = f"--config_file=recipes/accelerate/{mode}.yaml"
     port = "--main_process_port=0"
