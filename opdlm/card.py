@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from opdlm.config import Config
+from opdlm.tables import measured_text
 
 USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,59 +42,7 @@ Converted by `opdlm convert` (format `{config.format.name}`, block size {config.
 
 ## What it kept
 
-{measured_table(report) if report else "Not measured: the run had no `eval.path`."}
+{measured_text(report) if report else "Not measured: the run had no `eval.path`."}
 
 Versions: {", ".join(f"{name} {version}" for name, version in results["versions"].items())}.
 """
-
-
-def measured_table(report: dict[str, Any]) -> str:
-    """The retention report (as `retention.json` holds it) as people read it."""
-    lines = [
-        "| mode | accuracy | seen | held out | retention | = teacher | tok/fwd | seen | held out | tok/s |",
-        "|---|" + "---:|" * 9,
-    ]
-    for row in [report["teacher"] | {"retention": 1.0}, *report["student"]]:
-        cells = [percent(row[key]) for key in ("accuracy", "accuracy_seen", "accuracy_held_out")]
-        cells += [retention_cell(row), percent(row["identical_to_teacher"])]
-        counts = [row[f"tokens_per_forward{group}"] for group in ("", "_seen", "_held_out")]
-        cells += [f"{count:.2f}" if count else "–" for count in counts]  # no prompts: no figure
-        lines.append(f"| {row['name']} | {' | '.join(cells)} | {row['tokens_per_second']:.0f} |")
-    num_prompts = report["teacher"]["num_prompts"]
-    lines.append(
-        f"\n{num_prompts} prompts, greedy; accuracy is the mean over skills of exact match. Every forward "
-        "is counted, prefill and commits included. `teacher` is the original, decoded token by token. In "
-        "brackets: 95 % interval (bootstrap over the same prompts)."
-    )
-    return "\n".join(lines + distance_lines(report) + likelihood_lines(report))
-
-
-def percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"
-
-
-def retention_cell(row: dict[str, Any]) -> str:
-    interval = row.get("against_teacher", {}).get("all", {}).get("retention_interval")
-    if interval is None or row["name"] == "teacher":
-        return percent(row["retention"])
-    return f"{percent(row['retention'])} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-
-
-def distance_lines(report: dict[str, Any]) -> list[str]:
-    rows = [
-        f"| {name} | {percent(measured['argmax_agreement'])} | {measured['teacher_kl']:.4f} |"
-        for name, measured in report.get("agreement", {}).items()
-    ]
-    head = ["", "| mode | tokens = AR arg-max | KL(teacher ‖ student), nats |", "|---|---:|---:|"]
-    return head + rows if rows else []
-
-
-def likelihood_lines(report: dict[str, Any]) -> list[str]:
-    measured = report.get("likelihood")
-    if measured is None:
-        return []
-    return [
-        f"\nNats per token of the teacher's {measured['num_tokens']} response tokens: teacher "
-        f"{measured['teacher_nll_per_token']:.4f}, student at most {measured['student_bound_per_token']:.4f} "
-        f"± {measured['student_bound_standard_error']:.4f} (standard error of the bound)."
-    ]

@@ -164,6 +164,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         parameter.copy_(share_of(weights[name], parameter))
 
 
+@torch.no_grad()
 def load_average(folder: Path, average: Mapping[str, Tensor]) -> None:
     """Restore the running average of the weights in place."""
     for name, saved in load_file(folder / AVERAGE_FILE).items():

@@ -77,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_generate(verbs)
     add_rollout(verbs)
     add_eval(verbs)
+    add_report(verbs)
     add_bench(verbs)
     add_merge(verbs)
     add_recipes(verbs)
@@ -195,19 +196,32 @@ def add_eval(verbs: Verbs) -> None:
     parser = add_verb(
         verbs,
         "eval",
-        "retention report of a converted checkpoint",
+        "retention report of converted checkpoints",
         "Measure a converted folder against its teacher: accuracy per skill in each decoding mode, tokens\n"
-        "per forward with every forward counted, share of outputs identical to the teacher's.",
+        "per forward with every forward counted, share of outputs identical to the teacher's. Several\n"
+        "folders are measured on the same prompts and compared. eval.key=value changes any other setting.",
         "examples:\n  opdlm eval runs/tiny/model\n"
-        "  opdlm eval runs/tiny/model eval.limit=10 eval.modes=static,lossless --out report",
+        "  opdlm eval runs/tiny/model --limit 10 --modes static lossless --out report\n"
+        "  opdlm eval runs/tiny/model --temperature 1 --seeds 3 --out sampled\n"
+        "  opdlm eval runs/a/model runs/b/model --thresholds 0.5 0.7 0.9 0.99 --out comparison",
     )
-    parser.add_argument("folder", metavar="DIR")
-    parser.add_argument("overrides", nargs="*", metavar="eval.key=value")
+    parser.add_argument("folders", nargs="+", metavar="DIR")
     parser.add_argument(
         "--teacher", help="the original checkpoint (sdar folders; default: the one in the record)"
     )
+    parser.add_argument("--modes", nargs="+", metavar="MODE", help="ar, static, threshold, lossless")
+    parser.add_argument("--limit", metavar="N", help="prompts per skill")
     parser.add_argument(
-        "--out", help="write retention.json, .md, .png and generations.jsonl here; a killed run continues"
+        "--temperature", metavar="T", help="sample teacher and student; 0 = arg-max (default)"
+    )
+    parser.add_argument("--seeds", metavar="N", help="with --temperature: mean and spread over so many seeds")
+    parser.add_argument(
+        "--thresholds", nargs="+", metavar="P", help="draw accuracy against tokens per forward over these"
+    )
+    parser.add_argument(
+        "--out",
+        help="write report.html, report.md, retention.json, timing.json, pictures and generations.jsonl "
+        "here; a killed run continues",
     )
     parser.add_argument(
         "--tasks", help="names of lm-evaluation-harness tasks instead (pip install opdlm[eval])"
@@ -215,7 +229,19 @@ def add_eval(verbs: Verbs) -> None:
     parser.add_argument("--include-path", help="folder with YAML tasks of your own, with --tasks")
     parser.add_argument("--num-fewshot", type=int, help="examples before each question, with --tasks")
     parser.add_argument("--chat-template", action="store_true", help="ask through it, with --tasks")
-    parser.set_defaults(run=run_eval)
+    parser.set_defaults(run=run_eval, overrides=[])
+
+
+def add_report(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "report",
+        "curves of a run, finished or not",
+        "Draw the curves that a run has logged so far, and what was measured, into RUN/report.html.",
+        "example:\n  opdlm report runs/tiny",
+    )
+    parser.add_argument("folder", metavar="RUN")
+    parser.set_defaults(run=run_report)
 
 
 def add_bench(verbs: Verbs) -> None:
@@ -332,15 +358,16 @@ def run_convert(options: argparse.Namespace) -> int:
         return 0
     from rich.console import Console
 
-    from opdlm.pipeline import convert_checkpoint, read_report
+    from opdlm.pipeline import convert_checkpoint
+    from opdlm.report import read_retention
 
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     folder = convert_checkpoint(config, console)
-    report = None if console.quiet else read_report(folder)
+    report = None if console.quiet else read_retention(folder)
     if report is not None:
-        from opdlm.card import measured_table
+        from opdlm.tables import measured_text
 
-        console.print(measured_table(report), markup=False, soft_wrap=True)
+        console.print(measured_text(report), markup=False, soft_wrap=True)
     console.print(f"\nconverted checkpoint: {folder}", soft_wrap=True)
     return 0
 
@@ -359,27 +386,40 @@ def run_rollout(options: argparse.Namespace) -> int:
     return record_rollouts(options)
 
 
+EVAL_FLAGS = ("modes", "limit", "temperature", "seeds", "thresholds")
+"""Flags of `eval` that are short for eval.key=value."""
+
+
 def run_eval(options: argparse.Namespace) -> int:
     quiet_libraries()
     from opdlm.models import read_spec
 
-    folder = Path(options.folder)
-    read_spec(folder)
-    config = eval_config(folder, options.overrides)
+    is_override = {text: "=" in text and not Path(text).exists() for text in options.folders}
+    folders = [Path(text) for text in options.folders if not is_override[text]]
+    if not folders:
+        raise ConfigError("eval needs a DIR written by opdlm convert, before any eval.key=value.")
+    overrides = [text for text in options.folders if is_override[text]] + options.overrides
+    for flag in EVAL_FLAGS:
+        value = getattr(options, flag)
+        if value is not None:
+            overrides.append(f"eval.{flag}={','.join(value) if isinstance(value, list) else value}")
+    for folder in folders:
+        read_spec(folder)
+    configs = [eval_config(folder, overrides) for folder in folders]
     if options.tasks:
-        return run_harness(options, config)
+        return run_harness(options, folders, configs[0])
     if options.include_path or options.num_fewshot is not None:
         raise ConfigError("--include-path and --num-fewshot belong to --tasks: give the names of the tasks.")
-    if not config.eval.path:
+    if not all(config.eval.path for config in configs):
         raise ConfigError("eval.path is empty: the run had no evaluation set. Give eval.path=FILE.jsonl.")
-    return run_retention(options, config)
+    return run_retention(options, folders, configs)
 
 
 def eval_config(folder: Path, overrides: Sequence[str]) -> Config:
     """The settings of the run that made the folder, with other `eval.*` keys."""
     from dataclasses import replace
 
-    from opdlm.pipeline import read_config_of
+    from opdlm.retention import read_config_of
 
     record = read_config_of(folder)
     values = {"eval": record.to_dict()["eval"]}
@@ -392,40 +432,51 @@ def eval_config(folder: Path, overrides: Sequence[str]) -> Config:
     return config
 
 
-def run_retention(options: argparse.Namespace, config: Config) -> int:
-    from rich.console import Console
+def run_retention(options: argparse.Namespace, folders: Sequence[Path], configs: Sequence[Config]) -> int:
+    """The report of one folder, or of several in one table."""
+    from opdlm.report import HTML_FILE
+    from opdlm.retention import compare_folders, measure_folder
+    from opdlm.tables import comparison_table, measured_text, skill_table
 
-    from opdlm import pipeline
-    from opdlm.card import measured_table
-    from opdlm.evaluate import skill_table
-
-    folder, dtype = Path(options.folder), config.model.dtype
-    teacher_path = options.teacher or config.model.path
-    model, tokenizer = pipeline.load_for_evaluation(folder, teacher_path, dtype)
-    tasks = pipeline.load_eval_tasks(model, tokenizer, config)
-    log = pipeline.open_log(Path(options.out), folder, teacher_path, dtype) if options.out else None
-    report, values = pipeline.evaluate_model(model, tokenizer, tasks, config.eval, log)
-    console = Console()
-    console.print(measured_table(values), markup=False, soft_wrap=True)
-    console.print("\n" + skill_table(report), markup=False, soft_wrap=True)
-    if log is not None:
-        console.print(f"\nreport: {log.path.parent}", soft_wrap=True)
+    out = Path(options.out) if options.out else None
+    if len(folders) > 1:
+        if out is None:
+            raise ConfigError(
+                "several DIRs need --out FOLDER, where their reports and the table are written."
+            )
+        text = comparison_table(compare_folders(folders, configs, out, options.teacher)).markdown()
+    else:
+        report = measure_folder(folders[0], configs[0], out, options.teacher)
+        text = f"{measured_text(report)}\n\n{skill_table(report).markdown()}"
+    print(text)
+    if out is not None:
+        print(f"\nreport: {out / HTML_FILE}")
     return 0
 
 
-def run_harness(options: argparse.Namespace, config: Config) -> int:
+def run_report(options: argparse.Namespace) -> int:
+    from opdlm.report import write_run_page
+
+    print(f"report: {write_run_page(Path(options.folder))}")
+    return 0
+
+
+def run_harness(options: argparse.Namespace, folders: Sequence[Path], config: Config) -> int:
     """Tasks of lm-evaluation-harness in every mode."""
+    if len(folders) > 1:
+        raise ConfigError("--tasks measures one DIR: run it for each of them.")
     import json
 
     from opdlm.harness import run_tasks
     from opdlm.models import read_spec
 
-    fmt = read_spec(options.folder).format
+    folder = str(folders[0])
+    fmt = read_spec(folder).format
     modes = config.eval.modes or (
         ("ar", "static", "threshold") if fmt == "preserve" else ("static", "threshold")
     )
     results = run_tasks(
-        options.folder,
+        folder,
         options.tasks.split(","),
         modes,
         include_path=options.include_path,
@@ -440,7 +491,7 @@ def run_harness(options: argparse.Namespace, config: Config) -> int:
             print(f"{mode} {task} " + " ".join(f"{k}={v:.4f}" for k, v in shown.items()))
     if options.out:
         Path(options.out).mkdir(parents=True, exist_ok=True)
-        record = {"folder": options.folder, "eval": config.to_dict()["eval"], "results": results}
+        record = {"folder": folder, "eval": config.to_dict()["eval"], "results": results}
         (Path(options.out) / "lm_eval.json").write_text(json.dumps(record, indent=2, default=str))
     return 0
 
@@ -460,17 +511,17 @@ def run_bench(options: argparse.Namespace) -> int:
     quiet_libraries()
     from rich.console import Console
 
-    from opdlm import pipeline
     from opdlm.bench import measure_speed, speed_table, write_speed
     from opdlm.data import load_tasks
     from opdlm.models import check_fits, load, load_causal_lm
+    from opdlm.retention import read_config_of, versions
 
     model, tokenizer = load(options.folder)
     is_preserve = model.spec.format == "preserve"
     modes = options.modes or [*(("ar", "lossless") if is_preserve else ()), "static", "threshold"]
     if not is_preserve and {"ar", "lossless"} & set(modes):
         raise ConfigError("--modes ar and lossless need a preserve checkpoint; this one is sdar.")
-    path = options.prompts or pipeline.read_config_of(Path(options.folder)).eval.path
+    path = options.prompts or read_config_of(Path(options.folder)).eval.path
     if not path:
         raise ConfigError("the run had no evaluation set: give --prompts FILE.jsonl.")
     tasks = load_tasks(path, tokenizer, model.spec.mask_token_id, limit=None)
@@ -492,7 +543,7 @@ def run_bench(options: argparse.Namespace) -> int:
     console.print(speed_table(rows), markup=False, soft_wrap=True)
     if options.out:
         settings = {"prompts": len(prompts), "file": path, "repeats": options.repeats}
-        write_speed(rows, Path(options.out), settings | pipeline.versions())
+        write_speed(rows, Path(options.out), settings | versions())
     return 0
 
 
@@ -515,7 +566,7 @@ def run_recipes(options: argparse.Namespace) -> int:
 
 
 def run_env(_: argparse.Namespace) -> int:
-    from opdlm.pipeline import versions
+    from opdlm.retention import versions
 
     for name, version in versions().items():
         print(f"{name} {version}")

@@ -246,14 +246,28 @@ class EvalSection:
     """Length cap of a response."""
     batch_size: int = 64
     """Rows decoded at once."""
+    temperature: float = 0.0
+    """0 = arg-max, every answer once. Above: teacher and student are sampled; prompts need answers."""
+    seeds: int = 1
+    """At a temperature above 0: repeat with so many seeds and report mean and spread."""
     confidence_threshold: float = 0.9
     """For the threshold mode."""
+    thresholds: tuple[float, ...] = ()
+    """Also draw accuracy against tokens per forward over these confidence thresholds; each is a decoding."""
     veto_below: float = 0.1
     """Static and threshold in preserve: the AR model replaces tokens it finds less likely; 0 = never."""
     forward_overhead: float | None = None
     """lossless: what a forward costs beside its slots, in slots. Large: fewest forwards; None: fastest."""
     limit: int | None = None
     """Prompts per skill; None = all."""
+    every: int = 0
+    """Also measure retention every so many training steps, into metrics.jsonl; 0 = only at the end."""
+    subset: int = 40
+    """Prompts that are measured during training, evenly spaced over all."""
+    patience: int | None = None
+    """Stop when retention during training (of the worst mode) has not risen in so many measurements; None =
+    never. The result is the last step.
+    """
     agreement: bool = True
     """Also report how far responses and visited states are from the teacher."""
     likelihood_samples: int = 0
@@ -347,6 +361,16 @@ def check_config(config: Config) -> None:
             "loss.divergence (reverse_kl) with loss.top_k and loss.tail=false has a degenerate optimum: "
             "set loss.tail=true or use forward_kl."
         )
+    if config.format.name == "preserve" and b < 2:
+        raise ConfigError("format.block_size (1) leaves preserve nothing to draft: use at least 2.")
+    check_evaluation(config)
+    check_adapter(config)
+    check_recorded(config)
+    check_engine(config)
+
+
+def check_evaluation(config: Config) -> None:
+    """Rules between the settings of the measurement."""
     if config.format.name == "sdar" and "lossless" in config.eval.modes:
         raise ConfigError(
             "eval.modes contains lossless, but format.name is sdar, which changes the AR weights and cannot "
@@ -356,11 +380,29 @@ def check_config(config: Config) -> None:
         raise ConfigError(
             "eval.likelihood_samples (1) leaves the error of the bound unknown: use 0 (off) or at least 2."
         )
-    if config.format.name == "preserve" and b < 2:
-        raise ConfigError("format.block_size (1) leaves preserve nothing to draft: use at least 2.")
-    check_adapter(config)
-    check_recorded(config)
-    check_engine(config)
+    if config.eval.seeds > 1 and not config.eval.temperature:
+        raise ConfigError(
+            f"eval.seeds ({config.eval.seeds}) repeats what is always the same: eval.temperature is 0, which "
+            "draws nothing. Use one seed, or a temperature above 0."
+        )
+    if config.eval.every and not config.eval.path:
+        raise ConfigError(
+            f"eval.every ({config.eval.every}) measures during training, but eval.path is empty: give a file "
+            "of evaluation prompts, or set eval.every=0."
+        )
+    if config.eval.patience is not None and not config.eval.every:
+        raise ConfigError(
+            f"eval.patience ({config.eval.patience}) counts measurements during training, but eval.every is "
+            "0: set it to a number of steps."
+        )
+    if config.eval.patience is not None and config.format.name == "preserve" and config.eval.veto_below:
+        raise ConfigError(
+            f"eval.patience ({config.eval.patience}) would stop a preserve student that still learns: with "
+            f"eval.veto_below ({config.eval.veto_below:g}) the AR model keeps retention near 100 % from the "
+            "first step. Set eval.veto_below=0."
+        )
+    if any(not 0 <= threshold <= 1 for threshold in config.eval.thresholds):
+        raise ConfigError(f"eval.thresholds ({config.eval.thresholds}) must lie between 0 and 1.")
 
 
 def check_recorded(config: Config) -> None:
@@ -484,6 +526,9 @@ POSITIVE = (
     "eval.max_new_tokens",
     "eval.batch_size",
     "eval.limit",
+    "eval.seeds",
+    "eval.subset",
+    "eval.patience",
 )
 INTERVALS = {
     "rollout.temperature": (0.0, 100.0),
@@ -500,6 +545,8 @@ INTERVALS = {
     "states.mask_rate_ramp_steps": (0, 10**9),
     "train.max_staleness": (0, 10**9),
     "train.ema_decay": (0.0, 1 - 1e-9),
+    "eval.temperature": (0.0, 100.0),
+    "eval.every": (0, 10**9),
     "eval.confidence_threshold": (0.0, 1.0),
     "eval.veto_below": (0.0, 1.0),
     "eval.forward_overhead": (0.0, 1e12),

@@ -116,7 +116,8 @@ def gathered_weights(student_loss: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.set_reshard_after_forward(reshard, recurse=False)
-            layer.reshard()
+        for shard in shards:  # of the root too: what was gathered must not outlive a change of the weights
+            shard.reshard()
 
 
 def without_sync(module: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:

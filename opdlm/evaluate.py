@@ -3,15 +3,17 @@
 Per skill: exact match, share of outputs identical to the teacher's, tokens per forward with every forward
 counted (prefill and commits included). Where prompts carry no answer, the teacher's greedy output is the
 reference. Retention is the student's mean over skills divided by the teacher's. Every score has its 95 %
-interval (`intervals`); student and teacher are compared on the same prompts.
+interval (`intervals`); student and teacher are compared on the same prompts. Numbers that two evaluations
+share and times, which they do not, are kept apart.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from opdlm.checkpoint import write_atomic
 from opdlm.config import EvalSection
 from opdlm.data import Task
-from opdlm.diffusion import DiffusionLM
-from opdlm.errors import ConfigError
+from opdlm.diffusion import DiffusionLM, DiffusionSpec
+from opdlm.errors import ConfigError, DataError
 from opdlm.generate import DecodeConfig, DecodeStats, Mode, generate
 from opdlm.generation_log import Generation, GenerationLog
 from opdlm.intervals import Interval, PairedComparison, compare_paired, mean_of_shares, wilson
@@ -30,7 +32,8 @@ from opdlm.scoring import is_right, is_right_flexibly
 
 REPEATED_TOKENS = 4
 """Length of the pieces whose recurrence within a response counts as repetition."""
-
+NUM_EXAMPLES = 3
+"""Responses per mode that the report shows."""
 
 DENOISING_MODES = ("static", "threshold", "entropy", "left_to_right")
 ACTS_IN: dict[str, tuple[str, ...]] = {
@@ -69,7 +72,6 @@ class ModeReport:
     tokens_per_forward_seen: float
     tokens_per_forward_held_out: float
     tokens_per_step: float
-    tokens_per_second: float
     stop_rate: float
     mean_response_tokens: float
     repetition: float
@@ -84,17 +86,17 @@ class RetentionReport:
     teacher: ModeReport
     student: list[ModeReport]
     held_out_skills: list[str]
-    settings: dict[str, Any] = field(default_factory=dict)
 
     def retention(self, mode: ModeReport) -> float:
         """Student's accuracy as a share of the teacher's."""
         return mode.accuracy / self.teacher.accuracy if self.teacher.accuracy else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        values = asdict(self)
-        for row, mode in zip(values["student"], self.student, strict=True):
-            row["retention"] = self.retention(mode)
-        return values
+        """As `retention.json` has it, but for tuples."""
+        return asdict(self) | {"student": [self.with_retention(mode) for mode in self.student]}
+
+    def with_retention(self, mode: ModeReport) -> dict[str, Any]:
+        return asdict(mode) | {"retention": self.retention(mode)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +111,9 @@ class Outputs:
         return [generation.rollout for generation in self.generations]
 
     @property
-    def seconds(self) -> float:
-        return sum(generation.seconds for generation in self.generations)
-
-
-def decoding_stats(rollouts: Sequence[Rollout]) -> DecodeStats:
-    return DecodeStats(
-        sum(r.num_response for r in rollouts),
-        sum(r.num_forwards for r in rollouts),
-        sum(r.num_steps for r in rollouts),
-    )
+    def tokens_per_second(self) -> float:
+        num_tokens = sum(generation.rollout.num_response for generation in self.generations)
+        return num_tokens / sum(generation.seconds for generation in self.generations)
 
 
 def decode_tasks(
@@ -126,44 +121,52 @@ def decode_tasks(
     tasks: Sequence[Task],
     mode: Mode,
     section: EvalSection,
-    on_batch: Callable[[int], None] = lambda _: None,
     log: GenerationLog | None = None,
     name: str = "",
+    seed: int = 0,
 ) -> Outputs:
-    """Greedy responses for every task, prompts of similar length together. What the log holds is not decoded
-    again; `name` tells decodings of one mode apart there.
+    """Responses for every task, prompts of similar length together. What the log holds is not decoded again;
+    `name` tells decodings of one mode apart there, and at a temperature above 0 so does `seed`.
     """
     config = DecodeConfig(
         mode=mode,
         max_new_tokens=section.max_new_tokens,
         batch_size=section.batch_size,
+        temperature=section.temperature,
         confidence_threshold=section.confidence_threshold,
         veto_below=section.veto_below,
         forward_overhead=section.forward_overhead,
     )
-    keys = [decoding_key(log, name or mode, config, task) for task in tasks]
+    keys = [decoding_key(log, name or mode, config, task, seed) for task in tasks]
     done = dict(log.finished) if log else {}
     order = sorted(range(len(tasks)), key=lambda i: (tasks[i].held_out, len(tasks[i].prompt.ids)))
     for first in range(0, len(order), section.batch_size):
         chosen = [i for i in order[first : first + section.batch_size] if keys[i] not in done]
+        prompts = [tasks[i].prompt.ids for i in chosen]
         started = time.perf_counter()
-        batch, _ = generate(model, [tasks[i].prompt.ids for i in chosen], config)
+        batch, _ = generate(model, prompts, config, [prompt_seed(seed, ids) for ids in prompts])
         seconds = (time.perf_counter() - started) / max(1, len(chosen))
         fresh = {keys[i]: Generation(r, seconds) for i, r in zip(chosen, batch, strict=True)}
         if log and fresh:
             log.add(fresh)
         done |= fresh
-        on_batch(len(chosen))
     return Outputs([done[key] for key in keys], keys)
 
 
-def decoding_key(log: GenerationLog | None, name: str, config: DecodeConfig, task: Task) -> str:
+def decoding_key(
+    log: GenerationLog | None, name: str, config: DecodeConfig, task: Task, seed: int = 0
+) -> str:
     """Without a log: the task's place."""
     if log is None:
         return str(task.prompt.index)
     acting = {k: v for k, v in asdict(config).items() if config.mode in ACTS_IN.get(k, (config.mode,))}
-    decoding = acting | {"name": name}
-    return log.key(decoding, task.prompt.ids)
+    drawn = {"seed": seed} if config.temperature else {}
+    return log.key(acting | {"name": name} | drawn, task.prompt.ids)
+
+
+def prompt_seed(seed: int, prompt_ids: Sequence[int]) -> int:
+    """The draws of a prompt depend on nothing else, so it may be decoded in any batch."""
+    return int.from_bytes(hashlib.sha256(json.dumps([seed, list(prompt_ids)]).encode()).digest()[:7])
 
 
 def evaluate(
@@ -171,30 +174,43 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Task],
     section: EvalSection,
-    on_batch: Callable[[int], None] = lambda _: None,
     log: GenerationLog | None = None,
+    seed: int = 0,
+    teacher: Outputs | None = None,
 ) -> tuple[RetentionReport, dict[str, Outputs]]:
-    """The retention report and the raw outputs per mode (`teacher` is the AR reference)."""
-    if model.spec.format == "sdar" and "lossless" in section.modes:
-        raise ConfigError(
-            "mode lossless needs format preserve; this checkpoint is sdar. Drop it from eval.modes."
-        )
-    teacher = decode_tasks(model.teacher_decoder(), tasks, "ar", section, on_batch, log, "teacher")
+    """The retention report and the raw outputs per mode (`teacher` is the AR reference, decoded here unless
+    it is given).
+    """
+    check_modes(model.spec, tasks, section)
+    if teacher is None:
+        teacher = decode_tasks(model.teacher_decoder(), tasks, "ar", section, log, "teacher", seed)
     outputs = {"teacher": teacher}
     for mode in section.modes or default_modes(model):
         outputs[mode] = (
             teacher
             if mode == "ar" and model.spec.format == "preserve"
-            else decode_tasks(model, tasks, mode, section, on_batch, log)
+            else decode_tasks(model, tasks, mode, section, log, seed=seed)
         )
     reports = {name: report_mode(name, output, teacher, tasks, tokenizer) for name, output in outputs.items()}
     report = RetentionReport(
         teacher=reports.pop("teacher"),
         student=list(reports.values()),
         held_out_skills=sorted({t.skill for t in tasks if t.held_out}),
-        settings={"eval": asdict(section), "block_diffusion": model.spec.to_dict()},
     )
     return report, outputs
+
+
+def check_modes(spec: DiffusionSpec, tasks: Sequence[Task], section: EvalSection) -> None:
+    """What the checkpoint or the prompts cannot do is refused before anything is decoded."""
+    if spec.format == "sdar" and "lossless" in section.modes:
+        raise ConfigError(
+            "mode lossless needs format preserve; this checkpoint is sdar. Drop it from eval.modes."
+        )
+    if section.temperature and any(task.answer is None for task in tasks):
+        raise DataError(
+            f"{section.path} has prompts without `answer`, whose reference is the teacher's greedy response; "
+            f"at eval.temperature ({section.temperature:g}) there is none. Give answers or use temperature 0."
+        )
 
 
 def default_modes(model: DiffusionLM) -> tuple[Mode, ...]:
@@ -210,9 +226,7 @@ def report_mode(
 ) -> ModeReport:
     texts = [response_text(rollout, tokenizer) for rollout in output.rollouts]
     references = [response_text(rollout, tokenizer) for rollout in teacher.rollouts]
-    expected = [r if t.answer is None else t.answer for t, r in zip(tasks, references, strict=True)]
-    right = [is_right(x, e, t.scoring) for x, e, t in zip(texts, expected, tasks, strict=True)]
-    reference = [is_right(x, e, t.scoring) for x, e, t in zip(references, expected, tasks, strict=True)]
+    right, reference = judge(tasks, texts, references), judge(tasks, references, references)
     pairs: dict[str, list[tuple[bool, bool]]] = {}
     for task, pair in sorted(zip(tasks, zip(reference, right, strict=True), strict=True), key=skill_of):
         pairs.setdefault(task.skill, []).append(pair)
@@ -226,9 +240,9 @@ def report_mode(
     overall = scores["all"]
     same = sum(a.text_ids == b.text_ids for a, b in zip(output.rollouts, teacher.rollouts, strict=True))
     stats = {
-        "all": decoding_stats(output.rollouts),
-        "seen": decoding_stats([r for r, t in zip(output.rollouts, tasks, strict=True) if not t.held_out]),
-        "held_out": decoding_stats([r for r, t in zip(output.rollouts, tasks, strict=True) if t.held_out]),
+        "all": DecodeStats.of(output.rollouts),
+        "seen": DecodeStats.of([r for r, t in zip(output.rollouts, tasks, strict=True) if not t.held_out]),
+        "held_out": DecodeStats.of([r for r, t in zip(output.rollouts, tasks, strict=True) if t.held_out]),
     }
     return ModeReport(
         name=name,
@@ -248,12 +262,17 @@ def report_mode(
         tokens_per_forward_seen=stats["seen"].tokens_per_forward,
         tokens_per_forward_held_out=stats["held_out"].tokens_per_forward,
         tokens_per_step=stats["all"].tokens_per_step,
-        tokens_per_second=stats["all"].num_tokens / output.seconds,
         stop_rate=sum(r.finish_reason == "stop" for r in output.rollouts) / len(tasks),
         mean_response_tokens=stats["all"].num_tokens / len(tasks),
         repetition=sum(map(repetition, output.rollouts)) / len(tasks),
         num_prompts=len(tasks),
     )
+
+
+def judge(tasks: Sequence[Task], texts: Sequence[str], references: Sequence[str]) -> list[bool]:
+    """Which responses are right; the teacher's is the answer where the task has none."""
+    expected = [r if t.answer is None else t.answer for t, r in zip(tasks, references, strict=True)]
+    return [is_right(x, e, t.scoring) for x, e, t in zip(texts, expected, tasks, strict=True)]
 
 
 def skill_of(item: tuple[Task, Any]) -> str:
@@ -285,18 +304,34 @@ def mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def skill_table(report: RetentionReport) -> str:
-    """Exact match per skill; held-out skills are marked."""
-    modes = [report.teacher, *report.student]
-    rows = ["| skill | " + " | ".join(m.name for m in modes) + " |", "|---|" + "---:|" * len(modes)]
-    for skill in sorted(report.teacher.by_skill, key=lambda s: (s in report.held_out_skills, s)):
-        label = f"{skill} (held out)" if skill in report.held_out_skills else skill
-        rows.append(f"| {label} | " + " | ".join(percent(m.by_skill[skill]) for m in modes) + " |")
-    return "\n".join(rows)
-
-
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
+def differing_examples(
+    tasks: Sequence[Task],
+    outputs: dict[str, Outputs],
+    tokenizer: PreTrainedTokenizerBase,
+    per_mode: int = NUM_EXAMPLES,
+) -> list[dict[str, Any]]:
+    """Responses per mode that are not the teacher's; those first where only one of the two is right."""
+    texts = {name: [response_text(r, tokenizer) for r in out.rollouts] for name, out in outputs.items()}
+    references = texts.pop("teacher")
+    teacher_right = judge(tasks, references, references)
+    examples = []
+    for name, responses in texts.items():
+        right = judge(tasks, responses, references)
+        places = [i for i, response in enumerate(responses) if response != references[i]]
+        examples += [
+            {
+                "mode": name,
+                "skill": tasks[i].skill,
+                "prompt": tasks[i].text,
+                "answer": tasks[i].answer,
+                "teacher": references[i],
+                "student": responses[i],
+                "teacher_is_right": teacher_right[i],
+                "student_is_right": right[i],
+            }
+            for i in sorted(places, key=lambda i: right[i] == teacher_right[i])[:per_mode]
+        ]
+    return examples
 
 
 def write_outputs(

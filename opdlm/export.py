@@ -35,7 +35,10 @@ REMOTE_ROOMS = (
     *("modeling_opdlm", "generate", "lossless", "denoise", "rows", "diffusion", "attention", "cache"),
     *("unmasking", "blocks", "records"),
 )
-RECORDS = ("README.md", "opdlm_config.yaml", "all_results.json", "retention.json", "generations.jsonl")
+RECORDS = (
+    *("README.md", "opdlm_config.yaml", "all_results.json", "retention.json", "timing.json"),
+    "generations.jsonl",
+)
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_opdlm.OpdlmForCausalLM"}
 
 

@@ -7,43 +7,45 @@ load it, not on the model in memory.
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from accelerate import PartialState
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opdlm import __version__
 from opdlm.attention import choose_backend, why_not
-from opdlm.card import measured_table, model_card
-from opdlm.checkpoint import atomic_folder, find_checkpoints, load_weights, write_atomic
-from opdlm.config import Config, EvalSection, load_config, resolve_path
+from opdlm.card import model_card
+from opdlm.checkpoint import (
+    atomic_folder,
+    find_checkpoints,
+    load_average,
+    load_weights,
+    trainable_weights,
+    write_atomic,
+)
+from opdlm.config import Config
 from opdlm.convert import make_student
-from opdlm.data import Task, load_prompts, load_tasks
+from opdlm.data import Task, load_prompts
 from opdlm.devices import is_sharded, join_ranks
 from opdlm.diffusion import DiffusionLM
-from opdlm.errors import ConfigError, DataError, require_package
-from opdlm.evaluate import Outputs, RetentionReport, evaluate, skill_table, write_outputs
+from opdlm.errors import ConfigError, require_package
 from opdlm.export import write_model
-from opdlm.generation_log import GenerationLog, fingerprint
-from opdlm.likelihood import agreement_report, likelihood_report
 from opdlm.metrics import MetricsLog, read_metrics
-from opdlm.models import check_fits, load, load_causal_lm, load_tokenizer, vocabulary_rows
-from opdlm.plots import plot_metrics, plot_retention
+from opdlm.models import check_fits, load_causal_lm, load_tokenizer
+from opdlm.plots import plot_metrics
 from opdlm.records import Prompt, Rollout
+from opdlm.report import read_retention
+from opdlm.retention import CONFIG_COPY, MODEL_FOLDER, RESULTS_FILE, load_eval_tasks, measure_folder, versions
 from opdlm.rollout_file import load_rollouts
 from opdlm.self_prompts import self_prompts, user_turn
 from opdlm.settings import read_recipe
 from opdlm.trainer import check_trackers, train
 from opdlm.vllm_engine import check_vllm
+from opdlm.watch import Watch
 
-MODEL_FOLDER = "model"
 CONFIG_FILE = "config.yaml"
 FREE_SETTINGS = (
     *("eval.", "output_dir", "train.save_every", "train.save_total_limit", "train.report_to"),
@@ -115,19 +117,6 @@ def check_attention(model: PreTrainedModel, config: Config) -> None:
         raise ConfigError(f"model.attention ({config.model.attention}) cannot run: {reason}.")
 
 
-def load_eval_tasks(model: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[Task]:
-    tasks = load_tasks(
-        config.eval.path,
-        tokenizer,
-        model.spec.mask_token_id,
-        limit=config.eval.limit,
-        enable_thinking=config.data.enable_thinking,
-        scoring=config.eval.scoring,
-    )
-    check_fits(model, [task.prompt.ids for task in tasks], config.eval.max_new_tokens, "eval.max_new_tokens")
-    return tasks
-
-
 def prepare_output(config: Config, *, writes: bool = True) -> Path:
     """Make the run folder; refuse to mix two different runs in one. Of many ranks, one writes."""
     output_dir = Path(config.output_dir)
@@ -172,14 +161,15 @@ def convert_checkpoint(config: Config, console: Console) -> Path:
             add_self_prompts(inputs, config, output_dir)
     describe(inputs, config, console)
     with MetricsLog(output_dir, console) as log:
-        run = train(inputs.student, inputs.prompts, config, log, inputs.recorded)
+        watch = Watch(inputs.tokenizer, inputs.tasks, config.eval) if config.eval.every else None
+        run = train(inputs.student, inputs.prompts, config, log, inputs.recorded, watch)
     folder = output_dir / MODEL_FOLDER
     if ranks.is_main_process:
         with atomic_folder(folder) as partial:
             write_model(partial, trained_student(run.model, config).eval(), inputs.tokenizer)
             write_record(partial, output_dir, config)
         if inputs.tasks:
-            measure(folder, inputs.tasks, config, console)
+            measure_folder(folder, config, folder)
         write_card(folder, config)
     return folder
 
@@ -199,7 +189,10 @@ def trained_student(model: DiffusionLM, config: Config) -> DiffusionLM:
     if not is_sharded(model):
         return model
     student = load_inputs(config).student
-    load_weights(find_checkpoints(Path(config.output_dir))[-1], student)
+    last = find_checkpoints(Path(config.output_dir))[-1]
+    load_weights(last, student)
+    if config.train.ema_decay is not None:
+        load_average(last, trainable_weights(student))
     return student
 
 
@@ -223,102 +216,14 @@ def describe(inputs: Inputs, config: Config, console: Console) -> None:
 
 def write_record(folder: Path, output_dir: Path, config: Config) -> None:
     """Settings, versions and curves of the run, beside the weights."""
-    (folder / "opdlm_config.yaml").write_text(config.to_yaml())
+    (folder / CONFIG_COPY).write_text(config.to_yaml())
     metrics = read_metrics(output_dir / "metrics.jsonl")
     seconds = sum(row["seconds"] for row in metrics)  # over every part of an interrupted run
     results = {"train_seconds": round(seconds, 1), "versions": versions(), **(metrics[-1] if metrics else {})}
-    (folder / "all_results.json").write_text(json.dumps(results, indent=2))
+    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2))
     plot_metrics(metrics, folder / "training.png")
 
 
-def versions() -> dict[str, str]:
-    return {
-        "opdlm": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def measure(folder: Path, tasks: list[Task], config: Config, console: Console) -> RetentionReport:
-    """Evaluate the folder and write `retention.json`, the plot and the raw generations into it."""
-    model, tokenizer = load_for_evaluation(folder, config.model.path, config.model.dtype)
-    log = open_log(folder, folder, config.model.path, config.model.dtype)
-    report, _ = evaluate_model(model, tokenizer, tasks, config.eval, log)
-    return report
-
-
-def evaluate_model(
-    model: DiffusionLM,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: list[Task],
-    section: EvalSection,
-    log: GenerationLog | None,
-) -> tuple[RetentionReport, dict[str, Any]]:
-    """The retention report, and all of it as plain values; written beside the log where there is one."""
-    report, outputs = evaluate(model, tokenizer, tasks, section, log=log)
-    values = report.to_dict() | text_measures(model, outputs, section)
-    if log is not None:
-        write_report(log.path.parent, report, values)
-        write_outputs(log.path, tasks, outputs, tokenizer)
-    return report, values
-
-
-def text_measures(model: DiffusionLM, outputs: dict[str, Outputs], section: EvalSection) -> dict[str, Any]:
-    """What teacher and student think of the responses, where the settings ask for it."""
-    measures: dict[str, Any] = {}
-    if section.agreement:
-        measures["agreement"] = {
-            name: agreement_report(model, output.rollouts, section.batch_size)
-            for name, output in outputs.items()
-            if name != "teacher"
-        }
-    if section.likelihood_samples:
-        texts = outputs["teacher"].rollouts
-        measures["likelihood"] = likelihood_report(
-            model, texts, section.likelihood_samples, section.batch_size
-        )
-    return measures
-
-
-def open_log(out: Path, folder: Path, teacher_path: str, dtype: str) -> GenerationLog:
-    """The generations already in `out`; those of other weights are not found again."""
-    weights = [fingerprint(str(folder)), fingerprint(resolve_path(teacher_path)), dtype]
-    return GenerationLog(out / "generations.jsonl", json.dumps(weights))
-
-
-def load_for_evaluation(folder: Path, teacher_path: str, dtype: str) -> tuple[DiffusionLM, Any]:
-    """A converted folder; a merged `sdar` folder no longer holds its teacher: it is loaded beside it."""
-    model, tokenizer = load(folder, dtype)
-    if model.spec.format == "sdar" and not model.spec.adapter:
-        teacher = load_causal_lm(teacher_path, dtype)
-        rows = vocabulary_rows(model.student)
-        if rows != vocabulary_rows(teacher):
-            teacher.resize_token_embeddings(rows, mean_resizing=False)
-        model = DiffusionLM(model.student, model.spec, teacher=teacher).eval()
-    return model, tokenizer
-
-
-def write_report(folder: Path, report: RetentionReport, values: dict[str, Any]) -> None:
-    write_atomic(folder / "retention.json", json.dumps(values, indent=2, ensure_ascii=False))
-    write_atomic(folder / "retention.md", f"{measured_table(values)}\n\n{skill_table(report)}\n")
-    plot_retention(report, folder / "retention.png")
-
-
-def read_report(folder: Path) -> dict[str, Any] | None:
-    path = folder / "retention.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
 def write_card(folder: Path, config: Config) -> None:
-    results = json.loads((folder / "all_results.json").read_text())
-    write_atomic(folder / "README.md", model_card(config, results, read_report(folder)))
-
-
-def read_config_of(folder: Path) -> Config:
-    """The settings a converted folder was made with."""
-    path = folder / "opdlm_config.yaml"
-    if not path.is_file():
-        raise DataError(f"{folder} has no opdlm_config.yaml: it was not written by opdlm convert.")
-    return load_config(path)
+    results = json.loads((folder / RESULTS_FILE).read_text())
+    write_atomic(folder / "README.md", model_card(config, results, read_retention(folder)))

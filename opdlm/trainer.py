@@ -15,7 +15,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -123,6 +123,12 @@ class Run:
     """Running average of the trained weights, float32; empty without `train.ema_decay`."""
     vllm: VllmTeacher | None = None
     """With `rollout.engine=vllm`, while the teacher writes the responses."""
+    retentions: list[float] = field(default_factory=list)
+    """What the measurements during training found so far."""
+
+
+Watcher = Callable[[DiffusionLM], dict[str, float]]
+"""Measures a student; the same on every rank. Its `retention` decides about `eval.patience`."""
 
 
 def train(
@@ -131,8 +137,11 @@ def train(
     config: Config,
     log: MetricsLog,
     recorded: Sequence[Rollout] = (),
+    watcher: Watcher | None = None,
 ) -> Run:
-    """Train to `train.num_steps`, continuing from the newest checkpoint in `output_dir` if there is one."""
+    """Train to `train.num_steps`, or until retention stalls, continuing from the newest checkpoint in
+    `output_dir` if there is one.
+    """
     run = start_run(model, prompts, config, recorded)
     first_step = resume(run)
     is_main = run.accelerator.is_main_process
@@ -140,11 +149,18 @@ def train(
         log.start(config.train.num_steps, first_step)
     with deferred_interrupt(log) as interrupted:
         for step in range(first_step, config.train.num_steps):
+            if has_stalled(run):
+                log.note(
+                    f"retention has not risen in {config.eval.patience} measurements: stopped at step {step}"
+                )
+                break
             metrics = train_step(run, step)
+            if watcher is not None and config.eval.every and (step + 1) % config.eval.every == 0:
+                metrics |= measure_retention(run, watcher)
             if is_main:
                 log.step(step + 1, metrics)
             run.accelerator.log(metrics, step=step + 1)
-            is_last = step + 1 == config.train.num_steps
+            is_last = step + 1 == config.train.num_steps or has_stalled(run)
             is_asked_to_stop = sum_over_ranks(run.accelerator, interrupted.is_set())[0] > 0
             if (step + 1) % config.train.save_every == 0 or is_last or is_asked_to_stop:
                 save(run, step + 1)
@@ -386,6 +402,32 @@ def use_average(run: Run) -> None:
         weights[name].copy_(average)
 
 
+def measure_retention(run: Run, watcher: Watcher) -> dict[str, float]:
+    """Every rank measures the weights that the run would write now; ranks agree on the mean."""
+    started = time.perf_counter()
+    weights = trainable_weights(run.model)
+    trained = {name: weight.detach().clone() for name, weight in weights.items() if name in run.average}
+    use_average(run)
+    with gathered_weights(run.student_loss):
+        found = watcher(run.model)
+    with torch.no_grad():
+        for name, weight in trained.items():
+            weights[name].copy_(weight)
+    sums = sum_over_ranks(run.accelerator, *found.values())
+    metrics = {name: value / run.accelerator.num_processes for name, value in zip(found, sums, strict=True)}
+    run.retentions.append(metrics["retention"])
+    return metrics | {"eval_seconds": time.perf_counter() - started}
+
+
+def has_stalled(run: Run) -> bool:
+    """Whether the last `eval.patience` measurements found nothing better than an earlier one."""
+    patience = run.config.eval.patience
+    if patience is None or not run.retentions:
+        return False
+    best = run.retentions.index(max(run.retentions))
+    return len(run.retentions) - 1 - best >= patience
+
+
 def normalized_weights(run: Run, states: list[StateBatch]) -> list[Tensor]:
     """Weight of every supervised slot so that the update's loss is the mean over the global batch.
 
@@ -456,14 +498,19 @@ def step_metrics(
 
 def save(run: Run, step: int) -> None:
     """All ranks take part: the main one writes what the others hold of sharded weights."""
-    pool = {made: [r.to_dict() for r in made_then] for made, made_then in reusable(run, step).items()}
+    progress = {
+        "num_updates": run.num_updates,
+        "totals": run.totals,
+        "pool": {made: [r.to_dict() for r in made_then] for made, made_then in reusable(run, step).items()},
+        "retentions": run.retentions,
+    }
     with whole_weights(trainable_weights(run.model).values()):
         save_checkpoint(
             Path(run.config.output_dir),
             step,
             run.model,
             run.optimizer,
-            {"num_updates": run.num_updates, "totals": run.totals, "pool": pool},
+            progress,
             run.config.train.save_total_limit,
             run.average,
             writes=run.accelerator.is_main_process,
@@ -484,6 +531,7 @@ def resume(run: Run) -> int:
     with whole_weights(trainable_weights(run.model).values(), changed=True):
         progress = load_checkpoint(found[-1], run.model, run.optimizer)
     run.num_updates, run.totals = progress["num_updates"], progress["totals"]
+    run.retentions = progress.get("retentions", [])  # older checkpoints have none
     for made, rollouts in progress["pool"].items():
         run.pool[int(made)] = [Rollout.from_dict(r) for r in rollouts]
     if run.average:

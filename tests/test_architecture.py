@@ -11,18 +11,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "opdlm"
 FLOORS = {
-    0: {"errors", "records", "blocks", "intervals", "scoring"},
+    0: {"errors", "records", "blocks", "intervals", "scoring", "tables"},
     1: {"settings", "cache", "unmasking", "losses"},
     2: {"config", "attention", "rows", "checkpoint", "metrics", "generation_log"},
     3: {"diffusion", "optimizer", "curricula", "zero"},
     4: {"adapter", "data", "denoise", "devices", "states", "vllm_plugin"},
     5: {"models", "lossless"},
     6: {"convert", "targets", "generate", "export", "rollout_file", "answer", "vllm_engine"},
-    7: {"rollout", "evaluate", "modeling_opdlm"},
-    8: {"trainer", "self_prompts", "plots", "card", "likelihood"},
-    9: {"pipeline", "plan", "harness", "bench", "verbs"},
-    10: {"cli"},
-    11: {"__main__"},
+    7: {"rollout", "evaluate", "modeling_opdlm", "plots", "card"},
+    8: {"trainer", "self_prompts", "likelihood", "report", "watch"},
+    9: {"retention"},
+    10: {"pipeline", "plan", "harness", "bench", "verbs"},
+    11: {"cli"},
+    12: {"__main__"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 OPTIONAL_PACKAGES = {

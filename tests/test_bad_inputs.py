@@ -24,6 +24,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data, write_rows
 
@@ -216,6 +217,23 @@ def other_rollouts(place: Place) -> list[str]:
 
 def fill(place: Place, text: str, *flags: str) -> list[str]:
     return ["generate", str(place.root / "sdar" / "model"), text, *flags]
+
+
+def other_limit(place: Place) -> Path:
+    """A second student whose record asks for fewer prompts."""
+    folder = Path(shutil.copytree(place.root / "sdar" / "model", place.root / "other", dirs_exist_ok=True))
+    record = yaml.safe_load((folder / "opdlm_config.yaml").read_text())
+    record["eval"]["limit"] = 2
+    (folder / "opdlm_config.yaml").write_text(yaml.safe_dump(record))
+    return folder
+
+
+def measured_long_ago(place: Place) -> Path:
+    """A run whose numbers an earlier version wrote."""
+    (place.root / "old" / "model").mkdir(parents=True, exist_ok=True)
+    shutil.copy(place.root / "sdar" / "metrics.jsonl", place.root / "old")
+    (place.root / "old" / "model" / "retention.json").write_text('{"settings": {}}')
+    return place.root / "old"
 
 
 SDAR_LOSSLESS = ("format.name=sdar", "eval.modes=lossless")
@@ -552,6 +570,67 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     "eval without a set": (
         lambda p: ["eval", str(p.root / "sdar" / "model")],
         ("eval.path is empty", "Give"),
+    ),
+    "eval with several seeds and nothing to draw": (
+        lambda p: ["eval", str(p.root / "sdar" / "model"), "--seeds", "3"],
+        ("eval.seeds (3)", "eval.temperature is 0", "temperature above 0"),
+    ),
+    "eval with samples and no answers": (
+        lambda p: [
+            *("eval", str(p.root / "sdar" / "model"), "--temperature", "1"),
+            *(f"eval.path={p.root / 'eval.jsonl'}", "eval.max_new_tokens=10"),
+        ],
+        ("eval.jsonl", "without `answer`", "temperature 0"),
+    ),
+    "eval of a threshold above 1": (
+        lambda p: ["eval", str(p.root / "sdar" / "model"), "--thresholds", "0.5", "1.5"],
+        ("eval.thresholds", "1.5", "between 0 and 1"),
+    ),
+    "eval in an unknown mode": (
+        lambda p: ["eval", str(p.root / "sdar" / "model"), "--modes", "staticc"],
+        ("eval.modes ('staticc')", "mean static?"),
+    ),
+    "eval without a folder": (
+        lambda p: ["eval", "eval.limit=3"],
+        ("DIR", "before any eval.key=value"),
+    ),
+    "several students and nowhere to write": (
+        lambda p: ["eval", *[str(p.root / "sdar" / "model")] * 2, f"eval.path={p.root / 'eval.jsonl'}"],
+        ("several DIRs", "--out FOLDER"),
+    ),
+    "one student twice": (
+        lambda p: [
+            *("eval", *[str(p.root / "sdar" / "model")] * 2, f"eval.path={p.root / 'eval.jsonl'}"),
+            *("--out", str(p.root / "twice")),
+        ],
+        ("/sdar/model is named twice", "once"),
+    ),
+    "students that were measured on different prompts": (
+        lambda p: [
+            *("eval", str(p.root / "sdar" / "model"), str(other_limit(p)), "--out", str(p.root / "two")),
+            f"eval.path={p.root / 'eval.jsonl'}",
+        ],
+        ("eval.limit is None for", "2 for", "give one eval.limit for all"),
+    ),
+    "report of a run that an earlier version measured": (
+        lambda p: ["report", str(measured_long_ago(p))],
+        ("/old/model/retention.json", "earlier version", "opdlm eval"),
+    ),
+    "report of no run": (
+        lambda p: ["report", str(p.model)],
+        ("/model holds no finished step", "runs/tiny"),
+    ),
+    "evaluation during training without a set": (
+        lambda p: p.convert("eval.every=10"),
+        ("eval.every (10)", "eval.path is empty", "eval.every=0"),
+    ),
+    "patience where the AR model keeps retention up": (
+        lambda p: p.convert("eval.patience=3", "eval.every=1", f"eval.path={p.root / 'eval.jsonl'}"),
+        ("eval.patience (3)", "near 100 %", "eval.veto_below=0"),
+    ),
+    "patience without measurements": (
+        lambda p: p.convert("eval.patience=3"),
+        ("eval.patience (3)", "eval.every is 0"),
     ),
     "eval with one likelihood sample": (
         lambda p: ["eval", str(p.root / "sdar" / "model"), "eval.likelihood_samples=1"],

@@ -283,15 +283,18 @@ def test_the_recipe_runs_under_accelerate_launch(mode: str, tmp_path: Path) -> N
         *settings[0].split("=")[1:],
         *settings[1:],
         f"eval.path={tmp_path / 'eval.jsonl'}",
+        *("eval.every=1", "eval.patience=2", "eval.veto_below=0", "train.ema_decay=0.9"),
     ]
     file = f"--config_file=recipes/accelerate/{mode}.yaml"
     port = "--main_process_port=0"
     done = launch(command, "accelerate.commands.launch", file, port, "--num_processes=2", "-m")
     assert done.stdout.count("converted checkpoint:") == 1
     folder = tmp_path / mode
-    steps_written = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert steps_written == [1, 2]
-    assert (folder / "model" / "retention.json").is_file()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    report = json.loads((folder / "model" / "retention.json").read_text())
+    for mode in report["student"]:  # measured on two ranks during training, on one at its end
+        assert rows[-1][f"tokens_per_forward_{mode['name']}"] == pytest.approx(mode["tokens_per_forward"])
 
 
 if __name__ == "__main__":

@@ -183,8 +183,10 @@ def test_the_commands_work_in_a_process_of_their_own(runs: Path, tmp_path: Path)
     )
     assert evaluated.returncode == 0 and not evaluated.stderr, evaluated.stderr
     assert "| lossless |" in evaluated.stdout
-    written = {"retention.json", "retention.md", "retention.png", "generations.jsonl"}
-    assert {path.name for path in out.iterdir()} == written
+    pages = {"report.html", "report.md", "retention.png", "divergence.png"}
+    assert {path.name for path in out.iterdir()} == pages | {
+        *("retention.json", "timing.json", "generations.jsonl")
+    }
 
 
 def test_eval_of_an_sdar_folder_finds_its_teacher(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

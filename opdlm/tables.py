@@ -1,0 +1,263 @@
+"""What was measured, as tables that people read: one description for Markdown, HTML and the terminal.
+
+Input are plain values as `retention.json` and `timing.json` hold them. Not here: measuring, pages, pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Values = dict[str, Any]
+NOTHING = "–"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Cells as text; the first column names the row."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """Head and rows; a pipe in a name would end its cell."""
+        lines = [self.head, ["---", *["---:"] * (len(self.head) - 1)], *self.rows]
+        return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines)
+
+
+def percent(share: float | None) -> str:
+    return NOTHING if share is None else f"{100 * share:.1f} %"
+
+
+def with_interval(share: float | None, interval: Sequence[float] | None) -> str:
+    if share is None or interval is None:
+        return percent(share)
+    return f"{percent(share)} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def count(number: float | None) -> str:
+    """A mean of tokens; none were counted where it is 0."""
+    return f"{number:.2f}" if number else NOTHING
+
+
+def all_modes(report: Values) -> list[Values]:
+    """Teacher first."""
+    return [report["teacher"] | {"retention": 1.0}, *report["student"]]
+
+
+def retention_table(report: Values) -> Table:
+    rows = []
+    for mode in all_modes(report):
+        compared = mode["against_teacher"]["all"]["retention_interval"]
+        interval = None if mode["name"] == "teacher" else compared
+        rows.append(
+            [
+                mode["name"],
+                *[percent(mode[key]) for key in ("accuracy", "accuracy_seen", "accuracy_held_out")],
+                with_interval(mode["retention"], interval),
+                percent(mode["identical_to_teacher"]),
+                *[count(mode[f"tokens_per_forward{group}"]) for group in ("", "_seen", "_held_out")],
+                speed(report, mode["name"]),
+            ]
+        )
+    sampling = report["settings"]["config"]["eval"]
+    how = (
+        f"sampled at temperature {sampling['temperature']:g}, seed 0" if sampling["temperature"] else "greedy"
+    )
+    return Table(
+        title="What survived",
+        head=[
+            *("mode", "accuracy", "seen", "held out", "retention", "= teacher"),
+            *("tok/fwd", "seen", "held out", "tok/s"),
+        ],
+        rows=rows,
+        note=f"{report['teacher']['num_prompts']} prompts, {how}; accuracy is the mean over skills of exact "
+        "match. Every forward is counted, prefill and commits included. `teacher` is the original, decoded "
+        "token by token. In brackets: 95 % interval (bootstrap over the same prompts).",
+    )
+
+
+def speed(report: Values, name: str) -> str:
+    return f"{report['timing'][name]:.0f}" if name in report.get("timing", {}) else NOTHING
+
+
+def paired_table(report: Values) -> Table:
+    rows = []
+    for mode in report["student"]:
+        for group, compared in mode["against_teacher"].items():
+            low, high = compared["difference_interval"]
+            rows.append(
+                [
+                    f"{mode['name']}, {group.replace('_', ' ')}",
+                    f"{100 * compared['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+                    str(compared["num_gained"]),
+                    str(compared["num_lost"]),
+                    f"{compared['p_value']:.3g}",
+                ]
+            )
+    return Table(
+        title="Against the teacher, prompt by prompt",
+        head=["mode, skills", "points of accuracy", "gained", "lost", "p"],
+        rows=rows,
+        note="gained: prompts that only the student answers rightly; lost: only the teacher. p: McNemar's "
+        "exact test, two-sided.",
+    )
+
+
+def response_table(report: Values) -> Table:
+    timing = report.get("timing", {})
+    beside_ar = {name: f"{speed / timing['teacher']:.2f}" for name, speed in timing.items()}
+    rows = [
+        [
+            mode["name"],
+            f"{mode['mean_response_tokens']:.1f}",
+            percent(mode["stop_rate"]),
+            percent(mode["repetition"]),
+            count(mode["tokens_per_step"]),
+            count(mode["tokens_per_forward"]),
+            speed(report, mode["name"]),
+            beside_ar.get(mode["name"], NOTHING),
+        ]
+        for mode in all_modes(report)
+    ]
+    return Table(
+        title="Responses and speed",
+        head=["mode", "tokens", "stopped", "repeated", "tok/step", "tok/fwd", "tok/s", "× AR"],
+        rows=rows,
+        note="tokens: mean length. stopped: ended by a stop token, not by the limit. repeated: share of "
+        "4-token pieces that stood earlier in the same response. A step is a forward that reveals tokens. "
+        "× AR: tokens per second beside the teacher's, measured once, here (`opdlm bench` measures better).",
+    )
+
+
+def distance_table(report: Values) -> Table:
+    return Table(
+        title="Distance to the teacher",
+        head=["mode", "tokens = AR arg-max", "KL(teacher ‖ student), nats"],
+        rows=[
+            [name, percent(measured["argmax_agreement"]), f"{measured['teacher_kl']:.4f}"]
+            for name, measured in report.get("agreement", {}).items()
+        ],
+        note="KL: mean over the masked tokens of the states that decoding visited.",
+    )
+
+
+def likelihood_note(report: Values) -> str:
+    measured = report.get("likelihood")
+    if measured is None:
+        return ""
+    return (
+        f"Nats per token of the teacher's {measured['num_tokens']} response tokens: teacher "
+        f"{measured['teacher_nll_per_token']:.4f}, student at most {measured['student_bound_per_token']:.4f} "
+        f"± {measured['student_bound_standard_error']:.4f} (standard error of the bound)."
+    )
+
+
+def skill_table(report: Values) -> Table:
+    """Exact match per skill with its interval; held-out skills last and marked."""
+    modes, held_out = all_modes(report), report["held_out_skills"]
+    return Table(
+        title="Accuracy per skill",
+        head=["skill", *[mode["name"] for mode in modes]],
+        rows=[
+            [
+                f"{skill} (held out)" if skill in held_out else skill,
+                *[with_interval(m["by_skill"][skill], m["by_skill_interval"][skill]) for m in modes],
+            ]
+            for skill in sorted(report["teacher"]["by_skill"], key=lambda s: (s in held_out, s))
+        ],
+        note="In brackets: 95 % interval (Wilson).",
+    )
+
+
+def trade_off_table(report: Values) -> Table:
+    return Table(
+        title="Accuracy against speed",
+        head=["threshold", "accuracy", "retention", "= teacher", "tok/fwd"],
+        rows=[
+            [
+                f"{point['confidence_threshold']:g}",
+                with_interval(point["accuracy"], point["accuracy_interval"]),
+                with_interval(point["retention"], point["against_teacher"]["all"]["retention_interval"]),
+                percent(point["identical_to_teacher"]),
+                count(point["tokens_per_forward"]),
+            ]
+            for point in report.get("trade_off", [])
+        ],
+        note="Threshold decoding: a token is revealed where its probability exceeds the threshold.",
+    )
+
+
+def seed_table(report: Values) -> Table:
+    spread = report.get("over_seeds", {})
+    return Table(
+        title="Over seeds",
+        head=["mode", "accuracy", "seen", "held out", "retention", "tok/fwd"],
+        rows=[
+            [
+                name,
+                *[plus_minus(measures[key], 100, " %", 1) for key in SHARES_OVER_SEEDS],
+                plus_minus(measures["tokens_per_forward"], 1, "", 2),
+            ]
+            for name, measures in spread.items()
+        ],
+        note=f"Mean ± standard deviation over the seeds {', '.join(map(str, report['settings']['seeds']))} "
+        "on the same prompts.",
+    )
+
+
+SHARES_OVER_SEEDS = ("accuracy", "accuracy_seen", "accuracy_held_out", "retention")
+
+
+def plus_minus(measure: Values | None, scale: float, unit: str, digits: int) -> str:
+    if measure is None:
+        return NOTHING
+    mean, deviation = scale * measure["mean"], scale * measure["standard_deviation"]
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}{unit}"
+
+
+def report_tables(report: Values) -> list[Table]:
+    """Every table of one report that has rows."""
+    tables = (retention_table, seed_table, paired_table, response_table, distance_table, skill_table)
+    return [table for make in (*tables, trade_off_table) if (table := make(report)).rows]
+
+
+def comparison_table(students: Sequence[Values]) -> Table:
+    """Several students, a row for each of their modes. A student is its report and what made it."""
+    rows = [
+        [
+            f"{student['name']}, {mode['name']}",
+            student["format"],
+            student["objective"],
+            f"{student['rollout_tokens']:,.0f}",
+            with_interval(mode["accuracy"], mode["accuracy_interval"]),
+            with_interval(mode["retention"], mode["against_teacher"]["all"]["retention_interval"]),
+            count(mode["tokens_per_forward"]),
+            speed(student["report"], mode["name"]),
+        ]
+        for student in students
+        for mode in student["report"]["student"]
+    ]
+    return Table(
+        title="Students",
+        head=[
+            *("student, mode", "format", "objective", "tokens seen"),
+            *("accuracy", "retention", "tok/fwd", "tok/s"),
+        ],
+        rows=rows,
+        note="tokens seen: response tokens of all rollouts of the training. Retention is against each "
+        "student's own teacher, in brackets its 95 % interval (bootstrap over the same prompts).",
+    )
+
+
+def measured_text(report: Values) -> str:
+    """The essence of a report in Markdown, for the model card and the terminal."""
+    parts = []
+    for make in (retention_table, seed_table, distance_table, trade_off_table):
+        table = make(report)
+        if table.rows:
+            parts += [table.markdown(), table.note]
+    return "\n\n".join(filter(None, [*parts, likelihood_note(report)]))

@@ -1,0 +1,132 @@
+"""Retention measured while a student trains: the right weights, nothing disturbed, stopping, resuming."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_checkpoints import failing_after_a_save, tiny_overrides, write_checkpoint, write_data, write_rows
+from tiny_models import make_lm
+
+from opdlm.cli import main
+from opdlm.config import Config, EvalSection
+from opdlm.records import Prompt
+from opdlm.trainer import has_stalled, start_run
+
+TIMES = {"rollout_tokens_per_second", "rollout_share_of_time", "seconds", "eval_seconds"}
+WEIGHTS = ("adapter/adapter_model.safetensors", "mask_embedding.safetensors")
+AVERAGED = "train.ema_decay=0.9"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("watch")
+    write_checkpoint(root / "teacher")
+    write_data(root)
+    write_rows(root / "tasks.jsonl", [{"prompt": f"add {i} {7 * i % 10}"} for i in range(8)])
+    return root
+
+
+def command(root: Path, output: Path, *overrides: str) -> list[str]:
+    """Four steps with checkpoints after two; every decoding is the student's own."""
+    settings = tiny_overrides(root / "teacher", root, output)[1:]
+    return [
+        *("convert", str(root / "teacher"), *settings, "train.num_steps=4", "train.save_every=2"),
+        *(f"eval.path={root / 'tasks.jsonl'}", "eval.modes=[static,threshold]", "eval.veto_below=0"),
+        *("eval.agreement=false", "eval.confidence_threshold=0.08", *overrides),
+    ]
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def watched(root: Path) -> Path:
+    assert main(command(root, root / "watched", "eval.every=1", AVERAGED)) == 0
+    return root / "watched"
+
+
+def test_the_last_measurement_is_the_report_of_the_result(watched: Path) -> None:
+    """With an average of the weights, which the result holds and training does not."""
+    report, last = json.loads((watched / "model" / "retention.json").read_text()), rows_of(watched)[-1]
+    assert last["retention"] == pytest.approx(min(mode["retention"] for mode in report["student"]))
+    for mode in report["student"]:
+        assert last[f"retention_{mode['name']}"] == pytest.approx(mode["retention"])
+        assert last[f"tokens_per_forward_{mode['name']}"] == pytest.approx(mode["tokens_per_forward"])
+    assert len({row["tokens_per_forward_threshold"] for row in rows_of(watched)}) > 1
+
+
+def test_measuring_changes_nothing_that_is_trained(root: Path, watched: Path) -> None:
+    unwatched = root / "unwatched"
+    assert main(command(root, unwatched, AVERAGED)) == 0
+    expected = rows_of(unwatched)
+    measured = [{key: value for key, value in row.items() if key in expected[0]} for row in rows_of(watched)]
+    assert measured == expected
+    for name in WEIGHTS:
+        assert (watched / "model" / name).read_bytes() == (unwatched / "model" / name).read_bytes()
+
+
+def test_a_watched_run_resumes_bit_for_bit(
+    root: Path, watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("eval.every=1", AVERAGED)
+    with failing_after_a_save(monkeypatch):
+        assert main(command(root, tmp_path, *settings)) == 2
+    assert main(command(root, tmp_path, *settings)) == 0
+    assert rows_of(tmp_path) == rows_of(watched)
+    for name in WEIGHTS:
+        assert (tmp_path / "model" / name).read_bytes() == (watched / "model" / name).read_bytes()
+    progress = [
+        json.loads((run / "checkpoint-4" / "progress.json").read_text()) for run in (tmp_path, watched)
+    ]
+    assert progress[0] == progress[1] and len(progress[0]["retentions"]) == 4
+
+
+def test_the_subset_is_fixed_and_spread_over_all_prompts(root: Path, tmp_path: Path) -> None:
+    tasks = [
+        {"prompt": f"add {i} 1", "skill": f"s{i // 4}", "answer": "wrong" if i % 4 else None}
+        for i in range(8)
+    ]
+    path = write_rows(tmp_path / "tasks.jsonl", tasks)  # the teacher is right where nothing is asked of it
+    subset = ("eval.every=2", "eval.subset=2", f"eval.path={path}", "optimizer.learning_rate=1e-9")
+    assert main(command(root, tmp_path / "run", *subset, "eval.modes=[ar]")) == 0
+    assert [row.get("retention") for row in rows_of(tmp_path / "run")] == [None, 1.0, None, 1.0]
+
+
+def test_training_stops_when_retention_does_not_rise_and_stays_stopped(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A student that learns nothing is measured once as the best, once as no better."""
+    stopping = command(root, tmp_path, "eval.every=1", "eval.patience=1", "optimizer.learning_rate=1e-30")
+    for _ in range(2):
+        assert main(stopping) == 0
+        assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
+        assert (tmp_path / "checkpoint-2").is_dir() and (tmp_path / "model" / "retention.json").is_file()
+    assert "retention has not risen in 1 measurements: stopped at step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("retentions", "patience", "stalled"),
+    [
+        ([], 1, False),
+        ([0.5], 1, False),
+        ([0.5, 0.5], 1, True),
+        ([0.5, 0.6], 1, False),
+        ([0.5, 0.6, 0.4], 2, False),
+        ([0.5, 0.6, 0.4, 0.6], 2, True),
+        ([0.9, 0.1, 0.1, 0.1], None, False),
+    ],
+)
+def test_stalling_counts_from_the_best_measurement(
+    retentions: list[float], patience: int | None, stalled: bool, tmp_path: Path
+) -> None:
+    section = EvalSection(every=1, patience=patience)
+    run = start_run(
+        make_lm("lora"), [Prompt(ids=(5,), index=0)], Config(eval=section, output_dir=str(tmp_path))
+    )
+    run.retentions = retentions
+    assert has_stalled(run) is stalled
