@@ -8,8 +8,9 @@ noise, so a sample too is the one that AR decoding draws (arXiv 2408.07978). MET
 
 What pays: a forward costs `forward_overhead` + its slots, and decoding has earned `rate` tokens per unit of
 that so far. A draft token is verified while its chance to be accepted exceeds the rate; a group stands where
-its chance to be needed times the tokens that a draft brings exceeds the rate times its slots. Chances come
-from the draft's own confidence, calibrated by what was accepted so far.
+its chance to be needed times what a draft brings (its tokens, less the rate times the slots that verify it)
+exceeds the rate times its slots. Chances come from the draft's own confidence, calibrated by what was
+accepted so far.
 
 Shape suffixes: B rows, D draft length, K = D + 1 possible numbers of accepted tokens, J groups of a row,
 M flat selection of slots, R rows that go on with a draft, C confidence bins.
@@ -79,7 +80,7 @@ class Economy:
         survival_D = (self.survived_D + 2) / (self.offered_D + 2)
         length = max(1, int((survival_D > 2 * self.rate).long().cumprod(0).sum()))
         value = float(survival_D[:length].sum())
-        has_group_BK = needed_BK * value > self.rate * length
+        has_group_BK = needed_BK * (value - self.rate * length) > self.rate * length
         has_group_BK[:, 0] |= is_start_B
         return Plan(num_verified_B, has_group_BK, torch.where(is_start_B, self.draft_length, length))
 
