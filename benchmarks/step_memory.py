@@ -6,6 +6,9 @@ sdar      ours, same format, same weights trained, same loss: only the computati
 sdar_lora ours, same format, a LoRA of rank 32 on one set of weights
 preserve  ours, the default recipe: gated LoRA, one set of weights, noised slots only
 
+`_bf16`: in bfloat16 as each would be run. naive: float32 weights under autocast; sdar: float32 master weights
+(`model.dtype=bfloat16`); preserve: the frozen weights in bfloat16, the adapter in float32. The other sides are float32.
+
 Every measurement is a process of its own: one step to warm up, one step timed. Peak memory is the largest
 resident size once the models are built (building them at random takes more than a step), less what it was
 before. Time is CPU time, which other work on the machine disturbs least: run with one thread. The floor is
@@ -37,16 +40,17 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opdlm.blocks import CLEAN, Slots, join_slots, visible
-from opdlm.config import LoraSection, LossSection
+from opdlm.config import LoraSection, LossSection, OptimizerSection
 from opdlm.diffusion import DiffusionSpec
 from opdlm.models import assemble, copy_of
+from opdlm.optimizer import make_optimizer
 from opdlm.records import Rollout
 from opdlm.seeds import generator_for
 from opdlm.states import StateBatch, select_states
 from opdlm.trainer import StudentLoss
 
 MIB = 2**20
-SIDES = ("naive", "sdar", "sdar_lora", "preserve")
+SIDES = ("naive", "sdar", "sdar_lora", "preserve", "naive_bf16", "sdar_bf16", "preserve_bf16")
 BLOCK_SIZE = 4
 LENGTHS = (512, 1024, 2048, 4096)
 
@@ -54,13 +58,13 @@ LENGTHS = (512, 1024, 2048, 4096)
 def make_spec(args: argparse.Namespace, fmt: str) -> DiffusionSpec:
     mask_token_id = args.vocabulary - 1
     return DiffusionSpec(
-        format="preserve" if fmt == "preserve" else "sdar",
+        format="preserve" if fmt.startswith("preserve") else "sdar",
         block_size=BLOCK_SIZE,
         grid="absolute",
         mask_token_id=mask_token_id,
         stop_token_ids=(0,),
         banned_token_ids=(),
-        adapter=fmt == "preserve",
+        adapter=fmt.startswith("preserve"),
     )
 
 
@@ -107,8 +111,8 @@ def naive_loss(student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, states: Sta
     slot = torch.arange(row.ids_BS.shape[1])
     causal["attention_mask"] = (slot[:, None] >= slot)[None, None]
     with torch.no_grad():
-        logp_BLV = teacher(**causal).logits.log_softmax(-1)
-    logq_BLV = student(**inputs).logits.log_softmax(-1)
+        logp_BLV = teacher(**causal).logits.float().log_softmax(-1)
+    logq_BLV = student(**inputs).logits.float().log_softmax(-1)
     target_M = states.target_BS[states.is_supervised_BS]
     logp_MV = logp_BLV[0, target_M - 1]
     logq_MV = logq_BLV[0, num_text + states.is_supervised_BS[0, noised].nonzero()[:, 0]]
@@ -118,10 +122,19 @@ def naive_loss(student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, states: Sta
 def make_loss(args: argparse.Namespace, states: StateBatch) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """The loss of one step as a function of nothing, and the weights it trains."""
     spec, base = make_spec(args, args.side), make_model(args)
-    if args.side == "naive":
+    kind, _, precision = args.side.partition("_")
+    is_bf16 = precision == "bf16"
+    if kind == "naive":
         teacher = copy_of(base)
-        return lambda: naive_loss(base, teacher, states), list(base.parameters())
-    if args.side == "sdar":
+
+        def naive() -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+                return naive_loss(base, teacher, states)
+
+        return naive, list(base.parameters())
+    if is_bf16:
+        base.bfloat16()
+    if args.side in ("sdar", "sdar_bf16"):
         model = assemble(base, spec, lora=None, teacher=copy_of(base))
     else:
         base.requires_grad_(False)
@@ -175,7 +188,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     start_mib = peak_mib()
     loss_of, parameters = make_loss(args, states)
     reset_peak()
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    optimizer = make_optimizer(parameters, OptimizerSection())
 
     def step() -> float:
         loss = loss_of()
@@ -224,7 +237,7 @@ def table(args: argparse.Namespace, results: list[dict[str, Any]]) -> str:
     """Markdown, ratios against naive at the same length."""
     lines = [
         f"One step, {args.layers} layers, hidden {args.hidden}, vocabulary {args.vocabulary}, prompt "
-        f"{args.prompt}, {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s), float32. Ratios: naive / it.",
+        f"{args.prompt}, {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s). Ratios: naive / it.",
         "",
         "| response | side | CPU s | faster | times the floor | peak MiB | memory | loss |",
         "|---:|---|---:|---:|---:|---:|---:|---:|",
@@ -243,6 +256,7 @@ def table(args: argparse.Namespace, results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--side", choices=SIDES, help="measure one side here and print JSON")
+    parser.add_argument("--sides", choices=SIDES, nargs="+", default=SIDES, help="only these")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=151_936)
@@ -256,7 +270,7 @@ def main() -> None:
         return
     results = []
     for response in [args.response] if args.response else LENGTHS:
-        for side in SIDES:
+        for side in args.sides:
             result = measure_in_subprocess(args, side, response)
             if result is None:
                 print(f"{side} at {response}: did not fit in {args.limit_gib} GiB", file=sys.stderr)

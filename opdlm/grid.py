@@ -48,7 +48,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GridResult:
-    """What is finished (settings, result, seconds by name, in the order of the cells), and what failed."""
+    """What is finished (settings, result, CPU seconds by name, in the order of the cells), and what failed."""
 
     records: dict[str, Values]
     errors: dict[str, str]
@@ -184,9 +184,9 @@ def work(run_cell: RunCell, cell: Cell, out: Path) -> None:
     with (folder / LOG_FILE).open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    started = time.monotonic()
+    started = time.process_time()  # not what other work on the machine adds
     result = run_cell(cell.settings, folder)
-    record = {"settings": cell.settings, "result": result, "seconds": round(time.monotonic() - started, 1)}
+    record = {"settings": cell.settings, "result": result, "seconds": round(time.process_time() - started, 1)}
     path = cell_file(cell, out)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(plain(record), indent=1))
