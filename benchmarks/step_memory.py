@@ -6,8 +6,8 @@ sdar      ours, same format, same weights trained, same loss: only the computati
 sdar_lora ours, same format, a LoRA of rank 32 on one set of weights
 preserve  ours, the default recipe: gated LoRA, one set of weights, noised slots only
 
-`_bf16`: in bfloat16 as each would be run. naive: float32 weights under autocast; sdar: float32 master weights
-(`model.dtype=bfloat16`); preserve: the frozen weights in bfloat16, the adapter in float32. The other sides are float32.
+`_bf16`: bfloat16 as each would be run (the other sides: float32). naive: float32 weights under autocast;
+sdar: float32 master weights (`model.dtype=bfloat16`); preserve: frozen weights in bfloat16, float32 adapter.
 
 Every measurement is a process of its own: one step to warm up, one step timed. Peak memory is the largest
 resident size once the models are built (building them at random takes more than a step), less what it was

@@ -48,7 +48,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GridResult:
-    """What is finished (settings, result, CPU seconds by name, in the order of the cells), and what failed."""
+    """What is finished (settings, result, CPU seconds; in the order of the cells), and what failed."""
 
     records: dict[str, Values]
     errors: dict[str, str]

@@ -25,10 +25,14 @@ from torch.autograd.function import once_differentiable
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"]
 OutcomeDivergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(teacher log p_CK, student log q_CK) -> (D_C, slopes a_CK)."""
+"""(teacher log p_CK, student log q_CK) -> (D_C, slopes a_CK); may overwrite log p."""
 
-CHUNK_BYTES = 128 * 2**20
-NUM_TEMPORARIES = 8  # [C, V] float32 tensors alive at the peak of one chunk: 6 for the KLs, 8 for jsd
+CHUNK_BYTES = {"cpu": 128 * 2**20}
+"""Of one chunk's temporaries, by device."""
+CHUNK_BYTES_ELSEWHERE = 2**30
+"""More rows for each reading of the head: a GPU multiplies some 200 times per byte that it reads."""
+WEIGHT_SLICE = 8192
+"""Rows of the head whose gradient is converted at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +60,14 @@ class Head:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits if self.banned is None else logits.index_fill_(-1, self.banned, -math.inf)
 
-    def backpropagate_(self, grad_CV: Tensor, logits_CV: Tensor) -> Tensor:
+    def slope(self, logits_CV: Tensor) -> Tensor | None:
+        """What the cap multiplies gradients by."""
+        return None if self.softcap is None else (logits_CV / self.softcap).square_().neg_().add_(1)
+
+    def backpropagate_(self, grad_CV: Tensor, slope_CV: Tensor | None) -> Tensor:
         """Turn d loss / d logits, in place, into d loss / d (weight @ hidden + bias)."""
-        if self.softcap is not None:
-            grad_CV *= 1 - (logits_CV / self.softcap).square_()
+        if slope_CV is not None:
+            grad_CV *= slope_CV
         if self.scale != 1.0:
             grad_CV *= self.scale
         return grad_CV if self.banned is None else grad_CV.index_fill_(-1, self.banned, 0.0)
@@ -113,9 +121,24 @@ def check_divergence(divergence: Divergence, top_k: int | None, tail: bool) -> N
         )
 
 
-def default_chunk_size(num_vocabulary: int) -> int:
-    """Rows per chunk that keep its temporaries within CHUNK_BYTES, at least 16."""
-    return max(16, CHUNK_BYTES // (4 * NUM_TEMPORARIES * num_vocabulary))
+def num_temporaries(divergence: Divergence, reverse_weight: float = 0.0) -> int:
+    """[C, V] float32 tensors alive at the peak of one chunk."""
+    if divergence == "jsd":
+        return 7
+    return 5 if reverse_weight else 4
+
+
+def default_chunk_size(
+    vocabulary: int, hidden: int, temporaries: int, *, trains_head: bool, device: str = "cpu"
+) -> int:
+    """Rows per chunk, at least 16, whose temporaries stay within the device's CHUNK_BYTES, or within the
+    size of the head's float32 gradient where there is one.
+
+    Every chunk reads the heads of student and teacher, and updates the gradient as a whole.
+    """
+    gradient = 4 * vocabulary * hidden if trains_head else 0
+    budget = max(CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE), gradient)
+    return max(16, budget // (4 * temporaries * vocabulary))
 
 
 @torch.no_grad()
@@ -125,7 +148,11 @@ def top_k_targets(
     """The teacher's top-k log-probabilities, normalised over the full vocabulary."""
     ids_NK = torch.empty(len(hidden_NH), k, dtype=torch.long, device=hidden_NH.device)
     logprobs_NK = torch.empty_like(ids_NK, dtype=_loss_dtype(hidden_NH))
-    for rows in _row_chunks(len(hidden_NH), chunk or default_chunk_size(len(head.weight))):
+    vocabulary, hidden = head.weight.shape
+    chunk = chunk or default_chunk_size(
+        vocabulary, hidden, 2, trains_head=False, device=hidden_NH.device.type
+    )
+    for rows in _row_chunks(len(hidden_NH), chunk):
         logits_CV = head.logits(hidden_NH[rows])
         top_CK, ids_NK[rows] = logits_CV.topk(k, dim=-1)
         logprobs_NK[rows] = top_CK - logits_CV.logsumexp(-1, keepdim=True)
@@ -160,11 +187,19 @@ def chunked_divergence(
             measure = _reverse_kl
         case "jsd":
             measure = partial(_jsd, beta=beta)
-    chunk_size = chunk_size or default_chunk_size(len(student_head.weight))
     # Without a graph no gradient will be asked for: detach, so that none is computed.
     hidden_MH, weight_VH, bias_V = (
         x if x is None or torch.is_grad_enabled() else x.detach()
         for x in (student_hidden_MH, student_head.weight, student_head.bias)
+    )
+    weight = student_head.weight
+    vocabulary, hidden = weight.shape
+    chunk_size = chunk_size or default_chunk_size(
+        vocabulary,
+        hidden,
+        num_temporaries(divergence, reverse_weight),
+        trains_head=torch.is_grad_enabled() and weight.requires_grad,
+        device=weight.device.type,
     )
     loss, per_position_M = _ChunkedDivergence.apply(
         hidden_MH, weight_VH, bias_V, student_head, targets, weights_M, measure, chunk_size
@@ -198,10 +233,11 @@ class _ChunkedDivergence(torch.autograd.Function):
             grad_bias_V = torch.zeros_like(bias_V, dtype=dtype)
         for rows in _row_chunks(len(hidden_MH), chunk_size):
             logits_CV = head.logits(hidden_MH[rows])
+            slope_CV = head.slope(logits_CV)
             per_position_M[rows], grad_CV = _divergence_and_gradient(logits_CV, targets, rows, measure)
             if not any(ctx.needs_input_grad):
                 continue
-            grad_CV = head.backpropagate_(grad_CV, logits_CV).mul_(weights_M[rows, None])
+            grad_CV = head.backpropagate_(grad_CV, slope_CV).mul_(weights_M[rows, None])
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(0)
             grad_CV = grad_CV.to(weight_VH.dtype)
@@ -209,17 +245,26 @@ class _ChunkedDivergence(torch.autograd.Function):
                 grad_hidden_MH[rows] = grad_CV @ weight_VH
             if grad_weight_VH is not None:
                 _add_product_(grad_weight_VH, grad_CV.T, hidden_MH[rows].to(weight_VH.dtype))
-            del logits_CV, grad_CV  # else they live on beside the next chunk's
+            del logits_CV, slope_CV, grad_CV  # else they live on beside the next chunk's
         grads = (grad_hidden_MH, grad_weight_VH, grad_bias_V)
         inputs = (hidden_MH, weight_VH, bias_V)
-        ctx.save_for_backward(*(g if g is None else g.to(x) for g, x in zip(grads, inputs, strict=True)))
+        ctx.grads = [g if g is None else g.to(x) for g, x in zip(grads, inputs, strict=True)]
         ctx.mark_non_differentiable(per_position_M)
         return weights_M.dot(per_position_M), per_position_M
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = (grad if grad is None else grad * grad_loss.to(grad) for grad in ctx.saved_tensors)
+        grads = ctx.grads
+        if grads is None:
+            raise RuntimeError(
+                "a second backward through chunked_divergence needs retain_graph=True in the first."
+            )
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            grads = [g if g is None else g.clone() for g in grads]
+        else:
+            ctx.grads = None  # given away: one tensor of the size of the head is enough
+        grads = (g if g is None else g.mul_(grad_loss) for g in grads)
         return *grads, None, None, None, None, None
 
 
@@ -229,16 +274,16 @@ def _divergence_and_gradient(
     rows: slice,
     measure: OutcomeDivergence,
 ) -> tuple[Tensor, Tensor]:
-    """D_C and d D / d logits_CV for one chunk of rows."""
-    logq_CV = logits_CV.log_softmax(-1)
+    """D_C and d D / d logits_CV for one chunk of rows; overwrites the logits."""
+    logq_CV = _log_softmax_(logits_CV)
     match targets:
         case HiddenTargets():
-            logp_CV = targets.head.logits(targets.hidden_MH[rows]).log_softmax(-1).to(logq_CV)
+            logp_CV = _log_softmax_(targets.head.logits(targets.hidden_MH[rows])).to(logq_CV)
             loss_C, slopes_CV = measure(logp_CV, logq_CV)
             total_C1 = slopes_CV.sum(-1, keepdim=True)
             return loss_C, slopes_CV.addcmul_(logq_CV.exp_(), total_C1, value=-1)
         case TopKTargets():
-            logp_CK = targets.logprobs_MK[rows].to(logq_CV)
+            logp_CK = targets.logprobs_MK[rows].to(logq_CV, copy=True)
             return _sparse_divergence(logq_CV, targets.ids_MK[rows], logp_CK, targets.tail, measure)
         case TokenTargets():
             ids_C1 = targets.ids_M[rows, None]
@@ -269,19 +314,23 @@ def _sparse_divergence(
     return loss_C, q_CV.scatter_(-1, ids_CK, slopes_CK - q_CK * total_C1)
 
 
+def _log_softmax_(logits_CV: Tensor) -> Tensor:
+    return logits_CV.sub_(logits_CV.logsumexp(-1, keepdim=True))
+
+
 def _forward_kl(logp_CK: Tensor, logq_CK: Tensor) -> tuple[Tensor, Tensor]:
     p_CK = logp_CK.exp()
-    return _times(p_CK, logp_CK - logq_CK).sum(-1), p_CK.neg_()
+    return _times(p_CK, logp_CK.sub_(logq_CK)).sum(-1), p_CK.neg_()
 
 
 def _reverse_kl(logp_CK: Tensor, logq_CK: Tensor) -> tuple[Tensor, Tensor]:
     q_CK = logq_CK.exp()
-    terms_CK = _times(q_CK, logq_CK - logp_CK)
+    terms_CK = _times(q_CK, logp_CK.neg_().add_(logq_CK))
     return terms_CK.sum(-1), terms_CK.add_(q_CK)
 
 
 def _mixed_kl(logp_CK: Tensor, logq_CK: Tensor, reverse_weight: float) -> tuple[Tensor, Tensor]:
-    forward_C, forward_slopes_CK = _forward_kl(logp_CK, logq_CK)
+    forward_C, forward_slopes_CK = _forward_kl(logp_CK.clone(), logq_CK)
     reverse_C, reverse_slopes_CK = _reverse_kl(logp_CK, logq_CK)
     return forward_C.lerp(reverse_C, reverse_weight), forward_slopes_CK.lerp_(
         reverse_slopes_CK, reverse_weight
@@ -307,10 +356,12 @@ def _log_rest(logp_CK: Tensor) -> Tensor:
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right; a product of another dtype is converted in slices that stay in the cache."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
-    else:
-        total += left @ right
+        return
+    for first in range(0, len(total), WEIGHT_SLICE):
+        total[first : first + WEIGHT_SLICE] += left[first : first + WEIGHT_SLICE] @ right
 
 
 def _row_chunks(num_rows: int, chunk_size: int) -> Iterator[slice]:

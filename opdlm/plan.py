@@ -33,7 +33,7 @@ from opdlm.curricula import (
     selection_at,
 )
 from opdlm.errors import DataError
-from opdlm.losses import NUM_TEMPORARIES, default_chunk_size
+from opdlm.losses import default_chunk_size, num_temporaries
 from opdlm.models import add_lora, first_line, input_embedding
 from opdlm.rollout import length_cap
 from opdlm.self_prompts import SELF_PROMPTS_FILE
@@ -276,12 +276,19 @@ def kept_bytes(config: Config, sizes: Sizes, row: Row, is_checkpointed: bool) ->
 
 
 def working_bytes(config: Config, sizes: Sizes, row: Row) -> float:
-    """The chunks of the loss, then the gradients of one layer: the larger of the two."""
+    """The chunks of the loss, then one layer with the gradients of its widest part: the larger of the two."""
     supervised = config.train.micro_batch_rows * row.supervised
-    chunk = min(default_chunk_size(sizes.vocabulary), supervised)
-    loss = 4 * (NUM_TEMPORARIES * chunk * sizes.vocabulary + 3 * supervised * sizes.hidden)
+    num_alive = num_temporaries(config.loss.divergence, config.loss.reverse_weight)
+    trains_head = not config.lora.enabled
+    chunk = default_chunk_size(
+        sizes.vocabulary, sizes.hidden, num_alive, trains_head=trains_head, device="cuda"
+    )
+    loss = 4 * (num_alive * min(chunk, supervised) * sizes.vocabulary + 3 * supervised * sizes.hidden)
     head = 0 if config.lora.enabled else 4 * sizes.vocabulary * sizes.hidden  # its gradient, in float32
-    return head + max(loss, layer_bytes(config, sizes, row))
+    queries, _ = student_pass(config, row)
+    widest = element_bytes(config) * (sizes.hidden + 2 * sizes.inner)
+    layer = layer_bytes(config, sizes, row) + config.train.micro_batch_rows * queries * widest
+    return head + max(loss, layer)
 
 
 def step_flops(config: Config, sizes: Sizes, step: int) -> dict[str, float]:

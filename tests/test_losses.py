@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from live_bytes import LiveBytes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opdlm.losses import (
     CHUNK_BYTES,
-    NUM_TEMPORARIES,
+    CHUNK_BYTES_ELSEWHERE,
     Divergence,
     Head,
     HiddenTargets,
@@ -25,6 +26,7 @@ from opdlm.losses import (
     check_divergence,
     chunked_divergence,
     default_chunk_size,
+    num_temporaries,
     top_k_targets,
 )
 
@@ -520,10 +522,42 @@ def test_no_tensor_is_larger_than_one_chunk_of_logits_or_the_head(
     assert largest.num_elements == max(num_rows * H, chunk_size * V, V * H) < num_rows * V
 
 
-def test_default_chunks_shrink_with_the_vocabulary_down_to_16_rows() -> None:
-    rows = [default_chunk_size(num_vocabulary) for num_vocabulary in (32_000, 151_936, 10_000_000)]
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_default_chunks_shrink_with_the_vocabulary_down_to_16_rows(device: str) -> None:
+    rows = [
+        default_chunk_size(vocabulary, 1024, 4, trains_head=False, device=device)
+        for vocabulary in (32_000, 151_936, 10_000_000)
+    ]
     assert rows[0] > rows[1] > rows[2] == 16
-    assert 64e6 < rows[1] * 151_936 * 4 * NUM_TEMPORARIES <= CHUNK_BYTES
+    budget = CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE)
+    assert budget / 2 < rows[1] * 151_936 * 4 * 4 <= budget
+
+
+def test_default_chunks_use_as_much_memory_as_the_gradient_of_a_trained_head() -> None:
+    rows = default_chunk_size(151_936, 1024, 4, trains_head=True)
+    assert rows == 1024 // 4
+
+
+@pytest.mark.parametrize("options", SOFT_DIVERGENCES)
+def test_no_more_tensors_of_a_chunk_are_alive_than_its_size_allows_for(options: Options) -> None:
+    num_rows, vocabulary = 32, 5000
+    hidden_MH, weight_VH = (
+        make_tensor(num_rows, H, seed=0).requires_grad_(),
+        make_tensor(vocabulary, H, seed=1),
+    )
+    targets = HiddenTargets(hidden_MH=make_tensor(num_rows, H, seed=2), head=Head(weight=weight_VH.clone()))
+    with LiveBytes() as live:
+        chunked_divergence(hidden_MH, Head(weight=weight_VH), targets, torch.ones(num_rows), **options)
+    allowed = num_temporaries(options["divergence"], options.get("reverse_weight", 0.0))
+    found = live.peak / (num_rows * vocabulary * 8)
+    assert 0.6 * allowed < found <= allowed
+
+
+def test_a_second_backward_without_its_graph_is_refused(hidden_MH: Tensor, teacher: HiddenTargets) -> None:
+    loss = chunked_divergence(hidden_MH, Head(weight=make_tensor(V, H, seed=5)), teacher, torch.ones(M)).loss
+    loss.backward()
+    with pytest.raises(RuntimeError, match="retain_graph"):
+        loss.backward()
 
 
 def test_autocast_to_bfloat16_stays_close_and_returns_gradients_in_the_dtype_of_the_inputs(

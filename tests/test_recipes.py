@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from tiny_checkpoints import write_checkpoint, write_data
 from tiny_models import make_lm, make_rollout, qwen3
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
@@ -147,36 +145,6 @@ def test_a_recipe_is_complete_and_its_output_is_named_after_it(name: str) -> Non
     assert values["output_dir"] == f"runs/{name}"
     assert values["model"]["path"] in REAL
     check_config(load_config(RECIPES[name]))
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors that were made under it and still live, and the most there ever were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        old = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage(), old)
-        return result
-
-    def add(self, storage: torch.UntypedStorage, old: set[int]) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key in self.known or key in old:
-            return
-        self.known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.drop, key, size)
-
-    def drop(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
 
 
 PROMPT, RESPONSE, ROWS = 24, 40, 4
