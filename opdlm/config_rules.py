@@ -134,7 +134,7 @@ def check_asynchronous(config: Config) -> None:
         return
     if config.rollout.path:
         raise ConfigError(
-            f"rollout.asynchronous (true) has nothing to generate: rollout.path ({config.rollout.path}) gives "
+            f"rollout.asynchronous (true) generates nothing: rollout.path ({config.rollout.path}) gives "
             "the rollouts. Set rollout.asynchronous=false."
         )
     if config.rollout.engine != "own":

@@ -113,12 +113,12 @@ def check_engine() -> None:
 
 
 def check_launch() -> None:
-    """What is trained lies on every device as it is: the thread that generates must not wait for other ranks."""
+    """A thread that generates must not wait for other ranks, so what is trained lies whole on each device."""
     if zero_stage() or launch_shards(PartialState().num_processes):
         raise ConfigError(
-            "rollout.asynchronous (true) copies what is trained on every device, and this launch cuts it into "
-            "pieces (FSDP2, ZeRO), which ranks gather together: launch with recipes/accelerate/ddp.yaml, or set "
-            "rollout.asynchronous=false."
+            "rollout.asynchronous (true) copies what is trained on every device, and this launch cuts it "
+            "into pieces (FSDP2, ZeRO), which ranks gather together: launch with "
+            "recipes/accelerate/ddp.yaml, or set rollout.asynchronous=false."
         )
 
 

@@ -1,6 +1,6 @@
-"""Rollouts generated while a step trains: by one-step-old weights, whatever the clock says; and what is shared.
+"""Rollouts generated while a step trains: by weights one step old, whatever the clock says; what is shared.
 
-The reference is a loop without threads that keeps every step's weights and loads them into a model of its own.
+The reference is a loop without threads, where a model of its own generates with the weights of earlier steps.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import KINDS, make_lm, make_prompts
 from peft.tuners.lora import LoraLayer
+from tiny_models import KINDS, make_lm, make_prompts
 from torch import Tensor, nn
 
 from opdlm import generate as generate_room
