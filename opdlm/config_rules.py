@@ -73,6 +73,7 @@ def check_config(config: Config) -> None:
     check_evaluation(config)
     check_adapter(config)
     check_recorded(config)
+    check_asynchronous(config)
     check_engine(config)
 
 
@@ -125,6 +126,23 @@ def check_recorded(config: Config) -> None:
                 f"{key} ({lookup(config, key)}) generates, and rollout.path ({config.rollout.path}) takes "
                 f"prompts and rollouts from a file: set {key}=0."
             )
+
+
+def check_asynchronous(config: Config) -> None:
+    """Our decoder generates while the student trains."""
+    if not config.rollout.asynchronous:
+        return
+    if config.rollout.path:
+        raise ConfigError(
+            f"rollout.asynchronous (true) generates nothing: rollout.path ({config.rollout.path}) gives "
+            "the rollouts. Set rollout.asynchronous=false."
+        )
+    if config.rollout.engine != "own":
+        raise ConfigError(
+            f"rollout.asynchronous (true) generates in a thread beside training, and rollout.engine "
+            f"({config.rollout.engine}) is used between updates only: use rollout.engine=own, or "
+            "rollout.asynchronous=false."
+        )
 
 
 def check_engine(config: Config) -> None:

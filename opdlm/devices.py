@@ -64,7 +64,7 @@ def place(model: DiffusionLM, accelerator: Accelerator) -> None:
     """Move the model to this rank's device, or its share of the weights if the launch asks for FSDP. Make the
     optimiser afterwards: sharding replaces the parameters.
     """
-    if accelerator.num_processes == 1 or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if not launch_shards(accelerator.num_processes):
         model.to(accelerator.device)
         return
     reshard = parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True)
@@ -91,6 +91,11 @@ def wrap(
     if any(isinstance(module, FSDPModule) for module in student_loss.modules()):
         return student_loss, optimizer
     return accelerator.prepare(student_loss, optimizer)
+
+
+def launch_shards(num_processes: int) -> bool:
+    """Whether the launch asks for weights in pieces (FSDP2)."""
+    return num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def is_sharded(model: nn.Module) -> bool:

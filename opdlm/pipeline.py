@@ -29,7 +29,7 @@ from opdlm.checkpoint import (
 from opdlm.config import CONFIG_COPY, Config
 from opdlm.convert import make_student
 from opdlm.data import Task, load_prompts
-from opdlm.devices import is_sharded, join_ranks
+from opdlm.devices import is_sharded, join_ranks, launch_shards
 from opdlm.diffusion import DiffusionLM
 from opdlm.errors import ConfigError, require_package
 from opdlm.export import write_model
@@ -46,6 +46,7 @@ from opdlm.self_prompts import self_prompts, user_turn
 from opdlm.trainer import train
 from opdlm.vllm_engine import check_vllm
 from opdlm.watch import Watch
+from opdlm.zero import zero_stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,8 @@ def load_inputs(config: Config) -> Inputs:
         require_package("bitsandbytes", "quant", "optimizer.name (adamw8bit)")
     if config.rollout.engine == "vllm":
         check_engine()
+    if config.rollout.asynchronous:
+        check_launch()
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     model = load_causal_lm(
         config.model.path,
@@ -106,6 +109,16 @@ def check_engine() -> None:
         raise ConfigError(
             f"rollout.engine (vllm) runs on one device, and this run has {num_processes} processes: use "
             "rollout.engine=own."
+        )
+
+
+def check_launch() -> None:
+    """A thread that generates must not wait for other ranks, so what is trained lies whole on each device."""
+    if zero_stage() or launch_shards(PartialState().num_processes):
+        raise ConfigError(
+            "rollout.asynchronous (true) copies what is trained on every device, and this launch cuts it "
+            "into pieces (FSDP2, ZeRO), which ranks gather together: launch with "
+            "recipes/accelerate/ddp.yaml, or set rollout.asynchronous=false."
         )
 
 

@@ -15,6 +15,7 @@ off it is on one step. Kernels with a dense mask compute all Q * K pairs, so the
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -85,7 +86,9 @@ class Row:
 class Plan:
     sizes: Sizes
     memory: dict[str, float]
-    """Bytes per device by purpose; what starts with `rollout:` is gone when training begins."""
+    """Bytes per device by purpose; what starts with `rollout:` is gone when training begins, unless it is
+    asynchronous.
+    """
     activations: tuple[float, float]
     """Bytes without and with gradient checkpointing."""
     peak: float
@@ -102,12 +105,13 @@ def make_plan(config: Config) -> Plan:
     fixed = fixed_memory(config, sizes)
     row = longest_row(config, sizes, last)
     rollout, training = rollout_memory(config, sizes, row), training_memory(config, sizes, row)
+    together = max if not config.rollout.asynchronous else operator.add
     steps = range(config.train.num_steps)
     return Plan(
         sizes=sizes,
         memory=fixed | rollout | training,
         activations=(kept_bytes(config, sizes, row, False), kept_bytes(config, sizes, row, True)),
-        peak=sum(fixed.values()) + max(sum(rollout.values()), sum(training.values())),
+        peak=sum(fixed.values()) + together(sum(rollout.values()), sum(training.values())),
         step_flops=step_flops(config, sizes, last),
         total_flops=sum(sum(step_flops(config, sizes, step).values()) for step in steps),
         response_tokens=sum(config.rollout.prompts_per_step * response_cap(config, step) for step in steps),
@@ -222,6 +226,8 @@ def weight_element(config: Config) -> int:
 def fixed_memory(config: Config, sizes: Sizes) -> dict[str, float]:
     """What stays for the whole run, in bytes."""
     kept = {"weights": float(sizes.weight_bytes), "AdamW moments": 2.0 * sizes.trained_bytes}
+    if config.rollout.asynchronous:
+        kept["copy that generates"] = float(sizes.trained_bytes)
     return kept | ({} if config.train.ema_decay is None else {"weight average": 4.0 * sizes.trained})
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from opdlm.config import RolloutSection
 from opdlm.diffusion import DiffusionLM
-from opdlm.generate import DecodeConfig, DecodeStats, generate
+from opdlm.generate import DecodeConfig, DecodeStats, OnStep, generate
 from opdlm.records import Prompt, Rollout
 from opdlm.seeds import seed_of
 from opdlm.vllm_engine import VllmTeacher
@@ -53,6 +53,7 @@ def generate_rollouts(
     places: Sequence[int] | None = None,
     from_teacher: bool = False,
     vllm: VllmTeacher | None = None,
+    on_step: OnStep | None = None,
 ) -> tuple[list[Rollout], DecodeStats]:
     """One response per prompt, in the order of the prompts. `step` counts from 1; `places` of the prompts in
     the step decide the random draws (None: they are the step's first). `vllm` writes the teacher's, if given.
@@ -65,4 +66,4 @@ def generate_rollouts(
     ids = [prompt.ids for prompt in prompts]
     if from_teacher and vllm is not None:
         return vllm.responses(ids, config, seeds)
-    return generate(model.teacher_decoder() if from_teacher else model, ids, config, seeds)
+    return generate(model.teacher_decoder() if from_teacher else model, ids, config, seeds, on_step)

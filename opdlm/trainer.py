@@ -6,14 +6,18 @@
     loss     = D(teacher token | student at state)   at supervised positions only
 
 `loop` runs, stops and continues it. Random draws belong to a prompt, so the number of ranks changes no
-gradient. METHOD parts 3 to 7.
+gradient. With `rollout.asynchronous` step n generates for step n + 1 while it trains, with the weights it
+started from: what a run computes depends on no clock. METHOD parts 3 to 7.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +35,7 @@ from opdlm.curricula import (
 from opdlm.data import PromptStream
 from opdlm.devices import gather_items, gathered_weights
 from opdlm.diffusion import DiffusionLM
-from opdlm.generate import DecodeStats
+from opdlm.generate import DecodeStats, OnStep
 from opdlm.loop import Loop, UpdateSums, Watcher, equally_many, finish, run_steps, start, update_weights
 from opdlm.losses import Head, HiddenTargets, LossOutput, Targets, TokenTargets, chunked_divergence
 from opdlm.mask_rates import ANY_RATE, MaskRates, rates_at
@@ -47,6 +51,7 @@ from opdlm.states import (
     pack_states,
     select_states,
 )
+from opdlm.student_copy import StudentCopy
 from opdlm.targets import score_rows, targets_at_supervised
 from opdlm.vllm_engine import VllmTeacher, start_teacher
 
@@ -118,9 +123,13 @@ class Run(Loop):
     recorded: PromptStream[Rollout] | None = None
     """Rollouts of `rollout.path`: none is generated then."""
     pool: dict[int, list[Rollout]] = field(default_factory=dict)
-    """Rollouts that are still trained on, by the step that made them."""
+    """Rollouts that are still, or next, trained on, by the step they were made for."""
     vllm: VllmTeacher | None = None
     """With `rollout.engine=vllm`, while the teacher writes the responses."""
+    copy: StudentCopy | None = None
+    """With `rollout.asynchronous`, who generates."""
+    rollout_tokens_per_second: float = 0.0
+    """Of the newest rollouts."""
 
     def progress(self, step: int) -> dict[str, Any]:
         pool = reusable(self, step).items()
@@ -171,15 +180,18 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     run.model.spec = replace(run.model.spec, block_size=block_size_at(config.format, step))
     use_vllm(run, needed=is_from_teacher(config, step) and config.rollout.engine == "vllm")
     rollouts, decoding = roll_out(run, step)
-    rollout_seconds = time.perf_counter() - started
+    waited = time.perf_counter() - started
     rng = generator_for(config.train.seed, step + 1, 10**6)
     run.pool = reusable(run, step) | {step: rollouts}
     pool = [rollout for made in run.pool.values() for rollout in made]
     selection, rates = selection_at(config, step), rates_at(config.masking, step)
     sums = UpdateSums()
-    for chosen in update_order(len(pool), config, rng):
-        sums += update(run, pool, chosen, selection, rates)
-    return step_metrics(run, rollouts, decoding, sums, rollout_seconds, time.perf_counter() - started)
+    with roll_out_ahead(run, step + 1) as ahead:
+        for chosen in update_order(len(pool), config, rng):
+            sums += update(run, pool, chosen, selection, rates)
+            ahead.check()
+        waited += ahead.wait()
+    return step_metrics(run, rollouts, decoding, sums, waited, time.perf_counter() - started)
 
 
 def reusable(run: Run, step: int) -> dict[int, list[Rollout]]:
@@ -208,26 +220,89 @@ def use_vllm(run: Run, *, needed: bool) -> None:
 
 
 def roll_out(run: Run, step: int) -> tuple[list[Rollout], DecodeStats]:
-    """Rollouts of all the step's prompts, on every rank: recorded ones, or each rank decodes its share."""
+    """Rollouts of all the step's prompts, on every rank: recorded, generated while the step before trained,
+    or generated now.
+    """
     if run.recorded is not None:
         rollouts = run.recorded.at(step)
         return rollouts, DecodeStats.of(rollouts)
-    prompts = run.prompts.at(step)
-    places = range(run.accelerator.process_index, len(prompts), run.accelerator.num_processes)
+    if run.config.rollout.asynchronous and step in run.pool:
+        return run.pool[step], DecodeStats.of(run.pool[step])
     with gathered_weights(run.loss):
-        rollouts, decoding = generate_rollouts(
-            run.model,
-            [prompts[i] for i in places],
-            run.config.rollout,
-            step=step + 1,
-            seed=run.config.train.seed,
-            places=places,
-            from_teacher=is_from_teacher(run.config, step),
-            vllm=run.vllm,
-        )
-    everyone = gather_items(run.accelerator, dict(zip(places, rollouts, strict=True)))
-    decodings = gather_items(run.accelerator, {run.accelerator.process_index: decoding})
-    return everyone, sum(decodings, DecodeStats())
+        share = roll_out_share(run, step, run.model)
+    return gather_shares(run, share)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one rank decoded of a step's rollouts."""
+
+    rollouts: dict[int, Rollout]
+    """By the place of their prompt in the step."""
+    decoding: DecodeStats
+    seconds: float
+
+
+def roll_out_share(run: Run, step: int, model: DiffusionLM, on_step: OnStep | None = None) -> Share:
+    """This rank decodes its share of the step's prompts."""
+    started, prompts = time.perf_counter(), run.prompts.at(step)
+    places = range(run.accelerator.process_index, len(prompts), run.accelerator.num_processes)
+    rollouts, decoding = generate_rollouts(
+        model,
+        [prompts[i] for i in places],
+        run.config.rollout,
+        step=step + 1,
+        seed=run.config.train.seed,
+        places=places,
+        from_teacher=is_from_teacher(run.config, step),
+        vllm=run.vllm,
+        on_step=on_step,
+    )
+    return Share(dict(zip(places, rollouts, strict=True)), decoding, time.perf_counter() - started)
+
+
+def gather_shares(run: Run, share: Share) -> tuple[list[Rollout], DecodeStats]:
+    rollouts = gather_items(run.accelerator, share.rollouts)
+    decoding = sum(
+        gather_items(run.accelerator, {run.accelerator.process_index: share.decoding}), DecodeStats()
+    )
+    run.rollout_tokens_per_second = decoding.num_tokens / share.seconds
+    return rollouts, decoding
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """Rollouts of `step` that a thread generates, if the run is asynchronous."""
+
+    run: Run
+    step: int
+    future: Future[Share] | None = None
+
+    def check(self) -> None:
+        """Raise what went wrong in the thread so far."""
+        if self.future is not None and self.future.done():
+            self.future.result()
+
+    def wait(self) -> float:
+        """Put the rollouts into the pool; the seconds until they were there."""
+        if self.future is None:
+            return 0.0
+        started = time.perf_counter()
+        self.run.pool[self.step], _ = gather_shares(self.run, self.future.result())
+        return time.perf_counter() - started
+
+
+@contextmanager
+def roll_out_ahead(run: Run, step: int) -> Iterator[Ahead]:
+    """While the block changes the student, a copy of it as it is now generates the rollouts of `step`."""
+    if not run.config.rollout.asynchronous or step == run.config.train.num_steps:
+        yield Ahead(run, step)
+        return
+    run.copy = run.copy or StudentCopy(run.model)
+    run.copy.follow(run.model)
+    run.copy.model.spec = replace(run.model.spec, block_size=block_size_at(run.config.format, step))
+    with run.copy.at_work(partial(roll_out_share, run, step)) as future:
+        yield Ahead(run, step, future)
 
 
 def update_order(num_rollouts: int, config: Config, rng: torch.Generator) -> Iterator[list[int]]:
@@ -308,10 +383,12 @@ def step_metrics(
     rollouts: Sequence[Rollout],
     decoding: DecodeStats,
     sums: UpdateSums,
-    rollout_seconds: float,
+    waited: float,
     seconds: float,
 ) -> dict[str, float]:
-    """What is logged for one step; totals grow over the run."""
+    """What is logged for one step; totals grow over the run. `waited`: seconds without training, for want of
+    rollouts.
+    """
     run.totals["rollout_tokens"] += decoding.num_tokens
     run.totals["loss_tokens"] += sums.positions
     return {
@@ -324,10 +401,9 @@ def step_metrics(
         "tokens_per_step": decoding.tokens_per_step,
         "response_length": decoding.num_tokens / len(rollouts),
         "stop_rate": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
-        "rollout_tokens_per_second": 0.0
-        if run.recorded is not None
-        else decoding.num_tokens / rollout_seconds,
-        "rollout_share_of_time": rollout_seconds / seconds,
+        "rollout_tokens_per_second": run.rollout_tokens_per_second,
+        "rollout_wait_seconds": waited,
+        "rollout_share_of_time": waited / seconds,
         "seconds": seconds,
         **run.totals,
     }

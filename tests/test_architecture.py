@@ -16,7 +16,7 @@ FLOORS = {
     2: {"config", "attention", "rows", "checkpoint", "metrics", "generation_log"},
     3: {"config_rules", "diffusion", "optimizer", "curricula", "mask_rates", "zero", "grid", "stdlib_text"},
     4: {"text_config", "adapter", "dropout", "data", "denoise", "devices", "states", "vllm_plugin"},
-    5: {"corpus", "models", "lossless"},
+    5: {"corpus", "models", "lossless", "student_copy"},
     6: {
         "text_rows",
         "convert",

@@ -459,6 +459,14 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: p.convert("rollout.engine=vllm", "loss.objective=sft", "model.load_in_4bit=true"),
         ("rollout.engine (vllm)", "model.load_in_4bit", "Use rollout.engine=own"),
     ),
+    "asynchronous rollouts from a file": (
+        lambda p: offline(p, "rollout.asynchronous=true"),
+        ("rollout.asynchronous (true)", "rollout.path", "Set rollout.asynchronous=false"),
+    ),
+    "asynchronous rollouts of vLLM": (
+        lambda p: p.convert("rollout.asynchronous=true", "rollout.engine=vllm", "loss.objective=sft"),
+        ("rollout.asynchronous (true)", "rollout.engine (vllm)", "use rollout.engine=own"),
+    ),
     "column that the rows do not have": (
         lambda p: p.convert("data.prompt_column=question"),
         ("prompts.jsonl:1", "no column question", "only prompt"),

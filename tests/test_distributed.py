@@ -1,6 +1,7 @@
 """One run on one process, on two with DDP, FSDP2 or ZeRO: the same losses, the same checkpoints.
 
-`lora` and `sdar` are conversions, `text` is a training on given text: dual, and distilled.
+`lora` and `sdar` are conversions, `next` is `lora` with asynchronous rollouts, `text` is a training on given
+text: dual, and distilled.
 The two are real gloo processes, started once by `torchrun`; this file is also their program. A step's five
 rows are uneven on purpose: three rows, hence two micro-batches, on one rank; two rows and one on the other.
 """
@@ -38,7 +39,7 @@ from opdlm.zero import ZeroOptimizer
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("lora", "sdar")
-FAST, SLOW = ("lora-ddp", "lora-fsdp", "sdar-fsdp", "text-ddp", "text-fsdp"), ("sdar-ddp",)
+FAST, SLOW = ("lora-ddp", "lora-fsdp", "sdar-fsdp", "next-ddp", "text-ddp", "text-fsdp"), ("sdar-ddp",)
 ZERO = ("lora-zero2", "lora-zero3", "sdar-zero2", "sdar-zero3")
 MODES = {"ddp": {}, "fsdp": {"ACCELERATE_USE_FSDP": "true"}} | {
     f"zero{stage}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
@@ -64,7 +65,9 @@ def make_model(kind: str) -> DiffusionLM:
     """`sdar` trains everything and has its embedding as its head; `lora` shares one set of weights.
     33 numbers cannot be cut into two equal pieces.
     """
-    return make_lm(kind, base=qwen3(tie_word_embeddings=kind == "sdar", hidden_size=33))
+    return make_lm(
+        "sdar" if kind == "sdar" else "lora", base=qwen3(tie_word_embeddings=kind == "sdar", hidden_size=33)
+    )
 
 
 def start_text(output: Path, rows_per_update: int = 5) -> TextRun:
@@ -84,7 +87,9 @@ def start(kind: str, output: Path) -> Run | TextRun:
         return start_text(output)
     config = Config(
         output_dir=str(output),
-        rollout=RolloutSection(prompts_per_step=5, batch_size=2, max_new_tokens=6, temperature=1.0),
+        rollout=RolloutSection(
+            prompts_per_step=5, batch_size=2, max_new_tokens=6, temperature=1.0, asynchronous=kind == "next"
+        ),
         states=StatesSection(selection="one_per_block"),
         loss=LossSection(normalization="row" if kind == "sdar" else "token"),
         optimizer=OptimizerSection(learning_rate=1e-3),
@@ -97,7 +102,8 @@ def steps(run: Run | TextRun, numbers: range) -> list[Metrics]:
     if isinstance(run, TextRun):
         found = [text_trainer.train_step(run, step) for step in numbers]
         return [{key: value for key, value in one.items() if key in COMPARED_TEXT} for one in found]
-    return [{key: train_step(run, step)[key] for key in COMPARED} for step in numbers]
+    conversions = [train_step(run, step) for step in numbers]
+    return [{key: one[key] for key in COMPARED} for one in conversions]
 
 
 def uneven_updates(run: Run | TextRun) -> list[Metrics]:
@@ -178,7 +184,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(root: Path) -> dict[str, dict[str, list[Metrics]]]:
     """The run on one process."""
-    return {kind: run_all(kind, root / f"{kind}-one") for kind in (*KINDS, "text")}
+    return {kind: run_all(kind, root / f"{kind}-one") for kind in (*KINDS, "next", "text")}
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +250,7 @@ def test_a_process_holds_its_share_of_weights_and_moments(case: str, together: A
         ("2", ["optimizer.name=adamw8bit"], "optimizer.name (adamw8bit)"),
         ("2", ["lora.enabled=false", "model.dtype=bfloat16"], "weights of two dtypes"),
         ("3", ["train.ema_decay=0.9"], "train.ema_decay needs whole weights"),
+        ("2", ["rollout.asynchronous=true"], "launch with recipes/accelerate/ddp.yaml"),
     ],
 )
 def test_what_zero_cannot_do_is_said_before_anything_is_loaded(

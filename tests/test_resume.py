@@ -21,7 +21,7 @@ from opdlm.cli import main
 from opdlm.metrics import MetricsLog
 
 ROOT = Path(__file__).parent.parent
-TIMES = {"rollout_tokens_per_second", "rollout_share_of_time", "seconds"}
+TIMES = {"rollout_tokens_per_second", "rollout_wait_seconds", "rollout_share_of_time", "seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(root)
     assert main(command(root, root / "whole")) == 0
     return root
+
+
+@pytest.fixture(scope="module", params=["synchronous", "asynchronous"])
+def way(place: Path, request: pytest.FixtureRequest) -> tuple[Path, list[str]]:
+    """Another uninterrupted run, and what it sets beside the settings of `place`."""
+    if request.param == "synchronous":
+        return place / "whole", []
+    settings = ["rollout.asynchronous=true"]
+    assert main(command(place, place / "asynchronous", *settings)) == 0
+    assert metrics(place / "asynchronous") != metrics(place / "whole")
+    return place / "asynchronous", settings
 
 
 def command(root: Path, output: Path, *overrides: str) -> list[str]:
@@ -65,13 +76,14 @@ def checkpoints(output: Path) -> list[str]:
 
 
 def test_four_steps_equal_two_and_two_more(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, way: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    whole, settings = way
     with failing_after_a_save(monkeypatch):
-        assert main(command(place, tmp_path / "run")) == 2
+        assert main(command(place, tmp_path / "run", *settings)) == 2
     assert checkpoints(tmp_path / "run") == ["checkpoint-2"]
-    assert main(command(place, tmp_path / "run")) == 0
-    assert_same_run(tmp_path / "run", place / "whole")
+    assert main(command(place, tmp_path / "run", *settings)) == 0
+    assert_same_run(tmp_path / "run", whole)
 
 
 KILLED = """
@@ -89,17 +101,19 @@ main(sys.argv[1:])
 """
 
 
-def test_a_run_killed_while_it_saves_continues_to_the_same_weights(place: Path, tmp_path: Path) -> None:
+def test_a_run_killed_while_it_saves_continues_to_the_same_weights(
+    place: Path, way: tuple[Path, list[str]], tmp_path: Path
+) -> None:
     """SIGKILL in the middle of the second checkpoint: steps since the first are done again."""
-    output = tmp_path / "run"
+    output, (whole, settings) = tmp_path / "run", way
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    program = [sys.executable, "-c", KILLED, *command(place, output)]
+    program = [sys.executable, "-c", KILLED, *command(place, output, *settings)]
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert checkpoints(output) == ["checkpoint-2"]
     assert not (output / "model").exists()
-    assert main(command(place, output)) == 0
-    assert_same_run(output, place / "whole")
+    assert main(command(place, output, *settings)) == 0
+    assert_same_run(output, whole)
 
 
 @pytest.fixture
@@ -112,8 +126,13 @@ def foreground() -> Iterator[None]:
 
 @pytest.mark.usefixtures("foreground")
 def test_ctrl_c_saves_the_step_it_is_in_and_the_same_command_continues(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path,
+    way: tuple[Path, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    whole, settings = way
     train_step = trainer.train_step
 
     def press_in_step_3(run: trainer.Run, step: int) -> dict[str, float]:
@@ -123,16 +142,16 @@ def test_ctrl_c_saves_the_step_it_is_in_and_the_same_command_continues(
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "train_step", press_in_step_3)
-        assert main(command(place, tmp_path / "run")) == 130
+        assert main(command(place, tmp_path / "run", *settings)) == 130
     output = capsys.readouterr()
     assert output.err == "opdlm: interrupted. The same command continues from the last checkpoint.\n"
     assert "Ctrl-C again stops at once" in output.out
     assert checkpoints(tmp_path / "run") == ["checkpoint-2", "checkpoint-3"]
     assert not (tmp_path / "run" / "model").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert main(command(place, tmp_path / "run")) == 0
+    assert main(command(place, tmp_path / "run", *settings)) == 0
     assert "resumed at step 3 of 4" in capsys.readouterr().out
-    assert_same_run(tmp_path / "run", place / "whole")
+    assert_same_run(tmp_path / "run", whole)
 
 
 @pytest.mark.usefixtures("foreground")

@@ -16,7 +16,10 @@ from opdlm.loop import has_stalled
 from opdlm.records import Prompt
 from opdlm.trainer import start_run
 
-TIMES = {"rollout_tokens_per_second", "rollout_share_of_time", "seconds", "eval_seconds"}
+TIMES = {
+    *("rollout_tokens_per_second", "rollout_wait_seconds", "rollout_share_of_time", "seconds"),
+    "eval_seconds",
+}
 WEIGHTS = ("adapter/adapter_model.safetensors", "mask_embedding.safetensors")
 AVERAGED = "train.ema_decay=0.9"
 
