@@ -237,6 +237,16 @@ def test_tokens_and_updates_follow_the_schedule_by_hand(place: Path) -> None:
     assert [planning.response_cap(config, step) for step in range(3)] == [16, 24, 24]
 
 
+def test_asynchronous_rollouts_take_a_copy_of_what_is_trained_and_their_cache_stays(place: Path) -> None:
+    options = [f"model.path={place / 'qwen3'}", "train.rows_per_update=4"]
+    one, two = (
+        make_plan(load_config(None, [*options, f"rollout.asynchronous={x}"])) for x in ("false", "true")
+    )
+    assert dict(two.memory.items() - one.memory.items()) == {"copy that generates": one.sizes.trained_bytes}
+    assert two.peak == pytest.approx(sum(two.memory.values()))
+    assert one.peak < sum(one.memory.values())
+
+
 def test_a_dry_run_prints_everything_and_writes_nothing(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
