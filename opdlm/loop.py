@@ -96,7 +96,7 @@ def prepare_output(config: RunConfig, *, writes: bool = True) -> Path:
     output_dir = Path(config.output_dir)
     saved = output_dir / CONFIG_FILE
     if saved.is_file() and find_checkpoints(output_dir):
-        changed = changed_settings(read_recipe(saved), config.to_dict())
+        changed = changed_settings(read_recipe(saved), config.to_dict(), type(config)().to_dict())
         if changed:
             raise ConfigError(
                 f"output_dir ({output_dir}) holds a run with other settings ({', '.join(changed[:3])}; see "
@@ -113,13 +113,15 @@ def prepare_output(config: RunConfig, *, writes: bool = True) -> Path:
     return output_dir
 
 
-def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys that differ and matter to the training."""
+def changed_settings(
+    old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any], prefix: str = ""
+) -> list[str]:
+    """Dotted keys that differ and matter to the training; a key that is newer than the run had its default."""
     changed = []
     for key, value in new.items():
         if isinstance(value, dict):
-            changed += changed_settings(old.get(key) or {}, value, f"{prefix}{key}.")
-        elif old.get(key) != value and not f"{prefix}{key}".startswith(FREE_SETTINGS):
+            changed += changed_settings(old.get(key) or {}, value, defaults.get(key) or {}, f"{prefix}{key}.")
+        elif old.get(key, defaults.get(key)) != value and not f"{prefix}{key}".startswith(FREE_SETTINGS):
             changed.append(f"{prefix}{key}")
     return changed
 

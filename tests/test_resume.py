@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -18,6 +19,8 @@ from tiny_checkpoints import failing_after_a_save, tiny_overrides, write_checkpo
 
 from opdlm import trainer
 from opdlm.cli import main
+from opdlm.config import Config
+from opdlm.loop import changed_settings
 from opdlm.metrics import MetricsLog
 
 ROOT = Path(__file__).parent.parent
@@ -215,3 +218,14 @@ def test_without_resuming_a_run_starts_over(
         assert checkpoints(output) == ["checkpoint-2", "checkpoint-4"]
     assert starts == [0, 0]
     assert metrics(tmp_path / "run") == metrics(place / "whole")
+
+
+def test_a_setting_that_is_newer_than_the_run_had_its_default() -> None:
+    defaults = Config().to_dict()
+    old = copy.deepcopy(defaults)
+    del old["rollout"]["asynchronous"]
+    new = copy.deepcopy(defaults)
+    assert not changed_settings(old, new, defaults)
+    new["rollout"]["asynchronous"] = True
+    new["train"]["seed"] = 5
+    assert changed_settings(old, new, defaults) == ["rollout.asynchronous", "train.seed"]
