@@ -116,7 +116,7 @@ def prepare_output(config: RunConfig, *, writes: bool = True) -> Path:
 def changed_settings(
     old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any], prefix: str = ""
 ) -> list[str]:
-    """Dotted keys that differ and matter to the training; a key that is newer than the run had its default."""
+    """Dotted keys that differ and matter to the training; a key newer than the run had its default."""
     changed = []
     for key, value in new.items():
         if isinstance(value, dict):
