@@ -291,8 +291,9 @@ def add_bench(verbs: Verbs) -> None:
         verbs,
         "bench",
         "decoding speed of a converted checkpoint",
-        "Tokens per second and per forward of every decoding mode against transformers.generate on the AR\n"
-        "model of the same folder: greedy, same prompts, interleaved. Close other programs first.",
+        "Tokens per second and per forward of every decoding mode, and of vLLM where it is installed,\n"
+        "against transformers.generate on the AR model of the same folder: greedy, same prompts,\n"
+        "interleaved. Close other programs first.",
         "examples:\n  opdlm bench runs/tiny/model\n"
         "  opdlm bench runs/tiny/model --batch-sizes 1 8 --modes ar lossless --limit 40 --out report",
     )
@@ -305,6 +306,12 @@ def add_bench(verbs: Verbs) -> None:
     parser.add_argument("--limit", type=int, default=64, help="prompts, evenly spaced over the file (64)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--vllm",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="the AR model in vLLM too: where it is installed (auto)",
+    )
     parser.add_argument("--out", help="write bench.json and bench.png here")
     parser.set_defaults(run=commands.run_bench)
 

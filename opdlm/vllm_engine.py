@@ -14,8 +14,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from opdlm.config import resolve_path
 from opdlm.diffusion import DiffusionLM, DiffusionSpec
 from opdlm.errors import ConfigError
 from opdlm.losses import TopKTargets
+from opdlm.models import MASK_EMBEDDING_FILE
 from opdlm.records import NEVER, Rollout
 from opdlm.rows import DecodeConfig, DecodeStats
 
@@ -39,8 +42,13 @@ def check_vllm(setting: str) -> None:
     found = installed_version()
     if found is None:
         raise ConfigError(f"{setting} needs vllm=={VERSION}, which is not installed: {INSTALL}.")
-    if found.partition("+")[0] != VERSION:
+    if not is_tested_version(found):
         raise ConfigError(f"{setting} needs vllm=={VERSION}, and {found} is installed: {INSTALL}.")
+
+
+def is_tested_version(found: str | None) -> bool:
+    """Local labels such as +cu130 do not matter."""
+    return found is not None and found.partition("+")[0] == VERSION
 
 
 def installed_version() -> str | None:
@@ -134,19 +142,33 @@ def start_teacher(
     from vllm import LLM
 
     max_tokens += 1  # the targets of a full row are read with one token of response
-    llm = LLM(
-        model=resolve_path(path),
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        skip_tokenizer_init=True,
-        max_model_len=max_tokens,
-        max_num_seqs=max_rows,
-        max_logprobs=-1,
-        kv_cache_memory_bytes=cache_bytes(model_config, getattr(torch, dtype), max_rows, max_tokens),
-        enforce_eager=not torch.cuda.is_available(),  # on a CPU compiling takes longer than it saves
-        disable_log_stats=True,
-    )
+    with ar_folder(resolve_path(path)) as folder:
+        llm = LLM(
+            model=folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            skip_tokenizer_init=True,
+            max_model_len=max_tokens,
+            max_num_seqs=max_rows,
+            max_logprobs=-1,
+            kv_cache_memory_bytes=cache_bytes(model_config, getattr(torch, dtype), max_rows, max_tokens),
+            enforce_eager=not torch.cuda.is_available(),  # on a CPU compiling takes longer than it saves
+            disable_log_stats=True,
+        )
     return VllmTeacher(llm, spec)
+
+
+@contextmanager
+def ar_folder(path: str) -> Iterator[str]:
+    """A converted folder without its mask embedding: vLLM reads every .safetensors file as AR weights."""
+    if not (Path(path) / MASK_EMBEDDING_FILE).is_file():
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for file in Path(path).resolve().iterdir():
+            if file.name != MASK_EMBEDDING_FILE:
+                (Path(folder) / file.name).symlink_to(file)
+        yield folder
 
 
 def prepare_environment() -> None:

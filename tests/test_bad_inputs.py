@@ -642,6 +642,10 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: ["bench", str(p.root / "sdar" / "model"), "--modes", "lossless"],
         ("--modes", "preserve"),
     ),
+    "bench vLLM where it is not installed": (
+        lambda p: ["bench", str(p.root / "sdar" / "model"), "--vllm", "always"],
+        ("--vllm always", "vllm==0.32.0", "pip install 'opdlm[vllm]'"),
+    ),
     "bench without a batch": (
         lambda p: ["bench", str(p.root / "sdar" / "model"), "--batch-sizes", "0"],
         ("--batch-sizes", "at least 1"),
