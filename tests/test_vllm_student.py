@@ -8,14 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import BLOCK, make_lm, make_prompts, qwen3
+from tiny_models import BLOCK, GRIDS, make_lm, make_prompts, qwen3
 
+from opdlm.blocks import GridKind
 from opdlm.diffusion import DiffusionLM
 from opdlm.generate import DecodeConfig, generate
 from opdlm.vllm_engine import VllmStudent, start_student
 from opdlm.vllm_plugin import block_queries
 
-LENGTHS = [4, 5, 6, 7, 8, 9, 13, 22, 30]  # every remainder of the block size; more rows than places
+LENGTHS = [1, 3, 4, 5, 6, 7, 8, 13, 22, 30]  # every remainder of the block size; more rows than places
 NEW_TOKENS = 14
 
 
@@ -41,8 +42,8 @@ def interpreter() -> Iterator[None]:
         yield
 
 
-def student(**changes: object) -> DiffusionLM:
-    return make_lm("sdar", base=qwen3(head_dim=32, **changes))
+def student(grid: GridKind) -> DiffusionLM:
+    return make_lm("sdar", grid, base=qwen3(head_dim=32))
 
 
 def assert_same(vllm: VllmStudent, model: DiffusionLM, config: DecodeConfig) -> None:
@@ -54,10 +55,12 @@ def assert_same(vllm: VllmStudent, model: DiffusionLM, config: DecodeConfig) -> 
 
 
 def test_every_block_of_every_request_is_a_query() -> None:
-    assert block_queries([4, 12, 6], 4) == ([0, 1, 1, 1, 2, 2], [4, 8, 12, 16, 20, 22])
+    assert block_queries([4, 12, 6, 3], 4, "absolute") == ([0, 1, 1, 1, 2, 2, 3], [4, 8, 12, 16, 20, 22, 25])
+    assert block_queries([4, 7, 3], 4, "response") == ([0, 1, 1, 2], [4, 7, 11, 14])
 
 
 @pytest.mark.vllm
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(
     "config",
     [
@@ -68,8 +71,10 @@ def test_every_block_of_every_request_is_a_query() -> None:
     ],
     ids=["static", "threshold"],
 )
-def test_rollouts_equal_ours_and_follow_the_weights(config: DecodeConfig, interpreter: None) -> None:
-    model = student()
+def test_rollouts_equal_ours_and_follow_the_weights(
+    config: DecodeConfig, grid: GridKind, interpreter: None
+) -> None:
+    model = student(grid)
     assert model.spec.block_size == BLOCK
     vllm = start_student(
         model,
@@ -77,7 +82,7 @@ def test_rollouts_equal_ours_and_follow_the_weights(config: DecodeConfig, interp
         dtype="float32",
         max_rows=4,
         max_tokens=max(LENGTHS) + NEW_TOKENS,
-        max_step_tokens=20,  # so that prompts are prefilled in several parts
+        max_step_tokens=20,  # so that prompts are prefilled in several forwards
     )
     try:
         assert_same(vllm, model, config)
