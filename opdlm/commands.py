@@ -248,6 +248,13 @@ def run_merge(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_export(options: argparse.Namespace) -> int:
+    quiet_libraries()
+    from opdlm.verbs import export_folder
+
+    return export_folder(options)
+
+
 def run_bench(options: argparse.Namespace) -> int:
     if min(options.limit, options.max_new_tokens, options.repeats, *options.batch_sizes) < 1:
         raise ConfigError("--limit, --max-new-tokens, --repeats and --batch-sizes must be at least 1.")

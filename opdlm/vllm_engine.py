@@ -298,13 +298,13 @@ def start_student(
     `max_tokens` bounds prompt and response together, `max_step_tokens` what one forward computes, which holds
     a whole prompt at least. Needs a GPU (on a CPU only Triton's interpreter runs it, slowly).
     """
-    assert model.spec.format == "sdar" and not model.spec.adapter
+    spec, config = model.spec, model.student.config
+    values = vllm_config_values(config, spec, decode)
     prepare_environment()
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
     from vllm import LLM
 
     register()
-    spec, config = model.spec, model.student.config
     max_tokens += 2 * spec.block_size  # a block that the longest response starts in and one that it ends in
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
@@ -318,7 +318,7 @@ def start_student(
             max_num_batched_tokens=max_step_tokens,
             kv_cache_memory_bytes=cache_bytes(config, getattr(torch, dtype), max_rows, max_tokens),
             disable_log_stats=True,
-            hf_overrides=vllm_config_values(config.model_type, spec, decode),
+            hf_overrides=values,
         )
     student = VllmStudent(llm, spec)
     student.update(model)

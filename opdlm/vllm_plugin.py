@@ -30,9 +30,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
+from opdlm.attention import layer_windows
 from opdlm.blocks import GridKind
 from opdlm.diffusion import DiffusionSpec
+from opdlm.errors import ConfigError
 from opdlm.rows import REMASKING, DecodeConfig
 from opdlm.unmasking import choose_revealed, noise_keys, num_to_reveal, propose_tokens
 
@@ -42,14 +45,33 @@ FAMILIES = {"qwen3": ("OpdlmQwen3", "Qwen3ForCausalLM"), "llama": ("OpdlmLlama",
 """model_type: our architecture, and vLLM's class that it extends."""
 
 
-def vllm_config_values(model_type: str, spec: DiffusionSpec, decode: DecodeConfig) -> dict[str, Any]:
-    """What config.json says to vLLM beyond the base architecture."""
+MODES = ("static", "threshold", "left_to_right")
+
+
+def vllm_config_values(config: PretrainedConfig, spec: DiffusionSpec, decode: DecodeConfig) -> dict[str, Any]:
+    """What config.json says to vLLM beyond the base architecture; ConfigError for students it cannot run."""
+    check_runs_in_vllm(config, spec, decode)
     return {
-        "architectures": [FAMILIES[model_type][0]],
+        "architectures": [FAMILIES[config.model_type][0]],
         "canvas_length": spec.block_size,
         "block_diffusion": spec.to_dict(),
         "opdlm_decode": asdict(decode),
     }
+
+
+def check_runs_in_vllm(config: PretrainedConfig, spec: DiffusionSpec, decode: DecodeConfig) -> None:
+    if spec.format != "sdar":
+        raise ConfigError(
+            "preserve students do not run in vLLM: their noised slots have weights of their own, and vLLM "
+            "computes all slots with one set. Use our own engine, or convert with format.name=sdar."
+        )
+    if config.model_type not in FAMILIES or any(window is not None for window in layer_windows(config)):
+        raise ConfigError(
+            f"{config.model_type} students do not run in vLLM: its plugin knows {' and '.join(FAMILIES)} "
+            "without sliding windows. Use our own engine."
+        )
+    if decode.mode not in MODES:
+        raise ConfigError(f"mode {decode.mode} does not run in vLLM: use {', '.join(MODES)}.")
 
 
 class Canvases:

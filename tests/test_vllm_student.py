@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from interpreted_vllm import interpreter as interpreter
 from tiny_models import BLOCK, GRIDS, make_lm, make_prompts, qwen3
 
 from opdlm.blocks import GridKind
@@ -18,28 +17,6 @@ from opdlm.vllm_plugin import block_queries
 
 LENGTHS = [1, 3, 4, 5, 6, 7, 8, 13, 22, 30]  # every remainder of the block size; more rows than places
 NEW_TOKENS = 14
-
-
-class InterpretedDriver:
-    """Lets vLLM find a Triton that can run on a CPU: its interpreter."""
-
-    @staticmethod
-    def is_active() -> bool:
-        return True
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[None]:
-    if "vllm" in sys.modules:
-        pytest.skip("vLLM was imported without the interpreter: run this file in a process of its own")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-        patch.setenv("TRITON_INTERPRET", "1")
-        import triton.backends
-
-        backend = triton.backends.Backend(compiler=None, driver=InterpretedDriver)
-        patch.setattr(triton.backends, "backends", {"cpu": backend})
-        yield
 
 
 def student(grid: GridKind) -> DiffusionLM:
