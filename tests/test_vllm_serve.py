@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -118,6 +126,66 @@ def test_plain_requests_get_our_responses(folder: Path, interpreter: None) -> No
     assert tuple(cut_off.outputs[0].token_ids) == longest.text_ids[:num_whole] + masks
     assert cut_off.outputs[0].text == tokenizer.decode(longest.text_ids[:num_whole], skip_special_tokens=True)
     assert cut_off.outputs[0].finish_reason == "length"
+
+
+SITE = """
+import triton.backends
+from interpreted_vllm import InterpretedDriver
+triton.backends.backends = {"cpu": triton.backends.Backend(compiler=None, driver=InterpretedDriver)}
+"""
+
+
+@contextmanager
+def served(folder: Path, site: Path) -> Iterator[str]:
+    """The address of vLLM's HTTP server, each process of which finds the interpreter at its start."""
+    (site / "sitecustomize.py").write_text(SITE)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = [str(site), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "1"}
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # threads bound to busy cores wait for each other
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    options = ["--dtype", "float32", "--kv-cache-memory-bytes", str(2**24), "--host", "127.0.0.1"]
+    with open(site / "log", "w") as log:
+        process = subprocess.Popen(
+            [*command, *options, "--port", str(port)],
+            env=os.environ | environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    address, tries = f"http://127.0.0.1:{port}", iter(range(600))
+    try:
+        while True:
+            assert process.poll() is None and next(tries) is not None, (site / "log").read_text()[-3000:]
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health"):
+                break
+            time.sleep(1)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("folder", ["absolute"], indirect=True)
+def test_the_http_server_answers_plain_requests(folder: Path, tmp_path: Path) -> None:
+    config = DecodeConfig(confidence_threshold=0.2, max_new_tokens=NEW_TOKENS)
+    ours, tokenizer = own_rollouts(folder, config, QUESTIONS)
+    with served(folder, tmp_path) as address:
+        for text, rollout in zip(QUESTIONS, ours, strict=True):
+            body = {"messages": [{"role": "user", "content": text}], "max_tokens": NEW_TOKENS}
+            request = urllib.request.Request(
+                f"{address}/v1/chat/completions",
+                json.dumps({"model": str(folder)} | body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=300) as response:
+                (choice,) = json.load(response)["choices"]
+            kept = rollout.text_ids[:-1] if rollout.finish_reason == "stop" else rollout.text_ids
+            assert choice["message"]["content"] == tokenizer.decode(kept, skip_special_tokens=True)
+            assert choice["finish_reason"] == rollout.finish_reason
 
 
 @pytest.mark.vllm
