@@ -11,6 +11,7 @@ Shape suffixes: R response, K top-k.
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import os
 import tempfile
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from opdlm.config import resolve_path
@@ -224,8 +227,8 @@ class VllmStudent:
     spec: DiffusionSpec
 
     def update(self, model: DiffusionLM) -> None:
-        """Take over the student's weights as they are now."""
-        weights = iter(model.student.state_dict().items())
+        """Take over the student's weights as they are now; an adapter costs one layer's weights at a time."""
+        weights = plain_weights(model)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 
     def rollouts(
@@ -277,6 +280,25 @@ class VllmStudent:
         self.llm.llm_engine.engine_core.shutdown()
 
 
+def plain_weights(model: DiffusionLM) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights of an `sdar` student as one plain model, and nothing of it changed: the adapter added
+    to a copy of each layer's weights, the mask embedding in its row.
+    """
+    student: Any = model.student
+    adapted = {name: layer for name, layer in student.named_modules() if isinstance(layer, LoraLayer)}
+    for name, layer in adapted.items():
+        layer = copy.deepcopy(layer)
+        layer.merge()
+        yield from ((f"{name}.{key}", weight) for key, weight in layer.base_layer.state_dict().items())
+    embedding, mask_id = student.get_input_embeddings().weight, model.spec.mask_token_id
+    for name, weight in student.state_dict(keep_vars=True).items():
+        if model.mask_embedding is not None and weight is embedding:
+            entering_1H = model.mask_embedding.detach().to(weight.dtype)[None]
+            weight = weight.detach().index_copy(0, torch.tensor([mask_id], device=weight.device), entering_1H)
+        if not any(name.startswith(f"{layer}.") for layer in adapted):
+            yield name, weight.detach()
+
+
 def take_committed(worker: Any) -> dict[int, list[tuple[int, int]]]:
     """Runs inside vLLM: the trajectories of the requests that have ended, by row."""
     canvases = worker.model_runner.model_state.canvases
@@ -293,12 +315,14 @@ def start_student(
     max_tokens: int,
     max_step_tokens: int = 8192,
 ) -> VllmStudent:
-    """An engine with the present weights of a fully fine-tuned `sdar` student.
+    """An engine with the present weights of an `sdar` student, an adapter merged into them.
 
     `max_tokens` bounds prompt and response together, `max_step_tokens` what one forward computes, which holds
     a whole prompt at least. Needs a GPU (on a CPU only Triton's interpreter runs it, slowly).
     """
     spec, config = model.spec, model.student.config
+    if getattr(model.student, "is_loaded_in_4bit", False):
+        raise ConfigError("students on a 4-bit base do not run in vLLM: an adapter cannot be merged into it.")
     values = vllm_config_values(config, spec, decode)
     prepare_environment()
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")

@@ -10,8 +10,10 @@ from interpreted_vllm import interpreter as interpreter
 from tiny_models import BLOCK, GRIDS, make_lm, make_prompts, qwen3
 
 from opdlm.blocks import GridKind
+from opdlm.config import LoraSection
 from opdlm.diffusion import DiffusionLM
 from opdlm.generate import DecodeConfig, generate
+from opdlm.models import assemble
 from opdlm.vllm_engine import VllmStudent, start_student
 from opdlm.vllm_plugin import block_queries
 
@@ -51,7 +53,39 @@ def test_every_block_of_every_request_is_a_query() -> None:
 def test_rollouts_equal_ours_and_follow_the_weights(
     config: DecodeConfig, grid: GridKind, interpreter: None
 ) -> None:
-    model = student(grid)
+    assert_parity(student(grid), config)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_is_merged_at_every_update(kind: str, interpreter: None) -> None:
+    """The student's own weights stay: its teacher is the same weights without the adapter."""
+    model = student_with_adapter(LoraSection(r=4, alpha=8, use_dora=kind == "dora"))
+    before = {name: weight.clone() for name, weight in model.student.state_dict().items()}
+    assert_parity(model, DecodeConfig(confidence_threshold=0.3, max_new_tokens=NEW_TOKENS))
+    for name, weight in model.student.state_dict().items():
+        assert ("lora" in name) or torch.equal(weight, before[name])
+
+
+def student_with_adapter(section: LoraSection) -> DiffusionLM:
+    base = student("response").student
+    spec = replace(student("response").spec, adapter=True)
+    model = assemble(base, spec, lora=section, mask_embedding=torch.linspace(-0.5, 0.5, 32))
+    move(model, 0.1)
+    return model
+
+
+def move(model: DiffusionLM, noise: float) -> None:
+    """Another student, as after an update."""
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += noise * torch.randn(parameter.shape, generator=rng)
+
+
+def assert_parity(model: DiffusionLM, config: DecodeConfig) -> None:
+    """Our rollouts at the start and after an update, which the engine must be told of."""
     assert model.spec.block_size == BLOCK
     vllm = start_student(
         model,
@@ -63,9 +97,7 @@ def test_rollouts_equal_ours_and_follow_the_weights(
     )
     try:
         assert_same(vllm, model, config)
-        with torch.no_grad():
-            for parameter in model.student.parameters():
-                parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+        move(model, 0.05)
         with pytest.raises(AssertionError):
             assert_same(vllm, model, config)  # its weights are the old ones
         vllm.update(model)
