@@ -129,6 +129,11 @@ def export_to_vllm(folder: Path, out: Path, decode: DecodeConfig) -> None:
     refuses for diffusion. ConfigError where vLLM cannot run the student.
     """
     spec = read_spec(folder)
+    if spec.format != "sdar":
+        raise ConfigError(
+            f"{folder} is a preserve student, whose adapter acts on noised slots only: it cannot be exported "
+            "to vLLM. Use `opdlm generate`, or convert with format.name=sdar."
+        )
     values = vllm_config_values(AutoConfig.from_pretrained(folder), spec, decode)
     if out.exists():
         raise ConfigError(f"OUT ({out}) exists already. Choose another name.")

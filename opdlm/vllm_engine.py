@@ -3,7 +3,7 @@
 This room and `vllm_plugin` alone import vLLM, which is an extra. An engine runs in this process, holds a
 second copy of the weights (the teacher's are read from its checkpoint folder) and room for
 `rollout.batch_size` rows, no more. Ids that cannot be produced (`DiffusionSpec.banned_token_ids`) are
-excluded from responses and from targets. `sdar` students: rollouts as our decoder makes them (`vllm_plugin`);
+excluded from responses and from targets. Students: rollouts as our decoder makes them (`vllm_plugin`);
 training does not use that yet.
 
 Shape suffixes: R response, K top-k.
@@ -26,6 +26,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from opdlm.adapter import ADAPTER
 from opdlm.config import resolve_path
 from opdlm.diffusion import DiffusionLM, DiffusionSpec
 from opdlm.errors import ConfigError
@@ -33,6 +34,7 @@ from opdlm.losses import TopKTargets
 from opdlm.models import MASK_EMBEDDING_FILE
 from opdlm.records import NEVER, Rollout
 from opdlm.rows import DecodeConfig, DecodeStats
+from opdlm.vllm_gate import Adapter
 from opdlm.vllm_plugin import VERSION, register, vllm_config_values
 
 PAGE_SIZE = 128  # tokens; vLLM's own on CPU, and a multiple of its 16 on CUDA
@@ -221,15 +223,19 @@ def top_k_of(flat: Any, num_prompt: int, k: int, banned: torch.Tensor, tail: boo
 
 @dataclass(frozen=True, slots=True)
 class VllmStudent:
-    """A running engine that denoises the blocks of an `sdar` student (`vllm_plugin`)."""
+    """A running engine that denoises the blocks of a student (`vllm_plugin`)."""
 
     llm: Any
     spec: DiffusionSpec
 
     def update(self, model: DiffusionLM) -> None:
-        """Take over the student's weights as they are now; an adapter costs one layer's weights at a time."""
+        """Take over the student's weights as they are now; merging an adapter costs one layer's weights at a
+        time, and a gated one (`preserve`) is handed over as it is.
+        """
         weights = plain_weights(model)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self.spec.format == "preserve":
+            self.llm.collective_rpc(load_adapter, args=(adapter_of(model),))
 
     def rollouts(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int]
@@ -237,6 +243,8 @@ class VllmStudent:
         """What `generate` returns for these prompts and seeds, but for the forwards it took."""
         from vllm import SamplingParams, TokensPrompt
 
+        if self.spec.format == "preserve" and self.spec.grid == "absolute":
+            assert all(len(ids) >= self.spec.block_size for ids in prompts), "a canvas needs a slot before it"
         inputs = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
         params = [
             SamplingParams(
@@ -281,14 +289,15 @@ class VllmStudent:
 
 
 def plain_weights(model: DiffusionLM) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights of an `sdar` student as one plain model, and nothing of it changed: the adapter added
-    to a copy of each layer's weights, the mask embedding in its row.
+    """Names and weights of a student as one plain model, and nothing of it changed: the mask embedding in its
+    row; in `sdar` the adapter added to a copy of each layer's weights.
     """
     student: Any = model.student
-    adapted = {name: layer for name, layer in student.named_modules() if isinstance(layer, LoraLayer)}
+    adapted = adapted_layers_of(model)
     for name, layer in adapted.items():
-        layer = copy.deepcopy(layer)
-        layer.merge()
+        if model.spec.format == "sdar":
+            layer = copy.deepcopy(layer)
+            layer.merge()
         yield from ((f"{name}.{key}", weight) for key, weight in layer.base_layer.state_dict().items())
     embedding, mask_id = student.get_input_embeddings().weight, model.spec.mask_token_id
     for name, weight in student.state_dict(keep_vars=True).items():
@@ -297,6 +306,26 @@ def plain_weights(model: DiffusionLM) -> Iterator[tuple[str, Tensor]]:
             weight = weight.detach().index_copy(0, torch.tensor([mask_id], device=weight.device), entering_1H)
         if not any(name.startswith(f"{layer}.") for layer in adapted):
             yield name, weight.detach()
+
+
+def adapted_layers_of(model: DiffusionLM) -> dict[str, Any]:
+    return {name: layer for name, layer in model.student.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def adapter_of(model: DiffusionLM) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and the scaled B of every adapted layer, by its name."""
+    return {
+        name: (
+            layer.lora_A[ADAPTER].weight.detach(),
+            layer.lora_B[ADAPTER].weight.detach() * layer.scaling[ADAPTER],
+        )
+        for name, layer in adapted_layers_of(model).items()
+    }
+
+
+def load_adapter(worker: Any, adapter: Adapter) -> None:
+    """Runs inside vLLM."""
+    worker.model_runner.model_state.gate.load(adapter)
 
 
 def take_committed(worker: Any) -> dict[int, list[tuple[int, int]]]:
@@ -315,15 +344,18 @@ def start_student(
     max_tokens: int,
     max_step_tokens: int = 8192,
 ) -> VllmStudent:
-    """An engine with the present weights of an `sdar` student, an adapter merged into them.
+    """An engine with the present weights of a student: an `sdar` student's adapter is merged into them, a
+    `preserve` student's stays apart.
 
     `max_tokens` bounds prompt and response together, `max_step_tokens` what one forward computes, which holds
-    a whole prompt at least. Needs a GPU (on a CPU only Triton's interpreter runs it, slowly).
+    a whole prompt at least. In `preserve` on the absolute grid prompts must be a block long. Needs a GPU (on a CPU only Triton's interpreter runs it, slowly).
     """
     spec, config = model.spec, model.student.config
     if getattr(model.student, "is_loaded_in_4bit", False):
         raise ConfigError("students on a 4-bit base do not run in vLLM: an adapter cannot be merged into it.")
     values = vllm_config_values(config, spec, decode)
+    if spec.format == "preserve" and any(x.lora_magnitude_vector for x in adapted_layers_of(model).values()):
+        raise ConfigError("preserve students with lora.use_dora do not run in vLLM: use our own engine.")
     prepare_environment()
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
     from vllm import LLM

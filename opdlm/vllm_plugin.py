@@ -1,4 +1,4 @@
-"""Block-diffusion decoding of `sdar` students in vLLM's diffusion path (0.32, Model Runner V2: CUDA).
+"""Block-diffusion decoding in vLLM's diffusion path (0.32, Model Runner V2: CUDA).
 
 vLLM schedules a block ("canvas") as draft tokens. A denoising step accepts none of them, so its keys and
 values are rolled back; a complete block is forwarded once more and accepted: that commits it. To the
@@ -9,9 +9,12 @@ are prefilled like the others, then taken back (reported as rejected, which vLLM
 scheduler does not), so that the first canvas starts with them; of that block only the response's tokens are
 reported, and worker and scheduler agree again. On the response grid every canvas starts where vLLM puts it.
 
+In `preserve` slot i - 1 predicts token i, so a canvas is the b slots before its tokens: one more token of
+the prompt is taken back, for good. What a block knows from its left edge on is clean, each such slot a query
+of its own (causal), and the adapter is computed for the others (`vllm_gate`).
+
 Proposals, draws and remasking are `unmasking`'s, so rollouts equal our decoder's. vLLM loads this room itself
 (entry point `vllm.general_plugins`); its config.json says everything (`vllm_config_values`).
-Not here: `preserve`, whose noised slots have weights of their own.
 
 Shape suffixes: R request places, T tokens of a block, D requests that decode now, V vocabulary, M masked,
 N places whose logits were computed.
@@ -38,6 +41,7 @@ from opdlm.diffusion import DiffusionSpec
 from opdlm.errors import ConfigError
 from opdlm.rows import REMASKING, DecodeConfig
 from opdlm.unmasking import choose_revealed, noise_keys, num_to_reveal, propose_tokens
+from opdlm.vllm_gate import SlotGate
 
 VERSION = "0.32.0"
 """Of vLLM: what is used of it here is internal and changes."""
@@ -60,10 +64,14 @@ def vllm_config_values(config: PretrainedConfig, spec: DiffusionSpec, decode: De
 
 
 def check_runs_in_vllm(config: PretrainedConfig, spec: DiffusionSpec, decode: DecodeConfig) -> None:
-    if spec.format != "sdar":
+    if spec.format == "preserve" and not spec.adapter:
         raise ConfigError(
-            "preserve students do not run in vLLM: their noised slots have weights of their own, and vLLM "
-            "computes all slots with one set. Use our own engine, or convert with format.name=sdar."
+            "preserve students without an adapter do not run in vLLM: they are two sets of weights, and it "
+            "holds one. Use our own engine, or convert with lora.enabled=true."
+        )
+    if spec.format == "preserve" and decode.veto_below:
+        raise ConfigError(
+            f"veto_below ({decode.veto_below:g}) does not run in vLLM: a committed block stays. Set it to 0."
         )
     if config.model_type not in FAMILIES or any(window is not None for window in layer_windows(config)):
         raise ConfigError(
@@ -81,12 +89,14 @@ class Canvases:
         self, spec: DiffusionSpec, decode: DecodeConfig, max_requests: int, device: torch.device
     ) -> None:
         self.spec, self.decode, self.device = spec, decode, device
+        self.shift = 1 if spec.format == "preserve" else 0
         size = (max_requests, spec.block_size)
         self.ids_RT = torch.full(size, spec.mask_token_id, device=device)
         self.step_RT = torch.zeros(size, dtype=torch.long, device=device)
         zeros_R = torch.zeros(max_requests, dtype=torch.long, device=device)
         self.start_R, self.seed_R = zeros_R, zeros_R.clone()
         self.num_known_R, self.num_taken_back_R = zeros_R.clone(), zeros_R.clone()
+        self.before_R = zeros_R.clone()
         self.block_step_R, self.num_steps_R = zeros_R.clone(), zeros_R.clone()
         self.row_of: dict[int, int | None] = {}
         self.committed: dict[int, list[tuple[int, int]]] = {}
@@ -102,11 +112,24 @@ class Canvases:
         self.ids_RT[place, :num_known] = known
         self.step_RT[place] = 0
         self.start_R[place], self.seed_R[place] = len(ids) - num_known, seed
-        self.num_known_R[place] = self.num_taken_back_R[place] = num_known
+        self.num_known_R[place], self.num_taken_back_R[place] = num_known, num_known + self.shift
+        self.before_R[place] = ids[len(ids) - num_known - 1]
         self.block_step_R[place], self.num_steps_R[place] = 0, 0
         self.row_of[place] = row
         if row is not None:
             self.committed.setdefault(row, [])
+
+    def slots(self, place_D: Tensor) -> Tensor:
+        """Token ids `[D, T]` of the slots that predict the blocks' tokens."""
+        if not self.shift:
+            return self.ids_RT[place_D]
+        return torch.cat([self.before_R[place_D, None], self.ids_RT[place_D, :-1]], 1)
+
+    def num_clean(self, place_D: Tensor) -> Tensor:
+        """`preserve`: how many of these slots are clean `[D]`, from the left."""
+        masked_DT = self.ids_RT[place_D] == self.spec.mask_token_id
+        size = self.spec.block_size
+        return torch.where(masked_DT.any(1), masked_DT.long().argmax(1) + 1, size)
 
     def take_back(self, place_D: Tensor) -> Tensor:
         """How many tokens of their prompts, now prefilled, the first canvases start with `[D]`."""
@@ -131,6 +154,7 @@ class Canvases:
         ids_DT = self.reveal(place_D, ids_DT, masked_DT, position_DT, logits_NV, first_D)
         complete_D = ~(ids_DT == mask_id).any(1)
         self.block_step_R[place_D] = torch.where(complete_D, 0, self.block_step_R[place_D] + 1)
+        self.before_R[place_D] = torch.where(done_D, ids_DT[:, -1], self.before_R[place_D])
         self.start_R[place_D] += done_D.long() * size
         self.num_known_R[place_D] = torch.where(done_D, 0, num_known_D)
         self.ids_RT[place_D] = ids_DT.masked_fill(done_D[:, None], mask_id)
@@ -201,7 +225,7 @@ class Sampler:
             sampled[whole_D], num_new_D = canvases.advance(place_B[whole_D], logits, first_D)
             num_sampled[whole_D] = num_new_D
             num_rejected[whole_D] = (num_new_D == 0).long() * size
-            self.draft_tokens_RT[place_B[whole_D], :size] = canvases.ids_RT[place_B[whole_D]]
+            self.draft_tokens_RT[place_B[whole_D], :size] = canvases.slots(place_B[whole_D])
             # the context ends inside this block: no token of it is known, and these masks are the last
             cut_B = (width_B > 0) & (width_B < size)
             num_sampled = torch.where(cut_B, width_B, num_sampled)
@@ -233,9 +257,21 @@ def block_queries(num_tokens: Iterable[int], size: int, grid: GridKind) -> tuple
     return rows, ends
 
 
+def slot_queries(num_tokens: Iterable[int], num_clean: Iterable[int]) -> tuple[list[int], list[int]]:
+    """`preserve`: every clean slot is a query, and the noised slots after them are one."""
+    rows, ends, first = [], [], 0
+    for row, (count, clean) in enumerate(zip(num_tokens, num_clean, strict=True)):
+        found = [*range(first + 1, first + clean + 1), *([first + count] if clean < count else [])]
+        rows += [row] * len(found)
+        ends += found
+        first += count
+    return rows, ends
+
+
 @functools.cache
 def state_class() -> type:
     """vLLM's model state, made here because vLLM is optional."""
+    from vllm.model_executor.layers.linear import LinearBase
     from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
@@ -251,6 +287,9 @@ def state_class() -> type:
             assert vllm_config.diffusion_config.canvas_length == spec.block_size
             decode = DecodeConfig(**config.opdlm_decode)
             self.canvases = Canvases(spec, decode, self.max_num_reqs, device)
+            if spec.format == "preserve":
+                named = model.named_modules()
+                self.gate = SlotGate({name: m for name, m in named if isinstance(m, LinearBase)})
 
         def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
             self.draft_tokens_RT = sampler.req_states.draft_tokens
@@ -262,7 +301,8 @@ def state_class() -> type:
             seed = extra.get("opdlm_seed", zlib.crc32(new_req_data.req_id.encode()))
             row = extra.get("opdlm_row")
             self.canvases.start(req_index, list(new_req_data.prefill_token_ids), seed, row)
-            self.draft_tokens_RT[req_index, : self.canvases.ids_RT.shape[1]] = self.canvases.ids_RT[req_index]
+            place_1 = torch.tensor([req_index], device=self.device)
+            self.draft_tokens_RT[place_1, : self.canvases.spec.block_size] = self.canvases.slots(place_1)
 
         def prepare_attn(
             self,
@@ -275,8 +315,12 @@ def state_class() -> type:
             for_capture: bool = False,
             ubatch_idx: int = 0,
         ) -> dict[str, Any]:
-            spec = self.canvases.spec
-            rows, ends = block_queries(input_batch.num_scheduled_tokens, spec.block_size, spec.grid)
+            spec, num_tokens = self.canvases.spec, input_batch.num_scheduled_tokens
+            if spec.format == "preserve":
+                num_clean = self.begin_canvases(input_batch)
+                rows, ends = slot_queries(num_tokens, num_clean)
+            else:
+                rows, ends = block_queries(num_tokens, spec.block_size, spec.grid)
             first_N = torch.tensor([0, *ends], dtype=torch.int32)
             request_ends = torch.from_numpy(input_batch.query_start_loc_np)[1:]
             unseen_N = (request_ends[rows] - first_N[1:]).to(self.device)
@@ -295,6 +339,27 @@ def state_class() -> type:
                 kv_cache_config=kv_cache_config,
                 causal=False,
             )
+
+        def begin_canvases(self, batch: Any) -> list[int]:
+            """`preserve`: how many slots of each request are clean; the gate opens for the others.
+
+            Writes the canvases' ids: to vLLM a first canvas may look like the rest of a prompt.
+            """
+            counts = torch.as_tensor(batch.num_scheduled_tokens).long()
+            first_B = counts.cumsum(0) - counts
+            width_B = torch.from_numpy(batch.cu_num_logits_np[: batch.num_reqs + 1]).diff()
+            num_clean_B = counts.clone()
+            is_whole_B = width_B == self.canvases.spec.block_size
+            place_D = batch.idx_mapping[: batch.num_reqs].long()[is_whole_B.to(self.device)]
+            num_clean_B[is_whole_B] = self.canvases.num_clean(place_D).cpu()
+            offset_T = torch.arange(self.canvases.spec.block_size)
+            column_DT = first_B[is_whole_B, None] + offset_T
+            batch.input_ids[column_DT.to(self.device)] = self.canvases.slots(place_D).to(
+                batch.input_ids.dtype
+            )
+            is_noised_DT = offset_T >= num_clean_B[is_whole_B, None]
+            self.gate.noised_N = column_DT[is_noised_DT].to(self.device)
+            return num_clean_B.tolist()
 
     return BlockDiffusionState
 

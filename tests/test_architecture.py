@@ -14,7 +14,17 @@ FLOORS = {
     0: {"code_tests", "errors", "records", "blocks", "intervals", "seeds", "tables"},
     1: {"scoring", "analytics", "settings", "cache", "unmasking", "losses", "verdicts"},
     2: {"config", "attention", "rows", "checkpoint", "metrics", "generation_log"},
-    3: {"config_rules", "diffusion", "optimizer", "curricula", "mask_rates", "zero", "grid", "stdlib_text"},
+    3: {
+        "config_rules",
+        "diffusion",
+        "optimizer",
+        "curricula",
+        "mask_rates",
+        "zero",
+        "grid",
+        "stdlib_text",
+        "vllm_gate",
+    },
     4: {"text_config", "adapter", "dropout", "data", "denoise", "devices", "states", "vllm_plugin"},
     5: {"corpus", "models", "lossless", "student_copy"},
     6: {

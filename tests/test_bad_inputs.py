@@ -648,7 +648,7 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     ),
     "export of preserve to vLLM": (
         lambda p: export(p, "preserve", format="preserve"),
-        ("preserve students do not run in vLLM", "format.name=sdar"),
+        ("preserve student", "cannot be exported to vLLM", "format.name=sdar"),
     ),
     "export of a family that vLLM's plugin does not know": (
         lambda p: export(p, "gemma", model_type="gemma3_text"),

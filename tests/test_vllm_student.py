@@ -8,6 +8,7 @@ import pytest
 import torch
 from interpreted_vllm import interpreter as interpreter
 from tiny_models import BLOCK, GRIDS, make_lm, make_prompts, qwen3
+from torch import nn
 
 from opdlm.blocks import GridKind
 from opdlm.config import LoraSection
@@ -15,7 +16,8 @@ from opdlm.diffusion import DiffusionLM
 from opdlm.generate import DecodeConfig, generate
 from opdlm.models import assemble
 from opdlm.vllm_engine import VllmStudent, start_student
-from opdlm.vllm_plugin import block_queries
+from opdlm.vllm_gate import SlotGate
+from opdlm.vllm_plugin import block_queries, slot_queries
 
 LENGTHS = [1, 3, 4, 5, 6, 7, 8, 13, 22, 30]  # every remainder of the block size; more rows than places
 NEW_TOKENS = 14
@@ -26,7 +28,9 @@ def student(grid: GridKind) -> DiffusionLM:
 
 
 def assert_same(vllm: VllmStudent, model: DiffusionLM, config: DecodeConfig) -> None:
-    prompts, seeds = make_prompts(LENGTHS), range(100, 100 + len(LENGTHS))
+    preserve = model.spec.format == "preserve"  # a block there needs a slot before it
+    lengths = [n for n in LENGTHS if n >= BLOCK or not preserve]
+    prompts, seeds = make_prompts(lengths), range(100, 100 + len(lengths))
     theirs, stats = vllm.rollouts(prompts, config.max_new_tokens, seeds)
     ours, own_stats = generate(model, prompts, config, list(seeds))
     assert [replace(r, num_forwards=0) for r in theirs] == [replace(r, num_forwards=0) for r in ours]
@@ -38,18 +42,39 @@ def test_every_block_of_every_request_is_a_query() -> None:
     assert block_queries([4, 7, 3], 4, "response") == ([0, 1, 1, 2], [4, 7, 11, 14])
 
 
+def test_clean_slots_are_queries_and_the_noised_slots_after_them_are_one() -> None:
+    assert slot_queries([2, 4, 4], [2, 1, 4]) == ([0, 0, 1, 1, 2, 2, 2, 2], [1, 2, 3, 6, 7, 8, 9, 10])
+
+
+def test_adapters_of_joined_layers_change_noised_slots_only() -> None:
+    torch.manual_seed(0)
+    joined, single = nn.Linear(6, 9), nn.Linear(6, 6)
+    joined.output_sizes, single.output_size = [4, 2, 3], 6
+    gate = SlotGate({"a.qkv_proj": joined, "a.o_proj": single})
+    inputs_NI = torch.randn(5, 6)
+    plain = {name: layer(inputs_NI).detach() for name, layer in gate.layers.items()}
+    adapter = {
+        name: (torch.randn(2, 6), torch.randn(size, 2)) for name, size in (("a.q_proj", 4), ("a.v_proj", 3))
+    }
+    gate.load(adapter)
+    gate.noised_N = torch.tensor([1, 4])
+    changes = [inputs_NI @ down.T @ up.T for down, up in adapter.values()]
+    change_NO = torch.cat([changes[0], torch.zeros(5, 2), changes[1]], 1)
+    change_NO[[0, 2, 3]] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(joined(inputs_NI), plain["a.qkv_proj"] + change_NO)
+        assert torch.equal(single(inputs_NI), plain["a.o_proj"])
+
+
+STATIC = DecodeConfig(mode="static", denoising_steps=2, max_new_tokens=NEW_TOKENS, veto_below=0.0)
+SAMPLED = DecodeConfig(
+    confidence_threshold=0.3, temperature=1.0, top_p=0.9, max_new_tokens=NEW_TOKENS, veto_below=0.0
+)
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize(
-    "config",
-    [
-        DecodeConfig(mode="static", denoising_steps=2, max_new_tokens=NEW_TOKENS),
-        DecodeConfig(
-            mode="threshold", confidence_threshold=0.3, temperature=1.0, top_p=0.9, max_new_tokens=NEW_TOKENS
-        ),
-    ],
-    ids=["static", "threshold"],
-)
+@pytest.mark.parametrize("config", [STATIC, SAMPLED], ids=["static", "threshold"])
 def test_rollouts_equal_ours_and_follow_the_weights(
     config: DecodeConfig, grid: GridKind, interpreter: None
 ) -> None:
@@ -62,9 +87,17 @@ def test_an_adapter_is_merged_at_every_update(kind: str, interpreter: None) -> N
     """The student's own weights stay: its teacher is the same weights without the adapter."""
     model = student_with_adapter(LoraSection(r=4, alpha=8, use_dora=kind == "dora"))
     before = {name: weight.clone() for name, weight in model.student.state_dict().items()}
-    assert_parity(model, DecodeConfig(confidence_threshold=0.3, max_new_tokens=NEW_TOKENS))
+    assert_parity(model, replace(SAMPLED, temperature=0.0))
     for name, weight in model.student.state_dict().items():
         assert ("lora" in name) or torch.equal(weight, before[name])
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(("grid", "config"), [(GRIDS[0], SAMPLED), (GRIDS[1], STATIC)], ids=GRIDS)
+def test_a_preserve_student_is_gated_in_vllm_too(
+    grid: GridKind, config: DecodeConfig, interpreter: None
+) -> None:
+    assert_parity(make_lm("lora", grid, base=qwen3(head_dim=32), noise=0.5), config)
 
 
 def student_with_adapter(section: LoraSection) -> DiffusionLM:
