@@ -348,7 +348,8 @@ def start_student(
     `preserve` student's stays apart.
 
     `max_tokens` bounds prompt and response together, `max_step_tokens` what one forward computes, which holds
-    a whole prompt at least. In `preserve` on the absolute grid prompts must be a block long. Needs a GPU (on a CPU only Triton's interpreter runs it, slowly).
+    a whole prompt at least. In `preserve` on the absolute grid prompts are at least a block long. Needs a GPU
+    (on a CPU only Triton's interpreter runs it, slowly).
     """
     spec, config = model.spec, model.student.config
     if getattr(model.student, "is_loaded_in_4bit", False):

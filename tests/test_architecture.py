@@ -25,8 +25,8 @@ FLOORS = {
         "stdlib_text",
         "vllm_gate",
     },
-    4: {"text_config", "adapter", "dropout", "data", "denoise", "devices", "states", "vllm_plugin"},
-    5: {"corpus", "models", "lossless", "student_copy"},
+    4: {"text_config", "adapter", "dropout", "data", "denoise", "devices", "states", "vllm_canvases"},
+    5: {"vllm_plugin", "corpus", "models", "lossless", "student_copy"},
     6: {
         "text_rows",
         "convert",

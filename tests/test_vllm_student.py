@@ -15,9 +15,9 @@ from opdlm.config import LoraSection
 from opdlm.diffusion import DiffusionLM
 from opdlm.generate import DecodeConfig, generate
 from opdlm.models import assemble
+from opdlm.vllm_canvases import block_queries, slot_queries
 from opdlm.vllm_engine import VllmStudent, start_student
 from opdlm.vllm_gate import SlotGate
-from opdlm.vllm_plugin import block_queries, slot_queries
 
 LENGTHS = [1, 3, 4, 5, 6, 7, 8, 13, 22, 30]  # every remainder of the block size; more rows than places
 NEW_TOKENS = 14
