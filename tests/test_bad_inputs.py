@@ -455,10 +455,6 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: p.convert("rollout.engine=vllm", "loss.objective=sft"),
         ("rollout.engine (vllm)", "vllm==0.32.0", "pip install 'opdlm[vllm]'"),
     ),
-    "vLLM for the student's own rollouts": (
-        lambda p: p.convert("rollout.engine=vllm"),
-        ("rollout.engine (vllm)", "loss.objective (opd)", "use rollout.engine=own", "warm_start_steps"),
-    ),
     "vLLM at a temperature it refuses": (
         lambda p: p.convert("rollout.engine=vllm", "loss.objective=sft", "rollout.temperature=3"),
         ("rollout.temperature (3.0)", "must not exceed 2", "Use rollout.engine=own"),

@@ -7,16 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 from interpreted_vllm import interpreter as interpreter
-from tiny_models import BLOCK, GRIDS, make_lm, make_prompts, qwen3
+from tiny_models import BLOCK, GRIDS, gemma3, make_lm, make_prompts, qwen3
 from torch import nn
 
 from opdlm.blocks import GridKind
 from opdlm.config import LoraSection
 from opdlm.diffusion import DiffusionLM
+from opdlm.errors import ConfigError
 from opdlm.generate import DecodeConfig, generate
 from opdlm.models import assemble
+from opdlm.records import Prompt
 from opdlm.vllm_canvases import block_queries, slot_queries
-from opdlm.vllm_engine import VllmStudent, start_student
+from opdlm.vllm_engine import VllmStudent, check_student, start_student
 from opdlm.vllm_gate import SlotGate
 
 LENGTHS = [1, 3, 4, 5, 6, 7, 8, 13, 22, 30]  # every remainder of the block size; more rows than places
@@ -35,6 +37,21 @@ def assert_same(vllm: VllmStudent, model: DiffusionLM, config: DecodeConfig) -> 
     ours, own_stats = generate(model, prompts, config, list(seeds))
     assert [replace(r, num_forwards=0) for r in theirs] == [replace(r, num_forwards=0) for r in ours]
     assert stats.num_tokens == own_stats.num_tokens and stats.num_steps == own_stats.num_steps
+
+
+@pytest.mark.parametrize(
+    ("model", "lengths", "message"),
+    [
+        (make_lm("lora", "absolute"), [9, BLOCK - 1], "at least a block"),
+        (make_lm("sdar", base=gemma3(8)), [9], "gemma3_text students do not run in vLLM"),
+    ],
+)
+def test_students_and_prompts_that_vllm_cannot_run_are_named_beforehand(
+    model: DiffusionLM, lengths: list[int], message: str
+) -> None:
+    prompts = [Prompt(ids=tuple(ids), index=i) for i, ids in enumerate(make_prompts(lengths))]
+    with pytest.raises(ConfigError, match=message):
+        check_student(model, DecodeConfig(veto_below=0.0), prompts)
 
 
 def test_every_block_of_every_request_is_a_query() -> None:
