@@ -338,6 +338,8 @@ def take_committed(worker: Any) -> dict[int, list[tuple[int, int]]]:
 def check_student(model: DiffusionLM, decode: DecodeConfig, prompts: Sequence[Prompt] = ()) -> None:
     """ConfigError, before anything starts, if vLLM cannot generate as this student with these prompts."""
     check_runs_in_vllm(model.student.config, model.spec, decode)
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError("students run in vLLM on a GPU, and none is here: use our own engine.")
     if getattr(model.student, "is_loaded_in_4bit", False):
         raise ConfigError("students on a 4-bit base do not run in vLLM: an adapter cannot be merged into it.")
     if model.spec.format == "sdar":

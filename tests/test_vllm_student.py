@@ -47,8 +47,9 @@ def assert_same(vllm: VllmStudent, model: DiffusionLM, config: DecodeConfig) -> 
     ],
 )
 def test_students_and_prompts_that_vllm_cannot_run_are_named_beforehand(
-    model: DiffusionLM, lengths: list[int], message: str
+    model: DiffusionLM, lengths: list[int], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     prompts = [Prompt(ids=tuple(ids), index=i) for i, ids in enumerate(make_prompts(lengths))]
     with pytest.raises(ConfigError, match=message):
         check_student(model, DecodeConfig(veto_below=0.0), prompts)
