@@ -2,8 +2,8 @@
 
 Greedy, the same prompts for everyone, variants interleaved within each repeat, so that a busy machine slows
 them alike; the median over the repeats counts. `transformers.generate` gets left-padded batches in the
-order given and runs each until its last row is done; ours refills as rows finish. Tokens count up to the stop
-token.
+order given and runs each until its last row is done; ours and vLLM's refill as rows finish. vLLM decodes the
+same AR model, at most a batch of rows at a time; starting it is not timed. Tokens count up to the stop token.
 Not here: accuracy (`evaluate`).
 """
 
@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,17 @@ import torch
 from transformers import PreTrainedModel
 
 from opdlm.diffusion import DiffusionLM
+from opdlm.errors import ConfigError
 from opdlm.generate import DecodeConfig, Mode, generate
+from opdlm.records import Rollout
+from opdlm.rows import DecodeStats
+from opdlm.vllm_engine import VllmTeacher, start_teacher
 
 AR_NAME = "transformers.generate"
+VLLM_NAME = "vllm"
 Responses = list[tuple[int, ...]]
+Way = Callable[[], tuple[Responses, float | None]]
+"""Decodes all prompts: responses, and tokens per forward where they are counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,34 +90,87 @@ def measure_speed(
     *,
     max_new_tokens: int,
     repeats: int,
+    vllm_folder: str | None = None,
     on_row: Callable[[Speed], None] = lambda _: None,
 ) -> list[Speed]:
-    """One row per batch size and way of decoding, `transformers.generate` first."""
+    """One row per batch size and way of decoding, `transformers.generate` first; vLLM where a folder is given
+    to it.
+    """
     rows = []
     for batch_size in batch_sizes:
-        configs = {
-            mode: DecodeConfig(mode=mode, max_new_tokens=max_new_tokens, batch_size=batch_size)
-            for mode in modes
-        }
         plain = DecodeConfig(max_new_tokens=max_new_tokens, batch_size=batch_size)
-        seconds: dict[str, list[float]] = {AR_NAME: [], **{mode: [] for mode in modes}}
-        responses: dict[str, Responses] = {}
-        per_forward: dict[str, float | None] = {AR_NAME: 1.0}
-        for mode in modes:  # first calls pay for allocations
-            generate(model, prompts[:1], configs[mode])
-        for _ in range(repeats):
+        with running_vllm(vllm_folder, model, prompts, plain) as vllm:
+            ways = ways_to_decode(model, ar_model, prompts, modes, plain, vllm)
+            rows += measure_ways(ways, batch_size, repeats, on_row)
+    return rows
+
+
+@contextmanager
+def running_vllm(
+    folder: str | None, model: DiffusionLM, prompts: Sequence[Sequence[int]], config: DecodeConfig
+) -> Iterator[VllmTeacher | None]:
+    """vLLM with the AR model of the folder, at most `batch_size` rows at a time."""
+    if folder is None:
+        yield None
+        return
+    try:
+        engine = start_teacher(
+            folder,
+            model.student.config,
+            model.spec,
+            dtype="float32",
+            max_rows=config.batch_size,
+            max_tokens=max(len(ids) for ids in prompts) + config.max_new_tokens,
+        )
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"vLLM cannot run {folder} ({reason}): leave it out with --vllm never.") from error
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def ways_to_decode(
+    model: DiffusionLM,
+    ar_model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    modes: Sequence[Mode],
+    plain: DecodeConfig,
+    vllm: VllmTeacher | None,
+) -> dict[str, Way]:
+    """Each has decoded one prompt before it is timed: first calls pay for allocations."""
+
+    def of(decoded: tuple[list[Rollout], DecodeStats]) -> tuple[Responses, float | None]:
+        return [rollout.text_ids for rollout in decoded[0]], decoded[1].tokens_per_forward
+
+    ways: dict[str, Way] = {AR_NAME: lambda: (hf_responses(ar_model, model, prompts, plain), 1.0)}
+    if vllm is not None:
+        vllm.responses(prompts[:1], plain, [0])
+        ways[VLLM_NAME] = lambda: of(vllm.responses(prompts, plain, range(len(prompts))))
+    for mode in modes:
+        config = replace(plain, mode=mode)
+        generate(model, prompts[:1], config)
+        ways[mode] = partial(lambda config: of(generate(model, prompts, config)), config)
+    return ways
+
+
+def measure_ways(
+    ways: dict[str, Way], batch_size: int, repeats: int, on_row: Callable[[Speed], None]
+) -> list[Speed]:
+    """Every way once per repeat, in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    responses: dict[str, Responses] = {}
+    per_forward: dict[str, float | None] = {}
+    for _ in range(repeats):
+        for name, decode in ways.items():
             started = time.perf_counter()
-            responses[AR_NAME] = hf_responses(ar_model, model, prompts, plain)
-            seconds[AR_NAME].append(time.perf_counter() - started)
-            for mode in modes:
-                started = time.perf_counter()
-                rollouts, stats = generate(model, prompts, configs[mode])
-                seconds[mode].append(time.perf_counter() - started)
-                responses[mode] = [rollout.text_ids for rollout in rollouts]
-                per_forward[mode] = stats.tokens_per_forward
-        for name in seconds:
-            rows.append(summarise(name, batch_size, seconds, responses, per_forward[name]))
-            on_row(rows[-1])
+            responses[name], per_forward[name] = decode()
+            seconds[name].append(time.perf_counter() - started)
+    rows = []
+    for name in ways:
+        rows.append(summarise(name, batch_size, seconds, responses, per_forward[name]))
+        on_row(rows[-1])
     return rows
 
 

@@ -33,6 +33,7 @@ TRAIN_EXAMPLE = """examples:
   opdlm train bundled:teacher data.path=answers.jsonl data.packing=whole masking.windows=[[0.5,1]]"""
 
 MODES = ("static", "threshold", "entropy", "left_to_right", "lossless", "ar")
+SERVED_MODES = ("static", "threshold", "left_to_right")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_report(verbs)
     add_bench(verbs)
     add_merge(verbs)
+    add_export(verbs)
     add_study(verbs)
     add_recipes(verbs)
     add_env(verbs)
@@ -172,8 +174,14 @@ def add_generate(verbs: Verbs) -> None:
 
 def add_decoding(parser: argparse.ArgumentParser, temperature: float) -> None:
     """The flags of everything that decodes."""
-    parser.add_argument("--mode", choices=MODES, default="threshold")
     parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    add_sampling(parser, temperature, MODES)
+
+
+def add_sampling(parser: argparse.ArgumentParser, temperature: float, modes: Sequence[str]) -> None:
+    """The flags that say how tokens are chosen."""
+    parser.add_argument("--mode", choices=modes, default="threshold")
     parser.add_argument(
         "--temperature", type=float, default=temperature, help=f"0 = arg-max ({temperature:g})"
     )
@@ -181,7 +189,6 @@ def add_decoding(parser: argparse.ArgumentParser, temperature: float) -> None:
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--threshold", type=float, default=0.9, help="confidence that reveals a token (0.9)")
     parser.add_argument("--denoising-steps", type=int, help="steps per block at most (block size)")
-    parser.add_argument("--seed", type=int, default=0)
 
 
 def add_rollout(verbs: Verbs) -> None:
@@ -291,8 +298,9 @@ def add_bench(verbs: Verbs) -> None:
         verbs,
         "bench",
         "decoding speed of a converted checkpoint",
-        "Tokens per second and per forward of every decoding mode against transformers.generate on the AR\n"
-        "model of the same folder: greedy, same prompts, interleaved. Close other programs first.",
+        "Tokens per second and per forward of every decoding mode, and of vLLM where it is installed,\n"
+        "against transformers.generate on the AR model of the same folder: greedy, same prompts,\n"
+        "interleaved. Close other programs first.",
         "examples:\n  opdlm bench runs/tiny/model\n"
         "  opdlm bench runs/tiny/model --batch-sizes 1 8 --modes ar lossless --limit 40 --out report",
     )
@@ -305,6 +313,12 @@ def add_bench(verbs: Verbs) -> None:
     parser.add_argument("--limit", type=int, default=64, help="prompts, evenly spaced over the file (64)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--vllm",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="the AR model in vLLM too: where it is installed (auto)",
+    )
     parser.add_argument("--out", help="write bench.json and bench.png here")
     parser.set_defaults(run=commands.run_bench)
 
@@ -326,6 +340,24 @@ def add_merge(verbs: Verbs) -> None:
         "--full-copy", action="store_true", help="preserve: a merged student beside the AR weights"
     )
     parser.set_defaults(run=commands.run_merge)
+
+
+def add_export(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "export",
+        "an sdar checkpoint as `vllm serve` reads it",
+        "Write the converted sdar folder DIR to OUT for vLLM: `vllm serve OUT` finds this package's plugin\n"
+        "where both are installed. How tokens are chosen is fixed here; vLLM refuses temperature and seed\n"
+        "in requests for diffusion models.",
+        "examples:\n  opdlm export runs/sdar/model runs/sdar/vllm\n"
+        "  opdlm export runs/sdar/model runs/sdar/vllm --threshold 0.8 --temperature 0.7 --top-p 0.95",
+    )
+    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument("out", metavar="OUT")
+    parser.add_argument("--to", choices=("vllm",), default="vllm")
+    add_sampling(parser, temperature=0.0, modes=SERVED_MODES)
+    parser.set_defaults(run=commands.run_export, max_new_tokens=256)  # a request says how many
 
 
 def add_study(verbs: Verbs) -> None:

@@ -248,18 +248,30 @@ def run_merge(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_export(options: argparse.Namespace) -> int:
+    quiet_libraries()
+    from opdlm.verbs import export_folder
+
+    return export_folder(options)
+
+
 def run_bench(options: argparse.Namespace) -> int:
     if min(options.limit, options.max_new_tokens, options.repeats, *options.batch_sizes) < 1:
         raise ConfigError("--limit, --max-new-tokens, --repeats and --batch-sizes must be at least 1.")
     quiet_libraries()
+    from accelerate import PartialState
     from rich.console import Console
 
     from opdlm.bench import measure_speed, speed_table, write_speed
     from opdlm.data import load_tasks
     from opdlm.models import check_fits, load, load_causal_lm
     from opdlm.retention import read_config_of, versions
+    from opdlm.vllm_engine import check_vllm, installed_version, is_tested_version
 
-    model, tokenizer = load(options.folder)
+    if options.vllm == "always":
+        check_vllm("--vllm always")
+    with_vllm = options.vllm != "never" and is_tested_version(installed_version())
+    model, tokenizer = load(options.folder, device=str(PartialState().device))
     is_preserve = model.spec.format == "preserve"
     modes = options.modes or [*(("ar", "lossless") if is_preserve else ()), "static", "threshold"]
     if not is_preserve and {"ar", "lossless"} & set(modes):
@@ -271,14 +283,17 @@ def run_bench(options: argparse.Namespace) -> int:
     prompts = [task.prompt.ids for task in tasks][:: max(1, len(tasks) // options.limit)][: options.limit]
     check_fits(model, prompts, options.max_new_tokens, "--max-new-tokens")
     console = Console()
+    ar_model = load_causal_lm(options.folder, "float32")
+    ar_model.to(model.device)  # type: ignore[arg-type]
     rows = measure_speed(
         model,
-        load_causal_lm(options.folder, "float32"),
+        ar_model,
         prompts,
         modes,
         options.batch_sizes,
         max_new_tokens=options.max_new_tokens,
         repeats=options.repeats,
+        vllm_folder=options.folder if with_vllm else None,
         on_row=lambda row: console.print(
             f"batch {row.batch_size}: {row.name} {row.tokens_per_second:.0f} tokens/s", soft_wrap=True
         ),
@@ -286,6 +301,7 @@ def run_bench(options: argparse.Namespace) -> int:
     console.print(speed_table(rows), markup=False, soft_wrap=True)
     if options.out:
         settings = {"prompts": len(prompts), "file": path, "repeats": options.repeats}
+        settings |= {"vllm": installed_version()} if with_vllm else {}
         write_speed(rows, Path(options.out), settings | versions())
     return 0
 

@@ -114,8 +114,8 @@ class DataSection:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutSection:
     engine: Literal["own", "vllm"] = "own"
-    """Who writes the teacher's responses (sft, off_policy, warm start): our decoder, or vLLM, an extra. The
-    student's own rollouts are always our decoder's.
+    """Who decodes: ours, or vLLM, an extra, for the teacher's responses (sft, off_policy, warm start) and
+    for the student's rollouts alike (Qwen3 and Llama, on a GPU); a second copy of the weights lies there.
     """
     prompts_per_step: int = 64
     """Prompts that get a response in each step, over all devices."""

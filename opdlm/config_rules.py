@@ -146,7 +146,7 @@ def check_asynchronous(config: Config) -> None:
 
 
 def check_engine(config: Config) -> None:
-    """vLLM runs the teacher from its checkpoint folder, and no student."""
+    """vLLM runs the teacher from its checkpoint folder, and the student with the weights of each step."""
     if config.rollout.engine == "own":
         return
     if config.rollout.path:
@@ -154,13 +154,8 @@ def check_engine(config: Config) -> None:
             f"rollout.engine (vllm) has nothing to generate: rollout.path ({config.rollout.path}) gives the "
             "rollouts. Set rollout.engine=own."
         )
-    if config.loss.objective in ("opd", "opd_random") and not config.rollout.warm_start_steps:
-        raise ConfigError(
-            f"rollout.engine (vllm) writes teacher responses only, and loss.objective "
-            f"({config.loss.objective}) trains on the student's own: use rollout.engine=own, or have teacher "
-            "responses first (rollout.warm_start_steps)."
-        )
-    if config.rollout.temperature > 2:
+    asks_teacher = config.loss.objective in ("off_policy", "sft") or config.rollout.warm_start_steps > 0
+    if config.rollout.temperature > 2 and asks_teacher:
         raise ConfigError(
             f"rollout.temperature ({config.rollout.temperature}) must not exceed 2 with rollout.engine=vllm: "
             "vLLM refuses it. Use rollout.engine=own."

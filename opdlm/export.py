@@ -15,7 +15,7 @@ from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlm.adapter import merged
 from opdlm.checkpoint import atomic_folder
@@ -30,6 +30,8 @@ from opdlm.models import (
     read_spec,
     set_embedding_row,
 )
+from opdlm.rows import DecodeConfig
+from opdlm.vllm_plugin import vllm_config_values
 
 REMOTE_ROOMS = (
     *("modeling_opdlm", "generate", "lossless", "denoise", "rows", "diffusion", "attention", "cache"),
@@ -97,15 +99,51 @@ def merge_folder(folder: Path, out: Path, *, full_copy: bool) -> None:
         )
     if out.exists():
         raise ConfigError(f"OUT ({out}) exists already. Choose another name.")
-    dtype = json.loads((folder / "config.json").read_text()).get("dtype", "float32")
+    dtype = dtype_of(folder)
     model, tokenizer = load(folder, dtype)
-    student = merged(vars(model)["peft_model"])
     teacher = load_causal_lm(str(folder), dtype) if spec.format == "preserve" else None
-    plain = DiffusionLM(
-        student, replace(spec, adapter=False), teacher=teacher, mask_embedding=model.mask_embedding
-    )
+    plain = without_adapter(model, teacher)
     with atomic_folder(out) as partial:
         for record in folder.iterdir():
             if record.suffix == ".png" or record.name in RECORDS:
                 shutil.copyfile(record, partial / record.name)
         write_model(partial, plain, tokenizer)
+
+
+def dtype_of(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text()).get("dtype", "float32")
+
+
+def without_adapter(model: DiffusionLM, teacher: PreTrainedModel | None = None) -> DiffusionLM:
+    """The student with the adapter in its weights. Takes the LoRA layers off `model`."""
+    student = merged(vars(model)["peft_model"])
+    spec = replace(model.spec, adapter=False)
+    return DiffusionLM(student, spec, teacher=teacher, mask_embedding=model.mask_embedding)
+
+
+def export_to_vllm(folder: Path, out: Path, decode: DecodeConfig) -> None:
+    """Write an `sdar` folder as `vllm serve OUT` reads it where this package is installed too.
+
+    Complete weights; our architecture's name, block size and decoding in config.json; all stop tokens in
+    generation_config.json, and no sampling parameters: vLLM would take them for each request's own, which it
+    refuses for diffusion. ConfigError where vLLM cannot run the student.
+    """
+    spec = read_spec(folder)
+    if spec.format != "sdar":
+        raise ConfigError(
+            f"{folder} is a preserve student, whose adapter acts on noised slots only: it cannot be exported "
+            "to vLLM. Use `opdlm generate`, or convert with format.name=sdar."
+        )
+    values = vllm_config_values(AutoConfig.from_pretrained(folder), spec, decode)
+    if out.exists():
+        raise ConfigError(f"OUT ({out}) exists already. Choose another name.")
+    model, tokenizer = load(folder, dtype_of(folder))
+    with atomic_folder(out) as partial:
+        plain = without_adapter(model) if spec.adapter else model
+        write_model(partial, plain, tokenizer)
+        values["block_diffusion"] = plain.spec.to_dict()
+        config_file = partial / "config.json"
+        config_file.write_text(json.dumps(json.loads(config_file.read_text()) | values, indent=2))
+        GenerationConfig(
+            eos_token_id=list(spec.stop_token_ids), pad_token_id=tokenizer.pad_token_id
+        ).save_pretrained(partial)

@@ -28,6 +28,7 @@ from opdlm.checkpoint import (
 )
 from opdlm.config import CONFIG_COPY, Config
 from opdlm.convert import make_student
+from opdlm.curricula import is_from_teacher
 from opdlm.data import Task, load_prompts
 from opdlm.devices import is_sharded, join_ranks, launch_shards
 from opdlm.diffusion import DiffusionLM
@@ -41,10 +42,11 @@ from opdlm.plots import plot_metrics, plot_signal
 from opdlm.records import Prompt, Rollout
 from opdlm.report import read_retention
 from opdlm.retention import MODEL_FOLDER, RESULTS_FILE, load_eval_tasks, measure_folder, versions
+from opdlm.rollout import decode_config
 from opdlm.rollout_file import load_rollouts
 from opdlm.self_prompts import self_prompts, user_turn
 from opdlm.trainer import train
-from opdlm.vllm_engine import check_vllm
+from opdlm.vllm_engine import check_student, check_vllm
 from opdlm.watch import Watch
 from opdlm.zero import zero_stage
 
@@ -95,6 +97,7 @@ def load_inputs(config: Config) -> Inputs:
     elif config.data.path or not config.data.self_prompts:
         prompts = load_prompts(config.data, tokenizer, student.spec.mask_token_id)
         check_fits(student, [p.ids for p in prompts], config.rollout.max_new_tokens, "rollout.max_new_tokens")
+    check_rollouts(student, prompts, config)
     if config.data.self_prompts:
         user_turn(tokenizer, config.data.system_prompt)
     tasks = load_eval_tasks(student, tokenizer, config) if config.eval.path else []
@@ -110,6 +113,14 @@ def check_engine() -> None:
             f"rollout.engine (vllm) runs on one device, and this run has {num_processes} processes: use "
             "rollout.engine=own."
         )
+
+
+def check_rollouts(student: DiffusionLM, prompts: Sequence[Prompt], config: Config) -> None:
+    """vLLM can run the student, if it is to."""
+    section = config.rollout
+    if section.engine == "vllm" and not is_from_teacher(config, config.train.num_steps - 1):
+        decode = decode_config(section, section.max_new_tokens, from_teacher=False)
+        check_student(student, decode, prompts)
 
 
 def check_launch() -> None:
@@ -177,6 +188,7 @@ def add_self_prompts(inputs: Inputs, config: Config, output_dir: Path) -> None:
     check_fits(
         inputs.student, [p.ids for p in added], config.rollout.max_new_tokens, "data.max_prompt_tokens"
     )
+    check_rollouts(inputs.student, added, config)
     inputs.prompts.extend(replace(p, index=len(inputs.prompts) + p.index) for p in added)
 
 

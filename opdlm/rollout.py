@@ -14,7 +14,7 @@ from opdlm.diffusion import DiffusionLM
 from opdlm.generate import DecodeConfig, DecodeStats, OnStep, generate
 from opdlm.records import Prompt, Rollout
 from opdlm.seeds import seed_of
-from opdlm.vllm_engine import VllmTeacher
+from opdlm.vllm_engine import VllmStudent, VllmTeacher
 
 
 def length_cap(section: RolloutSection, step: int, block_size: int) -> int:
@@ -52,11 +52,11 @@ def generate_rollouts(
     seed: int,
     places: Sequence[int] | None = None,
     from_teacher: bool = False,
-    vllm: VllmTeacher | None = None,
+    vllm: VllmTeacher | VllmStudent | None = None,
     on_step: OnStep | None = None,
 ) -> tuple[list[Rollout], DecodeStats]:
     """One response per prompt, in the order of the prompts. `step` counts from 1; `places` of the prompts in
-    the step decide the random draws (None: they are the step's first). `vllm` writes the teacher's, if given.
+    the step decide the random draws (None: they are the step's first). `vllm` generates, if given.
     """
     config = decode_config(
         section, length_cap(section, step, model.spec.block_size), from_teacher=from_teacher
@@ -64,6 +64,9 @@ def generate_rollouts(
     places = range(len(prompts)) if places is None else places
     seeds = [seed_of(seed, step, place) for place in places]
     ids = [prompt.ids for prompt in prompts]
-    if from_teacher and vllm is not None:
-        return vllm.responses(ids, config, seeds)
+    match vllm:
+        case VllmTeacher():
+            return vllm.responses(ids, config, seeds)
+        case VllmStudent():
+            return vllm.rollouts(ids, config.max_new_tokens, seeds)
     return generate(model.teacher_decoder() if from_teacher else model, ids, config, seeds, on_step)

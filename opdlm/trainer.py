@@ -42,7 +42,7 @@ from opdlm.mask_rates import ANY_RATE, MaskRates, rates_at
 from opdlm.metrics import MetricsLog
 from opdlm.models import head_of
 from opdlm.records import Prompt, Rollout
-from opdlm.rollout import generate_rollouts
+from opdlm.rollout import decode_config, generate_rollouts
 from opdlm.seeds import generator_for
 from opdlm.states import (
     Selection,
@@ -53,7 +53,7 @@ from opdlm.states import (
 )
 from opdlm.student_copy import StudentCopy
 from opdlm.targets import score_rows, targets_at_supervised
-from opdlm.vllm_engine import VllmTeacher, start_teacher
+from opdlm.vllm_engine import VllmStudent, VllmTeacher, start_student, start_teacher
 
 
 class StudentLoss(nn.Module):
@@ -124,8 +124,8 @@ class Run(Loop):
     """Rollouts of `rollout.path`: none is generated then."""
     pool: dict[int, list[Rollout]] = field(default_factory=dict)
     """Rollouts that are still, or next, trained on, by the step they were made for."""
-    vllm: VllmTeacher | None = None
-    """With `rollout.engine=vllm`, while the teacher writes the responses."""
+    vllm: VllmTeacher | VllmStudent | None = None
+    """With `rollout.engine=vllm`, who generates."""
     copy: StudentCopy | None = None
     """With `rollout.asynchronous`, who generates."""
     rollout_tokens_per_second: float = 0.0
@@ -156,7 +156,7 @@ def train(
     """
     run = start_run(model, prompts, config, recorded)
     run_steps(run, lambda step: train_step(run, step), log, watcher)
-    use_vllm(run, needed=False)  # its process group must not be the one that ending the training destroys
+    close_vllm(run)  # its process group must not be the one that ending the training destroys
     finish(run)
     return run
 
@@ -178,7 +178,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     """One rollout step (0-based): generate, then `passes_per_rollout` passes of updates over the rollouts."""
     config, started = run.config, time.perf_counter()
     run.model.spec = replace(run.model.spec, block_size=block_size_at(config.format, step))
-    use_vllm(run, needed=is_from_teacher(config, step) and config.rollout.engine == "vllm")
+    use_vllm(run, step)
     rollouts, decoding = roll_out(run, step)
     waited = time.perf_counter() - started
     rng = generator_for(config.train.seed, step + 1, 10**6)
@@ -200,23 +200,45 @@ def reusable(run: Run, step: int) -> dict[int, list[Rollout]]:
     return {made: rollouts for made, rollouts in run.pool.items() if made >= oldest}
 
 
-def use_vllm(run: Run, *, needed: bool) -> None:
-    """Start the engine where it is needed, and free its memory after the warm start."""
-    if run.vllm is not None and not needed:
+def use_vllm(run: Run, step: int) -> None:
+    """With `rollout.engine=vllm`: the engine that generates in this step, with the student's present weights.
+    Teacher and student, and students of two block sizes, are never there at once.
+    """
+    if run.config.rollout.engine != "vllm":
+        return
+    if is_from_teacher(run.config, step):
+        if not isinstance(run.vllm, VllmTeacher):
+            close_vllm(run)
+            run.vllm = start_teacher(
+                run.config.model.path,
+                run.model.student.config,
+                run.model.spec,
+                trust_remote_code=run.config.model.trust_remote_code,
+                **vllm_size(run),
+            )
+    elif isinstance(run.vllm, VllmStudent) and run.vllm.spec == run.model.spec:
+        run.vllm.update(run.model)
+    else:
+        close_vllm(run)
+        section = run.config.rollout
+        decode = decode_config(section, section.max_new_tokens, from_teacher=False)
+        run.vllm = start_student(run.model, decode, **vllm_size(run))
+
+
+def vllm_size(run: Run) -> dict[str, Any]:
+    """What an engine has to hold."""
+    longest = max(len(prompt.ids) for prompt in run.prompts.prompts)
+    return {
+        "dtype": run.config.model.dtype,
+        "max_rows": run.config.rollout.batch_size,
+        "max_tokens": longest + run.config.rollout.max_new_tokens,
+    }
+
+
+def close_vllm(run: Run) -> None:
+    if run.vllm is not None:
         run.vllm.close()
         run.vllm = None
-    if run.vllm is None and needed:
-        config = run.config
-        longest = max(len(prompt.ids) for prompt in run.prompts.prompts)
-        run.vllm = start_teacher(
-            config.model.path,
-            run.model.student.config,
-            run.model.spec,
-            dtype=config.model.dtype,
-            max_rows=config.rollout.batch_size,
-            max_tokens=longest + config.rollout.max_new_tokens,
-            trust_remote_code=config.model.trust_remote_code,
-        )
 
 
 def roll_out(run: Run, step: int) -> tuple[list[Rollout], DecodeStats]:

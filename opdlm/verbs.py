@@ -1,4 +1,6 @@
-"""What `opdlm generate` and `opdlm rollout` do once their command line is read: load, check, decode."""
+"""What `opdlm generate` and `opdlm rollout` do once their command line is read: load, check, decode; and
+`opdlm export`, which fixes how a server will decode.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,13 @@ from opdlm.config import Config, DataSection, resolve_path
 from opdlm.config_rules import check_config
 from opdlm.convert import plain_decoder
 from opdlm.data import encode_prompt, encode_rows, load_rows, messages_of
-from opdlm.diffusion import DiffusionLM
+from opdlm.diffusion import DiffusionLM, DiffusionSpec
 from opdlm.errors import ConfigError
+from opdlm.export import export_to_vllm
 from opdlm.generate import DecodeConfig, OnStep, generate
 from opdlm.generation_log import fingerprint
 from opdlm.metrics import DecodingProgress
-from opdlm.models import check_fits, load, load_causal_lm, load_tokenizer
+from opdlm.models import check_fits, load, load_causal_lm, load_tokenizer, read_spec
 from opdlm.records import Prompt, Rollout
 from opdlm.rollout_file import Engine, decode_resumably, hash_of_prompts, is_finished, write_rollouts
 from opdlm.rows import DecodeStats
@@ -39,7 +42,7 @@ BATCHES_PER_PIECE = 4
 
 
 def check_decoding(options: argparse.Namespace) -> None:
-    """The numbers that both verbs take."""
+    """The numbers of `add_decoding`."""
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens ({options.max_new_tokens}) must be at least 1.")
     if options.temperature < 0:
@@ -52,16 +55,16 @@ def check_decoding(options: argparse.Namespace) -> None:
         raise ConfigError(f"--top-p ({options.top_p:g}) must lie in (0, 1].")
 
 
-def decode_config(options: argparse.Namespace, model: DiffusionLM, **others: Any) -> DecodeConfig:
-    """The settings of both verbs, checked against the checkpoint."""
-    if options.mode == "lossless" and model.spec.format == "sdar":
+def decode_config(options: argparse.Namespace, spec: DiffusionSpec, **others: Any) -> DecodeConfig:
+    """The settings of a verb, checked against the checkpoint."""
+    if options.mode == "lossless" and spec.format == "sdar":
         raise ConfigError(
             "--mode lossless needs a preserve checkpoint; this one is sdar. Use static or threshold."
         )
-    if options.denoising_steps is not None and not 1 <= options.denoising_steps <= model.spec.block_size:
+    if options.denoising_steps is not None and not 1 <= options.denoising_steps <= spec.block_size:
         raise ConfigError(
             f"--denoising-steps ({options.denoising_steps}) must lie between 1 and the block size "
-            f"({model.spec.block_size})."
+            f"({spec.block_size})."
         )
     return DecodeConfig(
         mode=options.mode,
@@ -110,7 +113,7 @@ def answer_prompts(options: argparse.Namespace) -> int:
         model.spec = replace(model.spec, banned_token_ids=banned)
     veto_below = 0.0 if options.infill else options.veto_below
     chosen = {} if veto_below is None else {"veto_below": veto_below}
-    config = decode_config(options, model, logprobs=options.logprobs, **chosen)
+    config = decode_config(options, model.spec, logprobs=options.logprobs, **chosen)
     texts, prompts = read_prompts(options, model, tokenizer)
     stops = StopStrings(tokenizer, tuple(options.stop))
     seeds = [seed_of(options.seed, place) for place in range(len(prompts))]
@@ -214,7 +217,7 @@ def record_rollouts(options: argparse.Namespace) -> int:
     check_recording(options)
     section = data_section(options)
     model, tokenizer = load_decoder(options.model, options.mode, options.dtype, str(PartialState().device))
-    config = decode_config(options, model, batch_size=options.batch_size, veto_below=0.0, logprobs=True)
+    config = decode_config(options, model.spec, batch_size=options.batch_size, veto_below=0.0, logprobs=True)
     rows = load_rows(section)
     prompts = encode_rows(rows, tokenizer, section=section, mask_token_id=model.spec.mask_token_id)
     check_fits(model, [prompt.ids for prompt in prompts], options.max_new_tokens, "--max-new-tokens")
@@ -316,3 +319,12 @@ def settings_of(
         "block_size": model.spec.block_size,
         "grid": model.spec.grid,
     } | asdict(config)
+
+
+def export_folder(options: argparse.Namespace) -> int:
+    """`opdlm export`."""
+    check_decoding(options)
+    folder, out = Path(options.folder), Path(options.out)
+    export_to_vllm(folder, out, decode_config(options, read_spec(folder)))
+    print(f"exported checkpoint: {out}\nserve it: vllm serve {out}")
+    return 0

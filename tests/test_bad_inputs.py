@@ -229,6 +229,14 @@ def fill(place: Place, text: str, *flags: str) -> list[str]:
     return ["generate", str(place.root / "sdar" / "model"), text, *flags]
 
 
+def export(place: Place, name: str, format: str = "sdar", **changes: Any) -> list[str]:
+    """`opdlm export` of a folder whose config.json says something else."""
+    folder = Path(shutil.copytree(place.root / "sdar" / "model", place.root / name, dirs_exist_ok=True))
+    spec = json.loads((folder / "config.json").read_text())["block_diffusion"]
+    edit_json(folder / "config.json", block_diffusion=spec | {"format": format}, **changes)
+    return ["export", str(folder), str(place.root / "out")]
+
+
 def other_limit(place: Place) -> Path:
     """A second student whose record asks for fewer prompts."""
     folder = Path(shutil.copytree(place.root / "sdar" / "model", place.root / "other", dirs_exist_ok=True))
@@ -447,10 +455,6 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: p.convert("rollout.engine=vllm", "loss.objective=sft"),
         ("rollout.engine (vllm)", "vllm==0.32.0", "pip install 'opdlm[vllm]'"),
     ),
-    "vLLM for the student's own rollouts": (
-        lambda p: p.convert("rollout.engine=vllm"),
-        ("rollout.engine (vllm)", "loss.objective (opd)", "use rollout.engine=own", "warm_start_steps"),
-    ),
     "vLLM at a temperature it refuses": (
         lambda p: p.convert("rollout.engine=vllm", "loss.objective=sft", "rollout.temperature=3"),
         ("rollout.temperature (3.0)", "must not exceed 2", "Use rollout.engine=own"),
@@ -638,9 +642,29 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: ["generate", str(p.root / "sdar" / "model"), "a", "--max-new-tokens", "500"],
         ("--max-new-tokens (500)", "context (128)"),
     ),
+    "export of preserve to vLLM": (
+        lambda p: export(p, "preserve", format="preserve"),
+        ("preserve student", "cannot be exported to vLLM", "format.name=sdar"),
+    ),
+    "export of a family that vLLM's plugin does not know": (
+        lambda p: export(p, "gemma", model_type="gemma3_text"),
+        ("gemma3_text students do not run in vLLM", "qwen3 and llama"),
+    ),
+    "export over a folder": (
+        lambda p: ["export", str(p.root / "sdar" / "model"), str(p.root)],
+        ("OUT (", "exists already"),
+    ),
+    "export with more steps than tokens": (
+        lambda p: ["export", str(p.root / "sdar" / "model"), str(p.root / "out"), "--denoising-steps", "9"],
+        ("--denoising-steps (9)", "block size (4)"),
+    ),
     "bench lossless on sdar": (
         lambda p: ["bench", str(p.root / "sdar" / "model"), "--modes", "lossless"],
         ("--modes", "preserve"),
+    ),
+    "bench vLLM where it is not installed": (
+        lambda p: ["bench", str(p.root / "sdar" / "model"), "--vllm", "always"],
+        ("--vllm always", "vllm==0.32.0", "pip install 'opdlm[vllm]'"),
     ),
     "bench without a batch": (
         lambda p: ["bench", str(p.root / "sdar" / "model"), "--batch-sizes", "0"],

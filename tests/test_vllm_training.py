@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from test_vllm import LLAMA
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
 
-from opdlm import trainer
 from opdlm.cli import main
 from opdlm.metrics import read_metrics
 
@@ -38,18 +38,14 @@ def test_a_conversion_on_teacher_responses_is_the_same_with_either_engine(
 
 
 @pytest.mark.vllm
-def test_the_engine_is_closed_after_the_warm_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.skipif(torch.cuda.is_available(), reason="students run in vLLM on a GPU")
+def test_without_a_gpu_rollouts_of_the_student_are_refused_before_a_warm_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_checkpoint(tmp_path / "model", **LLAMA)
     write_data(tmp_path)
-    running: list[bool] = []
-    step = trainer.step_metrics
-
-    def step_metrics(run: trainer.Run, *rest: object) -> dict[str, float]:
-        running.append(run.vllm is not None)
-        return step(run, *rest)
-
-    monkeypatch.setattr(trainer, "step_metrics", step_metrics)
-    convert(tmp_path, "warm", "rollout.engine=vllm", "rollout.warm_start_steps=1")
-    assert running == [True, False]
+    arguments = tiny_overrides(tmp_path / "model", tmp_path, tmp_path / "run")[1:]
+    arguments += ["rollout.engine=vllm", "rollout.warm_start_steps=1"]
+    assert main(["convert", str(tmp_path / "model"), *arguments]) == 2
+    assert "on a GPU, and none is here" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,30 @@
+"""vLLM's GPU code on a CPU, through Triton's interpreter: slow, and exact."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+
+class InterpretedDriver:
+    """Lets vLLM find a Triton that can run on a CPU: its interpreter."""
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[None]:
+    if "vllm" in sys.modules:
+        pytest.skip("vLLM was imported without the interpreter: run this file in a process of its own")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        patch.setenv("TRITON_INTERPRET", "1")
+        import triton.backends
+
+        backend = triton.backends.Backend(compiler=None, driver=InterpretedDriver)
+        patch.setattr(triton.backends, "backends", {"cpu": backend})
+        yield
