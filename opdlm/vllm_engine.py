@@ -1,10 +1,10 @@
-"""The autoregressive teacher in vLLM: its responses, and its most likely tokens at every place of a text.
+"""Teacher and student in vLLM: the teacher's responses and its most likely tokens at every place of a text,
+the student's rollouts as our decoder makes them (`vllm_plugin`).
 
-This room and `vllm_plugin` alone import vLLM, which is an extra. An engine runs in this process, holds a
-second copy of the weights (the teacher's are read from its checkpoint folder) and room for
-`rollout.batch_size` rows, no more. Ids that cannot be produced (`DiffusionSpec.banned_token_ids`) are
-excluded from responses and from targets. Students: rollouts as our decoder makes them (`vllm_plugin`);
-training does not use that yet.
+The `vllm_*` rooms alone import vLLM, which is an extra. An engine runs in this process, holds a second copy
+of the weights (the teacher's are read from its checkpoint folder) and room for `rollout.batch_size` rows, no
+more. Ids that cannot be produced (`DiffusionSpec.banned_token_ids`) are excluded from responses and from
+targets.
 
 Shape suffixes: R response, K top-k.
 """
