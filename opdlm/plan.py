@@ -87,7 +87,7 @@ class Plan:
     sizes: Sizes
     memory: dict[str, float]
     """Bytes per device by purpose; what starts with `rollout:` is gone when training begins, unless it is
-    asynchronous.
+    asynchronous or vLLM's.
     """
     activations: tuple[float, float]
     """Bytes without and with gradient checkpointing."""
@@ -105,7 +105,8 @@ def make_plan(config: Config) -> Plan:
     fixed = fixed_memory(config, sizes)
     row = longest_row(config, sizes, last)
     rollout, training = rollout_memory(config, sizes, row), training_memory(config, sizes, row)
-    together = max if not config.rollout.asynchronous else operator.add
+    stays = config.rollout.asynchronous or config.rollout.engine == "vllm"
+    together = operator.add if stays else max
     steps = range(config.train.num_steps)
     return Plan(
         sizes=sizes,
@@ -228,6 +229,8 @@ def fixed_memory(config: Config, sizes: Sizes) -> dict[str, float]:
     kept = {"weights": float(sizes.weight_bytes), "AdamW moments": 2.0 * sizes.trained_bytes}
     if config.rollout.asynchronous:
         kept["copy that generates"] = float(sizes.trained_bytes)
+    if config.rollout.engine == "vllm":
+        kept["weights in vLLM"] = float(weight_element(config) * sizes.total)
     return kept | ({} if config.train.ema_decay is None else {"weight average": 4.0 * sizes.trained})
 
 

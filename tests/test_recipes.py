@@ -247,6 +247,13 @@ def test_asynchronous_rollouts_take_a_copy_of_what_is_trained_and_their_cache_st
     assert one.peak < sum(one.memory.values())
 
 
+def test_vllm_keeps_a_second_copy_of_the_weights_and_its_cache(place: Path) -> None:
+    options = [f"model.path={place / 'qwen3'}", "train.rows_per_update=4"]
+    own, vllm = (make_plan(load_config(None, [*options, f"rollout.engine={x}"])) for x in ("own", "vllm"))
+    assert dict(vllm.memory.items() - own.memory.items()) == {"weights in vLLM": 4.0 * own.sizes.total}
+    assert vllm.peak == pytest.approx(sum(vllm.memory.values()))
+
+
 def test_a_dry_run_prints_everything_and_writes_nothing(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
