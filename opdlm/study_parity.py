@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from opdlm.analytics import p_signal
 from opdlm.errors import ConfigError
@@ -63,7 +63,7 @@ class ParityRun:
     """One training."""
 
     layers: int = 2
-    """Of a bidirectional Llama."""
+    """Of a bidirectional GPT-2."""
     width: int = 64
     """Hidden size; heads are 16 wide."""
     learning_rate: float = 1e-3
@@ -128,14 +128,18 @@ def make_data(task: Task, seed: int) -> ParityData:
 
 
 def make_model(run: ParityRun, length: int, seed: int) -> PreTrainedModel:
-    """A stock Llama with random weights of this seed."""
-    config = LlamaConfig(
+    """A stock GPT-2 without dropout and with random weights of this seed: which bit a token is, its learned
+    position says at once (rotary positions leave even the training set unlearnt for thousands of steps).
+    """
+    config = GPT2Config(
         vocab_size=3,
-        hidden_size=run.width,
-        intermediate_size=4 * run.width,
-        num_hidden_layers=run.layers,
-        num_attention_heads=run.width // 16,
-        max_position_embeddings=length,
+        n_embd=run.width,
+        n_layer=run.layers,
+        n_head=run.width // 16,
+        n_positions=length,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
         bos_token_id=None,
         eos_token_id=None,
     )
