@@ -355,7 +355,6 @@ def add_export(verbs: Verbs) -> None:
     )
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("out", metavar="OUT")
-    parser.add_argument("--to", choices=("vllm",), default="vllm")
     add_sampling(parser, temperature=0.0, modes=SERVED_MODES)
     parser.set_defaults(run=commands.run_export, max_new_tokens=256)  # a request says how many
 

@@ -293,7 +293,7 @@ def working_bytes(config: Config, sizes: Sizes, row: Row) -> float:
         sizes.vocabulary, sizes.hidden, num_alive, trains_head=trains_head, device="cuda"
     )
     loss = 4 * (num_alive * min(chunk, supervised) * sizes.vocabulary + 3 * supervised * sizes.hidden)
-    head = 0 if config.lora.enabled else 4 * sizes.vocabulary * sizes.hidden  # its gradient, in float32
+    head = 4 * sizes.vocabulary * sizes.hidden * trains_head  # its gradient, in float32
     queries, _ = student_pass(config, row)
     widest = element_bytes(config) * (sizes.hidden + 2 * sizes.inner)
     layer = layer_bytes(config, sizes, row) + config.train.micro_batch_rows * queries * widest

@@ -339,18 +339,20 @@ def check_student(model: DiffusionLM, decode: DecodeConfig, prompts: Sequence[Pr
     """ConfigError, before anything starts, if vLLM cannot generate as this student with these prompts."""
     check_runs_in_vllm(model.student.config, model.spec, decode)
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError("students run in vLLM on a GPU, and none is here: use our own engine.")
+        raise ConfigError("students run in vLLM on a GPU, and none is here: use rollout.engine=own.")
     if getattr(model.student, "is_loaded_in_4bit", False):
-        raise ConfigError("students on a 4-bit base do not run in vLLM: an adapter cannot be merged into it.")
+        raise ConfigError(
+            "students on a 4-bit base do not run in vLLM (model.load_in_4bit): use rollout.engine=own."
+        )
     if model.spec.format == "sdar":
         return
     if any(layer.lora_magnitude_vector for layer in adapted_layers_of(model).values()):
-        raise ConfigError("preserve students with lora.use_dora do not run in vLLM: use our own engine.")
+        raise ConfigError("preserve students with lora.use_dora do not run in vLLM: use rollout.engine=own.")
     shortest = min((len(prompt.ids) for prompt in prompts), default=model.spec.block_size)
     if model.spec.grid == "absolute" and shortest < model.spec.block_size:
         raise ConfigError(
             f"preserve students run in vLLM on prompts of at least a block ({model.spec.block_size} tokens), "
-            f"and the shortest has {shortest}: use format.grid=response, or our own engine."
+            f"and the shortest has {shortest}: use format.grid=response, or rollout.engine=own."
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from opdlm.losses import (
@@ -44,7 +45,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
     """Tensors of the recorded batch, cut to the response; `student_BRV` are the noised slots' logits."""
-    load_file = pytest.importorskip("safetensors.torch").load_file
     tensors = {name.removeprefix("train."): x for name, x in load_file(GOLDEN / "train.safetensors").items()}
     response = slice(NUM_PROMPT, NUM_PROMPT + NUM_RESPONSE)
     cut = ("input_ids", "loss_mask", "loss_mask_with_imend")

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -53,7 +54,6 @@ VARIANTS: dict[str, LossSection] = {
 
 
 def load_tensors(name: str, prefix: str) -> dict[str, Tensor]:
-    load_file = pytest.importorskip("safetensors.torch").load_file
     tensors = load_file(GOLDEN / f"{name}.safetensors")
     return {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
 

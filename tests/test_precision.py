@@ -33,7 +33,7 @@ def test_a_recipe_converts_in_bfloat16(recipe: str, setting: str, tmp_path: Path
 
 
 def test_a_tracker_receives_every_metric(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="needs the extra `track`")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = ["convert", "tiny", f"output_dir={tmp_path}", "train.report_to=tensorboard", *SMALL_RUN]

@@ -124,7 +124,7 @@ def test_a_cell_trains_on_the_standard_library_and_returns_its_losses(tmp_path: 
 )
 def test_a_study_of_text_runs_from_start_to_end(name: str, overrides: list[str], tmp_path: Path) -> None:
     if name == "dual_repetition":
-        pytest.importorskip("sklearn")
+        pytest.importorskip("sklearn", reason="needs the extra `study`")
     small = ["run.train.num_steps=4", "run.train.rows_per_update=2", "run.data.sequence_length=32"]
     small += ["run.eval.limit=2", "run.eval.num_rates=2", "run.eval.every=1"]
     check_outputs(name, [*small, *overrides], tmp_path)
@@ -305,7 +305,7 @@ def valley(alpha: float, best: float) -> float:
 
 
 def test_a_planted_optimum_at_sixteen_over_r_is_found_and_one_elsewhere_is_not() -> None:
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="needs the extra `study`")
     grid = DualGrid(repetitions=(8, 32, 128), alphas=(0, 0.0625, 0.125, 0.25, 0.5, 0.75, 0.984375, 1))
     as_published = dual_records(lambda r, a, _: valley(a, 63 / 64 if r <= 16 else 16 / r), grid)
     found = {p.claim: p.verdict for p in study_dual.conclude(as_published, grid, Path()).predictions}
