@@ -92,13 +92,13 @@ class Gate:
 
     def _gated(self, layer: Adapted, ungated: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if self.num_clean is None:
+            first = self.num_clean
+            if first is None:
                 return ungated(inputs, *args, **kwargs)
             output = layer.base(inputs)
-            if self.num_clean < inputs.shape[-2]:
-                layer.add_change(
-                    inputs.flatten(0, -2)[self.num_clean :], output.flatten(0, -2)[self.num_clean :]
-                )
+            if first < inputs.shape[-2]:
+                inputs_NI = inputs.reshape(-1, inputs.shape[-1])
+                layer.add_change(inputs_NI[first:], output.view(-1, output.shape[-1])[first:])
             return output
 
         return forward

@@ -153,7 +153,11 @@ def report_cell(console: Console, cell: Cell, error: str, done: int, total: int,
 
 
 def start_process(cell: Cell, run_cell: RunCell, out: Path) -> BaseProcess:
-    context = multiprocessing.get_context("spawn")  # a forked torch would keep the parent's threads
+    """Never a fork of this process: it would keep the threads of our torch. On Linux it is the fork of a
+    server that has imported everything and computed nothing.
+    """
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    context.set_forkserver_preload([run_cell.__module__])
     process = context.Process(target=work, args=(run_cell, cell, out), name=cell.name)
     with one_thread():
         process.start()

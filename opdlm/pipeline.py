@@ -28,9 +28,8 @@ from opdlm.checkpoint import (
 )
 from opdlm.config import CONFIG_COPY, Config
 from opdlm.convert import make_student
-from opdlm.curricula import is_from_teacher
 from opdlm.data import Task, load_prompts
-from opdlm.devices import is_sharded, join_ranks, launch_shards
+from opdlm.devices import is_sharded, join_ranks
 from opdlm.diffusion import DiffusionLM
 from opdlm.errors import ConfigError, require_package
 from opdlm.export import write_model
@@ -42,13 +41,11 @@ from opdlm.plots import plot_metrics, plot_signal
 from opdlm.records import Prompt, Rollout
 from opdlm.report import read_retention
 from opdlm.retention import MODEL_FOLDER, RESULTS_FILE, load_eval_tasks, measure_folder, versions
-from opdlm.rollout import decode_config
 from opdlm.rollout_file import load_rollouts
+from opdlm.rollout_sources import check_launch, check_source
 from opdlm.self_prompts import self_prompts, user_turn
 from opdlm.trainer import train
-from opdlm.vllm_engine import check_student, check_vllm
 from opdlm.watch import Watch
-from opdlm.zero import zero_stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +74,7 @@ def load_inputs(config: Config) -> Inputs:
         require_package("bitsandbytes", "quant", "model.load_in_4bit (true)")
     if config.optimizer.name == "adamw8bit":
         require_package("bitsandbytes", "quant", "optimizer.name (adamw8bit)")
-    if config.rollout.engine == "vllm":
-        check_engine()
-    if config.rollout.asynchronous:
-        check_launch()
+    check_launch(config)
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     model = load_causal_lm(
         config.model.path,
@@ -97,40 +91,11 @@ def load_inputs(config: Config) -> Inputs:
     elif config.data.path or not config.data.self_prompts:
         prompts = load_prompts(config.data, tokenizer, student.spec.mask_token_id)
         check_fits(student, [p.ids for p in prompts], config.rollout.max_new_tokens, "rollout.max_new_tokens")
-    check_rollouts(student, prompts, config)
+    check_source(student, prompts, config)
     if config.data.self_prompts:
         user_turn(tokenizer, config.data.system_prompt)
     tasks = load_eval_tasks(student, tokenizer, config) if config.eval.path else []
     return Inputs(student, tokenizer, prompts, tasks, recorded)
-
-
-def check_engine() -> None:
-    """vLLM is there, and runs in the one process of the run."""
-    check_vllm("rollout.engine (vllm)")
-    num_processes = PartialState().num_processes
-    if num_processes > 1:
-        raise ConfigError(
-            f"rollout.engine (vllm) runs on one device, and this run has {num_processes} processes: use "
-            "rollout.engine=own."
-        )
-
-
-def check_rollouts(student: DiffusionLM, prompts: Sequence[Prompt], config: Config) -> None:
-    """vLLM can run the student, if it is to."""
-    section = config.rollout
-    if section.engine == "vllm" and not is_from_teacher(config, config.train.num_steps - 1):
-        decode = decode_config(section, section.max_new_tokens, from_teacher=False)
-        check_student(student, decode, prompts)
-
-
-def check_launch() -> None:
-    """A thread that generates must not wait for other ranks, so what is trained lies whole on each device."""
-    if zero_stage() or launch_shards(PartialState().num_processes):
-        raise ConfigError(
-            "rollout.asynchronous (true) copies what is trained on every device, and this launch cuts it "
-            "into pieces (FSDP2, ZeRO), which ranks gather together: launch with "
-            "recipes/accelerate/ddp.yaml, or set rollout.asynchronous=false."
-        )
 
 
 def check_attention(model: PreTrainedModel, config: Config) -> None:
@@ -188,7 +153,7 @@ def add_self_prompts(inputs: Inputs, config: Config, output_dir: Path) -> None:
     check_fits(
         inputs.student, [p.ids for p in added], config.rollout.max_new_tokens, "data.max_prompt_tokens"
     )
-    check_rollouts(inputs.student, added, config)
+    check_source(inputs.student, added, config)
     inputs.prompts.extend(replace(p, index=len(inputs.prompts) + p.index) for p in added)
 
 

@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,21 +25,19 @@ from opdlm.config import Config, LossSection
 from opdlm.curricula import (
     block_size_at,
     first_reused_step,
-    is_from_teacher,
     num_updates_of,
     selection_at,
 )
 from opdlm.data import PromptStream
-from opdlm.devices import gather_items, gathered_weights
 from opdlm.diffusion import DiffusionLM
-from opdlm.generate import DecodeStats, OnStep
+from opdlm.generate import DecodeStats
 from opdlm.loop import Loop, UpdateSums, Watcher, equally_many, finish, run_steps, start, update_weights
 from opdlm.losses import Head, HiddenTargets, LossOutput, Targets, TokenTargets, chunked_divergence
 from opdlm.mask_rates import ANY_RATE, MaskRates, rates_at
 from opdlm.metrics import MetricsLog
 from opdlm.models import head_of
 from opdlm.records import Prompt, Rollout
-from opdlm.rollout import decode_config, generate_rollouts
+from opdlm.rollout_sources import RolloutSource
 from opdlm.seeds import generator_for
 from opdlm.states import (
     Selection,
@@ -51,9 +46,7 @@ from opdlm.states import (
     pack_states,
     select_states,
 )
-from opdlm.student_copy import StudentCopy
 from opdlm.targets import score_rows, targets_at_supervised
-from opdlm.vllm_engine import VllmStudent, VllmTeacher, start_student, start_teacher
 
 
 class StudentLoss(nn.Module):
@@ -119,17 +112,9 @@ class Run(Loop):
     """A conversion."""
 
     config: Config
-    prompts: PromptStream[Prompt]
-    recorded: PromptStream[Rollout] | None = None
-    """Rollouts of `rollout.path`: none is generated then."""
+    source: RolloutSource
     pool: dict[int, list[Rollout]] = field(default_factory=dict)
     """Rollouts that are still, or next, trained on, by the step they were made for."""
-    vllm: VllmTeacher | VllmStudent | None = None
-    """With `rollout.engine=vllm`, who generates."""
-    copy: StudentCopy | None = None
-    """With `rollout.asynchronous`, who generates."""
-    rollout_tokens_per_second: float = 0.0
-    """Of the newest rollouts."""
 
     def progress(self, step: int) -> dict[str, Any]:
         pool = reusable(self, step).items()
@@ -156,7 +141,7 @@ def train(
     """
     run = start_run(model, prompts, config, recorded)
     run_steps(run, lambda step: train_step(run, step), log, watcher)
-    close_vllm(run)  # its process group must not be the one that ending the training destroys
+    run.source.close()
     finish(run)
     return run
 
@@ -165,12 +150,20 @@ def start_run(
     model: DiffusionLM, prompts: Sequence[Prompt], config: Config, recorded: Sequence[Rollout] = ()
 ) -> Run:
     per_step, seed = config.rollout.prompts_per_step, config.train.seed
-    return Run(
-        **start(model, StudentLoss(model, config.loss), config),
-        num_planned=num_updates_of(config),
-        totals={"rollout_tokens": 0.0, "loss_tokens": 0.0},
+    started = start(model, StudentLoss(model, config.loss), config)
+    source = RolloutSource(
+        config=config,
+        model=model,
+        loss=started["loss"],
+        accelerator=started["accelerator"],
         prompts=PromptStream(prompts, per_step, seed),
         recorded=PromptStream(recorded, per_step, seed) if recorded else None,
+    )
+    return Run(
+        **started,
+        num_planned=num_updates_of(config),
+        totals={"rollout_tokens": 0.0, "loss_tokens": 0.0},
+        source=source,
     )
 
 
@@ -178,153 +171,28 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     """One rollout step (0-based): generate, then `passes_per_rollout` passes of updates over the rollouts."""
     config, started = run.config, time.perf_counter()
     run.model.spec = replace(run.model.spec, block_size=block_size_at(config.format, step))
-    use_vllm(run, step)
-    rollouts, decoding = roll_out(run, step)
+    rollouts = run.pool.get(step) or run.source.rollouts_of(step)  # there already, if asynchronous
     waited = time.perf_counter() - started
     rng = generator_for(config.train.seed, step + 1, 10**6)
     run.pool = reusable(run, step) | {step: rollouts}
     pool = [rollout for made in run.pool.values() for rollout in made]
     selection, rates = selection_at(config, step), rates_at(config.masking, step)
     sums = UpdateSums()
-    with roll_out_ahead(run, step + 1) as ahead:
+    with run.source.ahead_of(step + 1) as ahead:
         for chosen in update_order(len(pool), config, rng):
             sums += update(run, pool, chosen, selection, rates)
             ahead.check()
-        waited += ahead.wait()
-    return step_metrics(run, rollouts, decoding, sums, waited, time.perf_counter() - started)
+        ready = time.perf_counter()
+        if ahead.future:
+            run.pool[step + 1] = run.source.gather(ahead.future.result())
+        waited += time.perf_counter() - ready
+    return step_metrics(run, rollouts, sums, waited, time.perf_counter() - started)
 
 
 def reusable(run: Run, step: int) -> dict[int, list[Rollout]]:
     """Earlier rollouts that step `step` trains on again."""
     oldest = first_reused_step(run.config, step)
     return {made: rollouts for made, rollouts in run.pool.items() if made >= oldest}
-
-
-def use_vllm(run: Run, step: int) -> None:
-    """With `rollout.engine=vllm`: the engine that generates in this step, with the student's present weights.
-    Teacher and student, and students of two block sizes, are never there at once.
-    """
-    if run.config.rollout.engine != "vllm":
-        return
-    if is_from_teacher(run.config, step):
-        if not isinstance(run.vllm, VllmTeacher):
-            close_vllm(run)
-            run.vllm = start_teacher(
-                run.config.model.path,
-                run.model.student.config,
-                run.model.spec,
-                trust_remote_code=run.config.model.trust_remote_code,
-                **vllm_size(run),
-            )
-    elif isinstance(run.vllm, VllmStudent) and run.vllm.spec == run.model.spec:
-        run.vllm.update(run.model)
-    else:
-        close_vllm(run)
-        section = run.config.rollout
-        decode = decode_config(section, section.max_new_tokens, from_teacher=False)
-        run.vllm = start_student(run.model, decode, **vllm_size(run))
-
-
-def vllm_size(run: Run) -> dict[str, Any]:
-    """What an engine has to hold."""
-    longest = max(len(prompt.ids) for prompt in run.prompts.prompts)
-    return {
-        "dtype": run.config.model.dtype,
-        "max_rows": run.config.rollout.batch_size,
-        "max_tokens": longest + run.config.rollout.max_new_tokens,
-    }
-
-
-def close_vllm(run: Run) -> None:
-    if run.vllm is not None:
-        run.vllm.close()
-        run.vllm = None
-
-
-def roll_out(run: Run, step: int) -> tuple[list[Rollout], DecodeStats]:
-    """Rollouts of all the step's prompts, on every rank: recorded, generated while the step before trained,
-    or generated now.
-    """
-    if run.recorded is not None:
-        rollouts = run.recorded.at(step)
-        return rollouts, DecodeStats.of(rollouts)
-    if run.config.rollout.asynchronous and step in run.pool:
-        return run.pool[step], DecodeStats.of(run.pool[step])
-    with gathered_weights(run.loss):
-        share = roll_out_share(run, step, run.model)
-    return gather_shares(run, share)
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What one rank decoded of a step's rollouts."""
-
-    rollouts: dict[int, Rollout]
-    """By the place of their prompt in the step."""
-    decoding: DecodeStats
-    seconds: float
-
-
-def roll_out_share(run: Run, step: int, model: DiffusionLM, on_step: OnStep | None = None) -> Share:
-    """This rank decodes its share of the step's prompts."""
-    started, prompts = time.perf_counter(), run.prompts.at(step)
-    places = range(run.accelerator.process_index, len(prompts), run.accelerator.num_processes)
-    rollouts, decoding = generate_rollouts(
-        model,
-        [prompts[i] for i in places],
-        run.config.rollout,
-        step=step + 1,
-        seed=run.config.train.seed,
-        places=places,
-        from_teacher=is_from_teacher(run.config, step),
-        vllm=run.vllm,
-        on_step=on_step,
-    )
-    return Share(dict(zip(places, rollouts, strict=True)), decoding, time.perf_counter() - started)
-
-
-def gather_shares(run: Run, share: Share) -> tuple[list[Rollout], DecodeStats]:
-    rollouts = gather_items(run.accelerator, share.rollouts)
-    decoding = sum(
-        gather_items(run.accelerator, {run.accelerator.process_index: share.decoding}), DecodeStats()
-    )
-    run.rollout_tokens_per_second = decoding.num_tokens / share.seconds
-    return rollouts, decoding
-
-
-@dataclass(frozen=True, slots=True)
-class Ahead:
-    """Rollouts of `step` that a thread generates, if the run is asynchronous."""
-
-    run: Run
-    step: int
-    future: Future[Share] | None = None
-
-    def check(self) -> None:
-        """Raise what went wrong in the thread so far."""
-        if self.future is not None and self.future.done():
-            self.future.result()
-
-    def wait(self) -> float:
-        """Put the rollouts into the pool; the seconds until they were there."""
-        if self.future is None:
-            return 0.0
-        started = time.perf_counter()
-        self.run.pool[self.step], _ = gather_shares(self.run, self.future.result())
-        return time.perf_counter() - started
-
-
-@contextmanager
-def roll_out_ahead(run: Run, step: int) -> Iterator[Ahead]:
-    """While the block changes the student, a copy of it as it is now generates the rollouts of `step`."""
-    if not run.config.rollout.asynchronous or step == run.config.train.num_steps:
-        yield Ahead(run, step)
-        return
-    run.copy = run.copy or StudentCopy(run.model)
-    run.copy.follow(run.model)
-    run.copy.model.spec = replace(run.model.spec, block_size=block_size_at(run.config.format, step))
-    with run.copy.at_work(partial(roll_out_share, run, step)) as future:
-        yield Ahead(run, step, future)
 
 
 def update_order(num_rollouts: int, config: Config, rng: torch.Generator) -> Iterator[list[int]]:
@@ -403,7 +271,6 @@ def normalized_weights(run: Run, states: list[StateBatch]) -> list[Tensor]:
 def step_metrics(
     run: Run,
     rollouts: Sequence[Rollout],
-    decoding: DecodeStats,
     sums: UpdateSums,
     waited: float,
     seconds: float,
@@ -411,6 +278,7 @@ def step_metrics(
     """What is logged for one step; totals grow over the run. `waited`: seconds without training, for want of
     rollouts.
     """
+    decoding = DecodeStats.of(rollouts)
     run.totals["rollout_tokens"] += decoding.num_tokens
     run.totals["loss_tokens"] += sums.positions
     return {
@@ -423,7 +291,7 @@ def step_metrics(
         "tokens_per_step": decoding.tokens_per_step,
         "response_length": decoding.num_tokens / len(rollouts),
         "stop_rate": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
-        "rollout_tokens_per_second": run.rollout_tokens_per_second,
+        "rollout_tokens_per_second": run.source.tokens_per_second,
         "rollout_wait_seconds": waited,
         "rollout_share_of_time": waited / seconds,
         "seconds": seconds,

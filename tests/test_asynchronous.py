@@ -85,7 +85,7 @@ def simple_loop(kind: str, folder: Path, *overrides: str) -> tuple[list[float], 
             model.spec = replace(model.spec, block_size=block_size_at(config.format, step))
         rollouts, _ = generate_rollouts(
             writer,
-            run.prompts.at(step),
+            run.source.prompts.at(step),
             config.rollout,
             step=step + 1,
             seed=config.train.seed,
@@ -188,7 +188,7 @@ def test_both_sides_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_copy_holds_twice_what_is_trained_and_nothing_else(kind: str, tmp_path: Path) -> None:
     run = start(kind, tmp_path)
     trainer.train_step(run, 0)
-    copy = run.copy
+    copy = run.source.copy
     assert copy is not None
     own = {name: tensor.data_ptr() for name, tensor in copy.model.state_dict().items()}
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}

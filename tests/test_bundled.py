@@ -1,7 +1,7 @@
 """What ships in the wheel: the tiny teacher, its prompts, the recipes; and the examples."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -102,10 +102,14 @@ def test_every_recipe_of_training_on_text_is_valid(name: str) -> None:
     assert load_text_config(bundled_recipes("train")[name]).train.num_steps > 0
 
 
-def test_the_examples_run(tmp_path: Path) -> None:
-    def run(*arguments: str) -> str:
-        command = [sys.executable, *arguments]
-        return subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
+def test_the_examples_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*command: str) -> str:
+        monkeypatch.setattr(sys, "argv", [*command])
+        capsys.readouterr()
+        runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+        return capsys.readouterr().out
 
     assert "rollout tokens seen" in run("examples/train_in_python.py", str(tmp_path / "by_hand"))
     assert main(["convert", "tiny", f"output_dir={tmp_path / 'run'}", *SMALL_RUN]) == 0

@@ -230,6 +230,6 @@ def test_a_finished_run_that_continues_writes_the_same_average(place: Path, tmp_
 def test_without_the_options_nothing_of_them_is_saved(tmp_path: Path) -> None:
     run = start(tmp_path, "train.num_steps=1")
     with MetricsLog(tmp_path, Console(quiet=True)) as log:
-        trainer.train(run.model, run.prompts.prompts, run.config, log)
+        trainer.train(run.model, run.source.prompts.prompts, run.config, log)
     assert not (tmp_path / "checkpoint-1" / "average.safetensors").exists()
     assert json.loads((tmp_path / "checkpoint-1" / "progress.json").read_text())["pool"] == {}

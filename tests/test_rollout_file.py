@@ -16,7 +16,7 @@ import pytest
 from test_resume import assert_same_run, metrics
 from tiny_checkpoints import failing_after_a_save, tiny_overrides, write_checkpoint, write_rows
 
-from opdlm import trainer, verbs
+from opdlm import rollout_sources, verbs
 from opdlm.analytics import ngram_signal_weights, optimal_t
 from opdlm.cli import main
 from opdlm.config_rules import load_config
@@ -182,7 +182,7 @@ def record_live_run(
 ) -> tuple[Path, Any]:
     """Train live and write what was rolled out, in the order of the prompts."""
     made: dict[int, Rollout] = {}
-    generate_rollouts = trainer.generate_rollouts
+    generate_rollouts = rollout_sources.generate_rollouts
 
     def recording(model: Any, prompts: Any, section: Any, **options: Any) -> Any:
         rollouts, stats = generate_rollouts(model, prompts, section, **options)
@@ -190,7 +190,7 @@ def record_live_run(
         return rollouts, stats
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "generate_rollouts", recording)
+        patch.setattr(rollout_sources, "generate_rollouts", recording)
         assert main(convert(place, output, *settings)) == 0
     assert sorted(made) == list(range(NUM_PROMPTS))
     model, tokenizer = load(output / "model")
@@ -206,7 +206,7 @@ def test_training_on_a_file_is_the_live_run_that_made_its_rollouts(
 ) -> None:
     settings = [*SETTINGS[name], "lora.merge=false"]
     file, _ = record_live_run(place, tmp_path / "live", settings, monkeypatch)
-    monkeypatch.delattr(trainer, "generate_rollouts")
+    monkeypatch.delattr(rollout_sources, "generate_rollouts")
     offline = [*settings, f"rollout.path={file}", "data.path="]
     assert main(convert(place, tmp_path / "offline", *offline)) == 0
     assert metrics(tmp_path / "offline") == metrics(tmp_path / "live")
