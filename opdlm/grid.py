@@ -156,7 +156,8 @@ def start_process(cell: Cell, run_cell: RunCell, out: Path) -> BaseProcess:
     """Never a fork of this process: it would keep the threads of our torch. On Linux it is the fork of a
     server that has imported everything and computed nothing.
     """
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    on_linux = sys.platform == "linux"
+    context = multiprocessing.get_context("forkserver") if on_linux else multiprocessing.get_context("spawn")
     context.set_forkserver_preload([run_cell.__module__])
     process = context.Process(target=work, args=(run_cell, cell, out), name=cell.name)
     with one_thread():
