@@ -28,7 +28,7 @@ from opdlm.diffusion import DiffusionLM, backbone
 from opdlm.generate import DecodeConfig, collect_finished, generate, waiting_rows
 from opdlm.models import load, load_causal_lm
 from opdlm.records import Rollout
-from opdlm.rows import DecodeStats, Rows
+from opdlm.rows import Rows
 
 Ids = tuple[int, ...]
 ROLLOUT = DecodeConfig(mode="threshold", max_new_tokens=80, temperature=1.0, veto_below=0.0)
@@ -48,7 +48,7 @@ def is_tie(model: DiffusionLM, prompt: Ids, ours: Ids, theirs: Ids) -> bool:
 
 def check_greedy(model: DiffusionLM, folder: str, prompts: list[Ids]) -> dict[str, int]:
     config = DecodeConfig(mode="lossless", max_new_tokens=80)
-    ours = [rollout.text_ids for rollout in generate(model, prompts, config)[0]]
+    ours = [rollout.text_ids for rollout in generate(model, prompts, config)]
     theirs = hf_responses(load_causal_lm(folder, "float32"), model, prompts, config)
     different = [row for row in zip(prompts, ours, theirs, strict=True) if row[1] != row[2]]
     return {
@@ -65,7 +65,7 @@ def check_sampling(model: DiffusionLM, prompts: list[Ids]) -> dict[str, int]:
             prompts,
             DecodeConfig(mode=mode, max_new_tokens=80, temperature=1.0),
             torch.Generator().manual_seed(0),
-        )[0]
+        )
         for mode in ("lossless", "ar")
     )
     same = sum(a.text_ids == b.text_ids for a, b in zip(lossless, ar, strict=True))
@@ -78,7 +78,7 @@ def reprefill(model: DiffusionLM, prompts: list[Ids], config: DecodeConfig) -> l
     rows_of = waiting_rows(prompts, torch.Generator().manual_seed(0))
     in_order = sorted(rows_of, key=lambda row: row[0])
     block_size, grid = model.spec.block_size, model.spec.block_grid
-    finished: dict[int, tuple[Rollout, DecodeStats]] = {}
+    finished: dict[int, Rollout] = {}
     for first in range(0, len(prompts), config.batch_size):
         batch = in_order[first : first + config.batch_size]
         capacity = max(len(ids) for _, ids, _ in batch) + config.max_new_tokens + 2 * block_size + 1
@@ -89,7 +89,7 @@ def reprefill(model: DiffusionLM, prompts: list[Ids], config: DecodeConfig) -> l
             denoise_step(model, rows, cache, config, grid, model.spec.format)
             done_B = collect_finished(rows, model, config, grid, finished, None)
             rows.keep(~done_B, cache)
-    return [finished[i][0] for i in range(len(prompts))]
+    return [finished[i] for i in range(len(prompts))]
 
 
 def time_rollouts(model: DiffusionLM, prompts: list[Ids]) -> list[dict[str, float]]:
@@ -100,7 +100,7 @@ def time_rollouts(model: DiffusionLM, prompts: list[Ids]) -> list[dict[str, floa
         started = time.process_time()
         simple = reprefill(model, some, config)
         middle = time.process_time()
-        rollouts, _ = generate(model, some, config, torch.Generator().manual_seed(0))
+        rollouts = generate(model, some, config, torch.Generator().manual_seed(0))
         ended = time.process_time()
         same = sum(a.text_ids == b.text_ids for a, b in zip(rollouts, simple, strict=True))
         num_tokens = sum(rollout.num_response for rollout in rollouts)

@@ -17,9 +17,9 @@ def main(folder: str, text: str) -> None:
     if model.spec.format == "preserve":
         modes.append("lossless")
     for mode in modes:
-        (rollout,), stats = generate(model, [prompt], DecodeConfig(mode=mode, max_new_tokens=80))
+        (rollout,) = generate(model, [prompt], DecodeConfig(mode=mode, max_new_tokens=80))
         answer = tokenizer.decode(list(rollout.text_ids), skip_special_tokens=True)
-        print(f"{mode:10} {stats.num_forwards:3} forwards  {answer}")
+        print(f"{mode:10} {rollout.num_forwards:3} forwards  {answer}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from opdlm.loop import prepare_output
 from opdlm.metrics import MetricsLog
 from opdlm.pipeline import load_inputs
 from opdlm.rollout import generate_rollouts
+from opdlm.rows import DecodeStats
 from opdlm.seeds import generator_for
 from opdlm.states import select_states
 from opdlm.trainer import train
@@ -26,10 +27,10 @@ def main(output_dir: str) -> None:
     inputs = load_inputs(config)
     student, tokenizer = inputs.student, inputs.tokenizer
 
-    rollouts, stats = generate_rollouts(student, inputs.prompts[:4], config.rollout, step=1, seed=0)
+    rollouts = generate_rollouts(student, inputs.prompts[:4], config.rollout, step=1, seed=0)
     for rollout in rollouts:
         print(repr(tokenizer.decode(list(rollout.text_ids))), "revealed in steps", rollout.unmask_step)
-    print(f"{stats.tokens_per_forward:.2f} tokens per forward before training")
+    print(f"{DecodeStats.of(rollouts).tokens_per_forward:.2f} tokens per forward before training")
 
     states = select_states(rollouts, student.spec, "all", generator_for(0), student.device)
     print("supervised slots of the first rollout:", int(states.is_supervised_BS[0].sum()))

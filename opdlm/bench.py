@@ -141,8 +141,8 @@ def ways_to_decode(
 ) -> dict[str, Way]:
     """Each has decoded one prompt before it is timed: first calls pay for allocations."""
 
-    def of(decoded: tuple[list[Rollout], DecodeStats]) -> tuple[Responses, float | None]:
-        return [rollout.text_ids for rollout in decoded[0]], decoded[1].tokens_per_forward
+    def of(rollouts: list[Rollout]) -> tuple[Responses, float | None]:
+        return [rollout.text_ids for rollout in rollouts], DecodeStats.of(rollouts).tokens_per_forward
 
     ways: dict[str, Way] = {AR_NAME: lambda: (hf_responses(ar_model, model, prompts, plain), 1.0)}
     if vllm is not None:

@@ -24,10 +24,11 @@ from opdlm.config import EvalSection
 from opdlm.data import Task
 from opdlm.diffusion import DiffusionLM, DiffusionSpec
 from opdlm.errors import ConfigError, DataError
-from opdlm.generate import DecodeConfig, DecodeStats, Mode, generate
+from opdlm.generate import DecodeConfig, Mode, generate
 from opdlm.generation_log import Generation, GenerationLog
 from opdlm.intervals import Interval, PairedComparison, compare_paired, mean_of_shares, wilson
 from opdlm.records import Rollout
+from opdlm.rows import DecodeStats
 from opdlm.scoring import is_right, is_right_flexibly
 
 REPEATED_TOKENS = 4
@@ -144,7 +145,7 @@ def decode_tasks(
         chosen = [i for i in order[first : first + section.batch_size] if keys[i] not in done]
         prompts = [tasks[i].prompt.ids for i in chosen]
         started = time.perf_counter()
-        batch, _ = generate(model, prompts, config, [prompt_seed(seed, ids) for ids in prompts])
+        batch = generate(model, prompts, config, [prompt_seed(seed, ids) for ids in prompts])
         seconds = (time.perf_counter() - started) / max(1, len(chosen))
         fresh = {keys[i]: Generation(r, seconds) for i, r in zip(chosen, batch, strict=True)}
         if log and fresh:

@@ -22,7 +22,7 @@ from .denoise import denoise_step
 from .diffusion import DiffusionLM
 from .lossless import Economy, lossless_step
 from .records import FinishReason, Rollout
-from .rows import DecodeConfig, DecodeStats, Rows
+from .rows import DecodeConfig, Rows
 from .rows import Mode as Mode
 
 OnStep = Callable[[Tensor, Tensor, Tensor], None]
@@ -38,7 +38,7 @@ def generate(
     rng: Seeds = None,
     on_step: OnStep | None = None,
     find_end: FindEnd | None = None,
-) -> tuple[list[Rollout], DecodeStats]:
+) -> list[Rollout]:
     """Decode prompts (token ids, each at least one token). Rollouts come back in the order of the prompts.
 
     A prompt with mask ids in it is a template whose gaps are filled (ValueError where that cannot be).
@@ -48,7 +48,7 @@ def generate(
     """
     waiting = waiting_rows(prompts, rng)
     if not waiting:
-        return [], DecodeStats()
+        return []
     if any(model.spec.mask_token_id in ids for ids in prompts):
         check_can_infill(model, config)
     grid = Grid(block_size=1) if config.mode in ("ar", "lossless") else model.spec.block_grid
@@ -65,7 +65,7 @@ def generate(
         draft_length=block_size - 1,
     )
     step = step_of(model, cache, config, grid)
-    finished: dict[int, tuple[Rollout, DecodeStats]] = {}
+    finished: dict[int, Rollout] = {}
     rows = start(waiting[:num_rows])
     waiting = waiting[num_rows:]
     while len(rows):
@@ -80,8 +80,7 @@ def generate(
             if num_joining:
                 rows.join(start(waiting[:num_joining]))
                 waiting = waiting[num_joining:]
-    pairs = [finished[i] for i in range(len(prompts))]
-    return [rollout for rollout, _ in pairs], sum((stats for _, stats in pairs), DecodeStats())
+    return [finished[i] for i in range(len(prompts))]
 
 
 def check_can_infill(model: DiffusionLM, config: DecodeConfig) -> None:
@@ -126,7 +125,7 @@ def collect_finished(
     model: DiffusionLM,
     config: DecodeConfig,
     grid: Grid,
-    finished: dict[int, tuple[Rollout, DecodeStats]],
+    finished: dict[int, Rollout],
     find_end: FindEnd | None,
 ) -> Tensor:
     """Record rows whose known prefix holds a stop or reached its limit; bool `[B]`: which."""
@@ -147,11 +146,9 @@ def collect_finished(
     for row in done_B.nonzero()[:, 0].tolist():
         num_response = min(int(num_response_B[row]), int(rows.limit_B[row]))
         is_stop = bool(has_stop_B[row]) and num_response == int(num_response_B[row])
-        rollout = make_rollout(
+        finished[int(rows.index_B[row])] = make_rollout(
             rows, row, num_response, "stop" if is_stop else "length", grid, config.logprobs
         )
-        stats = DecodeStats(num_response, rollout.num_forwards, rollout.num_steps)
-        finished[int(rows.index_B[row])] = (rollout, stats)
     return done_B
 
 

@@ -75,7 +75,7 @@ def harness_class() -> type:
             prompts = unpadded(context, settings["attention_mask"])
             config = with_sampling(self.decoding, settings, max_length - context.shape[1])
             rng = generator_for(self.seed, device=self.diffusion.device)
-            rollouts, _ = generate(self.diffusion, prompts, config, rng)
+            rollouts = generate(self.diffusion, prompts, config, rng)
             width = max(rollout.num_response for rollout in rollouts)
             pad = self.tokenizer.eos_token_id
             rows = [[*r.text_ids, *[pad] * (width - r.num_response)] for r in rollouts]
@@ -97,7 +97,7 @@ def harness_class() -> type:
             bound = nll_bound(self.diffusion, rows, self.likelihood_samples, self.seed)
             longest = max(len(text) for _, text in pairs)
             decoding = replace(self.decoding, max_new_tokens=longest)
-            decoded, _ = generate(self.diffusion, [context for context, _ in pairs], decoding)
+            decoded = generate(self.diffusion, [context for context, _ in pairs], decoding)
             greedy = [
                 r.text_ids[: len(text)] == tuple(text) for r, (_, text) in zip(decoded, pairs, strict=True)
             ]

@@ -163,7 +163,7 @@ class OpdlmForCausalLM(nn.Module):
         kept_BP = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, kept_BP, strict=True)]
         rng = torch.Generator(device=self.device).manual_seed(seed)
-        rollouts, _ = generate(self.diffusion, prompts, DecodeConfig(mode=mode, **decoding), rng)  # type: ignore[arg-type]
+        rollouts = generate(self.diffusion, prompts, DecodeConfig(mode=mode, **decoding), rng)  # type: ignore[arg-type]
         width = max(rollout.num_response for rollout in rollouts)
         padding = self.config.pad_token_id or 0
         rows = [list(r.text_ids) + [padding] * (width - r.num_response) for r in rollouts]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from opdlm.config import RolloutSection
 from opdlm.diffusion import DiffusionLM
-from opdlm.generate import DecodeConfig, DecodeStats, OnStep, generate
+from opdlm.generate import DecodeConfig, OnStep, generate
 from opdlm.records import Prompt, Rollout
 from opdlm.seeds import seed_of
 from opdlm.vllm_engine import VllmStudent, VllmTeacher
@@ -54,7 +54,7 @@ def generate_rollouts(
     from_teacher: bool = False,
     vllm: VllmTeacher | VllmStudent | None = None,
     on_step: OnStep | None = None,
-) -> tuple[list[Rollout], DecodeStats]:
+) -> list[Rollout]:
     """One response per prompt, in the order of the prompts. `step` counts from 1; `places` of the prompts in
     the step decide the random draws (None: they are the step's first). `vllm` generates, if given.
     """

@@ -24,9 +24,10 @@ from opdlm.data import PromptStream
 from opdlm.devices import gather_items, gathered_weights, launch_shards
 from opdlm.diffusion import DiffusionLM
 from opdlm.errors import ConfigError
-from opdlm.generate import DecodeConfig, DecodeStats, OnStep
+from opdlm.generate import DecodeConfig, OnStep
 from opdlm.records import Prompt, Rollout
 from opdlm.rollout import decode_config, generate_rollouts
+from opdlm.rows import DecodeStats
 from opdlm.student_copy import StudentCopy
 from opdlm.vllm_engine import (
     VllmStudent,
@@ -133,7 +134,7 @@ class RolloutSource:
         """This rank decodes its share of the step's prompts."""
         started, prompts = time.perf_counter(), self.prompts.at(step)
         places = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
-        rollouts, _ = generate_rollouts(
+        rollouts = generate_rollouts(
             model,
             [prompts[i] for i in places],
             self.config.rollout,

@@ -62,15 +62,15 @@ class DecodeConfig:
     CPU, 512 elsewhere."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class DecodeStats:
     """What decoding cost. `num_forwards` counts every forward pass that a row took part in, prefill
     included.
     """
 
-    num_tokens: int = 0
-    num_forwards: int = 0
-    num_steps: int = 0
+    num_tokens: int
+    num_forwards: int
+    num_steps: int
     """Denoising steps (forwards that revealed tokens of the block), summed over rows."""
 
     @classmethod
@@ -89,13 +89,6 @@ class DecodeStats:
     @property
     def tokens_per_step(self) -> float:
         return self.num_tokens / max(1, self.num_steps)
-
-    def __add__(self, other: DecodeStats) -> DecodeStats:
-        return DecodeStats(
-            self.num_tokens + other.num_tokens,
-            self.num_forwards + other.num_forwards,
-            self.num_steps + other.num_steps,
-        )
 
 
 @dataclass(slots=True)

@@ -88,7 +88,7 @@ def write_prompts(
     found: list[str] = []
     for number in range(-(-wanted * DRAWS_PER_PROMPT // rows)):
         rng = generator_for(config.train.seed, 0, number, device=model.device)
-        rollouts, _ = generate(decoder, [start] * rows, decoding, rng)
+        rollouts = generate(decoder, [start] * rows, decoding, rng)
         for rollout in rollouts:
             text = str(tokenizer.decode(list(rollout.text_ids[:-1]))).strip()
             if rollout.finish_reason == "stop" and text and text not in excluded:

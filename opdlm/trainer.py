@@ -30,7 +30,6 @@ from opdlm.curricula import (
 )
 from opdlm.data import PromptStream
 from opdlm.diffusion import DiffusionLM
-from opdlm.generate import DecodeStats
 from opdlm.loop import Loop, UpdateSums, Watcher, equally_many, finish, run_steps, start, update_weights
 from opdlm.losses import Head, HiddenTargets, LossOutput, Targets, TokenTargets, chunked_divergence
 from opdlm.mask_rates import ANY_RATE, MaskRates, rates_at
@@ -38,6 +37,7 @@ from opdlm.metrics import MetricsLog
 from opdlm.models import head_of
 from opdlm.records import Prompt, Rollout
 from opdlm.rollout_sources import RolloutSource
+from opdlm.rows import DecodeStats
 from opdlm.seeds import generator_for
 from opdlm.states import (
     Selection,

@@ -123,7 +123,7 @@ def answer_prompts(options: argparse.Namespace) -> int:
             stream(model, ids, config, seed, stops, options) for ids, seed in zip(prompts, seeds, strict=True)
         ]
     else:
-        rollouts, _ = generate(model, prompts, config, seeds, find_end=find_end)
+        rollouts = generate(model, prompts, config, seeds, find_end=find_end)
     for text, rollout in zip(texts, rollouts, strict=True):
         show(text, rollout, stops, options)
     stats = DecodeStats.of(rollouts)
@@ -169,7 +169,7 @@ def stream(
     grid = model.spec.block_grid if is_block else Grid(block_size=1)
     find_end = stops.find_end if stops.strings else None
     with Stream(stops, model.spec, grid, shown, Console(highlight=False)) as view:
-        (rollout,), _ = generate(model, [ids], config, [seed], view.on_step, find_end)
+        (rollout,) = generate(model, [ids], config, [seed], view.on_step, find_end)
         view.finish(rollout)
     return rollout
 
@@ -233,7 +233,7 @@ def record_rollouts(options: argparse.Namespace) -> int:
             [seed_of(options.seed, prompt.index) for prompt in prompts],
             own_engine(model, config, progress.on_step)
             if engine is None
-            else lambda ids, seeds: engine.responses(ids, config, seeds)[0],
+            else lambda ids, seeds: engine.responses(ids, config, seeds),
             settings,
             piece_size=BATCHES_PER_PIECE * options.batch_size,
             on_piece=progress.on_piece,
@@ -251,7 +251,7 @@ def record_rollouts(options: argparse.Namespace) -> int:
 
 def own_engine(model: DiffusionLM, config: DecodeConfig, on_step: OnStep) -> Engine:
     """This package's decode loop."""
-    return lambda prompts, seeds: generate(model, prompts, config, seeds, on_step)[0]
+    return lambda prompts, seeds: generate(model, prompts, config, seeds, on_step)
 
 
 def start_engine(options: argparse.Namespace, model: DiffusionLM, prompts: Sequence[Prompt]) -> VllmTeacher:

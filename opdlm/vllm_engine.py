@@ -33,7 +33,7 @@ from opdlm.errors import ConfigError
 from opdlm.losses import TopKTargets
 from opdlm.models import MASK_EMBEDDING_FILE
 from opdlm.records import NEVER, Prompt, Rollout
-from opdlm.rows import DecodeConfig, DecodeStats
+from opdlm.rows import DecodeConfig
 from opdlm.vllm_gate import Adapter
 from opdlm.vllm_plugin import VERSION, check_runs_in_vllm, register, vllm_config_values
 
@@ -79,7 +79,7 @@ class VllmTeacher:
 
     def responses(
         self, prompts: Sequence[Sequence[int]], config: DecodeConfig, seeds: Sequence[int]
-    ) -> tuple[list[Rollout], DecodeStats]:
+    ) -> list[Rollout]:
         """One response per prompt, in their order. A row's draws depend on its seed alone (not the draws that
         `generate` makes from the same one); rounding may depend on the rows beside it.
         """
@@ -102,11 +102,9 @@ class VllmTeacher:
         ]
         inputs = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
         outputs = self.llm.generate(inputs, params, use_tqdm=False)
-        rollouts = [
+        return [
             as_rollout(prompt, output.outputs[0]) for prompt, output in zip(prompts, outputs, strict=True)
         ]
-        num_tokens = sum(rollout.num_response for rollout in rollouts)
-        return rollouts, DecodeStats(num_tokens, num_tokens, num_tokens)
 
     def top_k_targets(self, rollouts: Sequence[Rollout], k: int, *, tail: bool = True) -> list[TopKTargets]:
         """The teacher's k most likely tokens for every token of each response: `[R, K]`, float32, on the CPU.
@@ -239,7 +237,7 @@ class VllmStudent:
 
     def rollouts(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int]
-    ) -> tuple[list[Rollout], DecodeStats]:
+    ) -> list[Rollout]:
         """What `generate` returns for these prompts and seeds, but for the forwards it took."""
         from vllm import SamplingParams, TokensPrompt
 
@@ -258,8 +256,7 @@ class VllmStudent:
         ]
         self.llm.generate(inputs, params, use_tqdm=False)
         (committed,) = self.llm.collective_rpc(take_committed)
-        rollouts = [self.as_rollout(ids, committed[row], max_new_tokens) for row, ids in enumerate(prompts)]
-        return rollouts, DecodeStats.of(rollouts)
+        return [self.as_rollout(ids, committed[row], max_new_tokens) for row, ids in enumerate(prompts)]
 
     def as_rollout(
         self, prompt: Sequence[int], response: Sequence[tuple[int, int]], max_new_tokens: int

@@ -106,7 +106,7 @@ def test_a_terminal_shows_open_positions_until_they_are_revealed(folders: dict[s
     config = DecodeConfig(mode="static", max_new_tokens=8)
     shown = range(len(ids), len(ids) + 8)
     with Stream(StopStrings(tokenizer), model.spec, model.spec.block_grid, shown, console) as view:
-        (rollout,), _ = generate(model, [ids], config, [1], view.on_step)
+        (rollout,) = generate(model, [ids], config, [1], view.on_step)
         view.finish(rollout)
     frames = screen.getvalue()
     assert "\x1b[2m" in frames and "·" in frames  # dim, with open positions

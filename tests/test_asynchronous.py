@@ -83,7 +83,7 @@ def simple_loop(kind: str, folder: Path, *overrides: str) -> tuple[list[float], 
         writer.load_state_dict(history[max(0, step - 1)])
         for model in (writer, run.model):
             model.spec = replace(model.spec, block_size=block_size_at(config.format, step))
-        rollouts, _ = generate_rollouts(
+        rollouts = generate_rollouts(
             writer,
             run.source.prompts.at(step),
             config.rollout,

@@ -33,6 +33,7 @@ from opdlm.cache import DecodeCache
 from opdlm.diffusion import DiffusionLM
 from opdlm.generate import DecodeConfig, generate
 from opdlm.records import NEVER, Rollout
+from opdlm.rows import DecodeStats
 from opdlm.states import select_states
 from opdlm.targets import score_rows
 
@@ -85,7 +86,7 @@ def sampler_logits(
 def check_training_rows(model: DiffusionLM, prompts: list[tuple[int, ...]], config: DecodeConfig) -> int:
     """Training and sampling agree on every state; how many tokens were revealed beside another one."""
     with record_sampler() as seen:
-        rollouts, _ = generate(model, prompts, config, torch.Generator().manual_seed(3))
+        rollouts = generate(model, prompts, config, torch.Generator().manual_seed(3))
     sampled, trained = sampler_logits(seen, rollouts, model), training_logits(model, rollouts)
     assert len(sampled) > len(prompts)
     assert sampled.keys() == trained.keys()
@@ -143,15 +144,15 @@ def test_a_ragged_batch_decodes_as_its_rows_do_alone(kind: str, mode: str) -> No
         veto_below=0.0,
         forward_overhead=1e9,  # every draft pays, so what is drafted depends on no running average
     )
-    together, stats = generate(model, prompts, config)
-    alone = [generate(model, [prompt], config) for prompt in prompts]
-    assert [rollout.text_ids for rollout in together] == [rows[0].text_ids for rows, _ in alone]
-    assert [rollout.unmask_step for rollout in together] == [rows[0].unmask_step for rows, _ in alone]
-    num_forwards = sum(one.num_forwards for _, one in alone)
+    together = generate(model, prompts, config)
+    alone = [rollout for prompt in prompts for rollout in generate(model, [prompt], config)]
+    assert [rollout.text_ids for rollout in together] == [rollout.text_ids for rollout in alone]
+    assert [rollout.unmask_step for rollout in together] == [rollout.unmask_step for rollout in alone]
+    cost, cost_alone = (DecodeStats.of(rollouts).num_forwards for rollouts in (together, alone))
     if kind == "copy":  # a row that has nothing noised waits for the second pass of those that have
-        assert stats.num_forwards >= num_forwards
+        assert cost >= cost_alone
     else:
-        assert stats.num_forwards == num_forwards
+        assert cost == cost_alone
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -180,11 +181,9 @@ def base_generate(base: PreTrainedModel, prompt: tuple[int, ...], max_new_tokens
 @pytest.mark.parametrize("kind", KINDS)
 def test_ar_mode_is_transformers_generate_on_the_base_model(kind: str) -> None:
     base, prompts = qwen3(), make_prompts([1, 5, 8, 3])
-    rollouts, stats = generate(
-        make_lm(kind).teacher_decoder(), prompts, DecodeConfig(mode="ar", max_new_tokens=16)
-    )
+    rollouts = generate(make_lm(kind).teacher_decoder(), prompts, DecodeConfig(mode="ar", max_new_tokens=16))
     assert [rollout.text_ids for rollout in rollouts] == [base_generate(base, p, 16) for p in prompts]
-    assert stats.num_forwards == stats.num_tokens
+    assert all(rollout.num_forwards == rollout.num_response for rollout in rollouts)
 
 
 @pytest.mark.parametrize("family", SLIDING)
@@ -193,7 +192,7 @@ def test_cached_decoding_beyond_a_sliding_window_is_the_family_s_own_forward(fam
     model = DiffusionLM(copy.deepcopy(base), make_lm("lora").spec).teacher_decoder()
     prompts = make_prompts([1, 12])
     with record_sampler() as seen:
-        rollouts, _ = generate(model, prompts, DecodeConfig(mode="ar", max_new_tokens=24))
+        rollouts = generate(model, prompts, DecodeConfig(mode="ar", max_new_tokens=24))
     assert max(rollout.num_response for rollout in rollouts) > 16
     for one in seen:
         with torch.no_grad():

@@ -16,7 +16,7 @@ from tiny_models import GRIDS, KINDS, MASK, STOP, make_lm, make_prompts, qwen3
 from opdlm.blocks import GridKind
 from opdlm.generate import DecodeConfig, generate, waiting_rows
 from opdlm.lossless import Economy, Plan
-from opdlm.rows import Mode, Rows
+from opdlm.rows import DecodeStats, Mode, Rows
 from opdlm.unmasking import choose_tokens, choose_within_entropy, noise_keys
 
 LENGTHS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 3, 20]
@@ -43,7 +43,7 @@ def test_the_engine_is_the_simple_loop_for_every_prompt_length_while_rows_come_a
 ) -> None:
     model, prompts = make_lm(kind, grid), make_prompts(LENGTHS)
     config = replace(MODES[mode], max_new_tokens=9, batch_size=4, temperature=temperature, top_k=9)
-    rollouts, _ = generate(model, prompts, config, torch.Generator().manual_seed(7))
+    rollouts = generate(model, prompts, config, torch.Generator().manual_seed(7))
     expected = [
         simple_denoise(model, p, config, s) for p, s in zip(prompts, seeds_of(prompts, 7), strict=True)
     ]
@@ -61,9 +61,10 @@ def test_ar_and_lossless_are_the_simple_loop_sample_for_sample(
     config = DecodeConfig(
         mode=mode, max_new_tokens=9, batch_size=4, temperature=temperature, forward_overhead=1e6
     )
-    rollouts, stats = generate(model, prompts, config, torch.Generator().manual_seed(7))
+    rollouts = generate(model, prompts, config, torch.Generator().manual_seed(7))
     expected = [simple_ar(model, p, config, s) for p, s in zip(prompts, seeds_of(prompts, 7), strict=True)]
     assert [rollout.text_ids for rollout in rollouts] == expected
+    stats = DecodeStats.of(rollouts)
     assert mode == "ar" or stats.num_forwards < stats.num_tokens * (1 if kind == "lora" else 2)
 
 
@@ -84,9 +85,9 @@ def test_lossless_output_does_not_depend_on_what_was_planned(
             plans.append(Plan(num_verified, groups, dice.randint(1, economy.draft_length)))
         return plans
 
-    expected, _ = generate(model, prompts, replace(config, mode="ar"), torch.Generator().manual_seed(3))
+    expected = generate(model, prompts, replace(config, mode="ar"), torch.Generator().manual_seed(3))
     monkeypatch.setattr(Economy, "plan", random_plan)
-    rollouts, _ = generate(model, prompts, config, torch.Generator().manual_seed(3))
+    rollouts = generate(model, prompts, config, torch.Generator().manual_seed(3))
     assert [rollout.text_ids for rollout in rollouts] == [rollout.text_ids for rollout in expected]
 
 
@@ -95,7 +96,7 @@ def test_a_row_s_draws_do_not_depend_on_the_batch(mode: str) -> None:
     model, prompts = make_lm("lora"), make_prompts(LENGTHS)
     config = DecodeConfig(mode=mode, max_new_tokens=9, temperature=1.0)
     wide, narrow = (
-        generate(model, prompts, replace(config, batch_size=size), torch.Generator().manual_seed(1))[0]
+        generate(model, prompts, replace(config, batch_size=size), torch.Generator().manual_seed(1))
         for size in (16, 2)
     )
     assert [rollout.text_ids for rollout in wide] == [rollout.text_ids for rollout in narrow]
@@ -131,7 +132,7 @@ def test_streaming_tells_of_every_token_once(kind: str) -> None:
             seen[place] = int(tokens_BL[row, position])
 
     config = DecodeConfig(mode="threshold", max_new_tokens=9, batch_size=2, veto_below=0.0)
-    rollouts, _ = generate(model, prompts, config, on_step=on_step)
+    rollouts = generate(model, prompts, config, on_step=on_step)
     for index, rollout in enumerate(rollouts):
         first = len(rollout.prompt_ids)
         assert tuple(seen[index, first + i] for i in range(rollout.num_response)) == rollout.text_ids
@@ -141,7 +142,7 @@ def test_streaming_tells_of_every_token_once(kind: str) -> None:
 def test_logprobs_are_the_base_model_s(mode: str) -> None:
     base, prompts = qwen3(), make_prompts([3, 6])
     config = DecodeConfig(mode=mode, max_new_tokens=9, temperature=1.0, logprobs=True)
-    for rollout in generate(make_lm("lora"), prompts, config, torch.Generator().manual_seed(2))[0]:
+    for rollout in generate(make_lm("lora"), prompts, config, torch.Generator().manual_seed(2)):
         ids = rollout.prompt_ids + rollout.text_ids
         logits_LV = base(torch.tensor([ids])).logits[0].detach()
         logits_LV[:, MASK] = -torch.inf
@@ -155,8 +156,8 @@ def test_logprobs_are_the_base_model_s(mode: str) -> None:
 def test_a_response_ends_where_find_end_says() -> None:
     model, prompts = make_lm("lora"), make_prompts([3, 6])
     config = DecodeConfig(mode="lossless", max_new_tokens=9)
-    whole, _ = generate(model, prompts, config)
-    cut, _ = generate(model, prompts, config, find_end=lambda ids: 3 if len(ids) >= 3 else None)
+    whole = generate(model, prompts, config)
+    cut = generate(model, prompts, config, find_end=lambda ids: 3 if len(ids) >= 3 else None)
     assert [rollout.text_ids for rollout in cut] == [rollout.text_ids[:3] for rollout in whole]
     assert {rollout.finish_reason for rollout in cut} == {"stop"}
 
@@ -167,7 +168,7 @@ def test_a_template_keeps_its_text_and_sdar_sees_what_follows_a_gap(kind: str) -
     config = DecodeConfig(mode="static", veto_below=0.0)
     template = (1, 2, 3, 4, 5, MASK, MASK, 7, 8, MASK, 9)
     other = (*template[:7], 6, *template[8:])  # differs in the gap's own block, after the gap
-    first, second = (generate(model, [ids], config)[0][0] for ids in (template, other))
+    first, second = (generate(model, [ids], config)[0] for ids in (template, other))
     for ids, rollout in ((template, first), (other, second)):
         filled = rollout.prompt_ids + rollout.text_ids
         assert len(filled) <= len(ids)

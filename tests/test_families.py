@@ -34,7 +34,7 @@ def convert(folder: Path, family: str, *overrides: str) -> Path:
 
 
 def decode(model: DiffusionLM, mode: Mode, num_tokens: int = 12) -> list[tuple[int, ...]]:
-    rollouts, _ = generate(model, PROMPTS, DecodeConfig(mode=mode, max_new_tokens=num_tokens, veto_below=0.0))
+    rollouts = generate(model, PROMPTS, DecodeConfig(mode=mode, max_new_tokens=num_tokens, veto_below=0.0))
     return [rollout.text_ids for rollout in rollouts]
 
 

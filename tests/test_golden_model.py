@@ -239,12 +239,12 @@ def test_greedy_decoding_reveals_what_the_published_sampler_reveals(run: dict[st
         denoising_steps=run["steps"],
         confidence_threshold=run["threshold"],
     )
-    (rollout,), stats = generate(model, [run["prompt"]], config, on_step=on_step)
+    (rollout,) = generate(model, [run["prompt"]], config, on_step=on_step)
     assert list(rollout.text_ids) == run["completion"]
     assert list(rollout.unmask_step[: rollout.num_response]) == run["first_unmask_steps"]
     assert blocks == [step["after"] for step in run["trace"]][: len(blocks)]
-    assert stats.num_steps == stats.num_forwards == max(run["first_unmask_steps"])
-    assert stats.num_steps <= run["num_denoise_forwards"] < run["num_forwards_incl_commit"]
+    assert rollout.num_steps == rollout.num_forwards == max(run["first_unmask_steps"])
+    assert rollout.num_steps <= run["num_denoise_forwards"] < run["num_forwards_incl_commit"]
 
 
 def test_the_length_curriculum_is_the_published_one() -> None:

@@ -114,7 +114,7 @@ def test_likelihoods_are_the_ar_models_or_the_students_bound(place: Path) -> Non
 
 def test_a_continuation_is_greedy_where_the_mode_decodes_it(place: Path) -> None:
     model = harness.harness_class()(str(place / "run" / "model"), mode="static", batch_size=2)
-    (rollout,), _ = generate(model.diffusion, [[5, 6, 7]], DecodeConfig(mode="static", max_new_tokens=6))
+    (rollout,) = generate(model.diffusion, [[5, 6, 7]], DecodeConfig(mode="static", max_new_tokens=6))
     decoded = list(rollout.text_ids)
     other = [*decoded[:-1], decoded[-1] - 1]
     scores = model._loglikelihood_tokens([(("", ""), [5, 6, 7], decoded), (("", ""), [5, 6, 7], other)])

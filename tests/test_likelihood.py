@@ -79,7 +79,7 @@ def test_the_chain_in_the_samplers_order_is_what_the_sampler_saw(kind: str, grid
     object.__setattr__(model.spec, "stop_token_ids", ())  # whole blocks to the end
     prompts = make_prompts([8, 12])
     with record_sampler() as seen:
-        rollouts, _ = generate(
+        rollouts = generate(
             model, prompts, DecodeConfig(mode="static", max_new_tokens=2 * BLOCK, veto_below=0)
         )
     expected = torch.zeros(len(prompts))
@@ -108,7 +108,7 @@ def test_a_row_has_the_same_likelihood_alone_and_in_a_batch(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_likelihood_report_is_per_token_and_reproducible(kind: str) -> None:
     model = make_lm(kind)
-    rollouts, _ = generate(model, make_prompts([3, 6, 9]), DecodeConfig(mode="static", max_new_tokens=10))
+    rollouts = generate(model, make_prompts([3, 6, 9]), DecodeConfig(mode="static", max_new_tokens=10))
     report = likelihood_report(model, rollouts, num_samples=4, batch_size=2)
     assert report == likelihood_report(model, rollouts, num_samples=4, batch_size=2)
     nll = sum(float(ar_nll(model, [as_rollout(r.prompt_ids, r.text_ids, model.spec)])) for r in rollouts)
@@ -121,9 +121,9 @@ def test_agreement_counts_arg_maxes_and_the_profile_averages_to_the_mean(kind: s
     model = make_lm(kind)
     prompts = make_prompts([3, 6, 9])
     decoder = model.teacher_decoder()
-    by_teacher, _ = generate(decoder, prompts, DecodeConfig(mode="ar", max_new_tokens=10))
+    by_teacher = generate(decoder, prompts, DecodeConfig(mode="ar", max_new_tokens=10))
     assert agreement_report(model, by_teacher, 2)["argmax_agreement"] == 1.0
-    drafted, _ = generate(model, prompts, DecodeConfig(mode="static", max_new_tokens=10))
+    drafted = generate(model, prompts, DecodeConfig(mode="static", max_new_tokens=10))
     report = agreement_report(model, drafted, 2)
     agreed = 0
     for rollout in drafted:

@@ -101,7 +101,7 @@ def test_the_ar_logits_with_the_adapter_loaded_are_the_base_s_bit_for_bit(kind: 
     prompts = [(5, 6, 7), (9, 8, 7, 6)]
     decoding = DecodeConfig(mode="ar", max_new_tokens=12)
     plain = DiffusionLM(qwen3(), model.spec)
-    ours, theirs = (generate(m, prompts, decoding)[0] for m in (model, plain))
+    ours, theirs = (generate(m, prompts, decoding) for m in (model, plain))
     assert [r.response_ids for r in ours] == [r.response_ids for r in theirs]
 
 
@@ -215,7 +215,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def decode(model: DiffusionLM, mode: Any) -> list[tuple[int, ...]]:
-    return [r.text_ids for r in generate(model, PROMPTS, DecodeConfig(mode=mode, max_new_tokens=12))[0]]
+    return [r.text_ids for r in generate(model, PROMPTS, DecodeConfig(mode=mode, max_new_tokens=12))]
 
 
 @torch.no_grad()

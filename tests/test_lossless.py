@@ -13,6 +13,7 @@ from tiny_models import SLIDING, make_lm, make_prompts, qwen3
 from transformers import PreTrainedModel
 
 from opdlm.generate import DecodeConfig, Mode, generate
+from opdlm.rows import DecodeStats
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4])
@@ -26,11 +27,12 @@ def test_lossless_decoding_equals_ar_decoding_token_for_token(
     model = make_lm(kind, base=base, block_size=block_size)
     prompts = make_prompts([1 + i % 9 for i in range(48)], vocabulary=6)
     config = DecodeConfig(mode="lossless", max_new_tokens=14, batch_size=20, forward_overhead=overhead)
-    rollouts, stats = generate(model, prompts, config)
-    expected, _ = generate(model, prompts, replace(config, mode="ar"))
+    rollouts = generate(model, prompts, config)
+    expected = generate(model, prompts, replace(config, mode="ar"))
     for ours, theirs in zip(rollouts, expected, strict=True):
         assert (ours.text_ids, ours.finish_reason) == (theirs.text_ids, theirs.finish_reason)
     assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
+    stats = DecodeStats.of(rollouts)
     num_saved = stats.num_tokens - stats.num_steps
     if block_size == 1:
         assert num_saved == 0
@@ -41,7 +43,7 @@ def test_lossless_decoding_equals_ar_decoding_token_for_token(
 def test_lossless_decoding_beyond_a_sliding_window_equals_ar_decoding() -> None:
     model, prompts = make_lm("lora", base=SLIDING["qwen3_mixed"](8)), make_prompts([3, 11, 15])
     lossless, ar = (
-        generate(model, prompts, DecodeConfig(mode=mode, max_new_tokens=20))[0] for mode in ("lossless", "ar")
+        generate(model, prompts, DecodeConfig(mode=mode, max_new_tokens=20)) for mode in ("lossless", "ar")
     )
     assert [rollout.text_ids for rollout in lossless] == [rollout.text_ids for rollout in ar]
 
@@ -54,12 +56,13 @@ def test_a_veto_of_everything_that_is_not_the_arg_max_makes_decoding_ar_decoding
     model = make_lm(kind, base=qwen3(vocabulary=6), block_size=4)
     prompts = make_prompts([1 + i % 9 for i in range(48)], vocabulary=6)
     config = DecodeConfig(mode=mode, max_new_tokens=14, confidence_threshold=0.2, veto_below=1.0)
-    expected, _ = generate(model, prompts, replace(config, mode="ar"))
-    vetoed, stats = generate(model, prompts, config)
-    free, _ = generate(model, prompts, replace(config, veto_below=0.0))
+    expected = generate(model, prompts, replace(config, mode="ar"))
+    vetoed = generate(model, prompts, config)
+    free = generate(model, prompts, replace(config, veto_below=0.0))
     assert [rollout.text_ids for rollout in vetoed] == [rollout.text_ids for rollout in expected]
     assert [rollout.text_ids for rollout in free] != [rollout.text_ids for rollout in expected]
     if mode == "threshold":  # drafts that were right stayed
+        stats = DecodeStats.of(vetoed)
         assert stats.num_forwards < (1 if kind == "lora" else 2) * stats.num_tokens
 
 
@@ -70,7 +73,7 @@ def test_no_token_below_the_floor_survives_the_veto(floor: float, mode: Mode) ->
     model = make_lm("lora", base=base, block_size=4)
     prompts = make_prompts([1 + i % 9 for i in range(24)], vocabulary=6)
     config = DecodeConfig(mode=mode, max_new_tokens=14, confidence_threshold=0.2, veto_below=floor)
-    for rollout in generate(model, prompts, config)[0]:
+    for rollout in generate(model, prompts, config):
         ids = rollout.prompt_ids + rollout.text_ids
         with model.adapter_off(), torch.no_grad():
             logits_LV = base(torch.tensor([ids])).logits[0]
@@ -131,8 +134,9 @@ def test_lossless_sampling_follows_the_distribution_of_the_base_model(
     model = make_lm(kind, base=base, noise=0.3)
     (prompt,) = make_prompts([3], vocabulary=6)
     config = DecodeConfig(mode=mode, max_new_tokens=3, temperature=1.0)
-    rollouts, stats = generate(model, [prompt] * 4000, config, torch.Generator().manual_seed(5))
+    rollouts = generate(model, [prompt] * 4000, config, torch.Generator().manual_seed(5))
     if mode == "lossless":
+        stats = DecodeStats.of(rollouts)
         assert stats.num_steps < stats.num_tokens  # some drafts were accepted
     p_value = chi_square_p_value([r.text_ids for r in rollouts], exact_probabilities(base, prompt, 3))
     assert (p_value > 1e-3) == is_exact, p_value

@@ -74,7 +74,7 @@ def test_the_remote_code_class_generates_what_the_package_generates(name: str, r
     assert type(remote).__module__.startswith("transformers_modules")
     model, _ = opdlm.load(folder)
     for mode in modes_of(name):
-        rollouts, _ = generate(model, PROMPTS, DecodeConfig(mode=mode, max_new_tokens=12))
+        rollouts = generate(model, PROMPTS, DecodeConfig(mode=mode, max_new_tokens=12))
         for prompt, rollout in zip(PROMPTS, rollouts, strict=True):
             ids_BL = remote.generate(torch.tensor([prompt]), mode=mode, max_new_tokens=12)
             assert ids_BL[0].tolist() == prompt + list(rollout.text_ids), mode

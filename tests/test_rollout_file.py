@@ -86,7 +86,7 @@ def test_the_file_holds_what_generate_returns_for_seeds_of_their_own(
     expected = [
         one
         for piece in pieces
-        for one in generate(model, [prompts[i] for i in piece], config, [seed_of(3, i) for i in piece])[0]
+        for one in generate(model, [prompts[i] for i in piece], config, [seed_of(3, i) for i in piece])
     ]
     assert file[:] == expected
     assert [row["response"] for row in rows] == [
@@ -185,9 +185,9 @@ def record_live_run(
     generate_rollouts = rollout_sources.generate_rollouts
 
     def recording(model: Any, prompts: Any, section: Any, **options: Any) -> Any:
-        rollouts, stats = generate_rollouts(model, prompts, section, **options)
+        rollouts = generate_rollouts(model, prompts, section, **options)
         made.update(zip((prompt.index for prompt in prompts), rollouts, strict=True))
-        return rollouts, stats
+        return rollouts
 
     with monkeypatch.context() as patch:
         patch.setattr(rollout_sources, "generate_rollouts", recording)

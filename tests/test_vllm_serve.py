@@ -70,7 +70,7 @@ def own_rollouts(
 ) -> tuple[list[Rollout], Any]:
     model, tokenizer = load(folder)
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in questions]
-    return generate(model, prompts, config, seeds)[0], tokenizer
+    return generate(model, prompts, config, seeds), tokenizer
 
 
 @pytest.fixture(scope="module", params=["absolute", "response"])

@@ -33,10 +33,9 @@ def assert_same(vllm: VllmStudent, model: DiffusionLM, config: DecodeConfig) -> 
     preserve = model.spec.format == "preserve"  # a block there needs a slot before it
     lengths = [n for n in LENGTHS if n >= BLOCK or not preserve]
     prompts, seeds = make_prompts(lengths), range(100, 100 + len(lengths))
-    theirs, stats = vllm.rollouts(prompts, config.max_new_tokens, seeds)
-    ours, own_stats = generate(model, prompts, config, list(seeds))
+    theirs = vllm.rollouts(prompts, config.max_new_tokens, seeds)
+    ours = generate(model, prompts, config, list(seeds))
     assert [replace(r, num_forwards=0) for r in theirs] == [replace(r, num_forwards=0) for r in ours]
-    assert stats.num_tokens == own_stats.num_tokens and stats.num_steps == own_stats.num_steps
 
 
 @pytest.mark.parametrize(
