@@ -12,6 +12,7 @@ Not here: the launch (`accelerate launch`, docs/many_devices.md).
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -41,6 +42,16 @@ def join_ranks(config: RunConfig) -> PartialState:
         state = PartialState(cpu=not torch.accelerator.is_available())
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", "1")), "every rank would run alone"
     return state
+
+
+def leave_ranks(accelerator: Accelerator) -> None:
+    """End trackers and process group. gloo's threads need Python's lock to drop the tensors of the last
+    exchange, and abort a process that ends before they had it (seen with torch 2.13).
+    """
+    num_processes = accelerator.num_processes
+    accelerator.end_training()
+    if num_processes > 1:
+        time.sleep(0.2)
 
 
 def start_accelerator(config: RunConfig) -> Accelerator:

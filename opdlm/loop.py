@@ -36,6 +36,7 @@ from opdlm.config import OptimizerSection, RunConfig
 from opdlm.devices import (
     clip_and_step,
     gathered_weights,
+    leave_ranks,
     place,
     start_accelerator,
     sum_over_ranks,
@@ -193,7 +194,7 @@ def run_steps(
 
 def finish(loop: Loop) -> None:
     """Leave trackers and process group; the model holds what the run is to write."""
-    loop.accelerator.end_training()
+    leave_ranks(loop.accelerator)
     use_average(loop)
 
 

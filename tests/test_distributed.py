@@ -26,6 +26,7 @@ from opdlm import cli, text_trainer, zero
 from opdlm.checkpoint import trainable_weights
 from opdlm.config import Config, LossSection, OptimizerSection, RolloutSection, StatesSection, TrainSection
 from opdlm.corpus import Document, Rows
+from opdlm.devices import leave_ranks
 from opdlm.diffusion import DiffusionLM
 from opdlm.loop import resume, save
 from opdlm.records import Prompt, Rollout
@@ -165,6 +166,7 @@ def main(root: Path, cases: list[str]) -> None:
         }
     if os.environ["RANK"] == "0":
         (root / "results.json").write_text(json.dumps(results))
+    leave_ranks(fresh.accelerator)
 
 
 def launch(program: list[str], *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
