@@ -25,7 +25,7 @@ from opdlm.cache import DecodeCache
 from opdlm.data import load_tasks
 from opdlm.denoise import denoise_step
 from opdlm.diffusion import DiffusionLM, backbone
-from opdlm.generate import DecodeConfig, collect_finished, generate, waiting_rows
+from opdlm.generate import DecodeConfig, collect_finished, generate, make_requests
 from opdlm.models import load, load_causal_lm
 from opdlm.records import Rollout
 from opdlm.rows import Rows
@@ -75,19 +75,18 @@ def check_sampling(model: DiffusionLM, prompts: list[Ids]) -> dict[str, int]:
 @torch.inference_mode()
 def reprefill(model: DiffusionLM, prompts: list[Ids], config: DecodeConfig) -> list[Rollout]:
     """The straightforward sampler: fixed batches in the order given; nothing known is kept between steps."""
-    rows_of = waiting_rows(prompts, torch.Generator().manual_seed(0))
-    in_order = sorted(rows_of, key=lambda row: row[0])
+    requests = make_requests(prompts, torch.Generator().manual_seed(0), config.max_new_tokens)
     block_size, grid = model.spec.block_size, model.spec.block_grid
     finished: dict[int, Rollout] = {}
     for first in range(0, len(prompts), config.batch_size):
-        batch = in_order[first : first + config.batch_size]
-        capacity = max(len(ids) for _, ids, _ in batch) + config.max_new_tokens + 2 * block_size + 1
+        batch = requests[first : first + config.batch_size]
+        capacity = max(len(request.ids) for request in batch) + config.max_new_tokens + 2 * block_size + 1
         cache = DecodeCache(len(batch), capacity, model.device)
-        rows = Rows.start(batch, capacity, model.spec.mask_token_id, config.max_new_tokens, block_size - 1)
+        rows = Rows.start(batch, capacity, model.spec.mask_token_id, block_size - 1)
         while len(rows):
             rows.committed_B = torch.zeros_like(rows.committed_B)
             denoise_step(model, rows, cache, config, grid, model.spec.format)
-            done_B = collect_finished(rows, model, config, grid, finished, None)
+            done_B = collect_finished(rows, model, config, grid, finished, {})
             rows.keep(~done_B, cache)
     return [finished[i] for i in range(len(prompts))]
 

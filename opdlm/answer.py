@@ -73,18 +73,42 @@ class StopStrings:
         return text[: len(text) - max((len(half) for half in halves if text.endswith(half)), default=0)]
 
 
+class Settling:
+    """The part of a response that no later step can change, step by step."""
+
+    def __init__(self, stops: StopStrings, spec: DiffusionSpec, grid: Grid, shown: range) -> None:
+        """`shown`: the positions of the response, at most."""
+        self.stops, self.spec, self.grid, self.shown = stops, spec, grid, shown
+        self.frontier = shown.start
+
+    def after_step(self, tokens: Sequence[int]) -> tuple[str, Sequence[int]]:
+        """The settled text, and the tokens after it up to the end of what is begun (masks among them). A veto
+        can take back what only the last step made known.
+        """
+        mask_id = self.spec.mask_token_id
+        frontier = tokens.index(mask_id)
+        num_settled, self.frontier = min(frontier, self.frontier), frontier
+        last_known = max(i for i, token in enumerate(tokens) if token != mask_id)
+        end_of_block = self.grid.block_start(frontier, self.shown.start) + self.grid.block_size
+        stop = (i for i in self.shown if tokens[i] in self.spec.stop_token_ids)
+        end = next(stop, min(self.shown.stop, max(last_known + 1, end_of_block)))
+        settled = self.stops.text(tokens[self.shown.start : min(num_settled, end)])
+        return self.stops.settled(settled), tokens[num_settled:end]
+
+    def whole(self, rollout: Rollout) -> str:
+        """The text of the finished response."""
+        ids = rollout.prompt_ids + rollout.text_ids
+        return self.stops.cut(self.stops.text(ids[self.shown.start :]))
+
+
 class Stream(AbstractContextManager["Stream"]):
     """Writes the response to one prompt as it comes: text, as soon as no later step can change it.
 
     On a terminal also what is revealed beyond it, dim, with a dot for every position that is still open.
     """
 
-    def __init__(
-        self, stops: StopStrings, spec: DiffusionSpec, grid: Grid, shown: range, console: Console
-    ) -> None:
-        """`shown`: the positions to show, at most."""
-        self.stops, self.spec, self.grid, self.shown = stops, spec, grid, shown
-        self.console, self.written, self.frontier = console, 0, shown.start
+    def __init__(self, settling: Settling, console: Console) -> None:
+        self.settling, self.console, self.written = settling, console, 0
         self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._context: AbstractContextManager[Any] = self.live or nullcontext()
 
@@ -96,23 +120,15 @@ class Stream(AbstractContextManager["Stream"]):
         self._context.__exit__(*error)
 
     def on_step(self, index_B: Tensor, tokens_BL: Tensor, revealed_BL: Tensor) -> None:
-        """After every step. A veto can take back what only the last step made known."""
-        mask_id, tokens = self.spec.mask_token_id, tokens_BL[0].tolist()
-        frontier = tokens.index(mask_id)
-        num_settled, self.frontier = min(frontier, self.frontier), frontier
-        last_known = max(i for i, token in enumerate(tokens) if token != mask_id)
-        end_of_block = self.grid.block_start(frontier, self.shown.start) + self.grid.block_size
-        stop = (i for i in self.shown if tokens[i] in self.spec.stop_token_ids)
-        end = next(stop, min(self.shown.stop, max(last_known + 1, end_of_block)))
-        settled = self.stops.text(tokens[self.shown.start : min(num_settled, end)])
-        beyond = (UNRESOLVED if i == mask_id else self.stops.text([i]) for i in tokens[num_settled:end])
-        self._show(self.stops.settled(settled), "".join(beyond))
+        """After every step of a decoding of one prompt."""
+        settled, rest = self.settling.after_step(tokens_BL[0].tolist())
+        mask_id, text = self.settling.spec.mask_token_id, self.settling.stops.text
+        self._show(settled, "".join(UNRESOLVED if i == mask_id else text([i]) for i in rest))
 
     def finish(self, rollout: Rollout) -> None:
         """The rest, and the end of the line."""
-        ids = (rollout.prompt_ids + rollout.text_ids)[self.shown.start :]
         end = "" if self.live else "\n"  # rich ends the line that it leaves
-        self._show(self.stops.cut(self.stops.text(ids)) + end, "")
+        self._show(self.settling.whole(rollout) + end, "")
 
     def _show(self, text: str, beyond: str) -> None:
         end = text.rfind("\n") + 1 if self.live else len(text)

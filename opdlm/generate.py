@@ -1,16 +1,17 @@
 """Prompts in, rollouts out: continuous batching around one step per mode.
 
-Waiting prompts join as rows finish, shortest first, and their prefill rides in the same forward as everyone
-else's step; at most `batch_size` rows are active and the cache is allocated once. Greedy output and random
-draws of a row depend on its prompt and seed, not on the rows beside it (up to floating-point rounding). Not
-here: which prompts, what to train on, text.
+Waiting prompts join as rows finish, and their prefill rides in the same forward as everyone else's step; at
+most `batch_size` rows are active and the cache is allocated once. Greedy output and random draws of a row
+depend on its prompt and seed, not on the rows beside it (up to floating-point rounding). Not here: which
+prompts, what to train on, text.
 
 Shape suffixes: B rows, L row capacity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -19,10 +20,10 @@ from torch import Tensor
 from .blocks import Format, Grid
 from .cache import DecodeCache
 from .denoise import denoise_step
-from .diffusion import DiffusionLM
+from .diffusion import DiffusionLM, DiffusionSpec
 from .lossless import Economy, lossless_step
 from .records import FinishReason, Rollout
-from .rows import DecodeConfig, Rows
+from .rows import DecodeConfig, Request, Rows
 from .rows import Mode as Mode
 
 OnStep = Callable[[Tensor, Tensor, Tensor], None]
@@ -30,7 +31,65 @@ FindEnd = Callable[[Sequence[int]], int | None]
 Seeds = torch.Generator | Sequence[int] | None
 
 
-@torch.inference_mode()
+class Decoder:
+    """Rows that decode together, and requests that wait for their places. `generate` runs one to its end; a
+    server feeds it while it runs.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionLM,
+        config: DecodeConfig,
+        num_rows: int,
+        max_length: int,
+        on_step: OnStep | None = None,
+    ) -> None:
+        """At most `num_rows` at once; `max_length` bounds prompt and response of a request together."""
+        spec = model.spec
+        self.model, self.config, self.num_rows, self.on_step = model, config, num_rows, on_step
+        self.grid = grid_of(config.mode, spec)
+        capacity = max_length + 2 * spec.block_size + 1
+        self.cache = DecodeCache(num_rows, capacity + spec.block_size**2, model.device)
+        self.waiting: deque[Request] = deque()
+        self.find_end: dict[int, FindEnd] = {}
+        """Of the requests that have one."""
+        self._start = partial(
+            Rows.start,
+            capacity=capacity,
+            mask_token_id=spec.mask_token_id,
+            draft_length=spec.block_size - 1,
+        )
+        self._advance = step_of(model, self.cache, config, self.grid)
+        self.rows = self._start([])
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.waiting) or len(self.rows) > 0
+
+    @torch.inference_mode()
+    def step(self) -> dict[int, Rollout]:
+        """Let requests join, one forward for every row; the responses that are complete now, by index."""
+        num_joining = min(self.num_rows - len(self.rows), len(self.waiting))
+        if num_joining:
+            self.rows.join(self._start([self.waiting.popleft() for _ in range(num_joining)]))
+        rows, finished = self.rows, dict[int, Rollout]()
+        before_BL = rows.tokens_BL.clone() if self.on_step is not None else rows.tokens_BL
+        self._advance(rows)
+        if self.on_step is not None:
+            self.on_step(rows.index_B, rows.tokens_BL, rows.tokens_BL != before_BL)
+        done_B = collect_finished(rows, self.model, self.config, self.grid, finished, self.find_end)
+        if done_B.any():
+            rows.keep(~done_B, self.cache)
+        return finished
+
+    @torch.inference_mode()
+    def drop(self, indices: Collection[int]) -> None:
+        """Forget requests that nobody waits for any more."""
+        self.waiting = deque(request for request in self.waiting if request.index not in indices)
+        keep_B = ~torch.isin(self.rows.index_B, torch.tensor([*indices], dtype=torch.long))
+        self.rows.keep(keep_B, self.cache)
+
+
 def generate(
     model: DiffusionLM,
     prompts: Sequence[Sequence[int]],
@@ -46,40 +105,20 @@ def generate(
     what the step wrote. `find_end(response ids)` returns how many tokens to keep once a response is complete,
     else None: stop strings. Deterministic given `rng`, which seeds each row or is the seed of each prompt.
     """
-    waiting = waiting_rows(prompts, rng)
-    if not waiting:
+    requests = make_requests(prompts, rng, config.max_new_tokens)
+    if not requests:
         return []
     if any(model.spec.mask_token_id in ids for ids in prompts):
         check_can_infill(model, config)
-    grid = Grid(block_size=1) if config.mode in ("ar", "lossless") else model.spec.block_grid
-    block_size = model.spec.block_size
-    longest = max(len(ids) for _, ids, _ in waiting)
-    capacity = longest + config.max_new_tokens + 2 * block_size + 1
-    num_rows = min(config.batch_size, len(waiting))
-    cache = DecodeCache(num_rows, capacity + block_size * block_size, model.device)
-    start = partial(
-        Rows.start,
-        capacity=capacity,
-        mask_token_id=model.spec.mask_token_id,
-        max_new_tokens=config.max_new_tokens,
-        draft_length=block_size - 1,
-    )
-    step = step_of(model, cache, config, grid)
+    longest = max(len(ids) for ids in prompts)
+    num_rows = min(config.batch_size, len(requests))
+    decoder = Decoder(model, config, num_rows, longest + config.max_new_tokens, on_step)
+    decoder.waiting.extend(sorted(requests, key=lambda request: len(request.ids)))
+    if find_end is not None:
+        decoder.find_end = dict.fromkeys(range(len(prompts)), find_end)
     finished: dict[int, Rollout] = {}
-    rows = start(waiting[:num_rows])
-    waiting = waiting[num_rows:]
-    while len(rows):
-        before_BL = rows.tokens_BL.clone() if on_step is not None else rows.tokens_BL
-        step(rows)
-        if on_step is not None:
-            on_step(rows.index_B, rows.tokens_BL, rows.tokens_BL != before_BL)
-        done_B = collect_finished(rows, model, config, grid, finished, find_end)
-        if done_B.any():
-            rows.keep(~done_B, cache)
-            num_joining = min(num_rows - len(rows), len(waiting))
-            if num_joining:
-                rows.join(start(waiting[:num_joining]))
-                waiting = waiting[num_joining:]
+    while decoder.is_busy:
+        finished |= decoder.step()
     return [finished[i] for i in range(len(prompts))]
 
 
@@ -97,12 +136,20 @@ def check_can_infill(model: DiffusionLM, config: DecodeConfig) -> None:
         )
 
 
-def waiting_rows(prompts: Sequence[Sequence[int]], rng: Seeds) -> list[tuple[int, Sequence[int], int]]:
-    """(index, ids, seed) of every prompt, shortest first."""
+def make_requests(prompts: Sequence[Sequence[int]], rng: Seeds, max_new_tokens: int) -> list[Request]:
+    """One per prompt, named by its place."""
     if not isinstance(rng, Sequence):
         device = rng.device if rng is not None else "cpu"
         rng = torch.randint(2**62, (len(prompts),), generator=rng, device=device).tolist()
-    return sorted(zip(range(len(prompts)), prompts, rng, strict=True), key=lambda row: len(row[1]))
+    return [
+        Request(place, ids, seed, max_new_tokens)
+        for place, (ids, seed) in enumerate(zip(prompts, rng, strict=True))
+    ]
+
+
+def grid_of(mode: Mode, spec: DiffusionSpec) -> Grid:
+    """The blocks that a mode writes in: the AR model commits token by token."""
+    return Grid(block_size=1) if mode in ("ar", "lossless") else spec.block_grid
 
 
 def step_of(
@@ -126,7 +173,7 @@ def collect_finished(
     config: DecodeConfig,
     grid: Grid,
     finished: dict[int, Rollout],
-    find_end: FindEnd | None,
+    find_end: Mapping[int, FindEnd],
 ) -> Tensor:
     """Record rows whose known prefix holds a stop or reached its limit; bool `[B]`: which."""
     frontier_B = torch.minimum(rows.frontier(model.spec.mask_token_id), rows.final_B)
@@ -135,11 +182,10 @@ def collect_finished(
     is_stop_BL = torch.isin(rows.tokens_BL, torch.tensor(model.spec.stop_token_ids)) & in_response_BL
     has_stop_B = is_stop_BL.any(1)
     num_response_B = torch.where(has_stop_B, is_stop_BL.long().argmax(1) + 1, frontier_B) - rows.num_prompt_B
-    if find_end is not None:
-        for row, (first, count) in enumerate(
-            zip(rows.num_prompt_B.tolist(), num_response_B.tolist(), strict=True)
-        ):
-            end = find_end(rows.tokens_BL[row, first : first + count].tolist())
+    for row, index in enumerate(rows.index_B.tolist() if find_end else ()):
+        if index in find_end:
+            first, count = int(rows.num_prompt_B[row]), int(num_response_B[row])
+            end = find_end[index](rows.tokens_BL[row, first : first + count].tolist())
             if end is not None:
                 has_stop_B[row], num_response_B[row] = True, end
     done_B = has_stop_B | (num_response_B >= rows.limit_B)

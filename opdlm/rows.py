@@ -91,6 +91,17 @@ class DecodeStats:
         return self.num_tokens / max(1, self.num_steps)
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a row is to answer."""
+
+    index: int
+    """Names the request."""
+    ids: Sequence[int]
+    seed: int
+    max_new_tokens: int
+
+
 @dataclass(slots=True)
 class Rows:
     """The active rows. Unknown positions of `tokens_BL` hold the mask id."""
@@ -119,34 +130,34 @@ class Rows:
     @classmethod
     def start(
         cls,
-        prompts: Sequence[tuple[int, Sequence[int], int]],
+        requests: Sequence[Request],
         capacity: int,
         mask_token_id: int,
-        max_new_tokens: int,
         draft_length: int,
     ) -> Rows:
-        """Rows for (index, ids, seed). A prompt that holds masks is a template: its gaps are the unknown, and
-        the row ends where the template does.
+        """A row for each request. A prompt that holds masks is a template: its gaps are the unknown, and the
+        row ends where the template does.
         """
-        num_rows = len(prompts)
+        num_rows = len(requests)
         tokens_BL = torch.full((num_rows, capacity), mask_token_id)
         unmask_step_BL = torch.full((num_rows, capacity), NEVER)
         num_prompt, limits = [], []
-        for row, (_, ids, _) in enumerate(prompts):
+        for row, request in enumerate(requests):
+            ids = request.ids
             tokens_BL[row, : len(ids)] = torch.tensor(ids)
             unmask_step_BL[row, : len(ids)].masked_fill_(tokens_BL[row, : len(ids)] != mask_token_id, 0)
             known = list(ids).index(mask_token_id) if mask_token_id in ids else len(ids)
             num_prompt.append(known)
-            limits.append(len(ids) - known or max_new_tokens)
+            limits.append(len(ids) - known or request.max_new_tokens)
         zeros_B = torch.zeros(num_rows, dtype=torch.long)
         return cls(
-            index_B=torch.tensor([index for index, _, _ in prompts]),
+            index_B=torch.tensor([request.index for request in requests], dtype=torch.long),
             tokens_BL=tokens_BL,
             unmask_step_BL=unmask_step_BL,
             logprob_BL=torch.zeros(num_rows, capacity),
-            num_prompt_B=torch.tensor(num_prompt),
-            limit_B=torch.tensor(limits),
-            seed_B=torch.tensor([seed for _, _, seed in prompts]),
+            num_prompt_B=torch.tensor(num_prompt, dtype=torch.long),
+            limit_B=torch.tensor(limits, dtype=torch.long),
+            seed_B=torch.tensor([request.seed for request in requests], dtype=torch.long),
             committed_B=zeros_B,
             final_B=zeros_B.clone(),
             block_step_B=zeros_B.clone(),

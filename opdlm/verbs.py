@@ -17,8 +17,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from opdlm import __version__
-from opdlm.answer import StopStrings, Stream, encode_gaps
-from opdlm.blocks import Grid
+from opdlm.answer import Settling, StopStrings, Stream, encode_gaps
 from opdlm.config import Config, DataSection, resolve_path
 from opdlm.config_rules import check_config
 from opdlm.convert import plain_decoder
@@ -26,7 +25,7 @@ from opdlm.data import encode_prompt, encode_rows, load_rows, messages_of
 from opdlm.diffusion import DiffusionLM, DiffusionSpec
 from opdlm.errors import ConfigError
 from opdlm.export import export_to_vllm
-from opdlm.generate import DecodeConfig, OnStep, generate
+from opdlm.generate import DecodeConfig, OnStep, generate, grid_of
 from opdlm.generation_log import fingerprint
 from opdlm.metrics import DecodingProgress
 from opdlm.models import check_fits, load, load_causal_lm, load_tokenizer, read_spec
@@ -165,10 +164,9 @@ def stream(
 ) -> Rollout:
     """Answer one prompt, or fill its gaps, in sight of the user."""
     shown = range(len(ids)) if options.infill else range(len(ids), len(ids) + config.max_new_tokens)
-    is_block = config.mode not in ("ar", "lossless")
-    grid = model.spec.block_grid if is_block else Grid(block_size=1)
+    settling = Settling(stops, model.spec, grid_of(config.mode, model.spec), shown)
     find_end = stops.find_end if stops.strings else None
-    with Stream(stops, model.spec, grid, shown, Console(highlight=False)) as view:
+    with Stream(settling, Console(highlight=False)) as view:
         (rollout,) = generate(model, [ids], config, [seed], view.on_step, find_end)
         view.finish(rollout)
     return rollout

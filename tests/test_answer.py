@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tiny_checkpoints import tiny_overrides, tiny_tokenizer, write_checkpoint, write_data
 
-from opdlm.answer import GAP, StopStrings, Stream, encode_gaps
+from opdlm.answer import GAP, Settling, StopStrings, Stream, encode_gaps
 from opdlm.blocks import Grid
 from opdlm.cli import MODES, main
 from opdlm.diffusion import DiffusionSpec
@@ -105,7 +105,8 @@ def test_a_terminal_shows_open_positions_until_they_are_revealed(folders: dict[s
     ids = tokenizer("add 1 2")["input_ids"]
     config = DecodeConfig(mode="static", max_new_tokens=8)
     shown = range(len(ids), len(ids) + 8)
-    with Stream(StopStrings(tokenizer), model.spec, model.spec.block_grid, shown, console) as view:
+    settling = Settling(StopStrings(tokenizer), model.spec, model.spec.block_grid, shown)
+    with Stream(settling, console) as view:
         (rollout,) = generate(model, [ids], config, [1], view.on_step)
         view.finish(rollout)
     frames = screen.getvalue()
@@ -170,7 +171,7 @@ def test_ar_and_lossless_stream_token_by_token() -> None:
         stop_token_ids=(1,),
         banned_token_ids=(MASK,),
     )
-    view = Stream(StopStrings(TOKENIZER), spec, Grid(block_size=1), range(1, 9), console)
+    view = Stream(Settling(StopStrings(TOKENIZER), spec, Grid(block_size=1), range(1, 9)), console)
     ids = TOKENIZER("abcd")["input_ids"]
     for known in (2, 3, 4):
         tokens_BL = torch.tensor([[*ids[:known], *[MASK] * (10 - known)]])

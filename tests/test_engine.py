@@ -14,7 +14,7 @@ from simple_loop import simple_ar, simple_denoise
 from tiny_models import GRIDS, KINDS, MASK, STOP, make_lm, make_prompts, qwen3
 
 from opdlm.blocks import GridKind
-from opdlm.generate import DecodeConfig, generate, waiting_rows
+from opdlm.generate import DecodeConfig, generate, make_requests
 from opdlm.lossless import Economy, Plan
 from opdlm.rows import DecodeStats, Mode, Rows
 from opdlm.unmasking import choose_tokens, choose_within_entropy, noise_keys
@@ -29,8 +29,7 @@ MODES = {
 
 
 def seeds_of(prompts: list[tuple[int, ...]], seed: int) -> list[int]:
-    rows = waiting_rows(prompts, torch.Generator().manual_seed(seed))
-    return [row_seed for _, _, row_seed in sorted(rows)]
+    return [request.seed for request in make_requests(prompts, torch.Generator().manual_seed(seed), 1)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
