@@ -86,6 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_convert(verbs)
     add_train(verbs)
     add_generate(verbs)
+    add_chat(verbs)
+    add_serve(verbs)
     add_rollout(verbs)
     add_eval(verbs)
     add_report(verbs)
@@ -189,6 +191,49 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float, modes: Seq
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--threshold", type=float, default=0.9, help="confidence that reveals a token (0.9)")
     parser.add_argument("--denoising-steps", type=int, help="steps per block at most (block size)")
+
+
+def add_chat(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "chat",
+        "a conversation in the terminal, unmasked as you look",
+        "Talk to a folder written by `opdlm convert`: every response is shown while it is unmasked. A line\n"
+        "/new forgets what was said, Ctrl-D ends.",
+        "examples:\n  opdlm chat runs/tiny/model --mode lossless\n"
+        '  opdlm chat runs/mine/model --system "Answer briefly." --temperature 0.7',
+    )
+    parser.add_argument("folder", metavar="DIR")
+    add_decoding(parser, temperature=0.0)
+    parser.add_argument("--system", metavar="TEXT", help="said before the conversation")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.set_defaults(run=commands.run_chat)
+
+
+def add_serve(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "serve",
+        "answer over HTTP as OpenAI's API does",
+        "Serve a folder written by `opdlm convert` (--mode ar: any checkpoint) with our own decoder:\n"
+        "/v1/chat/completions, /v1/completions, streamed or not. Requests with the same settings share\n"
+        "forwards. Flags say what a request does not. Needs pip install 'opdlm[serve]'.",
+        "examples:\n  opdlm serve runs/tiny/model --mode lossless\n"
+        "  curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        '    -d \'{"messages": [{"role": "user", "content": "add 47 38"}]}\'',
+    )
+    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: other machines too (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free one (8000)")
+    parser.add_argument("--name", help="of the model in requests (DIR)")
+    parser.add_argument("--max-rows", type=int, default=16, help="requests decoded at once (16)")
+    parser.add_argument(
+        "--max-length", type=int, help="prompt and response together (the context, at most 4096)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="where a request names none (256)")
+    add_sampling(parser, temperature=0.0, modes=MODES)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.set_defaults(run=commands.run_serve)
 
 
 def add_rollout(verbs: Verbs) -> None:

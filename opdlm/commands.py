@@ -91,6 +91,20 @@ def run_generate(options: argparse.Namespace) -> int:
     return answer_prompts(options)
 
 
+def run_chat(options: argparse.Namespace) -> int:
+    quiet_libraries()
+    from opdlm.chat import chat
+
+    return chat(options)
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    quiet_libraries()
+    from opdlm.serve import serve_folder
+
+    return serve_folder(options)
+
+
 def run_rollout(options: argparse.Namespace) -> int:
     quiet_libraries()
     from opdlm.verbs import record_rollouts

@@ -80,11 +80,15 @@ class Decoder:
         done_B = collect_finished(rows, self.model, self.config, self.grid, finished, self.find_end)
         if done_B.any():
             rows.keep(~done_B, self.cache)
+        for index in finished:
+            self.find_end.pop(index, None)
         return finished
 
     @torch.inference_mode()
     def drop(self, indices: Collection[int]) -> None:
         """Forget requests that nobody waits for any more."""
+        for index in indices:
+            self.find_end.pop(index, None)
         self.waiting = deque(request for request in self.waiting if request.index not in indices)
         keep_B = ~torch.isin(self.rows.index_B, torch.tensor([*indices], dtype=torch.long))
         self.rows.keep(keep_B, self.cache)

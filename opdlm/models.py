@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -238,13 +239,22 @@ def set_embedding_row(model: PreTrainedModel, token_id: int, entering_H: Tensor)
 
 def check_fits(model: DiffusionLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, key: str) -> None:
     """Prompt, response and the drafts past its end must lie within the positions the model knows."""
-    context = getattr(model.student.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(ids) for ids in prompts)
-    if context is not None and longest + max_new_tokens + 2 * model.spec.block_size > context:
+    if longest + max_new_tokens > room_of(model):
         raise DataError(
             f"the longest prompt ({longest} tokens) plus {key} ({max_new_tokens}) and two blocks of drafts "
-            f"exceeds the model's context ({context}). Lower {key} or shorten the prompt."
+            f"exceeds the model's context ({context_of(model)}). Lower {key} or shorten the prompt."
         )
+
+
+def context_of(model: DiffusionLM) -> float:
+    """Positions that the model knows; infinite where its config names none."""
+    return getattr(model.student.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def room_of(model: DiffusionLM) -> float:
+    """Tokens of prompt and response together: the context without two blocks, where drafts may end."""
+    return context_of(model) - 2 * model.spec.block_size
 
 
 def input_embedding(model: PreTrainedModel) -> nn.Embedding:

@@ -119,7 +119,8 @@ def answer_prompts(options: argparse.Namespace) -> int:
     find_end = stops.find_end if stops.strings else None
     if options.stream:
         rollouts = [
-            stream(model, ids, config, seed, stops, options) for ids, seed in zip(prompts, seeds, strict=True)
+            stream(model, ids, config, seed, stops, infill=options.infill)
+            for ids, seed in zip(prompts, seeds, strict=True)
         ]
     else:
         rollouts = generate(model, prompts, config, seeds, find_end=find_end)
@@ -160,10 +161,11 @@ def stream(
     config: DecodeConfig,
     seed: int,
     stops: StopStrings,
-    options: argparse.Namespace,
+    *,
+    infill: bool = False,
 ) -> Rollout:
     """Answer one prompt, or fill its gaps, in sight of the user."""
-    shown = range(len(ids)) if options.infill else range(len(ids), len(ids) + config.max_new_tokens)
+    shown = range(len(ids)) if infill else range(len(ids), len(ids) + config.max_new_tokens)
     settling = Settling(stops, model.spec, grid_of(config.mode, model.spec), shown)
     find_end = stops.find_end if stops.strings else None
     with Stream(settling, Console(highlight=False)) as view:
@@ -214,7 +216,7 @@ def record_rollouts(options: argparse.Namespace) -> int:
     """`opdlm rollout`."""
     check_recording(options)
     section = data_section(options)
-    model, tokenizer = load_decoder(options.model, options.mode, options.dtype, str(PartialState().device))
+    model, tokenizer = load_decoder(options.model, options.mode, options.dtype)
     config = decode_config(options, model.spec, batch_size=options.batch_size, veto_below=0.0, logprobs=True)
     rows = load_rows(section)
     prompts = encode_rows(rows, tokenizer, section=section, mask_token_id=model.spec.mask_token_id)
@@ -280,11 +282,9 @@ def data_section(options: argparse.Namespace) -> DataSection:
     return replace(config.data, limit=limit)
 
 
-def load_decoder(
-    model: str, mode: str, dtype: str = "float32", device: str = "cpu"
-) -> tuple[DiffusionLM, Any]:
-    """A converted folder, or (mode ar) a checkpoint as it is."""
-    path = resolve_path(model)
+def load_decoder(model: str, mode: str, dtype: str = "float32") -> tuple[DiffusionLM, Any]:
+    """A converted folder, or (mode ar) a checkpoint as it is, on the GPU if there is one."""
+    path, device = resolve_path(model), str(PartialState().device)
     if is_converted(Path(path)):
         return load(path, dtype, device)
     tokenizer = load_tokenizer(path)

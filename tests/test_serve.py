@@ -1,0 +1,326 @@
+"""`opdlm serve` answers as `generate` does, whoever asks beside; `opdlm chat` keeps what was said."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
+
+from opdlm import generate as generate_room
+from opdlm.answer import StopStrings
+from opdlm.cli import main
+from opdlm.data import encode_prompt
+from opdlm.decode_thread import DecodeThread
+from opdlm.diffusion import DiffusionLM
+from opdlm.generate import DecodeConfig, generate
+from opdlm.models import load
+from opdlm.seeds import seed_of
+from opdlm.serve import Server
+
+ROOT = Path(__file__).parent.parent
+MAX_LENGTH = 96
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Converted tiny checkpoints of both formats."""
+    root = tmp_path_factory.mktemp("serve")
+    write_data(root)
+    teacher = write_checkpoint(root / "teacher")
+    for name in ("preserve", "sdar"):
+        settings = tiny_overrides(teacher, root, root / name)
+        assert main(["convert", str(teacher), *settings[1:], f"format.name={name}"]) == 0
+    return {name: root / name / "model" for name in ("preserve", "sdar")}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server and what it serves."""
+
+    model: DiffusionLM
+    tokenizer: Any
+    config: DecodeConfig
+    port: int
+    thread: DecodeThread
+
+    def connect(self, path: str, body: Any) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request("POST", path, data, {"Content-Type": "application/json"})
+        return connection.getresponse()
+
+    def post(self, path: str, body: Any) -> tuple[int, Any]:
+        response = self.connect(path, body)
+        return response.status, json.loads(response.read())
+
+    def events(self, path: str, body: Any) -> list[Any]:
+        """What a stream sends, up to [DONE]."""
+        lines = self.connect(path, body | {"stream": True}).read().decode().split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""]
+        return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+    def expected(self, text: str, seed: int, stop: tuple[str, ...] = (), **settings: Any) -> tuple[str, str]:
+        """Text and finish reason of the request alone, by `generate`."""
+        ids = encode_prompt(self.tokenizer, [{"role": "user", "content": text}])
+        stops, config = StopStrings(self.tokenizer, stop), replace(self.config, **settings)
+        find_end = stops.find_end if stop else None
+        (rollout,) = generate(self.model, [ids], config, [seed_of(seed, 0)], find_end=find_end)
+        return stops.cut(stops.text(rollout.text_ids)), rollout.finish_reason
+
+
+def serve(folder: Path, config: DecodeConfig) -> Iterator[Served]:
+    model, tokenizer = load(folder)
+    thread = DecodeThread(model, 3, MAX_LENGTH)
+    thread.start()
+    listener = socket.create_server(("127.0.0.1", 0))
+    app = Server(thread, tokenizer, "tiny", config).app()
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    runner = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    runner.start()
+    yield Served(model, tokenizer, config, listener.getsockname()[1], thread)
+    server.should_exit = True
+    runner.join()
+
+
+@pytest.fixture(scope="module")
+def lossless(folders: dict[str, Path]) -> Iterator[Served]:
+    yield from serve(folders["preserve"], DecodeConfig(mode="lossless", max_new_tokens=20))
+
+
+@pytest.fixture(scope="module", params=["preserve", "sdar"])
+def served(folders: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Served]:
+    mode = "lossless" if request.param == "preserve" else "threshold"
+    yield from serve(folders[request.param], DecodeConfig(mode=mode, max_new_tokens=20))
+
+
+REQUESTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("add 1 2", {}, {}),
+    ("copy ab", {"max_tokens": 3}, {"max_new_tokens": 3}),
+    ("add 3 4", {"temperature": 1}, {"temperature": 1.0}),
+    ("add 5 6", {"temperature": 1, "top_k": 4, "top_p": 0.9}, {"temperature": 1.0, "top_k": 4, "top_p": 0.9}),
+    ("copy cd", {"stop": ["e", "1"]}, {"stop": ("e", "1")}),
+    ("copy ef", {"stop": "a", "temperature": 1}, {"stop": ("a",), "temperature": 1.0}),
+]
+
+
+def test_answers_are_those_of_generate_whoever_asks_beside(served: Served) -> None:
+    def ask(place: int) -> tuple[int, Any]:
+        text, sent, _ = REQUESTS[place % len(REQUESTS)]
+        message = {"role": "user", "content": [{"type": "text", "text": text}] if place % 2 else text}
+        return served.post(CHAT, {"model": "tiny", "messages": [message], "seed": place, **sent})
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(3 * len(REQUESTS))))
+    for place, (status, answer) in enumerate(answers):
+        text, _, settings = REQUESTS[place % len(REQUESTS)]
+        (choice,) = answer["choices"]
+        found = choice["message"]["content"], choice["finish_reason"]
+        assert status == 200 and found == served.expected(text, place, **settings)
+        assert answer["usage"]["num_forwards"] > 0 and answer["object"] == "chat.completion"
+    assert not served.thread.running and not served.thread.waiting
+
+
+@pytest.mark.parametrize("place", range(len(REQUESTS)))
+def test_a_stream_is_the_answer_in_pieces(served: Served, place: int) -> None:
+    text, sent, settings = REQUESTS[place]
+    body = {"messages": [{"role": "user", "content": text}], "seed": 7, **sent}
+    events = served.events(CHAT, body | {"stream_options": {"include_usage": True}})
+    assert events[-1]["choices"] == [] and events[-1]["usage"]["completion_tokens"] > 0
+    choices = [event["choices"][0] for event in events[:-1]]
+    assert choices[0]["delta"]["role"] == "assistant"
+    assert [choice["finish_reason"] for choice in choices[:-1]] == [None] * (len(choices) - 1)
+    whole = "".join(choice["delta"]["content"] for choice in choices)
+    assert (whole, choices[-1]["finish_reason"]) == served.expected(text, 7, **settings)
+
+
+def test_completions_take_texts_and_token_ids_and_several_choices(lossless: Served) -> None:
+    ids = lossless.tokenizer("add 1 2")["input_ids"]
+    body = {"prompt": ["add 1 2", "copy ab"], "n": 2, "temperature": 1, "seed": 3}
+    status, answer = lossless.post(TEXT, body)
+    assert status == 200 and [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert answer["usage"]["prompt_tokens"] == 2 * len(ids) + 2 * len(lossless.tokenizer("copy ab").input_ids)
+    assert len({choice["text"] for choice in answer["choices"]}) > 1
+    assert lossless.post(TEXT, body)[1]["choices"] == answer["choices"]  # a seed repeats its draws
+    by_ids = lossless.post(TEXT, {"prompt": ids, "seed": 3, "temperature": 1})[1]["choices"]
+    assert by_ids == answer["choices"][:1]
+    streamed = lossless.events(TEXT, body)
+    for index, choice in enumerate(answer["choices"]):
+        mine = [event["choices"][0] for event in streamed if event["choices"][0]["index"] == index]
+        assert "".join(part["text"] for part in mine) == choice["text"]
+
+
+HELLO = [{"role": "user", "content": "add 1 2"}]
+REFUSED: dict[str, tuple[str, Any, int, str]] = {
+    "not JSON": (CHAT, b"{", 400, "not JSON"),
+    "not text": (CHAT, b"\xff", 400, "not JSON"),
+    "a list": (CHAT, [1], 400, "JSON object"),
+    "no messages": (CHAT, {}, 400, "messages"),
+    "a wrong message": (CHAT, {"messages": [{"role": "user"}]}, 400, "role"),
+    "a picture": (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        400,
+        "text only",
+    ),
+    "another model": (CHAT, {"messages": HELLO, "model": "gpt"}, 404, "gpt"),
+    "tools": (CHAT, {"messages": HELLO, "tools": [{}]}, 400, "tools is not supported"),
+    "a hot temperature": (CHAT, {"messages": HELLO, "temperature": "hot"}, 400, "temperature ('hot')"),
+    "top_p of 0": (CHAT, {"messages": HELLO, "top_p": 0}, 400, "top_p (0)"),
+    "no tokens": (CHAT, {"messages": HELLO, "max_tokens": 0}, 400, "max_tokens (0)"),
+    "too many tokens": (
+        CHAT,
+        {"messages": HELLO, "max_completion_tokens": 999},
+        400,
+        "max_completion_tokens",
+    ),
+    "an empty stop": (CHAT, {"messages": HELLO, "stop": [""]}, 400, "stop"),
+    "half a choice": (CHAT, {"messages": HELLO, "n": 0.5}, 400, "n (0.5)"),
+    "an empty prompt": (TEXT, {"prompt": ""}, 400, "empty"),
+    "no prompt": (TEXT, {"prompt": {}}, 400, "prompt must be text"),
+    "unknown ids": (TEXT, {"prompt": [10**6]}, 400, "token ids beyond"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_request_that_cannot_be_answered_is_refused_in_words(lossless: Served, name: str) -> None:
+    path, body, status, words = REFUSED[name]
+    found, answer = lossless.post(path, body)
+    assert found == status and words in answer["error"]["message"], answer
+
+
+def test_a_neutral_value_of_an_unknown_key_is_no_reason_to_refuse(lossless: Served) -> None:
+    body = {"messages": HELLO, "presence_penalty": 0, "tools": None, "logprobs": False, "user": "me"}
+    assert lossless.post(CHAT, body)[0] == 200
+
+
+def test_models_and_health(lossless: Served) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", lossless.port, timeout=60)
+    connection.request("GET", "/v1/models")
+    assert json.loads(connection.getresponse().read())["data"][0]["id"] == "tiny"
+    connection.request("GET", "/health")
+    assert json.loads(connection.getresponse().read()) == {"status": "ok"}
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_a_client_that_leaves_makes_room(
+    lossless: Served, is_streamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = generate_room.Decoder.step
+    entered = threading.Event()
+
+    def slow_step(self: Any) -> Any:
+        entered.set()
+        time.sleep(0.05)
+        return step(self)
+
+    monkeypatch.setattr(generate_room.Decoder, "step", slow_step)
+    body = {"messages": HELLO, "temperature": 2, "n": 6, "stream": is_streamed, "max_tokens": 60}
+    with socket.create_connection(("127.0.0.1", lossless.port)) as client:
+        data = json.dumps(body).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+        client.sendall(head.encode() + data)
+        assert entered.wait(30)
+    deadline = time.monotonic() + 30
+    while lossless.thread.running or lossless.thread.waiting:
+        assert time.monotonic() < deadline, "jobs of a client that has left still run"
+        time.sleep(0.01)
+    assert lossless.post(CHAT, {"messages": HELLO})[0] == 200
+
+
+def test_a_failure_is_told_and_survived(lossless: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_room.Decoder, "step", fail)
+        status, answer = lossless.post(CHAT, {"messages": HELLO})
+        assert status == 500 and "out of memory" in answer["error"]["message"]
+        sent = lossless.connect(CHAT, {"messages": HELLO, "stream": True}).read().decode()
+        assert "out of memory" in sent and "[DONE]" not in sent
+    assert lossless.post(CHAT, {"messages": HELLO})[0] == 200
+
+
+def test_the_command_serves_until_ctrl_c(folders: dict[str, Path]) -> None:
+    command = [sys.executable, str(ROOT / "cli.py"), "serve", str(folders["preserve"]), "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--mode", "lossless", "--name", "tiny", "--max-new-tokens", "8"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    port = int(line.split("http://127.0.0.1:")[1].split("/")[0])
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", CHAT, json.dumps({"messages": HELLO}), {"Content-Type": "application/json"})
+    assert json.loads(connection.getresponse().read())["model"] == "tiny"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (0, 130) and "Traceback" not in errors, errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--max-rows", "0"], "--max-rows (0)"),
+        (["--max-length", "10", "--max-new-tokens", "20"], "--max-length (10)"),
+        (["--max-length", "100000"], "--max-length (100000)"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(
+    folders: dict[str, Path], flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(folders["sdar"]), *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_one_sentence(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        assert main(["serve", str(folders["sdar"]), "--port", port, "--max-new-tokens", "8"]) == 2
+    assert f"--port {port} cannot be listened on" in capsys.readouterr().err
+
+
+def test_a_conversation_goes_on_with_what_was_said(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load(folders["preserve"])
+    stops, config = StopStrings(tokenizer), DecodeConfig(mode="lossless", max_new_tokens=8)
+
+    def answer(messages: list[dict[str, str]], turn: int) -> str:
+        ids = encode_prompt(tokenizer, messages)
+        return stops.text(generate(model, [ids], config, [seed_of(0, turn)])[0].text_ids)
+
+    first = [{"role": "user", "content": "add 1 2"}]
+    said = answer(first, 0)
+    second = [*first, {"role": "assistant", "content": said}, {"role": "user", "content": "copy ab"}]
+    texts = [said, answer(second, 1), answer(first, 2)]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("add 1 2\n\ncopy ab\n/new\nadd 1 2\n" + "1 " * 5000 + "\n"))
+    capsys.readouterr()
+    assert main(["chat", str(folders["preserve"]), "--mode", "lossless", "--max-new-tokens", "8"]) == 0
+    shown = capsys.readouterr().out
+    place = 0
+    for text in texts:
+        place = shown.index(text, place) + len(text)
+    assert "exceeds the model's context" in shown[place:].replace("\n", " ")
