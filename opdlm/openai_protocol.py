@@ -38,7 +38,7 @@ def check_body(body: Any, model: str) -> Body:
     unknown = sorted(key for key, value in body.items() if key not in KNOWN and value)
     if unknown:
         raise Refused(f"{unknown[0]} is not supported: leave it out. Known: {', '.join(sorted(KNOWN))}.")
-    if body.get("model", model) != model:
+    if body.get("model") not in (None, model):
         raise Refused(f"model ({body['model']}) is not served here; {model} is.", status=404)
     return body
 
@@ -50,11 +50,25 @@ def number(body: Body, key: str, default: float, low: float, high: float) -> flo
     return float(value)
 
 
-def whole(body: Body, key: str, default: int, low: int | None) -> int:
+def whole(body: Body, key: str, default: int, low: int, high: int) -> int:
     value = default if body.get(key) is None else body[key]
-    if isinstance(value, bool) or not isinstance(value, int) or (low is not None and value < low):
-        raise Refused(f"{key} ({value!r}) must be a whole number{'' if low is None else f' from {low} on'}.")
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise Refused(f"{key} ({value!r}) must be a whole number from {low} to {high}.")
     return value
+
+
+def switch(body: Body, key: str) -> bool:
+    value = body.get(key) or False
+    if not isinstance(value, bool):
+        raise Refused(f"{key} ({value!r}) must be true or false.")
+    return value
+
+
+def asks_for_usage(body: Body) -> bool:
+    options = body.get("stream_options") or {}
+    if not isinstance(options, dict):
+        raise Refused(f"stream_options ({options!r}) must be an object.")
+    return switch(options, "include_usage")
 
 
 def strings(body: Body, key: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import json
 import random
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from opdlm.models import room_of
 from opdlm.openai_protocol import (
     Body,
     Refused,
+    asks_for_usage,
     check_body,
     error_body,
     head,
@@ -34,6 +36,7 @@ from opdlm.openai_protocol import (
     number,
     sse,
     strings,
+    switch,
     usage_of,
     whole,
     with_plain_text,
@@ -42,6 +45,10 @@ from opdlm.records import Rollout
 from opdlm.rows import DecodeConfig
 from opdlm.seeds import seed_of
 from opdlm.verbs import check_decoding, decode_config, load_decoder
+
+DEFAULT_LENGTH = 4096
+MOST_CHOICES = 128
+LARGEST = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +86,20 @@ class Server:
             self.config,
             temperature=number(body, "temperature", self.config.temperature, 0, 100),
             top_p=number(body, "top_p", self.config.top_p or 1.0, 1e-9, 1),
-            top_k=whole(body, "top_k", self.config.top_k or 0, 0) or None,
+            top_k=whole(body, "top_k", self.config.top_k or 0, 0, LARGEST) or None,
         )
         stops = StopStrings(self.tokenizer, strings(body, "stop"))
         prompts = [self.chat_ids(body)] if is_chat else self.prompt_ids(body)
         num_tokens = self.limit(body, prompts)
-        num_choices = whole(body, "n", 1, 1)
-        seed = whole(body, "seed", random.getrandbits(62), None)
-        is_streamed = bool(body.get("stream"))
+        num_choices = whole(body, "n", 1, 1, MOST_CHOICES)
+        seed = whole(body, "seed", random.getrandbits(62), -LARGEST, LARGEST)
+        is_streamed = switch(body, "stream")
         places = [ids for ids in prompts for _ in range(num_choices)]
         jobs = [
             self.pending(ids, seed_of(seed, place), num_tokens, config, stops, is_streamed)
             for place, ids in enumerate(places)
         ]
-        return Asked(tuple(jobs), is_streamed, bool((body.get("stream_options") or {}).get("include_usage")))
+        return Asked(tuple(jobs), is_streamed, asks_for_usage(body))
 
     def chat_ids(self, body: Body) -> list[int]:
         messages = body.get("messages")
@@ -120,7 +127,7 @@ class Server:
     def limit(self, body: Body, prompts: Sequence[Sequence[int]]) -> int:
         """New tokens; prompts that leave no room for them, or hold the mask token, are refused."""
         key = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-        num_tokens = whole(body, key, self.config.max_new_tokens, 1)
+        num_tokens = whole(body, key, self.config.max_new_tokens, 1, LARGEST)
         spec, longest = self.thread.model.spec, max(len(ids) for ids in prompts)
         num_rows = len(self.tokenizer)
         if any(not 0 <= token < num_rows or token == spec.mask_token_id for ids in prompts for token in ids):
@@ -254,11 +261,12 @@ class Server:
 
 
 def thread_safe(call: Callable[[Any], object]) -> Callable[[Any], None]:
-    """The same from another thread."""
+    """The same from another thread, as long as the server runs."""
     loop = asyncio.get_running_loop()
 
     def later(value: Any) -> None:
-        loop.call_soon_threadsafe(call, value)
+        with suppress(RuntimeError):  # the loop has been closed
+            loop.call_soon_threadsafe(call, value)
 
     return later
 
@@ -280,9 +288,6 @@ async def until_gone(request: Any) -> None:
 def cancel(asked: Asked) -> None:
     for pending in asked.jobs:
         pending.job.cancelled.set()
-
-
-DEFAULT_LENGTH = 4096
 
 
 def serve_folder(options: argparse.Namespace) -> int:
