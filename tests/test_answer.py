@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from tiny_checkpoints import tiny_overrides, tiny_tokenizer, write_checkpoint, write_data
+from tiny_checkpoints import convert_both, tiny_tokenizer
 
 from opdlm.answer import GAP, Settling, StopStrings, Stream, encode_gaps
 from opdlm.blocks import Grid
@@ -29,13 +29,7 @@ MASK = 99
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Converted tiny checkpoints of both formats."""
-    root = tmp_path_factory.mktemp("answer")
-    write_data(root)
-    teacher = write_checkpoint(root / "teacher")
-    for name in ("preserve", "sdar"):
-        settings = tiny_overrides(teacher, root, root / name)
-        assert main(["convert", str(teacher), *settings[1:], f"format.name={name}"]) == 0
-    return {name: root / name / "model" for name in ("preserve", "sdar")}
+    return convert_both(tmp_path_factory.mktemp("answer"))
 
 
 def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

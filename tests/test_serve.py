@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import uvicorn
-from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
+from tiny_checkpoints import convert_both
 
 from opdlm import generate as generate_room
 from opdlm.answer import StopStrings
@@ -42,13 +42,7 @@ TEXT = "/v1/completions"
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Converted tiny checkpoints of both formats."""
-    root = tmp_path_factory.mktemp("serve")
-    write_data(root)
-    teacher = write_checkpoint(root / "teacher")
-    for name in ("preserve", "sdar"):
-        settings = tiny_overrides(teacher, root, root / name)
-        assert main(["convert", str(teacher), *settings[1:], f"format.name={name}"]) == 0
-    return {name: root / name / "model" for name in ("preserve", "sdar")}
+    return convert_both(tmp_path_factory.mktemp("serve"))
 
 
 @dataclass(frozen=True)

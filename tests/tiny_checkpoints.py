@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from opdlm import loop
+from opdlm.cli import main
 
 CHARACTERS = " abcdefghijklmnopqrstuvwxyz0123456789+-*=>\n"
 TEMPLATE = (
@@ -130,3 +131,13 @@ def failing_after_a_save(patch: pytest.MonkeyPatch) -> Iterator[None]:
     with patch.context() as inner:
         inner.setattr(loop, "save", save_and_fail)
         yield
+
+
+def convert_both(root: Path) -> dict[str, Path]:
+    """Converted folders of both formats."""
+    write_data(root)
+    teacher = write_checkpoint(root / "teacher")
+    for name in ("preserve", "sdar"):
+        settings = tiny_overrides(teacher, root, root / name)
+        assert main(["convert", str(teacher), *settings[1:], f"format.name={name}"]) == 0
+    return {name: root / name / "model" for name in ("preserve", "sdar")}
