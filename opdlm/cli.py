@@ -33,6 +33,7 @@ TRAIN_EXAMPLE = """examples:
   opdlm train bundled:teacher data.path=answers.jsonl data.packing=whole masking.windows=[[0.5,1]]"""
 
 MODES = ("static", "threshold", "entropy", "left_to_right", "lossless", "ar")
+SAMPLING = ("mode", "temperature", "top_k", "top_p", "threshold", "denoising_steps")
 SERVED_MODES = ("static", "threshold", "left_to_right")
 
 
@@ -391,17 +392,21 @@ def add_export(verbs: Verbs) -> None:
     parser = add_verb(
         verbs,
         "export",
-        "an sdar checkpoint as `vllm serve` reads it",
-        "Write the converted sdar folder DIR to OUT for vLLM: `vllm serve OUT` finds this package's plugin\n"
-        "where both are installed. How tokens are chosen is fixed here; vLLM refuses temperature and seed\n"
-        "in requests for diffusion models.",
+        "an sdar checkpoint as vLLM, SGLang and LMDeploy read it",
+        "Write the converted sdar folder DIR to OUT. --to vllm: `vllm serve OUT` finds this package's\n"
+        "plugin where both are installed; how tokens are chosen is fixed here, as vLLM refuses temperature\n"
+        "and seed in requests for diffusion models. --to sdar: as SGLang and LMDeploy load SDAR\n"
+        "checkpoints (Qwen3, absolute grid).",
         "examples:\n  opdlm export runs/sdar/model runs/sdar/vllm\n"
+        "  opdlm export runs/qwen3/model runs/qwen3/sdar --to sdar\n"
         "  opdlm export runs/sdar/model runs/sdar/vllm --threshold 0.8 --temperature 0.7 --top-p 0.95",
     )
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("out", metavar="OUT")
+    parser.add_argument("--to", choices=("vllm", "sdar"), default="vllm")
     add_sampling(parser, temperature=0.0, modes=SERVED_MODES)
-    parser.set_defaults(run=commands.run_export, max_new_tokens=256)  # a request says how many
+    defaults = {name: parser.get_default(name) for name in SAMPLING}
+    parser.set_defaults(run=commands.run_export, defaults=defaults, max_new_tokens=256)  # a request says
 
 
 def add_study(verbs: Verbs) -> None:

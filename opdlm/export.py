@@ -41,6 +41,8 @@ RECORDS = (
     *("README.md", "opdlm_config.yaml", "all_results.json", "retention.json", "timing.json"),
     "generations.jsonl",
 )
+SDAR_MASK_ID = 151_669
+"""The first unused row of Qwen3's embedding, which the engines have in their source."""
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_opdlm.OpdlmForCausalLM"}
 
 
@@ -119,6 +121,55 @@ def without_adapter(model: DiffusionLM, teacher: PreTrainedModel | None = None) 
     student = merged(vars(model)["peft_model"])
     spec = replace(model.spec, adapter=False)
     return DiffusionLM(student, spec, teacher=teacher, mask_embedding=model.mask_embedding)
+
+
+def export_to_sdar(folder: Path, out: Path) -> None:
+    """Write an `sdar` folder as SGLang and LMDeploy load SDAR checkpoints, with --trust-remote-code.
+
+    ConfigError where they would decode something else: both take Qwen3's shape, count blocks from the first
+    token of the prompt and know one id for [MASK]; SGLang also one block size. From their sources (SGLang
+    0.5.23, LMDeploy 0.18.0); not yet run in them.
+    """
+    spec, values = read_spec(folder), json.loads((folder / "config.json").read_text())
+    rules = {
+        "format.name": (spec.format, "sdar"),
+        "the family": (values["model_type"], "qwen3"),
+        "format.grid": (spec.grid, "absolute"),
+        "the id of [MASK]": (spec.mask_token_id, SDAR_MASK_ID),
+        "use_sliding_window": (bool(values.get("use_sliding_window")), False),
+    }
+    for name, (found, needed) in rules.items():
+        if found != needed:
+            raise ConfigError(
+                f"{folder} cannot be exported to SDAR's engines: {name} is {found}, and they take {needed} "
+                "only. Convert again with that, or serve it with `opdlm serve`."
+            )
+    if out.exists():
+        raise ConfigError(f"OUT ({out}) exists already. Choose another name.")
+    model, tokenizer = load(folder, dtype_of(folder))
+    plain = without_adapter(model) if spec.adapter else model
+    if plain.mask_embedding is not None:
+        set_embedding_row(plain.student, spec.mask_token_id, plain.mask_embedding)
+    rope = dict(plain.student.config.rope_parameters)
+    with atomic_folder(out) as partial:
+        plain.student.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        shutil.copyfile(Path(__file__).with_name("configuration_sdar.py"), partial / "configuration_sdar.py")
+        config_file = partial / "config.json"
+        values = json.loads(config_file.read_text())
+        for ours in ("block_diffusion", "auto_map"):
+            values.pop(ours, None)
+        values |= {
+            "architectures": ["SDARForCausalLM"],
+            "model_type": "sdar",
+            "auto_map": {"AutoConfig": "configuration_sdar.SDARConfig"},
+            "rope_theta": rope.pop("rope_theta"),
+            "rope_scaling": None if rope == {"rope_type": "default"} else rope,
+            "torch_dtype": values["dtype"],
+            "block_size": spec.block_size,
+            "mask_token_id": spec.mask_token_id,
+        }
+        config_file.write_text(json.dumps(values, indent=2))
 
 
 def export_to_vllm(folder: Path, out: Path, decode: DecodeConfig) -> None:

@@ -24,7 +24,7 @@ from opdlm.convert import plain_decoder
 from opdlm.data import encode_prompt, encode_rows, load_rows, messages_of
 from opdlm.diffusion import DiffusionLM, DiffusionSpec
 from opdlm.errors import ConfigError
-from opdlm.export import export_to_vllm
+from opdlm.export import export_to_sdar, export_to_vllm
 from opdlm.generate import DecodeConfig, OnStep, generate, grid_of
 from opdlm.generation_log import fingerprint
 from opdlm.metrics import DecodingProgress
@@ -323,6 +323,23 @@ def export_folder(options: argparse.Namespace) -> int:
     """`opdlm export`."""
     check_decoding(options)
     folder, out = Path(options.folder), Path(options.out)
-    export_to_vllm(folder, out, decode_config(options, read_spec(folder)))
-    print(f"exported checkpoint: {out}\nserve it: vllm serve {out}")
+    if options.to == "vllm":
+        export_to_vllm(folder, out, decode_config(options, read_spec(folder)))
+        command = f"vllm serve {out}"
+    else:
+        given = [name for name, value in options.defaults.items() if getattr(options, name) != value]
+        if given:
+            raise ConfigError(
+                f"--{given[0].replace('_', '-')} has no effect with --to sdar, whose engines decide how "
+                "tokens are chosen: leave it out."
+            )
+        export_to_sdar(folder, out)
+        size = read_spec(folder).block_size
+        command = f"lmdeploy serve api_server {out} --trust-remote-code --dllm-block-length {size}"
+        if size == 4:  # the one that SGLang knows
+            command += (
+                f", or python -m sglang.launch_server --model-path {out} --trust-remote-code "
+                "--dllm-algorithm LowConfidence"
+            )
+    print(f"exported checkpoint: {out}\nserve it: {command}")
     return 0
