@@ -285,12 +285,12 @@ def test_a_rollout_depends_on_its_place_and_not_on_its_neighbours(kind: str) -> 
 
     def roll_out(places: range) -> list[Rollout]:
         prompts = [PROMPTS[i] for i in places]
-        return generate_rollouts(model, prompts, section, step=1, seed=0, places=places)[0]
+        return generate_rollouts(model, prompts, section, step=1, seed=0, places=places)
 
     whole = roll_out(range(6))
     assert [*roll_out(range(0, 6, 2)), *roll_out(range(1, 6, 2))] == whole[::2] + whole[1::2]
     same_prompt = [PROMPTS[0]] * 4
-    drawn = generate_rollouts(model, same_prompt, section, step=1, seed=0)[0]
+    drawn = generate_rollouts(model, same_prompt, section, step=1, seed=0)
     assert len({rollout.response_ids for rollout in drawn}) > 1
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
-from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM, dynamic_module_utils
 
 from opdlm import export
 from opdlm.blocks import make_slots
@@ -48,8 +48,12 @@ def known_mask(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.usefixtures("known_mask")
 def test_the_folder_says_what_the_engines_read_and_computes_what_the_student_does(
-    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     out = tmp_path / "out"
     assert main(["export", str(folders["sdar"]), str(out), "--to", "sdar"]) == 0
     told = capsys.readouterr().out
