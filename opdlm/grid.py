@@ -158,7 +158,7 @@ def start_process(cell: Cell, run_cell: RunCell, out: Path) -> BaseProcess:
     """
     on_linux = sys.platform == "linux"
     context = multiprocessing.get_context("forkserver") if on_linux else multiprocessing.get_context("spawn")
-    context.set_forkserver_preload([run_cell.__module__])
+    context.set_forkserver_preload(["torch", run_cell.__module__])
     process = context.Process(target=work, args=(run_cell, cell, out), name=cell.name)
     with one_thread():
         process.start()

@@ -167,20 +167,20 @@ def test_generate_answers_in_every_mode(name: str, runs: Path, capsys: pytest.Ca
         assert output.out and "per forward" in output.err
 
 
-def test_the_commands_work_in_a_process_of_their_own(runs: Path, tmp_path: Path) -> None:
-    folder, out = runs / "preserve-lora" / "model", tmp_path / "report"
-    command = [sys.executable, str(ROOT / "cli.py")]
-    generated = subprocess.run(
-        [*command, "generate", str(folder), "add 1 2", "--max-new-tokens", "8"],
-        capture_output=True,
-        text=True,
-    )
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(ROOT / "cli.py"), *arguments], capture_output=True, text=True)
+
+
+def test_generate_works_in_a_process_of_its_own(runs: Path) -> None:
+    folder = runs / "preserve-lora" / "model"
+    generated = run_command("generate", str(folder), "add 1 2", "--max-new-tokens", "8")
     assert generated.returncode == 0 and len(generated.stderr.splitlines()) == 1, generated.stderr
-    evaluated = subprocess.run(
-        [*command, "eval", str(folder), "eval.modes=lossless", "--out", str(out)],
-        capture_output=True,
-        text=True,
-    )
+
+
+@pytest.mark.slow
+def test_eval_works_in_a_process_of_its_own(runs: Path, tmp_path: Path) -> None:
+    folder, out = runs / "preserve-lora" / "model", tmp_path / "report"
+    evaluated = run_command("eval", str(folder), "eval.modes=lossless", "--out", str(out))
     assert evaluated.returncode == 0 and not evaluated.stderr, evaluated.stderr
     assert "| lossless |" in evaluated.stdout
     pages = {"report.html", "report.md", "retention.png", "divergence.png"}
