@@ -4,9 +4,10 @@
 
 Greedy: lossless against `transformers.generate`; a difference counts as a tie where, at the first differing
 token, the AR model's two best logits lie within 1e-4. Sampling: lossless against AR decoding with the same
-seed, response by response. Rollouts: threshold decoding at temperature 1 against `reprefill`, the same
-decoding in fixed batches that prefills every row again in every step, at batch 1, 8 and 64, on the prompts as
-they are and lengthened to --prompt-tokens by the prompts before them. Speed tables: `opdlm bench`.
+seed, response by response. Rollouts: threshold decoding at temperature 1, 80 tokens each, against
+`reprefill`, the same decoding in fixed batches that prefills every row again in every step, at batch 1, 8 and
+64, on the prompts as they are and lengthened to --prompt-tokens by the prompts before them. Speed tables:
+`opdlm bench`.
 """
 
 from __future__ import annotations
@@ -92,8 +93,9 @@ def reprefill(model: DiffusionLM, prompts: list[Ids], config: DecodeConfig) -> l
 
 
 def time_rollouts(model: DiffusionLM, prompts: list[Ids]) -> list[dict[str, float]]:
-    """CPU seconds of both sides on the same prompts and seeds."""
-    found = []
+    """CPU seconds of both sides on the same prompts and seeds; no stop token, so that each writes as much."""
+    found, spec = [], model.spec
+    model.spec = replace(spec, stop_token_ids=())
     for batch_size, count in BATCH_SIZES.items():
         config, some = replace(ROLLOUT, batch_size=batch_size), prompts[:count]
         started = time.process_time()
@@ -112,6 +114,7 @@ def time_rollouts(model: DiffusionLM, prompts: list[Ids]) -> list[dict[str, floa
             "identical": same / len(some),
         }
         found.append({key: round(value, 4) for key, value in row.items()})
+    model.spec = spec
     return found
 
 
