@@ -15,7 +15,7 @@ from opdlm.verbs import check_decoding, decode_config, load_decoder, stream
 
 
 def chat(options: argparse.Namespace) -> int:
-    """One line at a time; /new forgets what was said, the end of the input (Ctrl-D) ends the conversation."""
+    """One line at a time; /new forgets what was said, Ctrl-D ends, Ctrl-C stops a response."""
     check_decoding(options)
     model, tokenizer = load_decoder(options.folder, options.mode, options.dtype)
     config = decode_config(options, model.spec)
@@ -26,7 +26,7 @@ def chat(options: argparse.Namespace) -> int:
     while True:
         try:
             text = console.input("> ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             console.print()
             return 0
         if text == "/new":
@@ -40,5 +40,9 @@ def chat(options: argparse.Namespace) -> int:
         except OpdlmError as error:  # the conversation goes on without this line
             console.print(f"{error} /new starts over.", markup=False)
             continue
-        rollout = stream(model, ids, config, seed_of(options.seed, turn), stops)
+        try:
+            rollout = stream(model, ids, config, seed_of(options.seed, turn), stops)
+        except KeyboardInterrupt:
+            console.print("[dim]stopped; the line is forgotten[/dim]")
+            continue
         messages, turn = [*asked, {"role": "assistant", "content": stops.text(rollout.text_ids)}], turn + 1

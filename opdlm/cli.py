@@ -179,6 +179,7 @@ def add_decoding(parser: argparse.ArgumentParser, temperature: float) -> None:
     """The flags of everything that decodes."""
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     add_sampling(parser, temperature, MODES)
 
 
@@ -207,7 +208,6 @@ def add_chat(verbs: Verbs) -> None:
     parser.add_argument("folder", metavar="DIR")
     add_decoding(parser, temperature=0.0)
     parser.add_argument("--system", metavar="TEXT", help="said before the conversation")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.set_defaults(run=commands.run_chat)
 
 
@@ -263,7 +263,6 @@ def add_rollout(verbs: Verbs) -> None:
         help="rows decoded at once; four batches are kept at a time (64)",
     )
     parser.add_argument("--limit", type=int, help="the first so many prompts")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.set_defaults(run=commands.run_rollout)
 
 

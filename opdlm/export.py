@@ -19,7 +19,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrain
 
 from opdlm.adapter import merged
 from opdlm.checkpoint import atomic_folder
-from opdlm.diffusion import DiffusionLM
+from opdlm.diffusion import DiffusionLM, DiffusionSpec
 from opdlm.errors import ConfigError
 from opdlm.models import (
     ADAPTER_FOLDER,
@@ -99,8 +99,7 @@ def merge_folder(folder: Path, out: Path, *, full_copy: bool) -> None:
             "would change every token of the AR model. Keep the folder (AR weights + adapter), or give "
             "--full-copy to write the AR weights and a merged student beside them (twice the size)."
         )
-    if out.exists():
-        raise ConfigError(f"OUT ({out}) exists already. Choose another name.")
+    check_free(out)
     dtype = dtype_of(folder)
     model, tokenizer = load(folder, dtype)
     teacher = load_causal_lm(str(folder), dtype) if spec.format == "preserve" else None
@@ -121,6 +120,17 @@ def without_adapter(model: DiffusionLM, teacher: PreTrainedModel | None = None) 
     student = merged(vars(model)["peft_model"])
     spec = replace(model.spec, adapter=False)
     return DiffusionLM(student, spec, teacher=teacher, mask_embedding=model.mask_embedding)
+
+
+def complete_student(folder: Path, spec: DiffusionSpec) -> tuple[DiffusionLM, PreTrainedTokenizerBase]:
+    """The student of an `sdar` folder in one set of weights."""
+    model, tokenizer = load(folder, dtype_of(folder))
+    return without_adapter(model) if spec.adapter else model, tokenizer
+
+
+def check_free(out: Path) -> None:
+    if out.exists():
+        raise ConfigError(f"OUT ({out}) exists already. Choose another name.")
 
 
 def export_to_sdar(folder: Path, out: Path) -> None:
@@ -144,10 +154,8 @@ def export_to_sdar(folder: Path, out: Path) -> None:
                 f"{folder} cannot be exported to SDAR's engines: {name} is {found}, and they take {needed} "
                 "only. Convert again with that, or serve it with `opdlm serve`."
             )
-    if out.exists():
-        raise ConfigError(f"OUT ({out}) exists already. Choose another name.")
-    model, tokenizer = load(folder, dtype_of(folder))
-    plain = without_adapter(model) if spec.adapter else model
+    check_free(out)
+    plain, tokenizer = complete_student(folder, spec)
     if plain.mask_embedding is not None:
         set_embedding_row(plain.student, spec.mask_token_id, plain.mask_embedding)
     rope = dict(plain.student.config.rope_parameters)
@@ -186,11 +194,9 @@ def export_to_vllm(folder: Path, out: Path, decode: DecodeConfig) -> None:
             "to vLLM. Use `opdlm generate`, or convert with format.name=sdar."
         )
     values = vllm_config_values(AutoConfig.from_pretrained(folder), spec, decode)
-    if out.exists():
-        raise ConfigError(f"OUT ({out}) exists already. Choose another name.")
-    model, tokenizer = load(folder, dtype_of(folder))
+    check_free(out)
+    plain, tokenizer = complete_student(folder, spec)
     with atomic_folder(out) as partial:
-        plain = without_adapter(model) if spec.adapter else model
         write_model(partial, plain, tokenizer)
         values["block_diffusion"] = plain.spec.to_dict()
         config_file = partial / "config.json"

@@ -321,5 +321,6 @@ def serve_folder(options: argparse.Namespace) -> int:
     import uvicorn
 
     app = Server(thread, tokenizer, name, config).app()
-    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+    with suppress(KeyboardInterrupt):  # uvicorn has ended in order, and raises it again
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
     return 0

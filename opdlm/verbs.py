@@ -106,7 +106,7 @@ def check_answering(options: argparse.Namespace) -> None:
 def answer_prompts(options: argparse.Namespace) -> int:
     """`opdlm generate`."""
     check_answering(options)
-    model, tokenizer = load_decoder(options.folder, options.mode)
+    model, tokenizer = load_decoder(options.folder, options.mode, options.dtype)
     if options.infill:  # what ends a response would cut off the text after the gap
         banned = (*model.spec.banned_token_ids, *model.spec.stop_token_ids)
         model.spec = replace(model.spec, banned_token_ids=banned)

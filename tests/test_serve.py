@@ -273,7 +273,7 @@ def test_the_command_serves_until_ctrl_c(folders: dict[str, Path]) -> None:
     assert json.loads(connection.getresponse().read())["model"] == "tiny"
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode in (0, 130) and "Traceback" not in errors, errors
+    assert process.returncode == 0 and not errors, errors
 
 
 @pytest.mark.parametrize(
