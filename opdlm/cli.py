@@ -33,6 +33,7 @@ TRAIN_EXAMPLE = """examples:
   opdlm train bundled:teacher data.path=answers.jsonl data.packing=whole masking.windows=[[0.5,1]]"""
 
 MODES = ("static", "threshold", "entropy", "left_to_right", "lossless", "ar")
+RESUMED = ("convert", "train", "rollout", "eval", "study")
 SAMPLING = ("mode", "temperature", "top_k", "top_p", "threshold", "denoising_steps")
 SERVED_MODES = ("static", "threshold", "left_to_right")
 
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"opdlm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("opdlm: interrupted. The same command continues from the last checkpoint.", file=sys.stderr)
+        goes_on = " The same command continues from the last checkpoint." if options.verb in RESUMED else ""
+        print(f"opdlm: interrupted.{goes_on}", file=sys.stderr)
         return 130
     except OSError as error:
         print(f"opdlm: {error.strerror or error} ({error.filename or 'no file'}).", file=sys.stderr)
@@ -83,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Turn autoregressive language models into diffusion models, and prove what they kept.",
         epilog="try: opdlm convert tiny",
     )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
     add_convert(verbs)
     add_train(verbs)
     add_generate(verbs)
