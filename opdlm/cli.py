@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # libgomp's threads spin for each other; beside a busy core that made decoding 100 times slower
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read when torch is first imported
     try:
-        return options.run(options)
+        status: int = options.run(options)
+        sys.stdout.flush()
+        return status
     except OpdlmError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
             print(f"opdlm: {error}", file=sys.stderr)
@@ -54,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         goes_on = " The same command continues from the last checkpoint." if options.verb in RESUMED else ""
         print(f"opdlm: interrupted.{goes_on}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has enough, as in `opdlm recipes | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         print(f"opdlm: {error.strerror or error} ({error.filename or 'no file'}).", file=sys.stderr)
         return 2

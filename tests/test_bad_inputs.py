@@ -1164,6 +1164,16 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(place: Place) -> N
     assert not [path for path in output.iterdir() if "partial" in path.name or path.name == "checkpoint-2"]
 
 
+@pytest.mark.parametrize("arguments", [["recipes"], ["convert", "--list-keys"]])
+def test_a_reader_that_has_enough_is_no_mistake(arguments: list[str]) -> None:
+    command = [sys.executable, str(ROOT / "cli.py"), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()  # as `| head` does
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and not errors, errors
+
+
 def error_table(place: Place) -> str:
     rows = ["| input | what `opdlm` says |", "|---|---|"]
     for name, (make_arguments, _) in CASES.items():
