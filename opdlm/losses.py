@@ -19,9 +19,10 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from opdlm.cpu_linear import linear
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"]
 OutcomeDivergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -52,7 +53,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V], float32 (float64 if the product is)."""
-        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        logits = linear(hidden.to(self.weight.dtype), self.weight, self.bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -242,7 +243,7 @@ class _ChunkedDivergence(torch.autograd.Function):
                 grad_bias_V += grad_CV.sum(0)
             grad_CV = grad_CV.to(weight_VH.dtype)
             if grad_hidden_MH is not None:
-                grad_hidden_MH[rows] = grad_CV @ weight_VH
+                grad_hidden_MH[rows] = linear(grad_CV, weight_VH.T)
             if grad_weight_VH is not None:
                 _add_product_(grad_weight_VH, grad_CV.T, hidden_MH[rows].to(weight_VH.dtype))
             del logits_CV, slope_CV, grad_CV  # else they live on beside the next chunk's

@@ -30,6 +30,7 @@ from transformers import (
 
 from opdlm.adapter import adapted_layers, add_lora
 from opdlm.config import LoraSection, resolve_path
+from opdlm.cpu_linear import use_faster_linear
 from opdlm.diffusion import DiffusionLM, DiffusionSpec, head_constants
 from opdlm.errors import ConfigError, DataError
 from opdlm.losses import Head
@@ -91,6 +92,7 @@ def load_causal_lm(
             )
     if getattr(model, "is_loaded_in_4bit", False):
         make_savable(model)
+    use_faster_linear(model)
     return model.eval()
 
 
@@ -126,6 +128,7 @@ def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) ->
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
             raise ConfigError(f"model.shape ({dict(shape)}) makes no model: {first_line(error)}") from error
+    use_faster_linear(model)
     return model.eval()
 
 

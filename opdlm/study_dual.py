@@ -36,6 +36,8 @@ from opdlm.text_study import (
     text_config,
 )
 from opdlm.verdicts import (
+    LIKELY_RULE,
+    WORTH,
     Findings,
     Prediction,
     Verdict,
@@ -211,8 +213,8 @@ def both_ends(records: Sequence[Values], grid: DualGrid) -> Prediction:
         numbers[name] = f"α {best or 0:.3g} minus α 0: {gaps[0]}, minus α 1: {gaps[1]}"
     return Prediction(
         claim=f"Some 0 < α < 1 beats both ends for R ≥ {HIGH}",
-        rule="holds where for some α both 95 % intervals of the paired difference to an end lie below 0; "
-        "does not where for every α one of them lies above 0",
+        rule="holds where for some α both 95 % intervals of the paired difference to an end lie below 0, does "
+        f"not where for every α one of them lies above -{WORTH}",
         verdict=combine(verdicts),
         evidence=by_regime(verdicts, numbers),
     )
@@ -220,7 +222,7 @@ def both_ends(records: Sequence[Values], grid: DualGrid) -> Prediction:
 
 def some_beats_both(against: Sequence[Sequence[Sequence[float]]]) -> Verdict:
     """Of several α, each with its differences to both ends."""
-    found = [{is_below(to_end) for to_end in ends} for ends in against]
+    found = [{is_below(to_end, worth=WORTH) for to_end in ends} for ends in against]
     if {"holds"} in found:
         return "holds"
     return "does not hold" if found and all("does not hold" in ends for ends in found) else "undecided"
@@ -231,7 +233,7 @@ def posterior_prediction(claim: str, rule: str, probabilities: Mapping[str, floa
     shown = {name: f"{probability:.2f}" for name, probability in probabilities.items()}
     return Prediction(
         claim=claim,
-        rule=f"{rule}: holds from posterior probability 0.8, does not up to 0.2",
+        rule=f"{rule}: {LIKELY_RULE}",
         verdict=combine(verdicts),
         evidence=by_regime(verdicts, shown),
     )
@@ -276,11 +278,11 @@ def early_stopping(records: Sequence[Values], grid: DualGrid) -> Prediction:
         gaps = [
             best_loss(AR)(pure[s]) - min(final_loss(AR)(runs[s]) for runs in inner) for s in seeds if inner
         ]
-        verdicts[f"R {r:g}"], numbers[f"R {r:g}"] = is_within(gaps, -math.inf, 0.05), over_seeds(gaps)
+        verdicts[f"R {r:g}"], numbers[f"R {r:g}"] = is_within(gaps, -math.inf, WORTH), over_seeds(gaps)
     return Prediction(
         claim=f"AR with early stopping equals dual training in AR mode, R ≥ {HIGH}",
         rule="best AR loss along the α = 1 run minus the best final one of 0 < α < 1: 95 % interval below "
-        "0.05",
+        f"{WORTH}",
         verdict=combine(verdicts),
         evidence=by_regime(verdicts, numbers),
     )

@@ -29,13 +29,14 @@ from opdlm.seeds import generator_for
 from opdlm.settings import build_section
 from opdlm.tables import NOTHING, Table
 from opdlm.verdicts import (
+    LIKELY_RULE,
     Findings,
     Prediction,
     Verdict,
     by_regime,
     combine,
     is_below,
-    is_more_often,
+    is_usual,
     kendall,
     over_seeds,
     quantile,
@@ -281,11 +282,11 @@ def sooner_than_baseline(records: Sequence[Values], grid: ParityGrid) -> Predict
         ours, theirs = runs_of(records, task, best), runs_of(records, task, BASELINE)
         pairs = [(steps_of(ours[s]), steps_of(theirs[s])) for s in sorted(set(ours) & set(theirs))]
         wins, losses = sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
-        verdicts[task_name(task)] = is_more_often(wins, losses)
+        verdicts[task_name(task)] = is_usual(wins, losses)
         numbers[task_name(task)] = f"sooner in {wins}, later in {losses} of {len(pairs)} seeds"
     return Prediction(
         claim="Masked diffusion with the window of the highest P_S generalises before the baseline",
-        rule="one-sided sign test at 5 % over seeds, for each task; both never is a tie",
+        rule=f"in two of three seeds, both never left out: {LIKELY_RULE}",
         verdict=combine(verdicts),
         evidence=by_regime(verdicts, numbers),
     )
@@ -296,11 +297,12 @@ def memorises(records: Sequence[Values], grid: ParityGrid) -> Prediction:
     for task in grid.tasks:
         runs = runs_of(records, task, BASELINE).values()
         stuck = [is_stuck(run) for run in runs]
-        verdicts[task_name(task)] = is_more_often(sum(stuck), len(stuck) - sum(stuck))
+        verdicts[task_name(task)] = is_usual(sum(stuck), len(stuck) - sum(stuck))
         numbers[task_name(task)] = f"{sum(stuck)} of {len(stuck)} seeds"
     return Prediction(
         claim="The baseline memorises and does not generalise",
-        rule="training inputs right, others not, when the steps are over; one-sided sign test at 5 %",
+        rule="training inputs right, others not, when the steps are over, in two of three seeds: "
+        f"{LIKELY_RULE}",
         verdict=combine(verdicts),
         evidence=by_regime(verdicts, numbers),
     )

@@ -28,12 +28,14 @@ from opdlm.plots import DPI, new_figure
 from opdlm.settings import build_section
 from opdlm.tables import Table
 from opdlm.verdicts import (
+    WORTH,
     Findings,
     Prediction,
     Verdict,
     all_of,
     by_regime,
     differences,
+    interval_rule,
     is_below,
     kendall,
     over_seeds,
@@ -43,6 +45,8 @@ Window = tuple[float, float]
 LIKELIHOOD, GENERATION = (0.45, 0.55), (0.5, 1.0)
 """The windows that are published as best for likelihood and for generative fine-tuning."""
 SAME_ORDER = 0.5
+WORTH_ACCURACY = 0.02
+"""Share of right answers below which a difference is not worth having."""
 ROLLOUTS = "teacher.parquet"
 
 
@@ -131,8 +135,11 @@ def conclude(records: Sequence[Values], grid: SftGrid, _: Path) -> Findings:
     return Findings(
         tables=[window_table(records, grid, modes)],
         predictions=[
-            best_window(records, grid, LIKELIHOOD, bound_of, "likelihood (the bound)"),
-            *[best_window(records, grid, GENERATION, errors_of(mode), f"{mode} accuracy") for mode in modes],
+            best_window(records, grid, LIKELIHOOD, bound_of, "likelihood (the bound)", WORTH),
+            *[
+                best_window(records, grid, GENERATION, errors_of(mode), f"{mode} accuracy", WORTH_ACCURACY)
+                for mode in modes
+            ],
             other_order(records, grid, modes[0]),
         ],
     )
@@ -155,7 +162,12 @@ def window_table(records: Sequence[Values], grid: SftGrid, modes: Sequence[str])
 
 
 def best_window(
-    records: Sequence[Values], grid: SftGrid, window: Window, measure: Callable[[Values], float], what: str
+    records: Sequence[Values],
+    grid: SftGrid,
+    window: Window,
+    measure: Callable[[Values], float],
+    what: str,
+    worth: float,
 ) -> Prediction:
     """`measure`: lower is better."""
     verdicts, numbers = dict[str, Verdict](), dict[str, object]()
@@ -163,10 +175,11 @@ def best_window(
         if tuple(other) != window:
             gaps = differences(of_window(records, window), of_window(records, other), measure)
             name = f"against [{other[0]:g}, {other[1]:g}]"
-            verdicts[name], numbers[name] = is_below(gaps), over_seeds(gaps)
+            verdicts[name], numbers[name] = is_below(gaps, worth=worth), over_seeds(gaps)
     return Prediction(
         claim=f"[{window[0]:g}, {window[1]:g}] is best for {what}",
-        rule="better than every other window: 95 % intervals of paired differences (negative is better)",
+        rule="better than every other window, paired differences (negative is better): each "
+        f"{interval_rule(worth)}",
         verdict=all_of(verdicts),
         evidence=by_regime(verdicts, numbers),
     )

@@ -20,11 +20,13 @@ from opdlm.plots import DPI, new_figure
 from opdlm.tables import NOTHING, Table
 from opdlm.text_study import LOSS_NAMES, MD, final_loss, text_cell, text_config
 from opdlm.verdicts import (
+    WORTH,
     Findings,
     Prediction,
     all_of,
     by_regime,
     differences,
+    interval_rule,
     is_below,
     is_within,
     over_seeds,
@@ -131,10 +133,11 @@ def u_shape(narrow: Mapping[Window, Mapping[int, Values]]) -> Prediction:
         for end in (windows[0], windows[-1]):
             name = f"{fmean(lowest):.2f} against {fmean(end):.2f}"
             gaps = differences(narrow[lowest], narrow[end], final_loss(MD))
-            verdicts[name], numbers[name] = is_below(gaps), over_seeds(gaps)
+            verdicts[name], numbers[name] = is_below(gaps, worth=WORTH), over_seeds(gaps)
     return Prediction(
         claim="The bound is U-shaped in the window's midpoint",
-        rule="the lowest inner midpoint is below both outermost ones: 95 % intervals of paired differences",
+        rule="the lowest inner midpoint is below both outermost ones, paired differences: each "
+        f"{interval_rule(WORTH)}",
         verdict=all_of(verdicts),
         evidence=by_regime(verdicts, numbers),
     )
@@ -173,8 +176,8 @@ def better_than_everything(
     gaps = differences(narrow.get(window, {}), everything, final_loss(MD))
     return Prediction(
         claim="A window around t* is better than U[0, 1]",
-        rule="bound of the window nearest to t* minus that of [0, 1], same seeds: 95 % interval below 0",
-        verdict=is_below(gaps),
+        rule=f"bound of the window nearest to t* minus that of [0, 1], same seeds: {interval_rule(WORTH)}",
+        verdict=is_below(gaps, worth=WORTH),
         evidence=f"[{window[0]:g}, {window[1]:g}]: {over_seeds(gaps)}",
     )
 

@@ -1,9 +1,9 @@
 """What runs with several seeds say about a prediction: decided by rules on numbers, never written by hand.
 
 An estimate is a mean over seeds with its 95 % interval (Student's t: few seeds, wide interval; one seed, an
-infinite one). A prediction about a sign `holds` if the interval lies on its side, `does not hold` if it lies
-on the other, and is `undecided` in between. Over several regimes it is `regime-dependent` if it holds in
-one and does not hold in another.
+infinite one). A prediction about a sign `holds` if the interval lies on its side, `does not hold` if it
+excludes every effect on that side that would be worth having, and is `undecided` in between. Over several
+regimes it is `regime-dependent` if it holds in one and does not hold in another.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 """Student's t for a two-sided 95 % interval, by degrees of freedom from 1."""
 LIKELY = 0.8
 """Probability from which a statement about a posterior counts as decided."""
-SIGN_LEVEL = 0.05
+LIKELY_RULE = f"holds from posterior probability {LIKELY}, does not up to {1 - LIKELY:.1g}"
+WORTH = 0.05
+"""Nats per token below which a difference of two losses is not worth having."""
+USUAL = 2 / 3
+"""Share of seeds in which an event has to happen to be called usual."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +85,17 @@ def differences(
     return [measure(first[seed]) - measure(second[seed]) for seed in sorted(set(first) & set(second))]
 
 
-def is_below(values: Sequence[float], bound: float = 0.0) -> Verdict:
-    """Whether the mean of these values, one per seed, is below `bound`."""
+def is_below(values: Sequence[float], bound: float = 0.0, worth: float = 0.0) -> Verdict:
+    """Whether the mean of these values, one per seed, is below `bound`; not, if surely not by `worth`."""
     estimate = over_seeds(values)
     if estimate.high < bound:
         return "holds"
-    return "does not hold" if estimate.low > bound else "undecided"
+    return "does not hold" if estimate.low > bound - worth else "undecided"
+
+
+def interval_rule(worth: float) -> str:
+    """`is_below` in words."""
+    return f"holds if the 95 % interval lies below 0, does not if above -{worth:g}"
 
 
 def is_within(values: Sequence[float], low: float, high: float) -> Verdict:
@@ -104,17 +113,17 @@ def is_likely(probability: float) -> Verdict:
     return "does not hold" if probability <= 1 - LIKELY else "undecided"
 
 
-def is_more_often(wins: int, losses: int) -> Verdict:
-    """One-sided sign test of paired seeds at 5 %: five wins of five decide, four of four do not."""
-    if sign_test(wins, losses) <= SIGN_LEVEL:
-        return "holds"
-    return "does not hold" if sign_test(losses, wins) <= SIGN_LEVEL else "undecided"
+def is_usual(num_seen: int, num_not: int) -> Verdict:
+    """Whether something happens in two of three seeds or more: three of three decide, and three of seven."""
+    return is_likely(probability_usual(num_seen, num_not))
 
 
-def sign_test(wins: int, losses: int) -> float:
-    """Probability of at least so many wins among as many fair coins."""
-    num = wins + losses
-    return sum(math.comb(num, k) for k in range(wins, num + 1)) / 2**num
+def probability_usual(num_seen: int, num_not: int) -> float:
+    """Posterior probability that its share is at least USUAL, all shares alike before: a Beta distribution,
+    at whole numbers a binomial sum.
+    """
+    num = num_seen + num_not + 1
+    return sum(math.comb(num, k) * USUAL**k * (1 - USUAL) ** (num - k) for k in range(num_seen + 1))
 
 
 def kendall(xs: Sequence[float], ys: Sequence[float]) -> float:

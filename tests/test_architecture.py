@@ -11,7 +11,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "opdlm"
 FLOORS = {
-    0: {"configuration_sdar", "code_tests", "errors", "records", "blocks", "intervals", "seeds", "tables"},
+    0: {
+        "configuration_sdar",
+        "code_tests",
+        "errors",
+        "records",
+        "blocks",
+        "intervals",
+        "seeds",
+        "tables",
+        "cpu_linear",
+    },
     1: {"scoring", "analytics", "settings", "cache", "unmasking", "losses", "verdicts"},
     2: {"config", "attention", "rows", "checkpoint", "metrics", "generation_log"},
     3: {

@@ -3,16 +3,17 @@
 import math
 
 import pytest
+import torch
 
 from opdlm.verdicts import (
     all_of,
     combine,
     is_below,
     is_likely,
-    is_more_often,
+    is_usual,
     is_within,
     over_seeds,
-    sign_test,
+    probability_usual,
 )
 
 
@@ -27,6 +28,10 @@ def test_a_sign_is_decided_by_the_interval_and_one_seed_decides_nothing() -> Non
     assert is_below([-1.0, -1.1, -0.9]) == "holds"
     assert is_below([1.0, 1.1, 0.9]) == "does not hold"
     assert is_below([-1.0, 0.1, 0.5]) == "undecided"
+    nothing = [-0.001, 0.001, 0.0]
+    assert is_below(nothing) == "undecided" and is_below(nothing, worth=0.05) == "does not hold"
+    assert is_below([-0.04, -0.041, -0.039], worth=0.05) == "holds"
+    assert is_below([-1.0, 0.1, 0.5], worth=0.05) == "undecided"
     assert is_below([-100.0]) == is_below([]) == is_below([-1.0, -math.inf]) == "undecided"
 
 
@@ -36,10 +41,14 @@ def test_a_range_is_decided_by_the_interval() -> None:
     assert is_within([0.58, 0.60, 0.62], 0.4, 0.6) == is_within([0.5], 0.4, 0.6) == "undecided"
 
 
-def test_five_wins_of_five_decide_and_four_of_four_do_not() -> None:
-    assert sign_test(5, 0) == 1 / 32 and sign_test(0, 5) == sign_test(0, 0) == 1
-    assert [is_more_often(*pair) for pair in ((5, 0), (4, 0), (0, 5), (6, 1))] == [
-        *("holds", "undecided", "does not hold", "undecided")
+def test_what_happens_in_two_of_three_seeds_is_usual() -> None:
+    shares = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+    density = shares**7 * (1 - shares) ** 2
+    wanted = density[shares >= 2 / 3].sum() / density.sum()
+    assert probability_usual(7, 2) == pytest.approx(float(wanted), abs=1e-4)
+    assert probability_usual(0, 0) == pytest.approx(1 / 3)
+    assert [is_usual(*pair) for pair in ((3, 0), (2, 0), (0, 1), (9, 1), (8, 2), (3, 4))] == [
+        *("holds", "undecided", "does not hold", "holds", "undecided", "does not hold")
     ]
 
 

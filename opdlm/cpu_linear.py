@@ -1,0 +1,94 @@
+"""Linear layers in float32 on CPUs where oneDNN multiplies faster than MKL, which torch calls.
+
+MKL, in every x86 build of torch, knows AVX-512 on Intel only. oneDNN, in the same build, has it everywhere:
+on an AMD EPYC of 2024 a product takes half the time, forward and backward (docs/lab.md). Small products stay
+with MKL, whose calls cost less; so does everything on other processors, in other dtypes and under autocast.
+
+Shape suffixes: I in, O out.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+SMALL = 2**20
+"""Multiplications up to which a product is MKL's: measured, 64 x 64 to 1024 x 1024, 1 to 1024 rows."""
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether this processor has AVX-512 and is not Intel's."""
+    known = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    return known and "AVX512" in torch.backends.cpu.get_cpu_capability() and not is_intel()
+
+
+def is_intel() -> bool:
+    vendor = CPU_INFO.read_text(errors="replace") if CPU_INFO.is_file() else platform.processor()
+    return "GenuineIntel" in vendor
+
+
+def linear(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`F.linear`, by the faster library."""
+    if not (
+        onednn_is_faster()
+        and inputs.dtype == weight_OI.dtype == torch.float32
+        and inputs.device.type == weight_OI.device.type == "cpu"
+        and inputs.numel() * len(weight_OI) > SMALL
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        return F.linear(inputs, weight_OI, bias_O)
+    if torch.is_grad_enabled():
+        output: Tensor = Linear.apply(inputs, weight_OI, bias_O)  # type: ignore[no-untyped-call]
+        return output
+    return product(inputs, weight_OI, bias_O)
+
+
+def product(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """inputs @ weight^T + bias by oneDNN: what `torch.compile` makes of linear layers on CPU."""
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight_OI, bias_O, "none", [], "")
+    return output
+
+
+class Linear(torch.autograd.Function):
+    """`product` with its two gradients, which are products as well."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs, weight_OI)
+        return product(inputs, weight_OI, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        inputs, weight_OI = ctx.saved_tensors
+        grad_NO, inputs_NI = grad.reshape(-1, grad.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
+        needs_inputs, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            product(grad, weight_OI.t()) if needs_inputs else None,
+            product(grad_NO.t(), inputs_NI.t()) if needs_weight else None,
+            grad_NO.sum(0) if needs_bias else None,
+        )
+
+
+class CpuLinear(nn.Linear):
+    """`nn.Linear` through `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def use_faster_linear(model: nn.Module) -> None:
+    """Every plain linear layer, in place; weights, names and what is saved stay as they are."""
+    if onednn_is_faster():
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = CpuLinear
