@@ -213,8 +213,8 @@ def both_ends(records: Sequence[Values], grid: DualGrid) -> Prediction:
         numbers[name] = f"α {best or 0:.3g} minus α 0: {gaps[0]}, minus α 1: {gaps[1]}"
     return Prediction(
         claim=f"Some 0 < α < 1 beats both ends for R ≥ {HIGH}",
-        rule="holds where for some α both 95 % intervals of the paired difference to an end lie below 0, does "
-        f"not where for every α one of them lies above -{WORTH}",
+        rule="holds where for some α both 95 % intervals of the paired difference to an end lie below 0, "
+        f"does not where for every α one of them lies above -{WORTH}",
         verdict=combine(verdicts),
         evidence=by_regime(verdicts, numbers),
     )
