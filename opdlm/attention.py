@@ -15,7 +15,7 @@ C queries of a chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal
 
@@ -34,6 +34,8 @@ from .cache import DecodeCache
 ATTENTION_NAME = "opdlm"
 CHUNK = 128
 """Queries of a chunk of `flash`. A forward of one or two chunks runs `sdpa`: as fast, with a small mask."""
+KEPT_BYTES = 64 * 2**20
+"""Of the masks of `flash` that are kept between layers."""
 FLEX_MIN_HEAD_DIM = 16
 
 Backend = Literal["sdpa", "flex", "flash"]
@@ -116,13 +118,17 @@ def compiled_block_mask() -> Any:
 
 @dataclass(frozen=True, slots=True)
 class QueryChunks:
-    """Which keys the queries of each chunk see; a chunk's mask is made when it is needed."""
+    """Which keys the queries of each chunk see. A chunk's mask is made when it is needed, and kept for other
+    layers and the backward up to KEPT_BYTES of all.
+    """
 
     queries: Slots
     keys: Slots
     window: int | None
     parts: tuple[tuple[slice, Tensor], ...]
     """Queries of the chunk, key columns `[N]` that any of them sees."""
+    kept: dict[Any, Tensor] = field(default_factory=dict)
+    """Masks by chunk, repeats and dtype."""
 
     @classmethod
     def plan(cls, queries: Slots, keys: Slots, window: int | None) -> QueryChunks:
@@ -136,16 +142,23 @@ class QueryChunks:
 
     def with_masks(self, num_repeats: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Queries, key columns and mask `[B, 1, num_repeats * C, N]` of each chunk."""
-        for rows, columns_N in self.parts:
-            seen_BCN = visible(pick(self.queries, ..., rows), pick(self.keys, ..., columns_N), self.window)
-            yield rows, columns_N, additive_mask(seen_BCN, dtype).repeat(1, 1, num_repeats, 1)
+        for number, (rows, columns_N) in enumerate(self.parts):
+            mask = self.kept.get((number, num_repeats, dtype))
+            if mask is None:
+                seen_BCN = visible(
+                    pick(self.queries, ..., rows), pick(self.keys, ..., columns_N), self.window
+                )
+                mask = additive_mask(seen_BCN, dtype).repeat(1, 1, num_repeats, 1)
+                if mask.nbytes + sum(other.nbytes for other in self.kept.values()) <= KEPT_BYTES:
+                    self.kept[number, num_repeats, dtype] = mask
+            yield rows, columns_N, mask
 
 
 class ChunkedAttention(torch.autograd.Function):
     """Attention chunk by chunk: `[B, H, Q, D]`, `[B, KV heads, K, D]` -> `[B, Q, H, D]`.
 
     Query heads that share keys stand below each other as queries of one head, so keys are never repeated. The
-    backward makes each chunk's mask again; what is kept is linear in Q and K.
+    backward makes the masks again that were not kept; what is kept beside them is linear in Q and K.
     """
 
     @staticmethod

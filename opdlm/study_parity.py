@@ -35,7 +35,6 @@ from opdlm.verdicts import (
     Verdict,
     by_regime,
     combine,
-    is_below,
     is_usual,
     kendall,
     over_seeds,
@@ -53,7 +52,7 @@ Window = tuple[float, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityGrid:
-    tasks: tuple[Task, ...] = ((12, 3, 100), (12, 3, 200))
+    tasks: tuple[Task, ...] = ((12, 3, 80), (12, 3, 100), (12, 3, 200))
     """Bits n, bits of the secret k, and training sequences N."""
     windows: tuple[Window, ...] = ((0, 1), (0, 0.42), (0.2, 0.3), (0.5, 1))
     """Ranges of t. The baseline, which masks exactly y, always runs as well."""
@@ -265,11 +264,13 @@ def higher_signal_sooner(records: Sequence[Values], grid: ParityGrid) -> Predict
         signals = [signal_of(window, task[1]) for window in windows]
         seeds = sorted(set.intersection(*[set(found) for found in runs])) if runs else []
         taus = [kendall(signals, [-steps_of(found[seed]) for found in runs]) for seed in seeds]
-        verdicts[task_name(task)] = is_below([-tau for tau in taus])
-        numbers[task_name(task)] = f"τ {over_seeds(taus)}"
+        sooner, later = sum(tau > 0 for tau in taus), sum(tau < 0 for tau in taus)
+        verdicts[task_name(task)] = is_usual(sooner, later)
+        numbers[task_name(task)] = f"sooner in {sooner}, later in {later} of {len(taus)} seeds"
     return Prediction(
         claim="Windows of higher P_S generalise sooner",
-        rule="Kendall's τ between P_S and earliness over the windows of each seed: 95 % interval above 0",
+        rule="Kendall's τ between P_S and earliness over the windows of a seed is positive, in two of three "
+        f"seeds that learnt with any: {LIKELY_RULE}",
         verdict=combine(verdicts),
         evidence=by_regime(verdicts, numbers),
     )

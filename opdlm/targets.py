@@ -42,13 +42,14 @@ def score_rows(model: DiffusionLM, text: Slots) -> TeacherPass:
 
 
 def targets_at_supervised(
-    model: DiffusionLM, states: StateBatch, scored: TeacherPass, section: LossSection
+    model: DiffusionLM, states: StateBatch, scored: TeacherPass | None, section: LossSection
 ) -> Targets:
-    """Targets of the supervised slots, in the order of `is_supervised_BS.nonzero()`."""
+    """Targets of the supervised slots, in the order of `is_supervised_BS.nonzero()`; `sft`: no teacher."""
     row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
     target_M = states.slots.start_BS[row_M, column_M] + states.target_BS[row_M, column_M]
     if section.objective == "sft":
         return TokenTargets(ids_M=states.text.ids_BS[row_M, target_M])
+    assert scored is not None
     hidden_MH = scored.hidden_BLH[row_M, target_M - 1]
     banned = torch.tensor(model.spec.banned_token_ids, dtype=torch.long, device=hidden_MH.device)
     head = head_of(model.teacher or model.student, banned)

@@ -57,15 +57,19 @@ class StudentLoss(nn.Module):
     def __init__(self, model: DiffusionLM, section: LossSection) -> None:
         super().__init__()
         self.model, self.section = model, section
+        self.needs_teacher = (
+            section.objective != "sft" or section.ar_weight > 0 or model.spec.format == "preserve"
+        )
 
     def forward(self, states: StateBatch, weights_M: Tensor) -> LossOutput:
-        scored = score_rows(self.model, states.text)
-        hidden_BSH = self.model.student_hidden(states.slots, scored.cache)
+        scored = score_rows(self.model, states.text) if self.needs_teacher else None
+        hidden_BSH = self.model.student_hidden(states.slots, scored and scored.cache)
         row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
         targets = targets_at_supervised(self.model, states, scored, self.section)
         output = self.divergence(hidden_BSH[row_M, column_M], targets, weights_M)
         if self.section.ar_weight == 0:
             return output
+        assert scored is not None
         row_M, column_M = (states.text.group_BS == CLEAN).nonzero(as_tuple=True)
         kept = self.divergence(
             self.model.student_hidden(states.text)[row_M, column_M],
