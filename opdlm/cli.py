@@ -234,6 +234,7 @@ def add_serve(verbs: Verbs) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: other machines too (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one (8000)")
     parser.add_argument("--name", help="of the model in requests (DIR)")
+    parser.add_argument("--api-key", help="wanted from requests; or $OPDLM_API_KEY, which `ps` does not show")
     parser.add_argument("--max-rows", type=int, default=16, help="requests decoded at once (16)")
     parser.add_argument(
         "--max-length", type=int, help="prompt and response together (the context, at most 4096)"

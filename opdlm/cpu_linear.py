@@ -47,7 +47,7 @@ def linear(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> T
     ):
         return F.linear(inputs, weight_OI, bias_O)
     if torch.is_grad_enabled():
-        output: Tensor = Linear.apply(inputs, weight_OI, bias_O)  # type: ignore[no-untyped-call]
+        output: Tensor = Linear.apply(inputs, weight_OI, bias_O)
         return output
     return product(inputs, weight_OI, bias_O)
 

@@ -55,12 +55,13 @@ class DecodeThread(Thread):
     def run(self) -> None:
         while True:
             self._receive()
-            decoder = self._admit()
             try:
+                decoder = self._admit()
                 finished = decoder.step() if decoder.is_busy else {}
             except Exception as error:  # whatever it is, those who wait must hear of it
-                self._decoder, failed, self.running = None, self.running, {}
-                for job in failed.values():
+                failed = list(self.running.values()) or [self.waiting.popleft()]
+                self._decoder, self.running = None, {}
+                for job in failed:
                     job.on_end(error)
                 continue
             for index, rollout in finished.items():

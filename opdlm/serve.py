@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hmac
 import json
+import os
 import random
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -49,6 +51,7 @@ from opdlm.verbs import check_decoding, decode_config, load_decoder
 DEFAULT_LENGTH = 4096
 MOST_CHOICES = 128
 LARGEST = 2**62
+API_KEY_VARIABLE = "OPDLM_API_KEY"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,13 @@ class Server:
     name: str
     config: DecodeConfig
     """What a request does not say."""
+    api_key: str = ""
+    """What requests must bring; empty: nothing."""
+
+    def check_key(self, authorization: str) -> None:
+        wanted = f"Bearer {self.api_key}".encode()
+        if self.api_key and not hmac.compare_digest(authorization.encode(), wanted):
+            raise Refused("this server wants `Authorization: Bearer KEY` with its --api-key.", status=401)
 
     def read(self, body: Any, *, is_chat: bool) -> Asked:
         """Check a request and prepare its jobs; Refused says which key, which value, which rule."""
@@ -209,6 +219,7 @@ class Server:
         from starlette.responses import JSONResponse, StreamingResponse
 
         try:
+            self.check_key(request.headers.get("authorization", ""))
             asked = self.read(json.loads(await request.body()), is_chat=is_chat)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             return JSONResponse(error_body(f"the body is not JSON: {error}."), 400)
@@ -320,7 +331,8 @@ def serve_folder(options: argparse.Namespace) -> int:
     print(f"serving {name} ({options.mode}) at http://{host}:{port}/v1, until Ctrl-C", flush=True)
     import uvicorn
 
-    app = Server(thread, tokenizer, name, config).app()
+    api_key = options.api_key or os.environ.get(API_KEY_VARIABLE, "")
+    app = Server(thread, tokenizer, name, config, api_key).app()
     with suppress(KeyboardInterrupt):  # uvicorn has ended in order, and raises it again
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
     return 0

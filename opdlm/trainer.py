@@ -63,7 +63,7 @@ class StudentLoss(nn.Module):
 
     def forward(self, states: StateBatch, weights_M: Tensor) -> LossOutput:
         scored = score_rows(self.model, states.text) if self.needs_teacher else None
-        hidden_BSH = self.model.student_hidden(states.slots, scored and scored.cache)
+        hidden_BSH = self.model.student_hidden(states.slots, scored.cache if scored else None)
         row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
         targets = targets_at_supervised(self.model, states, scored, self.section)
         output = self.divergence(hidden_BSH[row_M, column_M], targets, weights_M)

@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opdlm import attention
-from opdlm.attention import Backend, SlotForward, choose_backend, keys_with_cache, make_mask, slot_attention
+from opdlm.attention import (
+    Backend,
+    ChunkedAttention,
+    QueryChunks,
+    SlotForward,
+    additive_mask,
+    choose_backend,
+    keys_with_cache,
+    make_mask,
+    slot_attention,
+)
 from opdlm.blocks import Format, Grid, Slots, clean_slots, visible
 from opdlm.diffusion import DiffusionLM, DiffusionSpec
 from opdlm.generate import DecodeConfig, generate
@@ -168,6 +178,27 @@ def assert_equals_reference(
     assert len(pairs) == (4 if grad else 1)
     for left, right in pairs:
         assert (left.double() - right).abs().max() <= tolerance * max(1.0, float(right.abs().max()))
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 5000, attention.KEPT_BYTES])
+def test_masks_are_kept_between_layers_up_to_a_limit_and_change_nothing(
+    kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, made = LAYOUTS["packed_sdar"](), list[int]()
+    monkeypatch.setattr(attention, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(attention, "additive_mask", lambda *args: made.append(1) or additive_mask(*args))
+    mask, seen_BQK = make_mask(*layout, None, torch.float64, "flash"), visible(*layout)
+    assert isinstance(mask, QueryChunks)
+    inputs = [x.requires_grad_() for x in random_inputs(layout, torch.float64, "cpu")]
+    expected = with_gradients(reference(*inputs, seen_BQK), seen_BQK, inputs)
+    for _layer in range(2):
+        out = ChunkedAttention.apply(*inputs, mask, HEAD_DIM**-0.5)  # type: ignore[no-untyped-call]
+        found = with_gradients(out, seen_BQK, inputs)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    num_chunks, num_kept = len(mask.parts), len(mask.kept)
+    assert sum(kept.nbytes for kept in mask.kept.values()) <= kept_bytes
+    assert (num_kept > 0, num_kept == num_chunks) == (kept_bytes > 0, kept_bytes > 5000)
+    assert len(made) == num_kept + 4 * (num_chunks - num_kept)  # two forwards and two backwards
 
 
 def moved(slots: Slots, device: str) -> Slots:

@@ -105,6 +105,7 @@ def served(folders: dict[str, Path], request: pytest.FixtureRequest) -> Iterator
     yield from serve(folders[request.param], DecodeConfig(mode=mode, max_new_tokens=20))
 
 
+SECRET = {"Authorization": "Bearer secret"}
 REQUESTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("add 1 2", {}, {}),
     ("copy ab", {"max_tokens": 3}, {"max_new_tokens": 3}),
@@ -243,12 +244,16 @@ def test_a_client_that_leaves_makes_room(
     assert lossless.post(CHAT, {"messages": HELLO})[0] == 200
 
 
-def test_a_failure_is_told_and_survived(lossless: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Any) -> Any:
+@pytest.mark.parametrize("where", ["step", "__init__"])
+def test_a_failure_is_told_and_survived(
+    lossless: Served, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
         raise RuntimeError("out of memory")
 
+    lossless.thread._decoder = None
     with monkeypatch.context() as patch:
-        patch.setattr(generate_room.Decoder, "step", fail)
+        patch.setattr(generate_room.Decoder, where, fail)
         status, answer = lossless.post(CHAT, {"messages": HELLO})
         assert status == 500 and "out of memory" in answer["error"]["message"]
         sent = lossless.connect(CHAT, {"messages": HELLO, "stream": True}).read().decode()
@@ -259,7 +264,7 @@ def test_a_failure_is_told_and_survived(lossless: Served, monkeypatch: pytest.Mo
 def test_the_command_serves_until_ctrl_c(folders: dict[str, Path]) -> None:
     command = [sys.executable, str(ROOT / "cli.py"), "serve", str(folders["preserve"]), "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--mode", "lossless", "--name", "tiny", "--max-new-tokens", "8"],
+        [*command, "--mode", "lossless", "--name", "tiny", "--max-new-tokens", "8", "--api-key", "secret"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -269,8 +274,11 @@ def test_the_command_serves_until_ctrl_c(folders: dict[str, Path]) -> None:
     line = process.stdout.readline()
     port = int(line.split("http://127.0.0.1:")[1].split("/")[0])
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", CHAT, json.dumps({"messages": HELLO}), {"Content-Type": "application/json"})
-    assert json.loads(connection.getresponse().read())["model"] == "tiny"
+    for header, status in (({}, 401), ({"Authorization": "Bearer sécret"}, 401), (SECRET, 200)):
+        connection.request("POST", CHAT, json.dumps({"messages": HELLO}), header)
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+        assert response.status == status and ("choices" in answer) == (status == 200)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and not errors, errors

@@ -305,6 +305,20 @@ def test_sft_loss_is_the_weighted_cross_entropy_of_the_response_tokens() -> None
     torch.testing.assert_close(out.loss, (weights_M.double() * losses_M).sum())
 
 
+@pytest.mark.parametrize(
+    ("kind", "section", "passes"), [("sdar", {}, 0), ("sdar", {"ar_weight": 0.5}, 1), ("preserve", {}, 1)]
+)
+def test_sft_asks_the_teacher_only_for_what_it_needs(
+    kind: str, section: dict[str, Any], passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In `preserve` its pass makes the keys and values that the student reads."""
+    model, calls = make_model(kind), list[int]()
+    teacher_hidden = model.teacher_hidden
+    monkeypatch.setattr(model, "teacher_hidden", lambda *args: calls.append(1) or teacher_hidden(*args))
+    loss_of(model, make_states(model, ROLLOUTS, "random_mask"), objective="sft", **section)
+    assert len(calls) == passes
+
+
 def test_the_autoregressive_term_is_the_mean_divergence_over_each_rollouts_text() -> None:
     """Against autograd through full logits, every rollout alone."""
     model, section = make_model("sdar"), {"ar_weight": 0.7}
