@@ -31,6 +31,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opdlm.bench import hf_responses
 from opdlm.config import LoraSection
+from opdlm.cpu_linear import use_faster_linear
 from opdlm.diffusion import DiffusionLM, DiffusionSpec
 from opdlm.generate import DecodeConfig, generate
 from opdlm.models import assemble
@@ -64,7 +65,8 @@ def make_model(layers: int) -> tuple[DiffusionLM, Qwen3ForCausalLM]:
         banned_token_ids=(config.vocab_size - 2, config.vocab_size - 1),
         adapter=True,
     )
-    plain = copy.deepcopy(base)  # no adapter slows `transformers.generate`
+    plain = copy.deepcopy(base)  # no adapter slows `transformers.generate`, its layers are stock
+    use_faster_linear(base)
     model = assemble(base, spec, lora=LoraSection(), mask_embedding=torch.zeros(config.hidden_size))
     return model.eval(), plain
 

@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 
 SMALL = 2**20
 """Multiplications up to which a product is MKL's: measured, 64 x 64 to 1024 x 1024, 1 to 1024 rows."""
+PLAIN = (Tensor, nn.Parameter)
+"""Not quantised, sharded or traced."""
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -40,6 +42,8 @@ def linear(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> T
     """`F.linear`, by the faster library."""
     if not (
         onednn_is_faster()
+        and type(inputs) in PLAIN
+        and type(weight_OI) in PLAIN
         and inputs.dtype == weight_OI.dtype == torch.float32
         and inputs.device.type == weight_OI.device.type == "cpu"
         and inputs.numel() * len(weight_OI) > SMALL

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opdlm.attention import SlotCache
-from opdlm.blocks import Slots
+from opdlm.blocks import Format, Slots
 from opdlm.config import LossSection
 from opdlm.diffusion import DiffusionLM
 from opdlm.losses import HiddenTargets, Targets, TokenTargets, top_k_targets
@@ -32,6 +32,11 @@ class TeacherPass:
 
     hidden_BLH: Tensor
     cache: SlotCache | None
+
+
+def needs_teacher(section: LossSection, fmt: Format) -> bool:
+    """Whether training reads the teacher's pass: hard targets do not, but `preserve` reads its cache."""
+    return section.objective != "sft" or section.ar_weight > 0 or fmt == "preserve"
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ from opdlm.states import (
     pack_states,
     select_states,
 )
-from opdlm.targets import score_rows, targets_at_supervised
+from opdlm.targets import needs_teacher, score_rows, targets_at_supervised
 
 
 class StudentLoss(nn.Module):
@@ -57,9 +57,7 @@ class StudentLoss(nn.Module):
     def __init__(self, model: DiffusionLM, section: LossSection) -> None:
         super().__init__()
         self.model, self.section = model, section
-        self.needs_teacher = (
-            section.objective != "sft" or section.ar_weight > 0 or model.spec.format == "preserve"
-        )
+        self.needs_teacher = needs_teacher(section, model.spec.format)
 
     def forward(self, states: StateBatch, weights_M: Tensor) -> LossOutput:
         scored = score_rows(self.model, states.text) if self.needs_teacher else None

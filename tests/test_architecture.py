@@ -51,7 +51,7 @@ FLOORS = {
     },
     7: {"text_likelihood", "rollout", "decode_thread", "evaluate", "modeling_opdlm", "plots", "card"},
     8: {"text_trainer", "rollout_sources", "self_prompts", "likelihood", "report", "watch"},
-    9: {"trainer", "text_options", "text_subjects", "retention"},
+    9: {"costs", "trainer", "text_options", "text_subjects", "retention"},
     10: {"text_eval", "text_pipeline", "pipeline", "plan", "harness", "bench", "verbs"},
     11: {"serve", "chat", "text_study", "study_sft", "study_conversion"},
     12: {"study_crossover", "study_dual", "study_parity", "study_window"},

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from opdlm import cpu_linear
@@ -105,6 +106,12 @@ def test_layers_are_exchanged_in_place_and_keep_their_weights() -> None:
     assert [type(module) for module in model] == [CpuLinear, Special, nn.LayerNorm]
     assert type(copy.deepcopy(model)[0]) is CpuLinear
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.usefixtures("faster")
+def test_traced_tensors_stay_with_torch() -> None:
+    with FakeTensorMode():
+        assert linear(torch.empty(512, 128), torch.empty(128, 128)).shape == (512, 128)
 
 
 def test_intel_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

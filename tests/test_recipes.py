@@ -15,13 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from opdlm import plan as planning
-from opdlm import trainer
+from opdlm import costs, trainer
 from opdlm.cli import main
 from opdlm.config import Config
 from opdlm.config_rules import check_config, load_config
 from opdlm.curricula import num_updates_of
-from opdlm.plan import GIB, Plan, make_plan
+from opdlm.plan import GIB, Plan, file_lines, make_plan
 from opdlm.recipe_files import bundled_recipes
 from opdlm.records import Prompt, Rollout
 from opdlm.settings import read_recipe
@@ -234,7 +233,7 @@ def test_tokens_and_updates_follow_the_schedule_by_hand(place: Path) -> None:
     plan = make_plan(config)
     assert plan.response_tokens == 8 * (16 + 24 + 24)
     assert num_updates_of(config) == 3
-    assert [planning.response_cap(config, step) for step in range(3)] == [16, 24, 24]
+    assert [costs.response_cap(config, step) for step in range(3)] == [16, 24, 24]
 
 
 def test_asynchronous_rollouts_take_a_copy_of_what_is_trained_and_their_cache_stays(place: Path) -> None:
@@ -290,12 +289,12 @@ def test_what_a_run_writes_was_planned(place: Path, tmp_path: Path) -> None:
         *("train.num_steps=1", "train.ema_decay=0.9", "data.max_prompt_tokens=64"),
     ]
     config = load_config(None, options)
-    lines = planning.file_lines(config, planning.measure_sizes(config))
+    lines = file_lines(config, costs.measure_sizes(config))
     assert main(["convert", str(place / "qwen3"), *options[1:]]) == 0
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {"config.yaml", "metrics.jsonl", "checkpoint-1", "model"}
     assert all(any(name.replace("-1", "-N") in line for line in lines) for name in written)
-    sizes = planning.measure_sizes(config)
+    sizes = costs.measure_sizes(config)
     tensors = sum(f.stat().st_size for f in (tmp_path / "checkpoint-1").glob("*.safetensors"))
     assert tensors == pytest.approx(3 * sizes.trained_bytes + 4 * sizes.trained, rel=0.25)
     assert GIB == 1024**3
