@@ -24,7 +24,16 @@ from opdlm.pipeline import convert_checkpoint
 from opdlm.plots import DPI, new_figure
 from opdlm.settings import apply_override, build_section
 from opdlm.tables import NOTHING, Table
-from opdlm.verdicts import Findings, Prediction, differences, is_below, over_seeds
+from opdlm.verdicts import (
+    WORTH,
+    WORTH_ACCURACY,
+    Findings,
+    Prediction,
+    differences,
+    interval_rule,
+    is_below,
+    over_seeds,
+)
 
 Measure = Callable[[Values], float]
 
@@ -133,10 +142,11 @@ def variant_table(records: Sequence[Values], grid: ConversionGrid, names: Sequen
 
 def is_better(records: Sequence[Values], name: str, other: str, what: str, measure: Measure) -> Prediction:
     gaps = differences(of_variant(records, other), of_variant(records, name), measure)
+    worth = WORTH_ACCURACY if what.endswith("accuracy") else WORTH
     return Prediction(
         claim=f"{name} is better than {other} in {what}",
-        rule="95 % interval of the paired differences (baseline minus variant) below 0",
-        verdict=is_below(gaps),
+        rule=f"paired differences (baseline minus variant): {interval_rule(worth)}",
+        verdict=is_below(gaps, worth=worth),
         evidence=f"{over_seeds(gaps)}",
     )
 

@@ -29,6 +29,7 @@ from opdlm.settings import build_section
 from opdlm.tables import Table
 from opdlm.verdicts import (
     WORTH,
+    WORTH_ACCURACY,
     Findings,
     Prediction,
     Verdict,
@@ -45,8 +46,6 @@ Window = tuple[float, float]
 LIKELIHOOD, GENERATION = (0.45, 0.55), (0.5, 1.0)
 """The windows that are published as best for likelihood and for generative fine-tuning."""
 SAME_ORDER = 0.5
-WORTH_ACCURACY = 0.02
-"""Share of right answers below which a difference is not worth having."""
 ROLLOUTS = "teacher.parquet"
 
 

@@ -24,7 +24,9 @@ LIKELY = 0.8
 """Probability from which a statement about a posterior counts as decided."""
 LIKELY_RULE = f"holds from posterior probability {LIKELY}, does not up to {1 - LIKELY:.1g}"
 WORTH = 0.05
-"""Nats per token below which a difference of two losses is not worth having."""
+"""Nats per token, or tokens per forward, below which a difference is not worth having."""
+WORTH_ACCURACY = 0.02
+"""The same for shares of right answers."""
 USUAL = 2 / 3
 """Share of seeds in which an event has to happen to be called usual."""
 
