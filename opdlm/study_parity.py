@@ -265,14 +265,15 @@ def higher_signal_sooner(records: Sequence[Values], grid: ParityGrid) -> Predict
         seeds = sorted(set.intersection(*[set(found) for found in runs])) if runs else []
         taus = [kendall(signals, [-steps_of(found[seed]) for found in runs]) for seed in seeds]
         sooner, later = sum(tau > 0 for tau in taus), sum(tau < 0 for tau in taus)
-        verdicts[task_name(task)] = is_usual(sooner, later)
-        numbers[task_name(task)] = f"sooner in {sooner}, later in {later} of {len(taus)} seeds"
+        if sooner + later:
+            verdicts[task_name(task)] = is_usual(sooner, later)
+            numbers[task_name(task)] = f"sooner in {sooner}, later in {later} of {len(taus)} seeds"
     return Prediction(
         claim="Windows of higher P_S generalise sooner",
         rule="Kendall's τ between P_S and earliness over the windows of a seed is positive, in two of three "
         f"seeds that learnt with any: {LIKELY_RULE}",
         verdict=combine(verdicts),
-        evidence=by_regime(verdicts, numbers),
+        evidence=by_regime(verdicts, numbers) or "nothing was learnt",
     )
 
 

@@ -3,7 +3,8 @@
 An estimate is a mean over seeds with its 95 % interval (Student's t: few seeds, wide interval; one seed, an
 infinite one). A prediction about a sign `holds` if the interval lies on its side, `does not hold` if it
 excludes every effect on that side that would be worth having, and is `undecided` in between. Over several
-regimes it is `regime-dependent` if it holds in one and does not hold in another.
+regimes it is `regime-dependent` if it holds in one and does not hold in another, and does not hold if it
+fails in one and nothing says that it holds in another.
 """
 
 from __future__ import annotations
@@ -144,13 +145,11 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def combine(by_regime: Mapping[str, Verdict]) -> Verdict:
-    """One verdict over regimes."""
+    """One verdict over regimes, for all of which the claim is made: one where it fails refutes it."""
     found = set(by_regime.values())
-    if len(found) == 1:
-        return found.pop()
     if "regime-dependent" in found or {"holds", "does not hold"} <= found:
         return "regime-dependent"
-    return "undecided"
+    return all_of(by_regime)
 
 
 def all_of(parts: Mapping[str, Verdict]) -> Verdict:

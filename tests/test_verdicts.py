@@ -60,6 +60,8 @@ def test_regimes_that_disagree_make_a_claim_regime_dependent() -> None:
     assert combine({"R 1": "holds", "R 32": "does not hold", "R 8": "undecided"}) == "regime-dependent"
     assert combine({"R 1": "holds", "R 32": "undecided"}) == combine({}) == "undecided"
     assert combine({"R 1": "holds", "R 32": "holds"}) == "holds"
+    assert combine({"R 1": "does not hold", "R 32": "undecided"}) == "does not hold"
+    assert combine({"R 1": "regime-dependent", "R 32": "holds"}) == "regime-dependent"
 
 
 def test_a_claim_of_several_parts_needs_all_of_them() -> None:
