@@ -32,7 +32,7 @@ from opdlm.verdicts import (
     combine,
     interval_rule,
     is_below,
-    is_usual,
+    is_sooner,
     over_seeds,
     quantile,
 )
@@ -177,14 +177,13 @@ def shown(epochs: Mapping[int, float]) -> str:
 def earlier(
     claim: str, first_and_second: Mapping[str, tuple[dict[int, float], dict[int, float]]]
 ) -> Prediction:
-    """Whether the first crosses at an earlier epoch: sign tests over seeds, a regime each."""
+    """Whether the first crosses at an earlier epoch than the second; by regime."""
     verdicts, numbers = dict[str, Verdict](), dict[str, object]()
     for name, (first, second) in first_and_second.items():
         pairs = [(first[seed], second[seed]) for seed in sorted(set(first) & set(second))]
-        wins, losses = sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
-        if wins + losses:
-            verdicts[name] = is_usual(wins, losses)
-            numbers[name] = f"earlier in {wins}, later in {losses} of {len(pairs)} seeds"
+        verdict, numbers[name] = is_sooner(pairs)
+        if verdict is not None:
+            verdicts[name] = verdict
     return Prediction(
         claim=claim,
         rule=f"in two of three seeds: {LIKELY_RULE}; never is later than any epoch, and where neither ever "

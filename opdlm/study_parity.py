@@ -35,6 +35,7 @@ from opdlm.verdicts import (
     Verdict,
     by_regime,
     combine,
+    is_sooner,
     is_usual,
     kendall,
     over_seeds,
@@ -264,10 +265,9 @@ def higher_signal_sooner(records: Sequence[Values], grid: ParityGrid) -> Predict
         signals = [signal_of(window, task[1]) for window in windows]
         seeds = sorted(set.intersection(*[set(found) for found in runs])) if runs else []
         taus = [kendall(signals, [-steps_of(found[seed]) for found in runs]) for seed in seeds]
-        sooner, later = sum(tau > 0 for tau in taus), sum(tau < 0 for tau in taus)
-        if sooner + later:
-            verdicts[task_name(task)] = is_usual(sooner, later)
-            numbers[task_name(task)] = f"sooner in {sooner}, later in {later} of {len(taus)} seeds"
+        verdict, numbers[task_name(task)] = is_sooner([(-tau, 0) for tau in taus])
+        if verdict is not None:
+            verdicts[task_name(task)] = verdict
     return Prediction(
         claim="Windows of higher P_S generalise sooner",
         rule="Kendall's τ between P_S and earliness over the windows of a seed is positive, in two of three "
@@ -283,9 +283,9 @@ def sooner_than_baseline(records: Sequence[Values], grid: ParityGrid) -> Predict
         best = max((list(window) for window in grid.windows), key=lambda window: signal_of(window, task[1]))
         ours, theirs = runs_of(records, task, best), runs_of(records, task, BASELINE)
         pairs = [(steps_of(ours[s]), steps_of(theirs[s])) for s in sorted(set(ours) & set(theirs))]
-        wins, losses = sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
-        verdicts[task_name(task)] = is_usual(wins, losses)
-        numbers[task_name(task)] = f"sooner in {wins}, later in {losses} of {len(pairs)} seeds"
+        verdict, numbers[task_name(task)] = is_sooner(pairs)
+        if verdict is not None:
+            verdicts[task_name(task)] = verdict
     return Prediction(
         claim="Masked diffusion with the window of the highest P_S generalises before the baseline",
         rule=f"in two of three seeds, both never left out: {LIKELY_RULE}",

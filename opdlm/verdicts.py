@@ -121,6 +121,15 @@ def is_usual(num_seen: int, num_not: int) -> Verdict:
     return is_likely(probability_usual(num_seen, num_not))
 
 
+def is_sooner(pairs: Sequence[tuple[float, float]]) -> tuple[Verdict | None, str]:
+    """Whether the first of a pair, one per seed, is usually the smaller one, and the numbers behind it; no
+    verdict where no pair differs.
+    """
+    sooner, later = sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
+    verdict = is_usual(sooner, later) if sooner + later else None
+    return verdict, f"sooner in {sooner}, later in {later} of {len(pairs)} seeds"
+
+
 def probability_usual(num_seen: int, num_not: int) -> float:
     """Posterior probability that its share is at least USUAL, all shares alike before: a Beta distribution,
     at whole numbers a binomial sum.

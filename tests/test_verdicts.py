@@ -10,6 +10,7 @@ from opdlm.verdicts import (
     combine,
     is_below,
     is_likely,
+    is_sooner,
     is_usual,
     is_within,
     over_seeds,
@@ -50,6 +51,15 @@ def test_what_happens_in_two_of_three_seeds_is_usual() -> None:
     assert [is_usual(*pair) for pair in ((3, 0), (2, 0), (0, 1), (9, 1), (8, 2), (3, 4))] == [
         *("holds", "undecided", "does not hold", "holds", "undecided", "does not hold")
     ]
+
+
+def test_who_is_sooner_is_asked_where_seeds_differ() -> None:
+    never = math.inf
+    assert is_sooner([(1, 2), (3, never), (5, 6), (never, never)]) == (
+        "holds",
+        "sooner in 3, later in 0 of 4 seeds",
+    )
+    assert is_sooner([(never, never)]) == (None, "sooner in 0, later in 0 of 1 seeds")
 
 
 def test_a_probability_is_decided_at_its_ends() -> None:
