@@ -1,0 +1,58 @@
+"""The committed results of the studies are those of the bundled recipes, and docs/studies.md is theirs."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opdlm.settings import plain
+from opdlm.studies import STUDIES, read_plan
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "studies.md"
+MINUTES = 60
+HEAD = """# What held in miniature
+
+Published findings about training objectives, tested by `opdlm study NAME`: small models, several seeds, half an
+hour on two cores each at most. Every verdict is computed from the runs, by a rule that the linked page states
+with the numbers and the picture. A miniature says what happens at its size, not at the paper's: recipes for
+that, not run here, are `opdlm study NAME_paper`.
+
+Written by `python tests/test_study_results.py > docs/studies.md`."""
+
+
+def committed(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / f"docs/results/study/{name}/results.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_results_are_those_of_the_recipe_and_of_half_an_hour_on_two_cores(name: str) -> None:
+    found, plan = committed(name), read_plan(ROOT / f"recipes/studies/{name}.yaml", [])
+    assert found["seeds"] == list(plan.seeds)
+    assert found["grid"] == json.loads(json.dumps(plain(asdict(plan.grid))))
+    assert found["run"] == json.loads(json.dumps(plain(plan.run)))
+    assert set(found["cells"]) == {cell.name for cell in plan.cells} and not found["errors"]
+    assert sum(cell["seconds"] for cell in found["cells"].values()) <= 60 * MINUTES
+
+
+def test_the_page_of_studies_is_true() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page()
+
+
+def page() -> str:
+    """docs/studies.md."""
+    parts = [HEAD]
+    for name in STUDIES:
+        found = committed(name)
+        runs, seeds = len(found["cells"]), len(found["seeds"])
+        parts += [f"\n## [{name}](results/study/{name}/table.md): {runs} runs, {seeds} seeds\n"]
+        parts += ["| prediction | verdict |", "|---|---|"]
+        parts += [f"| {p['claim']} | {p['verdict']} |" for p in found["predictions"]]
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")
