@@ -15,10 +15,10 @@ PAGE = ROOT / "docs" / "studies.md"
 MINUTES = 60
 HEAD = """# What held in miniature
 
-Published findings about training objectives, tested by `opdlm study NAME`: small models, several seeds, half
-an hour on two cores each at most. Every verdict is computed from the runs, by a rule that the linked page states
-with the numbers and the picture. A miniature says what happens at its size, not at the paper's: recipes for
-that, not run here, are `opdlm study NAME_paper`.
+Published findings about training objectives, tested by `opdlm study NAME`: small models, several seeds,
+half an hour on two cores each at most. Every verdict is computed from the runs, by a rule that the
+linked page states with the numbers and the picture. A miniature says what happens at its size, not at
+the paper's: recipes for that, not run here, are `opdlm study NAME_paper`.
 
 Written by `python tests/test_study_results.py > docs/studies.md`."""
 
