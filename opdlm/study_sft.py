@@ -33,7 +33,6 @@ from opdlm.verdicts import (
     Findings,
     Prediction,
     Verdict,
-    all_of,
     by_regime,
     differences,
     interval_rule,
@@ -134,9 +133,9 @@ def conclude(records: Sequence[Values], grid: SftGrid, _: Path) -> Findings:
     return Findings(
         tables=[window_table(records, grid, modes)],
         predictions=[
-            best_window(records, grid, LIKELIHOOD, bound_of, "likelihood (the bound)", WORTH),
+            better_window(records, grid, LIKELIHOOD, bound_of, "likelihood (the bound)", WORTH),
             *[
-                best_window(records, grid, GENERATION, errors_of(mode), f"{mode} accuracy", WORTH_ACCURACY)
+                better_window(records, grid, GENERATION, errors_of(mode), f"{mode} accuracy", WORTH_ACCURACY)
                 for mode in modes
             ],
             other_order(records, grid, modes[0]),
@@ -160,7 +159,7 @@ def window_table(records: Sequence[Values], grid: SftGrid, modes: Sequence[str])
     )
 
 
-def best_window(
+def better_window(
     records: Sequence[Values],
     grid: SftGrid,
     window: Window,
@@ -168,7 +167,7 @@ def best_window(
     what: str,
     worth: float,
 ) -> Prediction:
-    """`measure`: lower is better."""
+    """Against [0, 1], as published; the other windows beside it. `measure`: lower is better."""
     verdicts, numbers = dict[str, Verdict](), dict[str, object]()
     for other in grid.windows:
         if tuple(other) != window:
@@ -176,10 +175,9 @@ def best_window(
             name = f"against [{other[0]:g}, {other[1]:g}]"
             verdicts[name], numbers[name] = is_below(gaps, worth=worth), over_seeds(gaps)
     return Prediction(
-        claim=f"[{window[0]:g}, {window[1]:g}] is best for {what}",
-        rule="better than every other window, paired differences (negative is better): each "
-        f"{interval_rule(worth)}",
-        verdict=all_of(verdicts),
+        claim=f"[{window[0]:g}, {window[1]:g}] is better than [0, 1] for {what}",
+        rule=f"paired differences (negative is better): {interval_rule(worth)}",
+        verdict=verdicts.get("against [0, 1]", "undecided"),
         evidence=by_regime(verdicts, numbers),
     )
 
