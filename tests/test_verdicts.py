@@ -39,7 +39,10 @@ def test_a_sign_is_decided_by_the_interval_and_one_seed_decides_nothing() -> Non
 def test_a_range_is_decided_by_the_interval() -> None:
     assert is_within([0.50, 0.51, 0.52], 0.4, 0.6) == "holds"
     assert is_within([0.70, 0.71, 0.72], 0.4, 0.6) == "does not hold"
-    assert is_within([0.58, 0.60, 0.62], 0.4, 0.6) == is_within([0.5], 0.4, 0.6) == "undecided"
+    values = [0.58, 0.60, 0.62]
+    assert over_seeds(values, 90).half == pytest.approx(2.92 * 0.02 / math.sqrt(3))
+    assert is_within(values, 0.4, 0.635) == "holds" and over_seeds(values).high > 0.635
+    assert is_within(values, 0.4, 0.6) == is_within([0.5], 0.4, 0.6) == "undecided"
 
 
 def test_what_happens_in_two_of_three_seeds_is_usual() -> None:
