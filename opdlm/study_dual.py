@@ -276,7 +276,7 @@ def same_optimum(records: Sequence[Values], grid: DualGrid) -> Prediction:
             numbers[f"R {r:g}"] = f"α {best[AR]:.3g} costs {over_seeds(costs)} against α {best[MD]:.3g}"
     return Prediction(
         claim="The optimum is nearly the same in AR and MD evaluation",
-        rule="MD bound at the mixed α that is best for AR minus that at its own best one: 90 % interval "
+        rule="MD bound at the mixed α that is best for AR minus that at its own best one: 95 % interval "
         f"below {WORTH}, or above",
         verdict=combine(verdicts),
         evidence=by_regime(verdicts, numbers),
@@ -296,7 +296,7 @@ def early_stopping(records: Sequence[Values], grid: DualGrid) -> Prediction:
         verdicts[f"R {r:g}"], numbers[f"R {r:g}"] = is_within(gaps, -math.inf, WORTH), over_seeds(gaps)
     return Prediction(
         claim=f"AR with early stopping equals dual training in AR mode, R ≥ {HIGH}",
-        rule="best AR loss along the α = 1 run minus the best final one of 0 < α < 1: 90 % interval below "
+        rule="best AR loss along the α = 1 run minus the best final one of 0 < α < 1: 95 % interval below "
         f"{WORTH}",
         verdict=combine(verdicts),
         evidence=by_regime(verdicts, numbers),

@@ -161,7 +161,7 @@ def near_t_star(narrow: Mapping[Window, Mapping[int, Values]], t_star: float) ->
     ]
     return Prediction(
         claim=f"The minimum is near t* = {t_star:.3f} from n-gram statistics",
-        rule="vertex of the parabola through the lowest three midpoints of each seed: 90 % interval within "
+        rule="vertex of the parabola through the lowest three midpoints of each seed: 95 % interval within "
         f"t* ± {NEAR}",
         verdict=is_within(lowest, t_star - NEAR, t_star + NEAR),
         evidence=f"minimum at {over_seeds(lowest)}",

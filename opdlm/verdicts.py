@@ -21,8 +21,6 @@ from opdlm.tables import NOTHING, Table
 Verdict = Literal["holds", "does not hold", "regime-dependent", "undecided"]
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 """Student's t for a two-sided 95 % interval, by degrees of freedom from 1."""
-T_90 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761)
-"""The same for 90 %: each side at 5 %."""
 LIKELY = 0.8
 """Probability from which a statement about a posterior counts as decided."""
 LIKELY_RULE = f"holds from posterior probability {LIKELY}, does not up to {1 - LIKELY:.1g}"
@@ -32,6 +30,8 @@ WORTH_ACCURACY = 0.02
 """The same for shares of right answers."""
 USUAL = 2 / 3
 """Share of seeds in which an event has to happen to be called usual."""
+MIN_SEEDS = 3
+"""From which on that is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +73,13 @@ class Findings:
     predictions: list[Prediction]
 
 
-def over_seeds(values: Sequence[float], level: Literal[90, 95] = 95) -> Estimate:
-    """Mean and half of the interval of it; values that are not finite make both so."""
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """Mean and half of the 95 % interval of it; values that are not finite make both so."""
     if not values:
         return Estimate(math.nan, math.inf, 0)
     if len(values) == 1 or not all(map(math.isfinite, values)):
         return Estimate(mean(values), math.inf, len(values))
-    table, limit = (T_95, 1.96) if level == 95 else (T_90, 1.645)
-    t = table[len(values) - 2] if len(values) - 2 < len(table) else limit
+    t = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else 1.96
     return Estimate(mean(values), t * stdev(values) / math.sqrt(len(values)), len(values))
 
 
@@ -105,10 +104,8 @@ def interval_rule(worth: float) -> str:
 
 
 def is_within(values: Sequence[float], low: float, high: float) -> Verdict:
-    """Whether the mean lies in [low, high]: its 90 % interval inside, outside or across a border, as tests of
-    equivalence have it (two one-sided tests at 5 %, Schuirmann 1987).
-    """
-    estimate = over_seeds(values, 90)
+    """Whether the mean lies in [low, high]: the interval inside, outside, or across its border."""
+    estimate = over_seeds(values)
     if low <= estimate.low and estimate.high <= high:
         return "holds"
     return "does not hold" if estimate.high < low or estimate.low > high else "undecided"
@@ -122,7 +119,11 @@ def is_likely(probability: float) -> Verdict:
 
 
 def is_usual(num_seen: int, num_not: int) -> Verdict:
-    """Whether something happens in two of three seeds or more: three of three decide, and three of seven."""
+    """Whether something happens in two of three seeds or more: three of three decide, and three of seven;
+    fewer than three decide nothing.
+    """
+    if num_seen + num_not < MIN_SEEDS:
+        return "undecided"
     return is_likely(probability_usual(num_seen, num_not))
 
 
