@@ -96,15 +96,16 @@ def make_cells(grid: DualGrid, base: Values, seeds: Sequence[int]) -> list[Cell]
 
 def conclude(records: Sequence[Values], grid: DualGrid, _: Path) -> Findings:
     draws = optimum_draws(records, grid)
+    predictions = [
+        both_ends(records, grid),
+        sixteen(draws),
+        mostly_ar(draws),
+        same_optimum(records, grid),
+        early_stopping(records, grid),
+    ]
     return Findings(
         tables=[loss_table(records, grid), optimum_table(draws)],
-        predictions=[
-            both_ends(records, grid),
-            sixteen(draws),
-            mostly_ar(draws),
-            same_optimum(records, grid),
-            early_stopping(records, grid),
-        ],
+        predictions=[p for p in predictions if p.evidence],  # those with a regime in this grid
     )
 
 

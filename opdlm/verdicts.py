@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import NormalDist, mean, stdev
 from typing import Any, Literal
 
 from opdlm.tables import NOTHING, Table
@@ -79,8 +79,16 @@ def over_seeds(values: Sequence[float]) -> Estimate:
         return Estimate(math.nan, math.inf, 0)
     if len(values) == 1 or not all(map(math.isfinite, values)):
         return Estimate(mean(values), math.inf, len(values))
-    t = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else 1.96
-    return Estimate(mean(values), t * stdev(values) / math.sqrt(len(values)), len(values))
+    half = student(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return Estimate(mean(values), half, len(values))
+
+
+def student(degrees: int) -> float:
+    """Student's t for a two-sided 95 % interval: the table, then its expansion around the normal z."""
+    if degrees <= len(T_95):
+        return T_95[degrees - 1]
+    z = NormalDist().inv_cdf(0.975)
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
 def differences(

@@ -22,6 +22,8 @@ def test_the_interval_over_seeds_is_students() -> None:
     estimate = over_seeds([1.0, 2.0, 3.0])
     assert estimate.mean == 2
     assert estimate.half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-3)
+    thirty_six = over_seeds([*range(36)])
+    assert thirty_six.half == pytest.approx(2.0301 * math.sqrt(36 * 37 / 12) / 6, rel=1e-4)
     assert str(over_seeds([1.0])) == "1.000" and over_seeds([1.0]).half == math.inf
 
 
