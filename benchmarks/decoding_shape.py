@@ -31,7 +31,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opdlm.bench import hf_responses
 from opdlm.config import LoraSection
-from opdlm.cpu_linear import use_faster_linear
+from opdlm.cpu_linear import CALLS_BEFORE_PACKING, use_faster_linear
 from opdlm.diffusion import DiffusionLM, DiffusionSpec
 from opdlm.generate import DecodeConfig, generate
 from opdlm.models import assemble
@@ -92,13 +92,14 @@ def compare(model: DiffusionLM, base: Any, batch_size: int, args: argparse.Names
     return {name: batch_size * args.new / seconds_of(work) for name, work in sides.items()}
 
 
-def step_seconds(model: DiffusionLM, num_known: int, num_steps: int = 9) -> float:
-    """Median seconds of a denoising step after `num_known` tokens; the first, with the prefill, left out."""
+def step_seconds(model: DiffusionLM, num_known: int, num_steps: int = CALLS_BEFORE_PACKING + 18) -> float:
+    """Median seconds of a denoising step after `num_known` tokens, once the weights are packed."""
     times: list[float] = []
     prompt = torch.randint(1, 100_000, (num_known,), generator=generator_for(1)).tolist()
     config = DecodeConfig(mode="static", max_new_tokens=num_steps, batch_size=1, veto_below=0.0)
     generate(model, [prompt], config, on_step=lambda *_: times.append(time.perf_counter()))
-    return statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
+    packed = times[CALLS_BEFORE_PACKING + 1 :]
+    return statistics.median(later - earlier for earlier, later in itertools.pairwise(packed))
 
 
 def read_seconds(base: Any) -> float:
@@ -111,8 +112,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--prompt", type=int, default=16)
-    parser.add_argument("--new", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--known", type=int, nargs="+", default=[64, 256, 1024, 2048])
     args = parser.parse_args()

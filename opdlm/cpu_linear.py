@@ -4,12 +4,17 @@ MKL, in every x86 build of torch, knows AVX-512 on Intel only. oneDNN, in the sa
 on an AMD EPYC of 2024 a product takes half the time, forward and backward (docs/lab.md). Small products stay
 with MKL, whose calls cost less; so does everything on other processors, in other dtypes and under autocast.
 
+With few rows, as in a decoding step, most of a product's time goes into bringing the weights into oneDNN's
+layout. `packed_weights` keeps copies in that layout as long as a decode runs.
+
 Shape suffixes: I in, O out.
 """
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,9 +26,15 @@ from torch.autograd.function import once_differentiable
 
 SMALL = 2**20
 """Multiplications up to which a product is MKL's: measured, 64 x 64 to 1024 x 1024, 1 to 1024 rows."""
+LARGE = 2**18
+"""Numbers in a weight from which packing pays: measured, 512 x 512, 1 to 512 rows."""
+CALLS_BEFORE_PACKING = 12
+"""Packing takes as long as what so many calls with few rows waste: little is lost on a short text."""
 PLAIN = (Tensor, nn.Parameter)
 """Not quantised, sharded or traced."""
 CPU_INFO = Path("/proc/cpuinfo")
+MEMORY_INFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @cache
@@ -40,20 +51,24 @@ def is_intel() -> bool:
 
 def linear(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """`F.linear`, by the faster library."""
-    if not (
-        onednn_is_faster()
-        and type(inputs) in PLAIN
-        and type(weight_OI) in PLAIN
-        and inputs.dtype == weight_OI.dtype == torch.float32
-        and inputs.device.type == weight_OI.device.type == "cpu"
-        and inputs.numel() * len(weight_OI) > SMALL
-        and not torch.is_autocast_enabled("cpu")
-    ):
+    if inputs.numel() * len(weight_OI) <= SMALL or not can_multiply(inputs, weight_OI):
         return F.linear(inputs, weight_OI, bias_O)
     if torch.is_grad_enabled():
         output: Tensor = Linear.apply(inputs, weight_OI, bias_O)
         return output
     return product(inputs, weight_OI, bias_O)
+
+
+def can_multiply(inputs: Tensor, weight_OI: Tensor) -> bool:
+    """Whether oneDNN takes these, and is the faster one."""
+    return (
+        onednn_is_faster()
+        and type(inputs) in PLAIN
+        and type(weight_OI) in PLAIN
+        and inputs.dtype == weight_OI.dtype == torch.float32
+        and inputs.device.type == weight_OI.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def product(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -84,10 +99,23 @@ class Linear(torch.autograd.Function):
 
 
 class CpuLinear(nn.Linear):
-    """`nn.Linear` through `linear`."""
+    """`nn.Linear` through `linear`, or by packed weights while `packed_weights` is open."""
+
+    calls_before_packing: int | None = None
+    """None: no packing."""
+    packed: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        waits = self.calls_before_packing
+        if waits is None or torch.is_grad_enabled() or not can_multiply(input, self.weight):
+            return linear(input, self.weight, self.bias)
+        if waits:
+            self.calls_before_packing = waits - 1
+            return linear(input, self.weight, self.bias)
+        packed = self.packed
+        if packed is None:
+            packed = self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
+        return product(input, packed, self.bias)
 
 
 def use_faster_linear(model: nn.Module) -> None:
@@ -96,3 +124,36 @@ def use_faster_linear(model: nn.Module) -> None:
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = CpuLinear
+
+
+@contextmanager
+def packed_weights(model: nn.Module) -> Iterator[None]:
+    """Around inference that changes no weight: large layers that are called again and again multiply by
+    copies in oneDNN's layout, dropped at the end. Nothing is copied where memory is short.
+    """
+    layers = [m for m in model.modules() if isinstance(m, CpuLinear) and m.weight.numel() >= LARGE]
+    num_bytes = sum(weight.nbytes for weight in {layer.weight for layer in layers})
+    if not layers or num_bytes > free_memory() // 2:
+        yield
+        return
+    for layer in layers:
+        layer.calls_before_packing = CALLS_BEFORE_PACKING
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.calls_before_packing = layer.packed = None
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, or of its control group if that has less; 0
+    where no Linux says so.
+    """
+    if not MEMORY_INFO.is_file():
+        return 0
+    fields = dict(line.split(":") for line in MEMORY_INFO.read_text().splitlines())
+    available = int(fields["MemAvailable"].removesuffix("kB")) * 1024
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
+        available = min(available, int(text) - int(used.read_text()))
+    return available

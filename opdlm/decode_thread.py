@@ -15,6 +15,7 @@ from threading import Event, Thread
 
 from torch import Tensor
 
+from opdlm.cpu_linear import packed_weights
 from opdlm.diffusion import DiffusionLM
 from opdlm.generate import Decoder, FindEnd
 from opdlm.records import Rollout
@@ -53,19 +54,24 @@ class DecodeThread(Thread):
         self._count = itertools.count()
 
     def run(self) -> None:
-        while True:
-            self._receive()
-            try:
-                decoder = self._admit()
-                finished = decoder.step() if decoder.is_busy else {}
-            except Exception as error:  # whatever it is, those who wait must hear of it
-                failed = list(self.running.values()) or [self.waiting.popleft()]
-                self._decoder, self.running = None, {}
-                for job in failed:
-                    job.on_end(error)
-                continue
-            for index, rollout in finished.items():
-                self.running.pop(index).on_end(rollout)
+        with packed_weights(self.model):
+            while True:
+                self._receive()
+                self._advance()
+
+    def _advance(self) -> None:
+        """One forward; who is through or has failed hears of it."""
+        try:
+            decoder = self._admit()
+            finished = decoder.step() if decoder.is_busy else {}
+        except Exception as error:  # whatever it is, those who wait must hear of it
+            failed = list(self.running.values()) or [self.waiting.popleft()]
+            self._decoder, self.running = None, {}
+            for job in failed:
+                job.on_end(error)
+            return
+        for index, rollout in finished.items():
+            self.running.pop(index).on_end(rollout)
 
     def _receive(self) -> None:
         """Take what has arrived; with nothing to do, wait for it."""

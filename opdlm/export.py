@@ -35,7 +35,7 @@ from opdlm.vllm_plugin import vllm_config_values
 
 REMOTE_ROOMS = (
     *("modeling_opdlm", "generate", "lossless", "denoise", "rows", "diffusion", "attention", "cache"),
-    *("unmasking", "blocks", "records"),
+    *("unmasking", "blocks", "records", "cpu_linear"),
 )
 RECORDS = (
     *("README.md", "opdlm_config.yaml", "all_results.json", "retention.json", "timing.json"),

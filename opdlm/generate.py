@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .blocks import Format, Grid
 from .cache import DecodeCache
+from .cpu_linear import packed_weights
 from .denoise import denoise_step
 from .diffusion import DiffusionLM, DiffusionSpec
 from .lossless import Economy, lossless_step
@@ -121,8 +122,9 @@ def generate(
     if find_end is not None:
         decoder.find_end = dict.fromkeys(range(len(prompts)), find_end)
     finished: dict[int, Rollout] = {}
-    while decoder.is_busy:
-        finished |= decoder.step()
+    with packed_weights(model):
+        while decoder.is_busy:
+            finished |= decoder.step()
     return [finished[i] for i in range(len(prompts))]
 
 

@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 from .attention import SlotCache as SlotCache
 from .blocks import Grid as Grid
 from .cache import DecodeCache as DecodeCache
+from .cpu_linear import use_faster_linear
 from .denoise import denoise_step as denoise_step
 from .diffusion import Adapted, DiffusionLM, DiffusionSpec
 from .generate import DecodeConfig, generate
@@ -118,6 +119,7 @@ class OpdlmForCausalLM(nn.Module):
             key: options[key] for key in ("dtype", "torch_dtype", "revision", "token") if key in options
         }
         base = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **loading)
+        use_faster_linear(base)
         spec = DiffusionSpec.from_dict(config.block_diffusion)
         if spec.format == "sdar" and not spec.adapter:
             return cls(config, DiffusionLM(base, spec)).eval()
@@ -126,6 +128,7 @@ class OpdlmForCausalLM(nn.Module):
         mask_embedding = load_file(embedding_file)["mask_embedding"]
         if not spec.adapter:
             student = AutoModelForCausalLM.from_pretrained(name, subfolder="student", **loading)
+            use_faster_linear(student)
             return cls(config, DiffusionLM(student, spec, teacher=base, mask_embedding=mask_embedding)).eval()
         weights_file: Any = cached_file(name, "adapter/adapter_model.safetensors", revision=revision)
         cached_file(name, "adapter/adapter_config.json", revision=revision)

@@ -11,7 +11,16 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from opdlm import cpu_linear
-from opdlm.cpu_linear import SMALL, CpuLinear, Linear, linear, product, use_faster_linear
+from opdlm.cpu_linear import (
+    CALLS_BEFORE_PACKING,
+    SMALL,
+    CpuLinear,
+    Linear,
+    linear,
+    packed_weights,
+    product,
+    use_faster_linear,
+)
 
 SHAPES = [((1, 8), 4), ((300, 64), 96), ((2, 5, 32), 48), ((7,), 3), ((3, 1, 4, 16), 8)]
 
@@ -106,6 +115,71 @@ def test_layers_are_exchanged_in_place_and_keep_their_weights() -> None:
     assert [type(module) for module in model] == [CpuLinear, Special, nn.LayerNorm]
     assert type(copy.deepcopy(model)[0]) is CpuLinear
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def large_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 640), nn.Linear(640, 512, bias=False), nn.Linear(512, 64))
+    use_faster_linear(model)
+    return model
+
+
+def call_until_packed(model: nn.Module, inputs: Tensor) -> Tensor:
+    for _ in range(CALLS_BEFORE_PACKING):
+        model(inputs)
+    output: Tensor = model(inputs)
+    return output
+
+
+@pytest.mark.usefixtures("faster")
+@pytest.mark.parametrize("num_rows", [1, 3, 40, 700])
+def test_packed_weights_give_the_same_numbers(num_rows: int) -> None:
+    model, inputs = large_layers(), torch.randn(1, num_rows, 512)
+    with torch.no_grad(), packed_weights(model):
+        output = call_until_packed(model, inputs)
+        assert [layer.packed is not None for layer in model] == [True, True, False], "large ones only"
+    wanted = copy.deepcopy(model).double()(inputs.double())
+    torch.testing.assert_close(output.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("faster")
+def test_packed_weights_live_as_long_as_the_block_and_follow_no_gradient() -> None:
+    model, inputs = large_layers(), torch.randn(2, 512)
+    with packed_weights(model):
+        for _ in range(CALLS_BEFORE_PACKING + 1):
+            model(inputs).sum().backward()
+        assert all(layer.packed is None for layer in model)
+        with torch.inference_mode():
+            old = call_until_packed(model, inputs)
+    assert all(layer.packed is layer.calls_before_packing is None for layer in model)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+        with packed_weights(model):
+            assert not torch.allclose(call_until_packed(model, inputs), old), "the weights of now"
+
+
+@pytest.mark.usefixtures("faster")
+def test_nothing_is_packed_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = large_layers(), torch.randn(2, 512)
+    num_bytes = sum(layer.weight.nbytes for layer in model[:2])
+    (tmp_path / "memory.current").write_text("1000\n")
+    monkeypatch.setattr(cpu_linear, "CGROUP", tmp_path)
+    for limit, is_packed in (("max", True), (2 * num_bytes + 1000, True), (2 * num_bytes + 999, False)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        with torch.no_grad(), packed_weights(model):
+            call_until_packed(model, inputs)
+            assert (model[0].packed is not None) == is_packed
+    monkeypatch.setattr(cpu_linear, "MEMORY_INFO", tmp_path / "none")
+    assert cpu_linear.free_memory() == 0
+
+
+@pytest.mark.usefixtures("faster")
+def test_a_failure_drops_the_copies() -> None:
+    model = large_layers()
+    with pytest.raises(RuntimeError, match="primitive"), torch.no_grad(), packed_weights(model):
+        call_until_packed(model, torch.randn(2, 512))
+        nn.Sequential.forward(model, torch.randn(2, 5))
+    assert all(layer.packed is None for layer in model)
 
 
 @pytest.mark.usefixtures("faster")
