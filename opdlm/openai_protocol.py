@@ -6,6 +6,7 @@ https://platform.openai.com/docs/api-reference
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import uuid
@@ -19,7 +20,7 @@ from opdlm.rows import DecodeStats
 Body = dict[str, Any]
 KNOWN = {
     *("model", "messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k"),
-    *("seed", "stop", "n", "stream", "stream_options", "user"),
+    *("seed", "stop", "n", "stream", "stream_options", "user", "logprobs", "top_logprobs"),
 }
 
 
@@ -71,6 +72,17 @@ def asks_for_usage(body: Body) -> bool:
     return switch(options, "include_usage")
 
 
+def asks_for_logprobs(body: Body, *, is_chat: bool) -> bool:
+    """Those of the chosen tokens: `true` in a chat, 0 alternatives in a completion. There are no others."""
+    value = body.get("logprobs")
+    if body.get("top_logprobs") or not (value is None or isinstance(value, bool) or value == 0):
+        raise Refused(
+            f"logprobs ({value!r}) and top_logprobs ({body.get('top_logprobs')!r}): only those of the chosen "
+            "tokens are computed. Ask a chat for logprobs true, a completion for logprobs 0."
+        )
+    return bool(value) if is_chat else value is not None and value is not False
+
+
 def strings(body: Body, key: str) -> tuple[str, ...]:
     value = body.get(key) or []
     found = [value] if isinstance(value, str) else value
@@ -104,6 +116,23 @@ def usage_of(rollouts: Sequence[Rollout]) -> Body:
         "completion_tokens": stats.num_tokens,
         "total_tokens": num_prompt + stats.num_tokens,
         "num_forwards": stats.num_forwards,
+    }
+
+
+def logprobs_of(rollout: Rollout, pieces: Sequence[str], *, is_chat: bool) -> Body:
+    """Log-probabilities of the chosen tokens, at temperature 1 and unfiltered; `pieces`: text of each."""
+    pairs = list(zip(pieces, rollout.logprobs, strict=False))
+    if is_chat:
+        content = [
+            {"token": text, "logprob": value, "bytes": list(text.encode()), "top_logprobs": []}
+            for text, value in pairs
+        ]
+        return {"content": content}
+    return {
+        "tokens": [text for text, _ in pairs],
+        "token_logprobs": [value for _, value in pairs],
+        "top_logprobs": None,
+        "text_offset": [0, *itertools.accumulate(len(text) for text, _ in pairs[:-1])][: len(pairs)],
     }
 
 

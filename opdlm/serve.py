@@ -30,11 +30,13 @@ from opdlm.models import room_of
 from opdlm.openai_protocol import (
     Body,
     Refused,
+    asks_for_logprobs,
     asks_for_usage,
     check_body,
     error_body,
     head,
     is_ids,
+    logprobs_of,
     number,
     sse,
     strings,
@@ -97,6 +99,7 @@ class Server:
             temperature=number(body, "temperature", self.config.temperature, 0, 100),
             top_p=number(body, "top_p", self.config.top_p or 1.0, 1e-9, 1),
             top_k=whole(body, "top_k", self.config.top_k or 0, 0, LARGEST) or None,
+            logprobs=asks_for_logprobs(body, is_chat=is_chat),
         )
         stops = StopStrings(self.tokenizer, strings(body, "stop"))
         prompts = [self.chat_ids(body)] if is_chat else self.prompt_ids(body)
@@ -173,6 +176,14 @@ class Server:
         )
         return Pending(job, settling, events)
 
+    def with_logprobs(self, choice: Body, pending: Pending, rollout: Rollout, *, is_chat: bool) -> Body:
+        """The choice, and what it was asked to say about its tokens (the stop token left out)."""
+        if not pending.job.config.logprobs:
+            return choice
+        stops = self.thread.model.spec.stop_token_ids
+        pieces = [str(self.tokenizer.decode([token])) for token in rollout.text_ids if token not in stops]
+        return choice | {"logprobs": logprobs_of(rollout, pieces, is_chat=is_chat)}
+
     async def whole_answer(self, asked: Asked, is_chat: bool) -> Body:
         """Every choice when all are written."""
         rollouts = [await ending(pending) for pending in asked.jobs]
@@ -180,7 +191,8 @@ class Server:
         for index, (pending, rollout) in enumerate(zip(asked.jobs, rollouts, strict=True)):
             text = pending.settling.whole(rollout)
             answer = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
-            choices.append({"index": index, **answer, "finish_reason": rollout.finish_reason})
+            choice = {"index": index, **answer, "finish_reason": rollout.finish_reason}
+            choices.append(self.with_logprobs(choice, pending, rollout, is_chat=is_chat))
         kind = "chat.completion" if is_chat else "text_completion"
         return head(kind, self.name) | {"choices": choices, "usage": usage_of(rollouts)}
 
@@ -205,7 +217,10 @@ class Server:
                         part: Body = {"delta": {"content": new}} if is_chat else {"text": new}
                         if is_chat and not sent:
                             part["delta"]["role"] = "assistant"
-                        yield sse(start | {"choices": [{"index": index, **part, "finish_reason": reason}]})
+                        choice = {"index": index, **part, "finish_reason": reason}
+                        if rollout is not None:  # all at the end: pieces of text are not tokens
+                            choice = self.with_logprobs(choice, pending, rollout, is_chat=is_chat)
+                        yield sse(start | {"choices": [choice]})
                         sent = text
                 rollouts.append(rollout)
             if asked.with_usage:

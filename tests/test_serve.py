@@ -162,6 +162,29 @@ def test_completions_take_texts_and_token_ids_and_several_choices(lossless: Serv
         assert "".join(part["text"] for part in mine) == choice["text"]
 
 
+def test_logprobs_are_those_of_generate(served: Served) -> None:
+    config = replace(served.config, logprobs=True)
+    ids = served.tokenizer("add 1 2")["input_ids"]
+    (rollout,) = generate(served.model, [ids], config, [seed_of(5, 0)])
+    texts = [served.tokenizer.decode([token]) for token in rollout.text_ids]
+    num = len(texts) - (rollout.finish_reason == "stop")
+    status, answer = served.post(TEXT, {"prompt": "add 1 2", "seed": 5, "logprobs": 0})
+    found = answer["choices"][0]["logprobs"]
+    assert status == 200 and found["tokens"] == texts[:num] and found["top_logprobs"] is None
+    assert found["token_logprobs"] == pytest.approx(rollout.logprobs[:num], abs=1e-5)
+    for text, offset in zip(found["tokens"], found["text_offset"], strict=True):
+        assert "".join(texts)[offset:].startswith(text)
+    body = {"messages": [{"role": "user", "content": "add 1 2"}], "seed": 5, "logprobs": True}
+    in_chat = served.post(CHAT, body)[1]["choices"][0]
+    *others, last = served.events(CHAT, body)
+    assert last["choices"][0]["logprobs"] == in_chat["logprobs"]
+    assert (
+        "".join(entry["token"] for entry in in_chat["logprobs"]["content"]) == in_chat["message"]["content"]
+    )
+    assert all("logprobs" not in event["choices"][0] for event in others)
+    assert "logprobs" not in served.post(CHAT, body | {"logprobs": False})[1]["choices"][0]
+
+
 HELLO = [{"role": "user", "content": "add 1 2"}]
 REFUSED: dict[str, tuple[str, Any, int, str]] = {
     "not JSON": (CHAT, b"{", 400, "not JSON"),
@@ -192,6 +215,13 @@ REFUSED: dict[str, tuple[str, Any, int, str]] = {
     "a large seed": (CHAT, {"messages": HELLO, "seed": 2**70}, 400, "seed"),
     "a wish to stream": (CHAT, {"messages": HELLO, "stream": "yes"}, 400, "stream ('yes')"),
     "a list of options": (CHAT, {"messages": HELLO, "stream_options": [1]}, 400, "stream_options ([1])"),
+    "alternatives": (TEXT, {"prompt": "add 1 2", "logprobs": 5}, 400, "logprobs (5)"),
+    "alternatives in a chat": (
+        CHAT,
+        {"messages": HELLO, "logprobs": True, "top_logprobs": 2},
+        400,
+        "top_logprobs (2)",
+    ),
     "an empty prompt": (TEXT, {"prompt": ""}, 400, "empty"),
     "no prompt": (TEXT, {"prompt": {}}, 400, "prompt must be text"),
     "unknown ids": (TEXT, {"prompt": [10**6]}, 400, "token ids beyond"),
