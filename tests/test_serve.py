@@ -177,10 +177,11 @@ def test_logprobs_are_those_of_generate(served: Served) -> None:
     body = {"messages": [{"role": "user", "content": "add 1 2"}], "seed": 5, "logprobs": True}
     in_chat = served.post(CHAT, body)[1]["choices"][0]
     *others, last = served.events(CHAT, body)
-    assert last["choices"][0]["logprobs"] == in_chat["logprobs"]
-    assert (
-        "".join(entry["token"] for entry in in_chat["logprobs"]["content"]) == in_chat["message"]["content"]
-    )
+    entries, streamed = (choice["logprobs"]["content"] for choice in (in_chat, last["choices"][0]))
+    assert "".join(entry["token"] for entry in entries) == in_chat["message"]["content"]
+    assert [entry["token"] for entry in streamed] == [entry["token"] for entry in entries]
+    values = [entry["logprob"] for entry in streamed]
+    assert values == pytest.approx([entry["logprob"] for entry in entries], abs=1e-5)
     assert all("logprobs" not in event["choices"][0] for event in others)
     assert "logprobs" not in served.post(CHAT, body | {"logprobs": False})[1]["choices"][0]
 
