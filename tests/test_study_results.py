@@ -55,6 +55,7 @@ def page() -> str:
         found = committed(name)
         runs, seeds = len(found["cells"]), len(found["seeds"])
         parts += [f"\n## [{name}](results/study/{name}/table.md): {runs} runs, {seeds} seeds\n"]
+        parts += [f"{read_plan(ROOT / f'recipes/studies/{name}.yaml', []).title}\n"]
         parts += ["| prediction | verdict |", "|---|---|"]
         parts += [f"| {p['claim']} | {p['verdict']} |" for p in found["predictions"]]
     return "\n".join(parts) + "\n"
