@@ -95,7 +95,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--shape", nargs="*", default=[], metavar="key=value", help="entries of config.json")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

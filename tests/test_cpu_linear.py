@@ -88,6 +88,7 @@ def test_other_dtypes_small_products_and_autocast_stay_as_they_are(dtype: torch.
     inputs, weight = torch.randn(num_rows, 128, dtype=dtype), torch.randn(128, 128, dtype=dtype)
     assert torch.equal(linear(inputs, weight), F.linear(inputs, weight))
     assert linear(inputs[:0], weight).shape == (0, 128)
+    assert linear(torch.randn(0, 512), torch.randn(512, 512)).shape == (0, 512)
     with torch.autocast("cpu", torch.bfloat16):
         large = torch.randn(2 * SMALL // 128**2, 128)
         assert linear(large, weight.float()).dtype == torch.bfloat16
@@ -137,7 +138,8 @@ def test_packed_weights_give_the_same_numbers(num_rows: int) -> None:
     model, inputs = large_layers(), torch.randn(1, num_rows, 512)
     with torch.no_grad(), packed_weights(model):
         output = call_until_packed(model, inputs)
-        assert [layer.packed is not None for layer in model] == [True, True, False], "large ones only"
+        large = num_rows > 1  # a single row gains little
+        assert [layer.packed is not None for layer in model] == [large, large, False]
     wanted = copy.deepcopy(model).double()(inputs.double())
     torch.testing.assert_close(output.double(), wanted, rtol=1e-5, atol=1e-5)
 
