@@ -13,6 +13,7 @@ Shape suffixes: I in, O out.
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -30,10 +31,10 @@ SMALL = 2**22
 """Multiplications up to which a product with a smaller weight is MKL's. In a loop of equal calls oneDNN wins
 from 2^20; where the number of rows changes with every call, as in decoding, its look-ups cost more.
 """
-CALLS_BEFORE_PACKING = 24
-"""Packing costs what so many calls with few rows waste: little is lost on a short text. A single row gains
-too little to count (15 %, 4 rows 40 %).
-"""
+FIRST_PACKED = 24
+"""Calls after which the first layer is packed, on trial: on most machines packing pays by then."""
+SAVED = 0.4
+"""Share of a call's time that packed weights save: measured, 2 to 8 rows."""
 PLAIN = (Tensor, nn.Parameter)
 """Not quantised, sharded or traced."""
 CPU_INFO = Path("/proc/cpuinfo")
@@ -104,29 +105,46 @@ class Linear(torch.autograd.Function):
         )
 
 
-class CpuLinear(nn.Linear):
-    """`nn.Linear` through `linear`, or by packed weights while `packed_weights` is open."""
+class Packing:
+    """When layers are packed: after as many calls as would have paid for it, going by the last one packed.
+    Where fresh memory is slow (some virtual machines), that is late.
+    """
 
-    calls_before_packing: int | None = None
-    """None: no packing."""
+    def __init__(self) -> None:
+        self.num_calls = float(FIRST_PACKED)
+
+    def pack(self, layer: CpuLinear, inputs: Tensor) -> Tensor:
+        """The layer's weight in oneDNN's layout."""
+        started = time.perf_counter()
+        product(inputs, layer.weight, layer.bias)
+        middle = time.perf_counter()
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
+        self.num_calls = (time.perf_counter() - middle) / (SAVED * (middle - started))
+        return packed
+
+
+class CpuLinear(nn.Linear):
+    """`nn.Linear` through `linear`, or by packed weights while `packed_weights` is open: the same bits."""
+
+    packing: Packing | None = None
     packed: Tensor | None = None
+    num_calls = 0
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.in_features * self.out_features < LARGE:
+        packing, packed = self.packing, self.packed
+        if (
+            packing is None
+            or input.numel() <= self.in_features  # a single row: computed in another order, little to gain
+            or torch.is_grad_enabled()
+            or not can_multiply(input, self.weight)
+        ):
             return linear(input, self.weight, self.bias)
-        packed = self._packed(input)
-        return linear(input, self.weight, self.bias) if packed is None else product(input, packed, self.bias)
-
-    def _packed(self, input: Tensor) -> Tensor | None:
-        """The packed weight, if this call is to use it; made when enough calls would have gained by it."""
-        waits, weight, packed = self.calls_before_packing, self.weight, self.packed
-        if waits is None or torch.is_grad_enabled() or not can_multiply(input, weight):
-            return None
-        if packed is None and input.numel() > self.in_features:
-            self.calls_before_packing = max(0, waits - 1)
-            if not waits:
-                packed = self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        return packed
+        if packed is None:
+            self.num_calls += 1
+            if self.num_calls <= packing.num_calls:
+                return linear(input, self.weight, self.bias)
+            packed = self.packed = packing.pack(self, input)
+        return product(input, packed, self.bias)
 
 
 def use_faster_linear(model: nn.Module) -> None:
@@ -147,13 +165,14 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     if not layers or num_bytes > free_memory() // 2:
         yield
         return
+    packing = Packing()
     for layer in layers:
-        layer.calls_before_packing = CALLS_BEFORE_PACKING
+        layer.packing, layer.num_calls = packing, 0
     try:
         yield
     finally:
         for layer in layers:
-            layer.calls_before_packing = layer.packed = None
+            layer.packing = layer.packed = None
 
 
 def free_memory() -> int:
