@@ -6,8 +6,8 @@ Three samplers beside `transformers.generate` at each batch size, greedy, no sto
 the same number of tokens: `ar`, `static` (one token per denoising step, block size 4) and `reprefill`
 (static, but every step prefills all that is known again: `benchmarks/decoding.py`). Drafts of a random model
 are never right, so nothing is said about lossless decoding here. Then the seconds of one denoising step after
-64 and 2048 known tokens: with a cache only attention may grow with them. The floor of a step at batch 1 is the
-time to read the weights once, taken from a sum over as many bytes in the same process.
+64 and 2048 known tokens: with a cache only attention may grow with them. The floor of a step at batch 1 is
+the time to read the weights once, taken from a sum over as many bytes in the same process.
 
 Shapes: B batch.
 """
