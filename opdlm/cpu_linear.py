@@ -160,7 +160,11 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     """Around inference that changes no weight: large layers that are called again and again multiply by
     copies in oneDNN's layout, dropped at the end. Nothing is copied where memory is short.
     """
-    layers = [m for m in model.modules() if isinstance(m, CpuLinear) and m.weight.numel() >= LARGE]
+    layers = [
+        m
+        for m in model.modules()
+        if isinstance(m, CpuLinear) and m.weight.numel() >= LARGE and can_multiply(m.weight, m.weight)
+    ]
     num_bytes = sum(weight.nbytes for weight in {layer.weight for layer in layers})
     if not layers or num_bytes > free_memory() // 2:
         yield

@@ -207,6 +207,12 @@ def test_nothing_is_packed_where_memory_is_short(tmp_path: Path, monkeypatch: py
     assert cpu_linear.free_memory() == 0
 
 
+@pytest.mark.usefixtures("faster")
+def test_other_dtypes_are_never_packed() -> None:
+    with packed_weights(model := large_layers().bfloat16()):
+        assert all(layer.packing is None for layer in model)
+
+
 @pytest.mark.usefixtures("faster", "at_once")
 def test_a_failure_drops_the_copies() -> None:
     model = large_layers()
