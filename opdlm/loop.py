@@ -7,10 +7,12 @@ change no gradient. Not here: models, data, losses.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 import signal
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -80,16 +82,27 @@ class Loop:
     totals: dict[str, float] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
     """Running average of the trained weights, float32; empty without `train.ema_decay`."""
+    data_digest: str = ""
+    """`digest_of` what is trained on: a run does not continue on other data."""
     scores: list[float] = field(default_factory=list)
     """What the measurements during training found so far."""
 
     def progress(self, step: int) -> dict[str, Any]:
         """What a checkpoint after `step` steps holds beside tensors."""
-        return {"num_updates": self.num_updates, "totals": self.totals, "scores": self.scores}
+        kept = {"num_updates": self.num_updates, "totals": self.totals, "scores": self.scores}
+        return kept | {"data_digest": self.data_digest}
 
     def restore(self, progress: dict[str, Any]) -> None:
         self.num_updates, self.totals = progress["num_updates"], progress["totals"]
         self.scores = progress["scores"]
+
+
+def digest_of(sequences: Iterable[Sequence[int]]) -> str:
+    """Short name of these token ids, to notice that they have changed."""
+    found = hashlib.sha256()
+    for ids in sequences:
+        found.update(array("q", [len(ids), *ids]).tobytes())
+    return found.hexdigest()[:16]
 
 
 def prepare_output(config: RunConfig, *, writes: bool = True) -> Path:
@@ -372,6 +385,11 @@ def resume(loop: Loop) -> int:
         return 0
     with whole_weights(trainable_weights(loop.model).values(), changed=True):
         progress = load_checkpoint(found[-1], loop.model, loop.optimizer)
+    if progress.get("data_digest", loop.data_digest) != loop.data_digest:
+        raise DataError(
+            f"the training data are not those of {found[-1]} any more (data.path, rollout.path): put them "
+            "back as they were to continue, or choose another output_dir to start over."
+        )
     loop.restore(progress)
     if loop.average:
         load_average(found[-1], loop.average)

@@ -23,7 +23,7 @@ from opdlm.corpus import Columns, Rows, TextRow
 from opdlm.devices import sum_over_ranks
 from opdlm.diffusion import DiffusionLM, DiffusionSpec
 from opdlm.dropout import without_output_dropout
-from opdlm.loop import Loop, Watcher, equally_many, finish, run_steps, start, update_weights
+from opdlm.loop import Loop, Watcher, digest_of, equally_many, finish, run_steps, start, update_weights
 from opdlm.losses import HiddenTargets, LossOutput, TokenTargets, chunked_divergence
 from opdlm.mask_rates import MaskRates, Masks, draw_masks, rates_at
 from opdlm.metrics import MetricsLog
@@ -95,6 +95,7 @@ def start_run(model: DiffusionLM, rows: Rows, config: TextConfig) -> TextRun:
         **start(model, TextLoss(model, config.objective), config),
         num_planned=config.train.num_steps,
         totals={"tokens": 0.0},
+        data_digest=digest_of((document.num_prompt, *document.ids) for document in rows.documents),
         rows=rows,
     )
 

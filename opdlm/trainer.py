@@ -30,7 +30,17 @@ from opdlm.curricula import (
 )
 from opdlm.data import PromptStream
 from opdlm.diffusion import DiffusionLM
-from opdlm.loop import Loop, UpdateSums, Watcher, equally_many, finish, run_steps, start, update_weights
+from opdlm.loop import (
+    Loop,
+    UpdateSums,
+    Watcher,
+    digest_of,
+    equally_many,
+    finish,
+    run_steps,
+    start,
+    update_weights,
+)
 from opdlm.losses import Head, HiddenTargets, LossOutput, Targets, TokenTargets, chunked_divergence
 from opdlm.mask_rates import ANY_RATE, MaskRates, rates_at
 from opdlm.metrics import MetricsLog
@@ -165,8 +175,14 @@ def start_run(
         **started,
         num_planned=num_updates_of(config),
         totals={"rollout_tokens": 0.0, "loss_tokens": 0.0},
+        data_digest=digest_of([*(prompt.ids for prompt in prompts), *map(ids_of, recorded)]),
         source=source,
     )
+
+
+def ids_of(rollout: Rollout) -> tuple[int, ...]:
+    """What a rollout trains: its tokens, and when each was revealed."""
+    return (*rollout.prompt_ids, *rollout.response_ids, *rollout.unmask_step)
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:

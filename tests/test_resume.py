@@ -201,6 +201,23 @@ def test_settings_that_do_not_train_may_change_when_a_run_continues(place: Path,
     assert main(command(place, tmp_path / "run", "train.seed=1")) == 2
 
 
+def test_a_run_does_not_continue_on_other_data(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "whole", tmp_path / "run")
+    lines = (place / "prompts.jsonl").read_text().splitlines(keepends=True)
+    changed = tmp_path / "prompts.jsonl"
+    recipe = tmp_path / "run" / "config.yaml"
+    recipe.write_text(recipe.read_text().replace(str(place / "prompts.jsonl"), str(changed)))
+    for text, code in (("".join(lines), 0), ("".join(reversed(lines)), 2), ("".join(lines[:-1]), 2)):
+        changed.write_text(text)
+        assert main(command(place, tmp_path / "run", f"data.path={changed}")) == code
+    assert (
+        f"the training data are not those of {tmp_path / 'run' / 'checkpoint-4'}" in capsys.readouterr().err
+    )
+    assert checkpoints(tmp_path / "run") == ["checkpoint-2", "checkpoint-4"]
+
+
 def test_without_resuming_a_run_starts_over(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

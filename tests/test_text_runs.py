@@ -178,6 +178,12 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     capsys.readouterr()
     assert main(command(text, tmp_path / "run", target, *settings, "objective.ar_weight=2", *DUAL)) == 2
     assert "holds a run with other settings (objective." in capsys.readouterr().err
+    data = text / "text.jsonl"
+    before = data.read_text()
+    data.write_text("".join(before.splitlines(keepends=True)[1:]))
+    assert main(command(text, tmp_path / "run", target, *settings)) == 2
+    assert "the training data are not those of" in capsys.readouterr().err
+    data.write_text(before)
     assert main(command(text, tmp_path / "run", target, *settings)) == 0
     assert "resumed at step 2 of 4" in capsys.readouterr().out
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
