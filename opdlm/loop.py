@@ -7,12 +7,10 @@ change no gradient. Not here: models, data, losses.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 import signal
 import time
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -95,14 +93,6 @@ class Loop:
     def restore(self, progress: dict[str, Any]) -> None:
         self.num_updates, self.totals = progress["num_updates"], progress["totals"]
         self.scores = progress["scores"]
-
-
-def digest_of(sequences: Iterable[Sequence[int]]) -> str:
-    """Short name of these token ids, to notice that they have changed."""
-    found = hashlib.sha256()
-    for ids in sequences:
-        found.update(array("q", [len(ids), *ids]).tobytes())
-    return found.hexdigest()[:16]
 
 
 def prepare_output(config: RunConfig, *, writes: bool = True) -> Path:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -56,3 +59,11 @@ class Rollout:
             for name in cls.__dataclass_fields__
         }
         return cls(**known)
+
+
+def digest_of(sequences: Iterable[Sequence[int]]) -> str:
+    """Short name of these token ids, to notice that they have changed."""
+    found = hashlib.sha256()
+    for ids in sequences:
+        found.update(array("q", [len(ids), *ids]).tobytes())
+    return found.hexdigest()[:16]

@@ -9,7 +9,6 @@ responses are decoded (an `Engine` does that).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -52,10 +51,6 @@ RECORD = b"opdlm"
 """Key of the settings in the file's metadata."""
 TRAJECTORY_MODES = ("static", "threshold", "entropy", "left_to_right")
 TRAJECTORY_SELECTIONS = ("one_per_block", "all")
-
-
-def hash_of_prompts(prompts: Sequence[Prompt]) -> str:
-    return hashlib.sha256(json.dumps([prompt.ids for prompt in prompts]).encode()).hexdigest()[:16]
 
 
 def log_path_of(out: Path) -> Path:

@@ -23,11 +23,12 @@ from opdlm.corpus import Columns, Rows, TextRow
 from opdlm.devices import sum_over_ranks
 from opdlm.diffusion import DiffusionLM, DiffusionSpec
 from opdlm.dropout import without_output_dropout
-from opdlm.loop import Loop, Watcher, digest_of, equally_many, finish, run_steps, start, update_weights
+from opdlm.loop import Loop, Watcher, equally_many, finish, run_steps, start, update_weights
 from opdlm.losses import HiddenTargets, LossOutput, TokenTargets, chunked_divergence
 from opdlm.mask_rates import MaskRates, Masks, draw_masks, rates_at
 from opdlm.metrics import MetricsLog
 from opdlm.models import head_of
+from opdlm.records import digest_of
 from opdlm.seeds import generator_for
 from opdlm.text_config import ObjectiveSection, TextConfig
 from opdlm.text_rows import TextBatch, block_batch, can_mask, mixed_rows

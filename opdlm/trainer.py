@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,7 +35,6 @@ from opdlm.loop import (
     Loop,
     UpdateSums,
     Watcher,
-    digest_of,
     equally_many,
     finish,
     run_steps,
@@ -45,7 +45,7 @@ from opdlm.losses import Head, HiddenTargets, LossOutput, Targets, TokenTargets,
 from opdlm.mask_rates import ANY_RATE, MaskRates, rates_at
 from opdlm.metrics import MetricsLog
 from opdlm.models import head_of
-from opdlm.records import Prompt, Rollout
+from opdlm.records import Prompt, Rollout, digest_of
 from opdlm.rollout_sources import RolloutSource
 from opdlm.rows import DecodeStats
 from opdlm.seeds import generator_for
@@ -175,7 +175,7 @@ def start_run(
         **started,
         num_planned=num_updates_of(config),
         totals={"rollout_tokens": 0.0, "loss_tokens": 0.0},
-        data_digest=digest_of([*(prompt.ids for prompt in prompts), *map(ids_of, recorded)]),
+        data_digest=digest_of(chain((prompt.ids for prompt in prompts), map(ids_of, recorded))),
         source=source,
     )
 

@@ -29,8 +29,8 @@ from opdlm.generate import DecodeConfig, OnStep, generate, grid_of
 from opdlm.generation_log import fingerprint
 from opdlm.metrics import DecodingProgress
 from opdlm.models import check_fits, load, load_causal_lm, load_tokenizer, read_spec
-from opdlm.records import Prompt, Rollout
-from opdlm.rollout_file import Engine, decode_resumably, hash_of_prompts, is_finished, write_rollouts
+from opdlm.records import Prompt, Rollout, digest_of
+from opdlm.rollout_file import Engine, decode_resumably, is_finished, write_rollouts
 from opdlm.rows import DecodeStats
 from opdlm.seeds import seed_of
 from opdlm.settings import apply_override, build_section
@@ -310,7 +310,7 @@ def settings_of(
         "opdlm": __version__,
         "model": str(Path(path).resolve()) if Path(path).is_dir() else path,
         "checkpoint": fingerprint(path),
-        "prompts": hash_of_prompts(prompts),
+        "prompts": digest_of(prompt.ids for prompt in prompts),
         "engine": options.engine,
         "dtype": options.dtype,
         "seed": options.seed,
