@@ -34,7 +34,15 @@ from opdlm.settings import plain
 Values = dict[str, Any]
 RunCell = Callable[[Values, Path], Values]
 """(settings, work folder) -> result, all plain values. A module-level function: it is pickled by name."""
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**33),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+}
+"""Of the processes: one thread each, and glibc keeps memory that was freed, for fresh memory is slow on some
+virtual machines (docs/lab.md)."""
 LOG_FILE = "log.txt"
 
 
@@ -160,16 +168,16 @@ def start_process(cell: Cell, run_cell: RunCell, out: Path) -> BaseProcess:
     context = multiprocessing.get_context("forkserver") if on_linux else multiprocessing.get_context("spawn")
     context.set_forkserver_preload(["torch", run_cell.__module__])
     process = context.Process(target=work, args=(run_cell, cell, out), name=cell.name)
-    with one_thread():
+    with environment():
         process.start()
     return process
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Processes started in here compute with one thread: libraries read this when they are imported."""
-    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+def environment() -> Iterator[None]:
+    """Processes started in here get ENVIRONMENT: libraries read it when they are loaded."""
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ from grid_cells import cells, fit, fit_or_fail
 from rich.console import Console
 
 from opdlm.errors import ConfigError
-from opdlm.grid import Cell, GridResult, num_cores, one_thread, run_grid
+from opdlm.grid import Cell, GridResult, environment, num_cores, run_grid
 
 CELLS = Path(__file__).with_name("grid_cells.py")
 
@@ -48,7 +48,7 @@ def test_every_cell_runs_in_a_process_of_one_thread_and_leaves_its_settings_and_
 def test_the_parents_threads_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    with one_thread():
+    with environment():
         assert os.environ["OMP_NUM_THREADS"] == os.environ["MKL_NUM_THREADS"] == "1"
     assert os.environ["OMP_NUM_THREADS"] == "7" and "MKL_NUM_THREADS" not in os.environ
 
