@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -309,6 +309,20 @@ def keys_with_cache(slots: Slots, cache_length: int) -> Slots:
     return join_slots(buffer, slots.only(slots.is_noised_BS))
 
 
+class Attends(Protocol):
+    """A cache that attends by itself: `DecodeCache`, and what stands for it where a forward is compiled."""
+
+    def attend(
+        self,
+        layer: int,
+        query_HND: Tensor,
+        key_HND: Tensor,
+        value_HND: Tensor,
+        mask: Tensor,
+        scale: float | None,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class SlotForward:
     """What the attention layers of one forward pass share."""
@@ -318,7 +332,7 @@ class SlotForward:
     windows: tuple[int | None, ...]
     """By layer."""
     cache: SlotCache | None
-    decode_cache: DecodeCache | None = None
+    decode_cache: Attends | None = None
 
 
 def start_forward(
@@ -340,6 +354,7 @@ def start_forward(
 
 def start_decode(windows: tuple[int | None, ...], dtype: torch.dtype, cache: DecodeCache) -> SlotForward:
     """The same for the packed forward that the decoding cache has begun."""
+    cache.lay_out()
     masks: dict[int | None, LayerMask] = {window: cache.mask(window, dtype) for window in set(windows)}
     return SlotForward(masks, windows, cache=None, decode_cache=cache)
 

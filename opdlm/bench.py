@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from opdlm.compiled import compiled_decoding
 from opdlm.diffusion import DiffusionLM
 from opdlm.errors import ConfigError
 from opdlm.generate import DecodeConfig, Mode, generate
@@ -90,17 +91,18 @@ def measure_speed(
     *,
     max_new_tokens: int,
     repeats: int,
+    compiles: bool = False,
     vllm_folder: str | None = None,
     on_row: Callable[[Speed], None] = lambda _: None,
 ) -> list[Speed]:
     """One row per batch size and way of decoding, `transformers.generate` first; vLLM where a folder is given
-    to it.
+    to it. `compiles`: every mode once more with a compiled forward.
     """
     rows = []
     for batch_size in batch_sizes:
         plain = DecodeConfig(max_new_tokens=max_new_tokens, batch_size=batch_size)
         with running_vllm(vllm_folder, model, prompts, plain) as vllm:
-            ways = ways_to_decode(model, ar_model, prompts, modes, plain, vllm)
+            ways = ways_to_decode(model, ar_model, prompts, modes, plain, compiles, vllm)
             rows += measure_ways(ways, batch_size, repeats, on_row)
     return rows
 
@@ -137,12 +139,20 @@ def ways_to_decode(
     prompts: Sequence[Sequence[int]],
     modes: Sequence[Mode],
     plain: DecodeConfig,
+    compiles: bool,
     vllm: VllmTeacher | None,
 ) -> dict[str, Way]:
-    """Each has decoded one prompt before it is timed: first calls pay for allocations."""
+    """Each has decoded a batch before it is timed: first calls pay for allocations and compilers."""
 
     def of(rollouts: list[Rollout]) -> tuple[Responses, float | None]:
         return [rollout.text_ids for rollout in rollouts], DecodeStats.of(rollouts).tokens_per_forward
+
+    def decode(config: DecodeConfig) -> tuple[Responses, float | None]:
+        return of(generate(model, prompts, config))
+
+    def decode_compiled(config: DecodeConfig) -> tuple[Responses, float | None]:
+        with compiled_decoding(model):
+            return decode(config)
 
     ways: dict[str, Way] = {AR_NAME: lambda: (hf_responses(ar_model, model, prompts, plain), 1.0)}
     if vllm is not None:
@@ -150,8 +160,12 @@ def ways_to_decode(
         ways[VLLM_NAME] = lambda: of(vllm.responses(prompts, plain, range(len(prompts))))
     for mode in modes:
         config = replace(plain, mode=mode)
+        ways[mode] = partial(decode, config)
         generate(model, prompts[:1], config)
-        ways[mode] = partial(lambda config: of(generate(model, prompts, config)), config)
+        if compiles:
+            ways[f"{mode}, compiled"] = partial(decode_compiled, config)
+            with compiled_decoding(model):
+                generate(model, prompts[: plain.batch_size + 1], config)
     return ways
 
 

@@ -6,8 +6,8 @@ into the buffer (clean slots at their positions, noised ones behind the longest 
 it: nothing is concatenated and grouped heads are not repeated. What lies beyond every `reach` is stale and
 unseen: rejected drafts, the noised slots of earlier forwards, rows that left.
 
-Shape suffixes: N packed slots, B rows, S padded slots, K keys, J noised slots of a row, H heads, D head
-dimension.
+Shape suffixes: N packed slots, B rows, S padded slots, W padded queries of a row, K keys, J noised slots of a
+row, H heads (of keys, where queries come in groups G), D head dimension.
 """
 
 from __future__ import annotations
@@ -77,11 +77,12 @@ class Segment:
 
 
 class DecodeCache:
-    """Keys and values `[rows, capacity, kv heads, head_dim]` per layer, indexed by row and position."""
+    """Keys and values per layer, indexed by row and position."""
 
     def __init__(self, num_rows: int, capacity: int, device: torch.device) -> None:
         self.num_rows, self.capacity, self.device = num_rows, capacity, device
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        """Buffers `[rows, capacity + 1, kv heads, head_dim]` of each layer, from its first forward on."""
         self._padded: dict[int, list[Tensor]] = {}
         self._segments: list[Segment] = []
 
@@ -89,7 +90,7 @@ class DecodeCache:
         """Lay out the next forward pass over the first `num_rows` rows. It reads `length` positions of each;
         noised slots are stored behind them.
         """
-        self._packed, self._active, self._padded = packed, num_rows, {}
+        self.packed, self.num_active, self._padded = packed, num_rows, {}
         self._length = length
         num_clean = packed.num_clean
         noised_row_N, noised_group_N = packed.row_N[num_clean:], packed.group_N[num_clean:]
@@ -102,13 +103,14 @@ class DecodeCache:
         self._noised_position_BJ = torch.zeros((num_rows, width), dtype=torch.long)
         self._noised_position_BJ[noised_row_N, noised_place_N] = packed.positions_N[num_clean:]
         index_N = torch.cat([packed.positions_N[:num_clean], self._length + noised_place_N])
-        self._write_N = (packed.row_N * self.capacity + index_N).to(self.device)
-        place_N = torch.cat([clean_place_N, clean_count_B[noised_row_N] + noised_place_N])
-        self._lay_out_queries(place_N, clean_count_B + noised_count_B)
+        self.write_N = packed.row_N * (self.capacity + 1) + index_N
+        self.place_N = torch.cat([clean_place_N, clean_count_B[noised_row_N] + noised_place_N])
+        self.count_B = clean_count_B + noised_count_B
 
-    def _lay_out_queries(self, place_N: Tensor, count_B: Tensor) -> None:
+    def lay_out(self) -> None:
         """Pad the queries row by row; rows that just joined (wide, last) apart from the others."""
-        row_N, num_rows = self._packed.row_N, self._active
+        row_N, num_rows, count_B = self.packed.row_N, self.num_active, self.count_B
+        self._write_N = self.write_N.to(self.device)
         if num_rows == 1:  # in order already
             self._segments, self._back_N = [Segment(0, 1, None)], None
             return
@@ -118,7 +120,7 @@ class DecodeCache:
         for first, last in pairwise(bounds):
             width = int(count_B[first:last].max())
             inside_N = (row_N >= first) & (row_N < last)
-            padded_N = (row_N - first) * width + place_N
+            padded_N = (row_N - first) * width + self.place_N
             source_N = torch.zeros((last - first) * width, dtype=torch.long)
             source_N[padded_N[inside_N]] = inside_N.nonzero()[:, 0]
             self._back_N = torch.where(inside_N, padded_N + offset, self._back_N)
@@ -128,7 +130,7 @@ class DecodeCache:
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """Additive mask `[1, 1, N, K]` of the forward that was begun: who sees what of its own row."""
-        packed = self._packed
+        packed = self.packed
         key_K = torch.arange(self._length)
         seen_NK = key_K <= packed.reach_N[:, None]
         seen_NJ = self._noised_group_BJ[packed.row_N] == packed.group_N[:, None]
@@ -149,33 +151,24 @@ class DecodeCache:
         scale: float | None,
     ) -> Tensor:
         """Store this layer's keys and values, attend; `[1, N, heads, head_dim]`."""
-        num_slots, num_kv, dim = key_HND.shape[1], key_HND.shape[0], key_HND.shape[2]
-        if layer not in self._layers:
-            shape = (self.num_rows, self.capacity, num_kv)
-            self._layers[layer] = (
-                key_HND.new_zeros(*shape, dim),
-                value_HND.new_zeros(*shape, value_HND.shape[2]),
-            )
-        views = []
-        for buffer, new_HND in zip(self._layers[layer], (key_HND, value_HND), strict=True):
-            buffer.view(-1, *buffer.shape[2:]).index_copy_(0, self._write_N, new_HND.transpose(0, 1))
-            views.append(buffer[:, : mask.shape[-1]].transpose(1, 2))
-        share = query_HND.shape[0] // num_kv
+        if layer not in self.layers:
+            self.layers[layer] = (self._buffer(key_HND), self._buffer(value_HND))
+        keys_BHKD, values_BHKD = store(self.layers[layer], key_HND, value_HND, self._write_N, mask.shape[-1])
+        num_kv, share = key_HND.shape[0], query_HND.shape[0] // key_HND.shape[0]
         query_NHD = query_HND.transpose(0, 1)
         results = []
         for segment, padded_mask in zip(self._segments, self._padded_masks(mask, share), strict=True):
             rows = slice(segment.first, segment.last)
-            num_rows = segment.last - segment.first
-            grouped = segment.pad(query_NHD).view(num_rows, -1, num_kv, share, dim)
-            folded = grouped.permute(0, 2, 3, 1, 4).reshape(num_rows, num_kv, -1, dim)
-            mixed = F.scaled_dot_product_attention(
-                folded, views[0][rows], views[1][rows], attn_mask=padded_mask, scale=scale
+            query_BWHGD = segment.pad(query_NHD).view(
+                segment.last - segment.first, -1, num_kv, share, query_HND.shape[2]
             )
-            mixed = mixed.view(num_rows, num_kv, share, -1, mixed.shape[-1]).permute(0, 3, 1, 2, 4)
-            results.append(mixed.reshape(-1, num_kv * share, mixed.shape[-1]))
+            results.append(attend_rows(query_BWHGD, keys_BHKD[rows], values_BHKD[rows], padded_mask, scale))
         padded = results[0] if len(results) == 1 else torch.cat(results)
-        unpadded = padded if self._back_N is None else padded.index_select(0, self._back_N)
-        return unpadded.view(1, num_slots, num_kv * share, -1)
+        return (padded if self._back_N is None else padded.index_select(0, self._back_N))[None]
+
+    def _buffer(self, new_HND: Tensor) -> Tensor:
+        """One column more than is ever read: what is computed for shapes only is stored there."""
+        return new_HND.new_zeros(self.num_rows, self.capacity + 1, new_HND.shape[0], new_HND.shape[2])
 
     def _padded_masks(self, mask: Tensor, share: int) -> list[Tensor]:
         """The mask of each segment, repeated for the query heads that share keys; built once per forward."""
@@ -190,9 +183,33 @@ class DecodeCache:
 
     def move(self, from_N: Tensor, to_N: Tensor) -> None:
         """Copy rows over others (finished rows leave, the last rows take their places)."""
-        for buffers in self._layers.values():
+        for buffers in self.layers.values():
             for buffer in buffers:
                 buffer[to_N, : self._length] = buffer[from_N, : self._length]
+
+
+def store(
+    buffers: tuple[Tensor, Tensor], key_HND: Tensor, value_HND: Tensor, write_N: Tensor, num_keys: int
+) -> tuple[Tensor, Tensor]:
+    """Write new keys and values at the flat indices `write_N`; views of all `[B, H, num_keys, D]`."""
+    views = []
+    for buffer, new_HND in zip(buffers, (key_HND, value_HND), strict=True):
+        buffer.view(-1, *buffer.shape[2:]).index_copy_(0, write_N, new_HND.transpose(0, 1))
+        views.append(buffer[:, :num_keys].transpose(1, 2))
+    return views[0], views[1]
+
+
+def attend_rows(
+    query_BWHGD: Tensor, keys_BHKD: Tensor, values_BHKD: Tensor, mask: Tensor, scale: float | None
+) -> Tensor:
+    """Attention of rows of equally many queries, whose heads come in groups G that share keys and values;
+    `[B * W, heads, head_dim]`. The mask `[B, 1, G * W, K]` is repeated for a group, keys and values are not.
+    """
+    num_rows, width, num_kv, share, dim = query_BWHGD.shape
+    folded = query_BWHGD.permute(0, 2, 3, 1, 4).reshape(num_rows, num_kv, share * width, dim)
+    mixed = F.scaled_dot_product_attention(folded, keys_BHKD, values_BHKD, attn_mask=mask, scale=scale)
+    mixed = mixed.view(num_rows, num_kv, share, width, mixed.shape[-1]).permute(0, 3, 1, 2, 4)
+    return mixed.reshape(num_rows * width, num_kv * share, mixed.shape[-1])
 
 
 def best_split(count_B: Tensor) -> list[int]:

@@ -202,6 +202,10 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float, modes: Seq
     parser.add_argument("--denoising-steps", type=int, help="steps per block at most (block size)")
 
 
+def add_compile(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--compile", action="store_true", help=f"{what}; the first steps wait for it")
+
+
 def add_chat(verbs: Verbs) -> None:
     parser = add_verb(
         verbs,
@@ -242,6 +246,7 @@ def add_serve(verbs: Verbs) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="where a request names none (256)")
     add_sampling(parser, temperature=0.0, modes=MODES)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add_compile(parser, "decode with torch.compile")
     parser.set_defaults(run=commands.run_serve)
 
 
@@ -271,6 +276,7 @@ def add_rollout(verbs: Verbs) -> None:
         help="rows decoded at once; four batches are kept at a time (64)",
     )
     parser.add_argument("--limit", type=int, help="the first so many prompts")
+    add_compile(parser, "decode with torch.compile")
     parser.set_defaults(run=commands.run_rollout)
 
 
@@ -372,6 +378,7 @@ def add_bench(verbs: Verbs) -> None:
         default="auto",
         help="the AR model in vLLM too: where it is installed (auto)",
     )
+    add_compile(parser, "every mode with torch.compile too")
     parser.add_argument("--out", help="write bench.json and bench.png here")
     parser.set_defaults(run=commands.run_bench)
 

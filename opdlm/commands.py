@@ -307,6 +307,7 @@ def run_bench(options: argparse.Namespace) -> int:
         options.batch_sizes,
         max_new_tokens=options.max_new_tokens,
         repeats=options.repeats,
+        compiles=options.compile,
         vllm_folder=options.folder if with_vllm else None,
         on_row=lambda row: console.print(
             f"batch {row.batch_size}: {row.name} {row.tokens_per_second:.0f} tokens/s", soft_wrap=True

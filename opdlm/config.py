@@ -148,6 +148,10 @@ class RolloutSection:
     prompts_per_step then counts, and no data.path is read. Every objective may; states that retrace a
     rollout (one_per_block, all) need a file that was denoised with the same block size and grid.
     """
+    compile: bool = False
+    """Decode with torch.compile (CUDA graphs on GPUs): the same tokens up to rounding, at less cost per step;
+    the first step waits for the compiler, on CPUs a C++ one. Not with engine=vllm, FSDP2 or ZeRO.
+    """
     asynchronous: bool = False
     """While a step trains, generate the rollouts of the next one with a copy of the student as the step found
     it: one step old, for a second copy of what is trained. train.max_staleness counts from there.

@@ -74,6 +74,7 @@ def check_config(config: Config) -> None:
     check_adapter(config)
     check_recorded(config)
     check_asynchronous(config)
+    check_compile(config)
     check_engine(config)
 
 
@@ -143,6 +144,17 @@ def check_asynchronous(config: Config) -> None:
             f"({config.rollout.engine}) is used between updates only: use rollout.engine=own, or "
             "rollout.asynchronous=false."
         )
+
+
+def check_compile(config: Config) -> None:
+    """Our decoder generates, in this run."""
+    section = config.rollout
+    for key, value in (("engine", section.engine != "own" and section.engine), ("path", section.path)):
+        if section.compile and value:
+            raise ConfigError(
+                f"rollout.compile (true) is for our own decoder, and rollout.{key} ({value}) lets another "
+                "one generate: set rollout.compile=false."
+            )
 
 
 def check_engine(config: Config) -> None:

@@ -84,6 +84,13 @@ def product(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> 
     return output
 
 
+def traced_linear(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """`linear` for a compiled forward, where nothing may depend on the number of rows."""
+    if weight_OI.numel() >= LARGE and weight_OI.dtype == torch.float32 and inputs.device.type == "cpu":
+        return product(inputs, weight_OI, bias_O)
+    return F.linear(inputs, weight_OI, bias_O)
+
+
 class Linear(torch.autograd.Function):
     """`product` with its two gradients, which are products as well."""
 
@@ -131,6 +138,8 @@ class CpuLinear(nn.Linear):
     num_calls = 0
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return traced_linear(input, self.weight, self.bias)
         packing, packed = self.packing, self.packed
         if (
             packing is None

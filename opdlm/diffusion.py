@@ -84,6 +84,8 @@ class Gate:
 
     def __init__(self) -> None:
         self.num_clean: int | None = None
+        self.is_open_N1: Tensor | None = None
+        """Which slots it is open for, in a compiled forward: there no shape depends on it."""
 
     def attach(self, layers: Iterable[Adapted]) -> None:
         """Replace each layer's forward by one that obeys the gate while it is set."""
@@ -92,11 +94,15 @@ class Gate:
 
     def _gated(self, layer: Adapted, ungated: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            first = self.num_clean
-            if first is None:
+            first, is_open_N1 = self.num_clean, self.is_open_N1
+            if first is None and is_open_N1 is None:
                 return ungated(inputs, *args, **kwargs)
             output = layer.base(inputs)
-            if first < inputs.shape[-2]:
+            if is_open_N1 is not None:
+                changed = output.clone()
+                layer.add_change(inputs.flatten(0, -2), changed.flatten(0, -2))
+                return torch.where(is_open_N1, changed, output)
+            if first is not None and first < inputs.shape[-2]:
                 inputs_NI = inputs.reshape(-1, inputs.shape[-1])
                 layer.add_change(inputs_NI[first:], output.view(-1, output.shape[-1])[first:])
             return output
@@ -114,6 +120,32 @@ class Gate:
             yield
         finally:
             self.num_clean = None
+
+
+@dataclass(frozen=True, slots=True)
+class PackedForward:
+    """What a packed forward through one backbone reads; `run` returns its states `[N, H]`."""
+
+    model: PreTrainedModel
+    gate: Gate | None
+    """Where an adapter is to be computed for the noised slots only."""
+    windows: tuple[int | None, ...]
+    embedded_NH: Tensor
+    packed: Packed
+    cache: DecodeCache
+    """It has begun this forward."""
+
+    def run(self) -> Tensor:
+        dtype, device = self.embedded_NH.dtype, self.embedded_NH.device
+        gate = nullcontext() if self.gate is None else self.gate.after(self.packed.num_clean)
+        with gate:
+            return backbone(self.model)(
+                inputs_embeds=self.embedded_NH[None],
+                position_ids=self.packed.positions_N[None].to(device),
+                attention_mask=no_mask(dtype, device),
+                use_cache=False,
+                slot_forward=start_decode(self.windows, dtype, self.cache),
+            ).last_hidden_state[0]
 
 
 class DiffusionLM(nn.Module):
@@ -143,6 +175,8 @@ class DiffusionLM(nn.Module):
         self.teacher_windows = self.windows if teacher is None else layer_windows(teacher.config)
         self._embedding: tuple[Any] = (student.get_input_embeddings(),)  # searched once; not a submodule
         self.attention: AttentionChoice = "auto"
+        self.run_packed: Callable[[PackedForward], Tensor] = PackedForward.run
+        """`compiled.compile_decoding` puts a compiled one here."""
         self.head_constants = head_constants(student)  # reading a config is slow: not once a step
         for model in (student, teacher):
             if model is not None:
@@ -200,22 +234,13 @@ class DiffusionLM(nn.Module):
 
     def _packed_hidden(self, packed: Packed, cache: DecodeCache) -> Tensor:
         """One packed forward `[N, H]`: gated student, or the one model that computes these slots."""
-        context: AbstractContextManager[None] = nullcontext()
-        model = self.student
+        model, gate = self.student, None
         if self.spec.format == "preserve" and self.teacher is not None:
             model = self.teacher if packed.num_clean else self.student
         elif self.spec.format == "preserve":
-            context = self.gate.after(packed.num_clean)
-        with context:
-            embedded_NH = self.embed(model, packed.ids_N.to(self.device))
-            dtype = embedded_NH.dtype
-            return backbone(model)(
-                inputs_embeds=embedded_NH[None],
-                position_ids=packed.positions_N[None].to(self.device),
-                attention_mask=no_mask(dtype, self.device),
-                use_cache=False,
-                slot_forward=start_decode(self.windows, dtype, cache),
-            ).last_hidden_state[0]
+            gate = self.gate
+        embedded_NH = self.embed(model, packed.ids_N.to(self.device))
+        return self.run_packed(PackedForward(model, gate, self.windows, embedded_NH, packed, cache))
 
     @contextmanager
     def teacher_weights(self) -> Iterator[PreTrainedModel]:
@@ -243,7 +268,7 @@ class DiffusionLM(nn.Module):
         stops = self.spec.stop_token_ids if stop_token_ids is None else stop_token_ids
         spec = replace(self.spec, format="preserve", stop_token_ids=stops)
         decoder = DiffusionLM(self.student, spec, teacher=self.teacher, adapter_off=self.adapter_off)
-        decoder.gate, decoder.attention = self.gate, self.attention
+        decoder.gate, decoder.attention, decoder.run_packed = self.gate, self.attention, self.run_packed
         return decoder
 
     def embed(self, model: PreTrainedModel, ids_BS: Tensor) -> Tensor:

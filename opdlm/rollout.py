@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
+from opdlm.compiled import compiled_decoding
 from opdlm.config import RolloutSection
 from opdlm.diffusion import DiffusionLM
 from opdlm.generate import DecodeConfig, OnStep, generate
@@ -69,4 +71,5 @@ def generate_rollouts(
             return vllm.responses(ids, config, seeds)
         case VllmStudent():
             return vllm.rollouts(ids, config.max_new_tokens, seeds)
-    return generate(model.teacher_decoder() if from_teacher else model, ids, config, seeds, on_step)
+    with compiled_decoding(model) if section.compile else nullcontext():
+        return generate(model.teacher_decoder() if from_teacher else model, ids, config, seeds, on_step)

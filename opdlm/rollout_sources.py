@@ -50,6 +50,11 @@ def check_launch(config: Config) -> None:
                 f"rollout.engine (vllm) runs on one device, and this run has {num_processes} processes: use "
                 "rollout.engine=own."
             )
+    if config.rollout.compile and (zero_stage() or launch_shards(num_processes)):
+        raise ConfigError(
+            "rollout.compile (true) reads whole weights, and this launch cuts them into pieces (FSDP2, "
+            "ZeRO): launch with recipes/accelerate/ddp.yaml, or set rollout.compile=false."
+        )
     if config.rollout.asynchronous and (zero_stage() or launch_shards(num_processes)):
         # a thread that generates must not wait for other ranks
         raise ConfigError(

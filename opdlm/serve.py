@@ -14,7 +14,7 @@ import os
 import random
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.answer import Settling, StopStrings
+from opdlm.compiled import compiled_decoding
 from opdlm.data import encode_prompt, messages_of
 from opdlm.decode_thread import DecodeThread, Job
 from opdlm.errors import ConfigError, OpdlmError, require_package
@@ -348,6 +349,7 @@ def serve_folder(options: argparse.Namespace) -> int:
 
     api_key = options.api_key or os.environ.get(API_KEY_VARIABLE, "")
     app = Server(thread, tokenizer, name, config, api_key).app()
-    with suppress(KeyboardInterrupt):  # uvicorn has ended in order, and raises it again
+    compiled = compiled_decoding(model) if options.compile else nullcontext()
+    with compiled, suppress(KeyboardInterrupt):  # uvicorn has ended in order, and raises it again
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
     return 0

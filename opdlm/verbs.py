@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlm import __version__
 from opdlm.answer import Settling, StopStrings, Stream, encode_gaps
+from opdlm.compiled import compiled_decoding
 from opdlm.config import Config, DataSection, resolve_path
 from opdlm.config_rules import check_config
 from opdlm.convert import plain_decoder
@@ -205,6 +207,8 @@ def check_recording(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} ({getattr(options, name)}) must be at least 1.")
     if options.engine == "vllm":
         check_vllm("--engine vllm")
+        if options.compile:
+            raise ConfigError("--compile is for our own decoder: leave it out with --engine vllm.")
         if options.mode != "ar":
             raise ConfigError(
                 f"--engine vllm with --mode {options.mode}: vLLM decodes the autoregressive model here. Use "
@@ -226,7 +230,8 @@ def record_rollouts(options: argparse.Namespace) -> int:
         console.print(f"{out} is finished already: {len(prompts)} rollouts", soft_wrap=True)
         return 0
     engine = start_engine(options, model, prompts) if options.engine == "vllm" else None
-    with DecodingProgress(len(prompts), console) as progress:
+    compiled = compiled_decoding(model) if options.compile else nullcontext()
+    with compiled, DecodingProgress(len(prompts), console) as progress:
         rollouts = decode_resumably(
             out,
             prompts,

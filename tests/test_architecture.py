@@ -37,7 +37,7 @@ FLOORS = {
         "openai_protocol",
     },
     4: {"text_config", "adapter", "dropout", "data", "denoise", "devices", "states", "vllm_canvases"},
-    5: {"vllm_plugin", "corpus", "models", "lossless", "student_copy"},
+    5: {"vllm_plugin", "corpus", "models", "lossless", "student_copy", "compiled"},
     6: {
         "text_rows",
         "convert",

@@ -467,6 +467,14 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: offline(p, "rollout.asynchronous=true"),
         ("rollout.asynchronous (true)", "rollout.path", "Set rollout.asynchronous=false"),
     ),
+    "compiled rollouts from a file": (
+        lambda p: offline(p, "rollout.compile=true"),
+        ("rollout.compile (true)", "rollout.path", "set rollout.compile=false"),
+    ),
+    "compiled rollouts of vLLM": (
+        lambda p: p.convert("rollout.compile=true", "rollout.engine=vllm", "loss.objective=sft"),
+        ("rollout.compile (true)", "rollout.engine (vllm)", "set rollout.compile=false"),
+    ),
     "asynchronous rollouts of vLLM": (
         lambda p: p.convert("rollout.asynchronous=true", "rollout.engine=vllm", "loss.objective=sft"),
         ("rollout.asynchronous (true)", "rollout.engine (vllm)", "use rollout.engine=own"),
