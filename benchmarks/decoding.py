@@ -6,8 +6,8 @@ Greedy: lossless against `transformers.generate`; a difference counts as a tie w
 token, the AR model's two best logits lie within 1e-4. Sampling: lossless against AR decoding with the same
 seed, response by response. Rollouts: threshold decoding at temperature 1, 80 tokens each, against
 `reprefill`, the same decoding in fixed batches that prefills every row again in every step, at batch 1, 8 and
-64, on the prompts as they are and lengthened to --prompt-tokens by the prompts before them. Speed tables:
-`opdlm bench`.
+64, on the prompts as they are and lengthened to --prompt-tokens by the prompts before them; with --compile
+also by a compiled forward. Speed tables: `opdlm bench`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 
 from opdlm.bench import hf_responses
 from opdlm.cache import DecodeCache
+from opdlm.compiled import compiled_decoding
 from opdlm.data import load_tasks
 from opdlm.denoise import denoise_step
 from opdlm.diffusion import DiffusionLM, backbone
@@ -92,8 +93,8 @@ def reprefill(model: DiffusionLM, prompts: list[Ids], config: DecodeConfig) -> l
     return [finished[i] for i in range(len(prompts))]
 
 
-def time_rollouts(model: DiffusionLM, prompts: list[Ids]) -> list[dict[str, float]]:
-    """CPU seconds of both sides on the same prompts and seeds; no stop token, so that each writes as much."""
+def time_rollouts(model: DiffusionLM, prompts: list[Ids], compiles: bool) -> list[dict[str, float]]:
+    """CPU seconds of all sides on the same prompts and seeds; no stop token, so that each writes as much."""
     found, spec = [], model.spec
     model.spec = replace(spec, stop_token_ids=())
     for batch_size, count in BATCH_SIZES.items():
@@ -105,6 +106,13 @@ def time_rollouts(model: DiffusionLM, prompts: list[Ids]) -> list[dict[str, floa
         ended = time.process_time()
         same = sum(a.text_ids == b.text_ids for a, b in zip(rollouts, simple, strict=True))
         num_tokens = sum(rollout.num_response for rollout in rollouts)
+        compiled = {}
+        if compiles:
+            with compiled_decoding(model):
+                generate(model, some, config, torch.Generator().manual_seed(0))  # compilers take long
+                restarted = time.process_time()
+                generate(model, some, config, torch.Generator().manual_seed(0))
+                compiled = {"compiled_speedup": (middle - started) / (time.process_time() - restarted)}
         row = {
             "batch_size": batch_size,
             "prompts": len(some),
@@ -112,6 +120,7 @@ def time_rollouts(model: DiffusionLM, prompts: list[Ids]) -> list[dict[str, floa
             "reprefill_tokens_per_second": num_tokens / (middle - started),
             "speedup": (middle - started) / (ended - middle),
             "identical": same / len(some),
+            **compiled,
         }
         found.append({key: round(value, 4) for key, value in row.items()})
     model.spec = spec
@@ -138,6 +147,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=1000)
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--only-rollouts", action="store_true", help="time them, check nothing else")
+    parser.add_argument("--compile", action="store_true", help="time a compiled forward too")
     parser.add_argument("--json")
     options = parser.parse_args()
     model, tokenizer = load(options.folder)
@@ -147,9 +157,9 @@ def main() -> None:
     if not options.only_rollouts:
         results["greedy"] = check_greedy(model, options.folder, prompts)
         results["sampling"] = check_sampling(model, prompts)
-    results["rollouts"] = time_rollouts(model, prompts)
+    results["rollouts"] = time_rollouts(model, prompts, options.compile)
     longer = lengthened(prompts, options.prompt_tokens)
-    results[f"rollouts after {options.prompt_tokens} tokens"] = time_rollouts(model, longer)
+    results[f"rollouts after {options.prompt_tokens} tokens"] = time_rollouts(model, longer, options.compile)
     print(json.dumps(results, indent=2))
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=2))

@@ -25,7 +25,7 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
 from opdlm.attention import SlotForward, no_mask
-from opdlm.cache import attend_rows, store
+from opdlm.cache import DecodeCache, attend_rows, store
 from opdlm.diffusion import DiffusionLM, Gate, PackedForward, backbone
 from opdlm.errors import ConfigError
 
@@ -103,6 +103,7 @@ class CompiledForward:
         """`pads`: whether sizes are padded to a few; None: on CUDA."""
         self.block_size, self.backend, self.pads = block_size, backend, pads
         self._forward: Callable[..., Tensor] | None = None
+        self._marked: DecodeCache | None = None
 
     def __call__(self, asked: PackedForward) -> Tensor:
         cache, device = asked.cache, asked.embedded_NH.device
@@ -158,10 +159,12 @@ class CompiledForward:
         for tensor in flat:
             mark_sizes(tensor, 0)
         mark_sizes(source_BW, 0, 1)
-        for buffer in (buffer for pair in cache.layers.values() for buffer in pair):
-            mark_sizes(buffer, 0, 1)
-            if device.type == "cuda":
-                torch._dynamo.mark_static_address(buffer)
+        if cache is not self._marked:
+            self._marked = cache
+            for buffer in (buffer for pair in cache.layers.values() for buffer in pair):
+                mark_sizes(buffer, 0, 1)
+                if device.type == "cuda":
+                    torch._dynamo.mark_static_address(buffer)
         embedded_NH, positions_N, is_open_N1, write_N, back_N = flat
         layout = Layout(cache.layers, write_N, source_BW, back_N)
         return embedded_NH, positions_N, is_open_N1, layout, masks

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_checkpoints import tiny_model
 from tiny_models import KINDS, SLIDING, make_lm, make_prompts, qwen3
 from torch._dynamo.utils import counters
 
@@ -67,6 +68,16 @@ def test_the_compiled_engine_is_the_plain_one_in_every_mode(kind: str, pads: boo
 @pytest.mark.parametrize("family", SLIDING)
 def test_sliding_windows_are_compiled_as_they_are(family: str) -> None:
     model = make_lm("lora", base=SLIDING[family](5))
+    expected = decode(model)
+    with compiled_decoding(model, backend="eager", pads=True):
+        assert_same(decode(model), expected)
+    assert num_graphs() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gpt2", "smollm3", "qwen3_moe"])
+def test_other_families_are_compiled_as_well(family: str) -> None:
+    model = make_lm("sdar", base=tiny_model(family))
     expected = decode(model)
     with compiled_decoding(model, backend="eager", pads=True):
         assert_same(decode(model), expected)

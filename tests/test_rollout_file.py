@@ -226,6 +226,21 @@ def test_teacher_responses_from_the_command_train_as_live_ones(place: Path, tmp_
     assert metrics(tmp_path / "offline") == metrics(tmp_path / "live")
 
 
+@pytest.mark.slow
+def test_a_compiled_decoder_writes_the_same_rollouts_and_trains_on_them(place: Path, tmp_path: Path) -> None:
+    plain, compiled = tmp_path / "plain.parquet", tmp_path / "compiled.parquet"
+    assert main(rollout(place, plain, "--threshold", "0.1")) == 0
+    assert main(rollout(place, compiled, "--threshold", "0.1", "--compile")) == 0
+    for one, other in zip(RolloutFile(plain), RolloutFile(compiled), strict=True):
+        assert (one.response_ids, one.unmask_step) == (other.response_ids, other.unmask_step)
+    for name, setting in (("live", "false"), ("live_compiled", "true")):
+        assert main(convert(place, tmp_path / name, f"rollout.compile={setting}")) == 0
+    rows = zip(metrics(tmp_path / "live"), metrics(tmp_path / "live_compiled"), strict=True)
+    for one, other in rows:
+        assert one["rollout_tokens"] == other["rollout_tokens"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
 def test_a_student_learns_from_its_own_recorded_trajectories(place: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.parquet"
     assert main(rollout(place, file, "--threshold", "0.1")) == 0

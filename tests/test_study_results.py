@@ -16,14 +16,14 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "study"
 NAMES = sorted(path.parent.name for path in RESULTS.glob("*/results.json"))
 PAGE = ROOT / "docs" / "studies.md"
-MINUTES = 70
-"""Of one core: half an hour on two, and a sixth for slow hours of the machine (docs/lab.md, parity)."""
+MINUTES = 60
+"""Of one core: half an hour on two."""
 HEAD = """# What held in miniature
 
 Published findings about training objectives, tested by `opdlm study NAME`: small models, several seeds,
-half an hour on two cores each (parity: 39 minutes in a slow hour, docs/lab.md). Every verdict is computed
-from the runs, by a rule that the linked page states with the numbers and the picture. A miniature says what
-happens at its size, not at the paper's: recipes for that, not run here, are `opdlm study NAME_paper`.
+half an hour on two cores each. Every verdict is computed from the runs, by a rule that the linked page
+states with the numbers and the picture. A miniature says what happens at its size, not at the paper's:
+recipes for that, not run here, are `opdlm study NAME_paper`.
 
 Written by `python tests/test_study_results.py > docs/studies.md`."""
 
