@@ -11,7 +11,9 @@ LoRA arXiv 2106.09685, rsLoRA 2312.03732, DoRA 2402.09353, QLoRA 2305.14314.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -48,11 +50,20 @@ def add_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     try:
-        peft_model = get_peft_model(model, config)
+        with no_future_warnings():
+            peft_model = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {str(error).strip().splitlines()[0]}") from error
     check_targets(peft_model, section)
     return peft_model
+
+
+@contextmanager
+def no_future_warnings() -> Iterator[None]:
+    """PEFT 0.21 asks transformers 5 for things by their old names: nothing that a user could change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def check_targets(peft_model: PeftModel, section: LoraSection) -> None:

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from opdlm.adapter import adapted_layers, add_lora
+from opdlm.adapter import adapted_layers, add_lora, no_future_warnings
 from opdlm.config import LoraSection, resolve_path
 from opdlm.cpu_linear import use_faster_linear
 from opdlm.diffusion import DiffusionLM, DiffusionSpec, head_constants
@@ -221,7 +221,8 @@ def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> tup
     if (folder / MASK_EMBEDDING_FILE).is_file():
         mask_embedding = load_file(folder / MASK_EMBEDDING_FILE)["mask_embedding"]
     if spec.adapter:
-        peft_model = PeftModel.from_pretrained(base, str(folder / ADAPTER_FOLDER))
+        with no_future_warnings():
+            peft_model = PeftModel.from_pretrained(base, str(folder / ADAPTER_FOLDER))
         model = assemble(base, spec, lora=peft_model, mask_embedding=mask_embedding)
     elif spec.format == "sdar":  # the folder's weights are the student
         model = assemble(base, spec, lora=None)

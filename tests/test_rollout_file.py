@@ -233,12 +233,14 @@ def test_a_compiled_decoder_writes_the_same_rollouts_and_trains_on_them(place: P
     assert main(rollout(place, compiled, "--threshold", "0.1", "--compile")) == 0
     for one, other in zip(RolloutFile(plain), RolloutFile(compiled), strict=True):
         assert (one.response_ids, one.unmask_step) == (other.response_ids, other.unmask_step)
-    for name, setting in (("live", "false"), ("live_compiled", "true")):
-        assert main(convert(place, tmp_path / name, f"rollout.compile={setting}")) == 0
-    rows = zip(metrics(tmp_path / "live"), metrics(tmp_path / "live_compiled"), strict=True)
-    for one, other in rows:
-        assert one["rollout_tokens"] == other["rollout_tokens"]
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    for ahead in ("false", "true"):
+        runs = [tmp_path / f"{ahead}-{compiles}" for compiles in ("false", "true")]
+        for run in runs:
+            settings = [f"rollout.asynchronous={ahead}", f"rollout.compile={run.name.split('-')[1]}"]
+            assert main(convert(place, run, *settings)) == 0
+        for one, other in zip(*map(metrics, runs), strict=True):
+            assert one["rollout_tokens"] == other["rollout_tokens"]
+            assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
 def test_a_student_learns_from_its_own_recorded_trajectories(place: Path, tmp_path: Path) -> None:
