@@ -385,9 +385,12 @@ def test_fine_tuning_verdicts_follow_planted_results(tmp_path: Path) -> None:
     bounds = {everything: 0.5, middle: 0.4, upper: 0.7, lower: 0.6}
     accuracies = {everything: 0.5, middle: 0.4, upper: 0.7, lower: 0.45}
     findings = study_sft.conclude(sft_records(bounds, accuracies), grid, Path())
-    assert [p.verdict for p in findings.predictions] == ["holds"] * 3
+    assert [p.verdict for p in findings.predictions] == ["holds"] * 7
     study_sft.draw(sft_records(bounds, accuracies), grid, Path(), tmp_path / "study.png")
     assert (tmp_path / "study.png").read_bytes().startswith(PNG)
     same = {window: 1 - bound for window, bound in bounds.items()}
     findings = study_sft.conclude(sft_records(bounds, same), grid, Path())
-    assert [p.verdict for p in findings.predictions] == ["holds", "does not hold", "does not hold"]
+    assert [p.verdict for p in findings.predictions] == ["holds"] * 3 + ["does not hold"] * 4
+    pair = study_sft.SftGrid(windows=(middle, upper))
+    findings = study_sft.conclude(sft_records(bounds, accuracies), pair, Path())
+    assert [p.claim.split(" is ")[0] for p in findings.predictions] == ["[0.45, 0.55]", "[0.5, 1]"]

@@ -50,6 +50,8 @@ def test_results_are_those_of_the_recipe_and_of_half_an_hour_on_two_cores(name: 
 @pytest.mark.parametrize("name", NAMES)
 def test_verdicts_are_those_of_the_present_rules(name: str, tmp_path: Path) -> None:
     found, plan = committed(name), read_plan(ROOT / f"recipes/studies/{name}.yaml", [])
+    if name.startswith("dual"):
+        pytest.importorskip("sklearn", reason="the extra `study` draws the optimum")
     if name == "mask_window":  # t* comes from the standard library of the Python that ran
         if found["versions"]["python"] != platform.python_version():
             pytest.skip("another standard library")
