@@ -147,12 +147,9 @@ def ways_to_decode(
     def of(rollouts: list[Rollout]) -> tuple[Responses, float | None]:
         return [rollout.text_ids for rollout in rollouts], DecodeStats.of(rollouts).tokens_per_forward
 
-    def decode(config: DecodeConfig) -> tuple[Responses, float | None]:
-        return of(generate(model, prompts, config))
-
-    def decode_compiled(config: DecodeConfig) -> tuple[Responses, float | None]:
-        with compiled_decoding(model):
-            return decode(config)
+    def decode(config: DecodeConfig, is_compiled: bool) -> tuple[Responses, float | None]:
+        with compiled_decoding(model, is_compiled):
+            return of(generate(model, prompts, config))
 
     ways: dict[str, Way] = {AR_NAME: lambda: (hf_responses(ar_model, model, prompts, plain), 1.0)}
     if vllm is not None:
@@ -160,10 +157,10 @@ def ways_to_decode(
         ways[VLLM_NAME] = lambda: of(vllm.responses(prompts, plain, range(len(prompts))))
     for mode in modes:
         config = replace(plain, mode=mode)
-        ways[mode] = partial(decode, config)
+        ways[mode] = partial(decode, config, is_compiled=False)
         generate(model, prompts[:1], config)
         if compiles:
-            ways[f"{mode}, compiled"] = partial(decode_compiled, config)
+            ways[f"{mode}, compiled"] = partial(decode, config, is_compiled=True)
             with compiled_decoding(model):
                 generate(model, prompts[: plain.batch_size + 1], config)
     return ways

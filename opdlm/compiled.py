@@ -120,7 +120,7 @@ class CompiledForward:
             with torch._dynamo.config.patch(recompile_limit=NUM_VARIANTS):
                 hidden_NH = self._forward(asked.model, asked.gate, asked.windows, *inputs)
         except TorchDynamoException as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:300]
             raise ConfigError(
                 f"torch.compile fails on {type(asked.model).__name__} ({reason}): leave out --compile, or "
                 "set rollout.compile=false."
@@ -183,9 +183,12 @@ def rounded(size: int) -> int:
 
 
 @contextmanager
-def compiled_decoding(model: DiffusionLM, **options: Any) -> Iterator[None]:
-    """The model decodes by a compiled forward; the first steps in a process wait for the compiler."""
-    model.run_packed = CompiledForward(model.spec.block_size, **options)
+def compiled_decoding(model: DiffusionLM, wanted: bool = True, **options: Any) -> Iterator[None]:
+    """The model decodes by a compiled forward, if `wanted`; the first steps in a process wait for the
+    compiler. Further options are those of `CompiledForward`.
+    """
+    if wanted:
+        model.run_packed = CompiledForward(model.spec.block_size, **options)
     try:
         yield
     finally:

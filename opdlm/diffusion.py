@@ -176,7 +176,7 @@ class DiffusionLM(nn.Module):
         self._embedding: tuple[Any] = (student.get_input_embeddings(),)  # searched once; not a submodule
         self.attention: AttentionChoice = "auto"
         self.run_packed: Callable[[PackedForward], Tensor] = PackedForward.run
-        """`compiled.compile_decoding` puts a compiled one here."""
+        """`compiled.compiled_decoding` puts a compiled one here."""
         self.head_constants = head_constants(student)  # reading a config is slow: not once a step
         for model in (student, teacher):
             if model is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from opdlm.compiled import compiled_decoding
 from opdlm.config import RolloutSection
@@ -71,5 +70,5 @@ def generate_rollouts(
             return vllm.responses(ids, config, seeds)
         case VllmStudent():
             return vllm.rollouts(ids, config.max_new_tokens, seeds)
-    with compiled_decoding(model) if section.compile else nullcontext():
+    with compiled_decoding(model, section.compile):
         return generate(model.teacher_decoder() if from_teacher else model, ids, config, seeds, on_step)

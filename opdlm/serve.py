@@ -14,7 +14,7 @@ import os
 import random
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -349,7 +349,6 @@ def serve_folder(options: argparse.Namespace) -> int:
 
     api_key = options.api_key or os.environ.get(API_KEY_VARIABLE, "")
     app = Server(thread, tokenizer, name, config, api_key).app()
-    compiled = compiled_decoding(model) if options.compile else nullcontext()
-    with compiled, suppress(KeyboardInterrupt):  # uvicorn has ended in order, and raises it again
+    with compiled_decoding(model, options.compile), suppress(KeyboardInterrupt):  # uvicorn raises it again
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
     return 0

@@ -8,7 +8,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -230,8 +229,7 @@ def record_rollouts(options: argparse.Namespace) -> int:
         console.print(f"{out} is finished already: {len(prompts)} rollouts", soft_wrap=True)
         return 0
     engine = start_engine(options, model, prompts) if options.engine == "vllm" else None
-    compiled = compiled_decoding(model) if options.compile else nullcontext()
-    with compiled, DecodingProgress(len(prompts), console) as progress:
+    with compiled_decoding(model, options.compile), DecodingProgress(len(prompts), console) as progress:
         rollouts = decode_resumably(
             out,
             prompts,
@@ -317,6 +315,7 @@ def settings_of(
         "checkpoint": fingerprint(path),
         "prompts": digest_of(prompt.ids for prompt in prompts),
         "engine": options.engine,
+        "compile": options.compile,
         "dtype": options.dtype,
         "seed": options.seed,
         "block_size": model.spec.block_size,
