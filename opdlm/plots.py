@@ -233,7 +233,7 @@ def draw_orders(axis: Any, weights: Sequence[float]) -> None:
 
 def plot_bars(names: Sequence[str], groups: Mapping[str, Sequence[float]], ylabel: str, path: Path) -> None:
     """One cluster of bars per group, a bar per name, on a logarithmic axis."""
-    figure, axes = new_figure(1, 2 + 2.2 * len(groups), 3.6)
+    figure, axes = new_figure(1, 3 + 0.45 * len(names) * len(groups), 3.6)
     axis = axes[0][0]
     width = 0.8 / len(names)
     for offset, name in enumerate(names):
@@ -243,5 +243,5 @@ def plot_bars(names: Sequence[str], groups: Mapping[str, Sequence[float]], ylabe
     axis.set_xticks(range(len(groups)), list(groups))
     axis.set_yscale("log")
     axis.set_ylabel(ylabel)
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=DPI)
