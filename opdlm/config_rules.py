@@ -147,8 +147,12 @@ def check_asynchronous(config: Config) -> None:
 
 
 def check_compile(config: Config) -> None:
-    """Our decoder generates, in this run."""
+    """Our decoder generates, in this run, with layers that torch.compile can trace."""
     section = config.rollout
+    if section.compile and config.lora.enabled and config.lora.use_dora:
+        raise ConfigError(
+            "rollout.compile (true) cannot trace PEFT's DoRA (lora.use_dora=true): set rollout.compile=false."
+        )
     for key, value in (("engine", section.engine != "own" and section.engine), ("path", section.path)):
         if section.compile and value:
             raise ConfigError(

@@ -471,6 +471,10 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: offline(p, "rollout.compile=true"),
         ("rollout.compile (true)", "rollout.path", "set rollout.compile=false"),
     ),
+    "compiled rollouts with DoRA": (
+        lambda p: p.convert("rollout.compile=true", "lora.use_dora=true"),
+        ("rollout.compile (true)", "lora.use_dora", "set rollout.compile=false"),
+    ),
     "compiled rollouts of vLLM": (
         lambda p: p.convert("rollout.compile=true", "rollout.engine=vllm", "loss.objective=sft"),
         ("rollout.compile (true)", "rollout.engine (vllm)", "set rollout.compile=false"),

@@ -84,6 +84,14 @@ def test_other_families_are_compiled_as_well(family: str) -> None:
     assert num_graphs() == 1
 
 
+def test_a_bfloat16_base_under_a_float32_adapter_is_compiled_as_well() -> None:
+    model = make_lm("lora", base=qwen3().bfloat16())
+    assert {weight.dtype for weight in model.student.parameters()} == {torch.bfloat16, torch.float32}
+    expected = decode(model)
+    with compiled_decoding(model, backend="eager"):
+        assert [r.text_ids for r in decode(model)] == [r.text_ids for r in expected]
+
+
 def test_one_row_at_a_time_is_compiled_once() -> None:
     model, config = make_lm("lora"), replace(CONFIG, batch_size=1)
     expected = decode(model, config)
