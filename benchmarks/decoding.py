@@ -4,18 +4,22 @@
 
 Greedy: lossless against `transformers.generate`; a difference counts as a tie where, at the first differing
 token, the AR model's two best logits lie within 1e-4. Sampling: lossless against AR decoding with the same
-seed, response by response. Rollouts: threshold decoding at temperature 1, 80 tokens each, against
-`reprefill`, the same decoding in fixed batches that prefills every row again in every step, at batch 1, 8 and
-64, on the prompts as they are and lengthened to --prompt-tokens by the prompts before them; with --compile
-also by a compiled forward. `most` is the speedup of an engine that costs nothing but the AR model's own
-forward over as many tokens as ours has slots, without cache, adapter and LM head. Speed tables: `opdlm
-bench`.
+seed, response by response.
+
+Rollouts: threshold decoding at temperature 1, 80 tokens each, at batch 1, 8 and 64, on the prompts as they
+are and lengthened to --prompt-tokens by the prompts before them, against two samplers and a bound:
+- `speedup`: `reprefill`, our packed forward in fixed batches that prefills every row again in every step;
+- `simple_speedup`: the loop that the tests check the engine against, one row at a time, no packing;
+- `most`: what an engine would reach that costs nothing but the AR model's own forward over as many tokens as
+  ours has slots, without cache, adapter and LM head.
+With --compile also by a compiled forward. Speed tables: `opdlm bench`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +39,9 @@ from opdlm.generate import DecodeConfig, collect_finished, generate, make_reques
 from opdlm.models import load, load_causal_lm
 from opdlm.records import Rollout
 from opdlm.rows import Rows
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+from simple_loop import simple_denoise
 
 Ids = tuple[int, ...]
 ROLLOUT = DecodeConfig(mode="threshold", max_new_tokens=80, temperature=1.0, veto_below=0.0)
@@ -97,6 +104,15 @@ def reprefill(model: DiffusionLM, prompts: list[Ids], config: DecodeConfig) -> l
     return [finished[i] for i in range(len(prompts))]
 
 
+@torch.inference_mode()
+def tokens_per_second_of_simple_loop(model: DiffusionLM, prompts: list[Ids]) -> float:
+    """By CPU time, one prompt after the other."""
+    requests = make_requests(prompts, torch.Generator().manual_seed(0), ROLLOUT.max_new_tokens)
+    started = time.process_time()
+    responses = [simple_denoise(model, request.ids, ROLLOUT, request.seed) for request in requests]
+    return sum(map(len, responses)) / (time.process_time() - started)
+
+
 def bare_seconds(ar_model: Any, num_slots: list[int]) -> float:
     """CPU seconds of the AR model's backbone over so many tokens each time."""
     started = time.process_time()
@@ -126,6 +142,7 @@ def time_rollouts(
     """CPU seconds of all sides on the same prompts and seeds; no stop token, so that each writes as much."""
     found, spec = [], model.spec
     model.spec = replace(spec, stop_token_ids=())
+    simple_rate = tokens_per_second_of_simple_loop(model, prompts[: BATCH_SIZES[1]])
     for batch_size, count in BATCH_SIZES.items():
         config, some = replace(ROLLOUT, batch_size=batch_size), prompts[:count]
         started = time.process_time()
@@ -149,6 +166,7 @@ def time_rollouts(
             "engine_tokens_per_second": num_tokens / (ended - middle),
             "reprefill_tokens_per_second": num_tokens / (middle - started),
             "speedup": (middle - started) / (ended - middle),
+            "simple_speedup": num_tokens / (ended - middle) / simple_rate,
             "identical": same / len(some),
             "most": (middle - started) / bare_seconds(ar_model, num_slots),
             **compiled,
