@@ -14,10 +14,10 @@ C queries of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -309,20 +309,6 @@ def keys_with_cache(slots: Slots, cache_length: int) -> Slots:
     return join_slots(buffer, slots.only(slots.is_noised_BS))
 
 
-class Attends(Protocol):
-    """A cache that attends by itself: `DecodeCache`, and what stands for it where a forward is compiled."""
-
-    def attend(
-        self,
-        layer: int,
-        query_HND: Tensor,
-        key_HND: Tensor,
-        value_HND: Tensor,
-        mask: Tensor,
-        scale: float | None,
-    ) -> Tensor: ...
-
-
 @dataclass(frozen=True, slots=True)
 class SlotForward:
     """What the attention layers of one forward pass share."""
@@ -332,7 +318,8 @@ class SlotForward:
     windows: tuple[int | None, ...]
     """By layer."""
     cache: SlotCache | None
-    decode_cache: Attends | None = None
+    attend: Callable[..., Tensor] | None = None
+    """`DecodeCache.attend`, or what stands for it in a compiled forward; None in training."""
 
 
 def start_forward(
@@ -356,7 +343,7 @@ def start_decode(windows: tuple[int | None, ...], dtype: torch.dtype, cache: Dec
     """The same for the packed forward that the decoding cache has begun."""
     cache.lay_out()
     masks: dict[int | None, LayerMask] = {window: cache.mask(window, dtype) for window in set(windows)}
-    return SlotForward(masks, windows, cache=None, decode_cache=cache)
+    return SlotForward(masks, windows, cache=None, attend=cache.attend)
 
 
 def slot_attention(
@@ -372,10 +359,9 @@ def slot_attention(
     if slot_forward is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     mask = slot_forward.masks[slot_forward.windows[module.layer_idx]]
-    if slot_forward.decode_cache is not None:
-        assert isinstance(mask, Tensor)
-        cache = slot_forward.decode_cache
-        return cache.attend(module.layer_idx, query[0], key[0], value[0], mask, kwargs.get("scaling")), None
+    if slot_forward.attend is not None:
+        scale = kwargs.get("scaling")
+        return slot_forward.attend(module.layer_idx, query[0], key[0], value[0], mask, scale), None
     if slot_forward.cache is not None:
         key, value = slot_forward.cache.extend(module.layer_idx, key, value)
     if isinstance(mask, Tensor):

@@ -89,7 +89,7 @@ def forward(
         position_ids=positions_N[None],
         attention_mask=no_mask(embedded_NH.dtype, embedded_NH.device),
         use_cache=False,
-        slot_forward=SlotForward(dict(masks), windows, None, layout),
+        slot_forward=SlotForward(dict(masks), windows, None, layout.attend),
     ).last_hidden_state
     if gate is not None:
         gate.is_open_N1 = None
