@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from opdlm.attention import Backend, SlotForward, keys_with_cache, make_mask, slot_attention
-from opdlm.blocks import Slots, make_slots
+from opdlm.modeling.attention import Backend, SlotForward, keys_with_cache, make_mask, slot_attention
+from opdlm.modeling.slots import Slots, make_slots
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 16, 8, 128, 4
 MIB = 2**20

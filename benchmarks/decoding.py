@@ -29,16 +29,16 @@ from typing import Any
 
 import torch
 
-from opdlm.bench import hf_responses
-from opdlm.cache import DecodeCache
-from opdlm.compiled import compiled_decoding
-from opdlm.data import load_tasks
-from opdlm.denoise import denoise_step
-from opdlm.diffusion import DiffusionLM, PackedForward, backbone
-from opdlm.generate import DecodeConfig, collect_finished, generate, make_requests
-from opdlm.models import load, load_causal_lm
-from opdlm.records import Rollout
-from opdlm.rows import Rows
+from opdlm.checkpoints.load import load, load_causal_lm
+from opdlm.data.prompts import load_tasks
+from opdlm.decoding.decode_state import Rows
+from opdlm.decoding.denoise import denoise_step
+from opdlm.decoding.generate import DecodeConfig, collect_finished, generate, make_requests
+from opdlm.decoding.rollout import Rollout
+from opdlm.evaluation.speed import hf_responses
+from opdlm.modeling.compiled import compiled_decoding
+from opdlm.modeling.diffusion_lm import DiffusionLM, PackedForward, backbone
+from opdlm.modeling.kv_cache import DecodeCache
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from simple_loop import simple_denoise

@@ -29,13 +29,13 @@ import torch
 from decoding import Ids, reprefill
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opdlm.bench import hf_responses
-from opdlm.config import LoraSection
-from opdlm.cpu_linear import use_faster_linear
-from opdlm.diffusion import DiffusionLM, DiffusionSpec
-from opdlm.generate import DecodeConfig, generate
-from opdlm.models import assemble
-from opdlm.pipeline import versions
+from opdlm.checkpoints.load import assemble
+from opdlm.config.sections import LoraSection
+from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.distill.pipeline import versions
+from opdlm.evaluation.speed import hf_responses
+from opdlm.modeling.cpu_linear import use_faster_linear
+from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from opdlm.seeds import generator_for
 
 BLOCK_SIZE = 4

@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 
-from opdlm.checkpoint import write_atomic
-from opdlm.config import Config
-from opdlm.config_rules import load_config
-from opdlm.evaluate import evaluate
-from opdlm.pipeline import load_inputs, versions
-from opdlm.plots import new_figure
-from opdlm.trainer import start_run, train_step
+from opdlm.config.rules import load_config
+from opdlm.config.sections import Config
+from opdlm.distill.pipeline import load_inputs, versions
+from opdlm.distill.trainer import start_run, train_step
+from opdlm.evaluation.evaluate import evaluate
+from opdlm.reporting.plots import new_figure
+from opdlm.training.checkpoint import write_atomic
 
 ATTENTION = "lora.target_modules=[q_proj,k_proj,v_proj,o_proj]"
 VARIANTS: dict[str, tuple[str, ...]] = {

@@ -16,14 +16,14 @@ from matplotlib.colors import ListedColormap
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opdlm.attention import keys_with_cache
-from opdlm.blocks import CLEAN, Format, GridKind, Slots, join_slots, make_slots, visible
-from opdlm.cache import DecodeCache, Packed
-from opdlm.diffusion import DiffusionLM, DiffusionSpec
-from opdlm.generate import DecodeConfig, generate
-from opdlm.plots import new_figure
-from opdlm.records import Rollout
-from opdlm.states import Selection, select_states
+from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.rollout import Rollout
+from opdlm.modeling.attention import keys_with_cache
+from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+from opdlm.modeling.kv_cache import DecodeCache, Packed
+from opdlm.modeling.slots import CLEAN, Format, GridKind, Slots, join_slots, make_slots, visible
+from opdlm.objectives.states import Selection, select_states
+from opdlm.reporting.plots import new_figure
 
 FOLDER = Path(__file__).parent.parent / "docs" / "masks"
 VOCABULARY, BLOCK_SIZE = 32, 4

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from opdlm.config import Config
-from opdlm.config_rules import load_config
-from opdlm.evaluate import evaluate
-from opdlm.pipeline import Inputs, load_inputs, versions
-from opdlm.plots import new_figure
-from opdlm.trainer import start_run, train_step
+from opdlm.config.rules import load_config
+from opdlm.config.sections import Config
+from opdlm.distill.pipeline import Inputs, load_inputs, versions
+from opdlm.distill.trainer import start_run, train_step
+from opdlm.evaluation.evaluate import evaluate
+from opdlm.reporting.plots import new_figure
 
 OBJECTIVES = ("sft", "off_policy", "opd_random", "opd")
 FORMATS = ("preserve", "sdar")

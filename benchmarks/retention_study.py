@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from opdlm.checkpoint import write_atomic
-from opdlm.commands import quiet_libraries
-from opdlm.config_rules import load_config
-from opdlm.pipeline import convert_checkpoint, versions
-from opdlm.plots import new_figure
+from opdlm.cli.commands import quiet_libraries
+from opdlm.config.rules import load_config
+from opdlm.distill.pipeline import convert_checkpoint, versions
+from opdlm.reporting.plots import new_figure
+from opdlm.training.checkpoint import write_atomic
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 OBJECTIVES = ("sft", "off_policy", "opd_random", "opd")

@@ -39,15 +39,15 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opdlm.blocks import CLEAN, Slots, join_slots, visible
-from opdlm.config import LoraSection, LossSection, OptimizerSection
-from opdlm.diffusion import DiffusionSpec
-from opdlm.models import assemble, copy_of
-from opdlm.optimizer import make_optimizer
-from opdlm.records import Rollout
+from opdlm.checkpoints.load import assemble, copy_of
+from opdlm.config.sections import LoraSection, LossSection, OptimizerSection
+from opdlm.decoding.rollout import Rollout
+from opdlm.distill.trainer import StudentLoss
+from opdlm.modeling.diffusion_lm import DiffusionSpec
+from opdlm.modeling.slots import CLEAN, Slots, join_slots, visible
+from opdlm.objectives.states import StateBatch, select_states
 from opdlm.seeds import generator_for
-from opdlm.states import StateBatch, select_states
-from opdlm.trainer import StudentLoss
+from opdlm.training.optimizer import make_optimizer
 
 MIB = 2**20
 SIDES = ("naive", "sdar", "sdar_lora", "preserve", "naive_bf16", "sdar_bf16", "preserve_bf16")

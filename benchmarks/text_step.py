@@ -21,14 +21,14 @@ from statistics import median
 
 import torch
 
-from opdlm.commands import quiet_libraries
-from opdlm.corpus import Columns
-from opdlm.loop import update_weights
-from opdlm.mask_rates import rates_at
-from opdlm.retention import versions
-from opdlm.text_config import load_text_config
-from opdlm.text_pipeline import load_text_inputs
-from opdlm.text_trainer import TextRun, masked_columns, some_rows, start_run, train_step
+from opdlm.cli.commands import quiet_libraries
+from opdlm.config.text import load_text_config
+from opdlm.data.documents import Columns
+from opdlm.evaluation.retention import versions
+from opdlm.objectives.masking import rates_at
+from opdlm.text.pipeline import load_text_inputs
+from opdlm.text.trainer import TextRun, masked_columns, some_rows, start_run, train_step
+from opdlm.training.loop import update_weights
 
 OBJECTIVES = {
     "autoregressive": ["objective.name=autoregressive"],

@@ -6,8 +6,8 @@ python examples/decode_modes.py runs/tiny/model "add 47 38"
 import sys
 
 import opdlm
-from opdlm.data import encode_prompt
-from opdlm.generate import DecodeConfig, Mode, generate
+from opdlm.data.prompts import encode_prompt
+from opdlm.decoding.generate import DecodeConfig, Mode, generate
 
 
 def main(folder: str, text: str) -> None:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from opdlm.config_rules import load_config
-from opdlm.loop import prepare_output
-from opdlm.metrics import MetricsLog
-from opdlm.pipeline import load_inputs
-from opdlm.rollout import generate_rollouts
-from opdlm.rows import DecodeStats
+from opdlm.config.rules import load_config
+from opdlm.decoding.decode_state import DecodeStats
+from opdlm.distill.generate_rollouts import generate_rollouts
+from opdlm.distill.pipeline import load_inputs
+from opdlm.distill.trainer import train
+from opdlm.objectives.states import select_states
 from opdlm.seeds import generator_for
-from opdlm.states import select_states
-from opdlm.trainer import train
+from opdlm.training.loop import prepare_output
+from opdlm.training.metrics import MetricsLog
 
 
 def main(output_dir: str) -> None:

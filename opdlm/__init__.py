@@ -15,10 +15,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "load": "models",
-    "DecodeConfig": "generate",
-    "DiffusionLM": "diffusion",
-    "load_config": "config",
+    "load": "checkpoints.load",
+    "DecodeConfig": "decoding.generate",
+    "DiffusionLM": "modeling.diffusion_lm",
+    "load_config": "config.rules",
 }
 __all__ = ["__version__", *_PUBLIC]
 

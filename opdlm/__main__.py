@@ -1,6 +1,6 @@
 """`python -m opdlm`: what `accelerate launch -m opdlm` runs."""
 
-from opdlm.cli import main
+from opdlm.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

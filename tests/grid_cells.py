@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from opdlm.grid import Cell, run_grid
+from opdlm.studies.grid import Cell, run_grid
 
 
 def fit(settings: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opdlm.attention import SlotCache
-from opdlm.blocks import Slots, clean_slots, make_slots
-from opdlm.diffusion import DiffusionLM
-from opdlm.generate import DecodeConfig
-from opdlm.unmasking import choose_tokens, noise_keys
+from opdlm.decoding.generate import DecodeConfig
+from opdlm.decoding.unmasking import choose_tokens, noise_keys
+from opdlm.modeling.attention import SlotCache
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.modeling.slots import Slots, clean_slots, make_slots
 
 
 def clean_part(model: DiffusionLM, tokens: Sequence[int], num_prompt: int) -> Slots:

@@ -9,7 +9,8 @@ from itertools import pairwise
 
 import pytest
 
-from opdlm.analytics import (
+from opdlm.errors import DataError
+from opdlm.objectives.mask_theory import (
     WIKITEXT_WEIGHTS,
     alpha_rule,
     best_t1,
@@ -23,7 +24,6 @@ from opdlm.analytics import (
     signal,
     signal_optimal_t,
 )
-from opdlm.errors import DataError
 
 WINDOWS = [(0.0, 1.0), (0.0, 0.2459), (0.45, 0.55), (0.3, 0.3), (0.0, 1e-9)]
 

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tiny_checkpoints import convert_both, tiny_tokenizer
 
-from opdlm.answer import GAP, Settling, StopStrings, Stream, encode_gaps
-from opdlm.blocks import Grid
-from opdlm.cli import MODES, main
-from opdlm.diffusion import DiffusionSpec
+from opdlm.checkpoints.load import load
+from opdlm.cli.main import MODES, main
+from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.streaming import GAP, Settling, StopStrings, Stream, encode_gaps
 from opdlm.errors import ConfigError
-from opdlm.generate import DecodeConfig, generate
-from opdlm.models import load
+from opdlm.modeling.diffusion_lm import DiffusionSpec
+from opdlm.modeling.slots import Grid
 
 TOKENIZER = tiny_tokenizer()
 MASK = 99

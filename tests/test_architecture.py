@@ -161,7 +161,7 @@ def test_help_does_not_import_torch() -> None:
     program = (
         "import sys\n"
         "sys.argv = ['opdlm', '--help']\n"
-        "import opdlm.cli\n"
+        "import opdlm.cli.main\n"
         "try:\n"
         "    status = opdlm.cli.main()\n"
         "except SystemExit as stop:\n"
@@ -180,8 +180,8 @@ def test_help_does_not_import_torch() -> None:
         "from .trainer import train",
         "from . import trainer",
         "from opdlm import trainer",
-        "from opdlm.trainer import train",
-        "import opdlm.trainer as t",
+        "from opdlm.distill.trainer import train",
+        "import opdlm.distill.trainer as t",
         "def f():\n    from .trainer import train",
         "from .rows import Rows",
         "from .nowhere import x",

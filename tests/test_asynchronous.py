@@ -17,17 +17,19 @@ from peft.tuners.lora import LoraLayer
 from tiny_models import KINDS, make_lm, make_prompts
 from torch import Tensor, nn
 
-from opdlm import generate as generate_room
-from opdlm import loop, rollout, trainer
-from opdlm.config import Config
-from opdlm.config_rules import load_config
-from opdlm.curricula import block_size_at, is_from_teacher, selection_at
-from opdlm.diffusion import DiffusionLM
-from opdlm.mask_rates import rates_at
-from opdlm.records import Prompt, Rollout
-from opdlm.rollout import generate_rollouts
+from opdlm.config.rules import load_config
+from opdlm.config.schedules import block_size_at, is_from_teacher, selection_at
+from opdlm.config.sections import Config
+from opdlm.decoding import generate as generate_room
+from opdlm.decoding.rollout import Prompt, Rollout
+from opdlm.distill import generate_rollouts as rollout
+from opdlm.distill import trainer as trainer
+from opdlm.distill.async_student import StudentCopy
+from opdlm.distill.generate_rollouts import generate_rollouts
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.objectives.masking import rates_at
 from opdlm.seeds import generator_for
-from opdlm.student_copy import StudentCopy
+from opdlm.training import loop as loop
 
 NUM_STEPS = 4
 PROMPTS = [Prompt(ids=ids, index=i) for i, ids in enumerate(make_prompts([3, 5, 4, 6, 7]))]

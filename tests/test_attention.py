@@ -17,8 +17,9 @@ from tiny_models import CPU, KINDS, SLIDING, make_lm, make_prompts, make_rollout
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opdlm import attention
-from opdlm.attention import (
+from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.modeling import attention as attention
+from opdlm.modeling.attention import (
     Backend,
     ChunkedAttention,
     QueryChunks,
@@ -29,11 +30,10 @@ from opdlm.attention import (
     make_mask,
     slot_attention,
 )
-from opdlm.blocks import Format, Grid, Slots, clean_slots, visible
-from opdlm.diffusion import DiffusionLM, DiffusionSpec
-from opdlm.generate import DecodeConfig, generate
-from opdlm.states import StateBatch, pack_states, select_states
-from opdlm.targets import score_rows
+from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+from opdlm.modeling.slots import Format, Grid, Slots, clean_slots, visible
+from opdlm.objectives.states import StateBatch, pack_states, select_states
+from opdlm.objectives.targets import score_rows
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 ROLLOUTS = [make_rollout(p, r, "absolute") for p, r in [(3, 22), (11, 30), (1, 9)]]

@@ -28,9 +28,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data, write_rows
 
-from opdlm.cli import main
-from opdlm.records import NEVER
-from opdlm.rollout_file import RECORD
+from opdlm.cli.main import main
+from opdlm.decoding.rollout import NEVER
+from opdlm.distill.rollout_file import RECORD
 
 ROOT = Path(__file__).parent.parent
 
@@ -1155,7 +1155,7 @@ def test_a_wrong_input_is_one_line_with_the_fix(
 FULL_DISK = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
-from opdlm.cli import main
+from opdlm.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opdlm.cli import main
-from opdlm.config_rules import load_config
-from opdlm.convert import make_student
-from opdlm.data import load_tasks
-from opdlm.evaluate import decode_tasks, report_mode
-from opdlm.models import load_causal_lm, load_tokenizer
-from opdlm.recipe_files import bundled_recipes
-from opdlm.text_config import load_text_config
+from opdlm.checkpoints.convert import make_student
+from opdlm.checkpoints.load import load_causal_lm, load_tokenizer
+from opdlm.cli.main import main
+from opdlm.config.recipes import bundled_recipes
+from opdlm.config.rules import load_config
+from opdlm.config.text import load_text_config
+from opdlm.data.prompts import load_tasks
+from opdlm.evaluation.evaluate import decode_tasks, report_mode
 
 ROOT = Path(__file__).parent.parent
 SMALL_RUN = [

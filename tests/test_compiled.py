@@ -14,13 +14,13 @@ from tiny_checkpoints import tiny_model
 from tiny_models import KINDS, SLIDING, make_lm, make_prompts, qwen3
 from torch._dynamo.utils import counters
 
-from opdlm.compiled import compiled_decoding, rounded
-from opdlm.diffusion import DiffusionLM, PackedForward
+from opdlm.decoding.decode_state import Mode
+from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.rollout import Rollout
+from opdlm.distill.async_student import StudentCopy
 from opdlm.errors import ConfigError
-from opdlm.generate import DecodeConfig, generate
-from opdlm.records import Rollout
-from opdlm.rows import Mode
-from opdlm.student_copy import StudentCopy
+from opdlm.modeling.compiled import compiled_decoding, rounded
+from opdlm.modeling.diffusion_lm import DiffusionLM, PackedForward
 
 LENGTHS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 3, 20]
 CONFIG = DecodeConfig(

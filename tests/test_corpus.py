@@ -9,9 +9,18 @@ import pytest
 import torch
 from tiny_checkpoints import tiny_tokenizer, write_rows
 
-from opdlm.corpus import PADDING, Columns, Document, Rows, TextRow, fill_bins, keep_tokens, load_documents
+from opdlm.config.text import TextSection
+from opdlm.data.documents import (
+    PADDING,
+    Columns,
+    Document,
+    Rows,
+    TextRow,
+    fill_bins,
+    keep_tokens,
+    load_documents,
+)
 from opdlm.errors import DataError
-from opdlm.text_config import TextSection
 
 MASK, STOP = 63, 1
 LENGTHS = (5, 1, 12, 3, 7, 2, 9)

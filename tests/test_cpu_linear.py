@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from opdlm import cpu_linear
-from opdlm.cpu_linear import (
+from opdlm.modeling import cpu_linear as cpu_linear
+from opdlm.modeling.cpu_linear import (
     FIRST_PACKED,
     SAVED,
     SMALL,

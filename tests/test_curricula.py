@@ -15,21 +15,22 @@ from safetensors.torch import load_file
 from tiny_checkpoints import failing_after_a_save, tiny_overrides, write_checkpoint, write_data
 from tiny_models import make_lm, make_prompts, make_rollout
 
-from opdlm import loop, trainer
-from opdlm.cli import main
-from opdlm.config import Config, scheduled
-from opdlm.config_rules import load_config
-from opdlm.curricula import (
+from opdlm.checkpoints.load import read_spec
+from opdlm.cli.main import main
+from opdlm.config.rules import load_config
+from opdlm.config.schedules import (
     block_size_at,
     first_reused_step,
     num_updates_of,
     selection_at,
 )
-from opdlm.mask_rates import MaskRates, draw_masks
-from opdlm.metrics import MetricsLog
-from opdlm.models import read_spec
-from opdlm.records import NEVER, Prompt, Rollout
-from opdlm.states import BlockTable, select_masks
+from opdlm.config.sections import Config, scheduled
+from opdlm.decoding.rollout import NEVER, Prompt, Rollout
+from opdlm.distill import trainer as trainer
+from opdlm.objectives.masking import MaskRates, draw_masks
+from opdlm.objectives.states import BlockTable, select_masks
+from opdlm.training import loop as loop
+from opdlm.training.metrics import MetricsLog
 
 BLOCKS = "format.block_growth=[[0,2],[1,4],[3,8]]"
 TINY = (

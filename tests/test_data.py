@@ -10,10 +10,10 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from opdlm.config import DataSection
-from opdlm.data import PromptStream, load_prompts, load_tasks
+from opdlm.config.sections import DataSection
+from opdlm.data.prompts import PromptStream, load_prompts, load_tasks
+from opdlm.decoding.rollout import Prompt
 from opdlm.errors import DataError
-from opdlm.records import Prompt
 
 MASK = 101
 ROWS = [

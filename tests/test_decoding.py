@@ -28,14 +28,14 @@ from tiny_models import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opdlm.blocks import CLEAN, GridKind, join_slots
-from opdlm.cache import DecodeCache
-from opdlm.diffusion import DiffusionLM
-from opdlm.generate import DecodeConfig, generate
-from opdlm.records import NEVER, Rollout
-from opdlm.rows import DecodeStats
-from opdlm.states import select_states
-from opdlm.targets import score_rows
+from opdlm.decoding.decode_state import DecodeStats
+from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.rollout import NEVER, Rollout
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.modeling.kv_cache import DecodeCache
+from opdlm.modeling.slots import CLEAN, GridKind, join_slots
+from opdlm.objectives.states import select_states
+from opdlm.objectives.targets import score_rows
 
 MODES = {
     "static": DecodeConfig(mode="static", max_new_tokens=10, veto_below=0.0),

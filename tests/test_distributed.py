@@ -22,21 +22,30 @@ import torch
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
 from tiny_models import make_lm, make_prompts, make_rollout, qwen3
 
-from opdlm import cli, text_trainer, zero
-from opdlm.checkpoint import trainable_weights
-from opdlm.config import Config, LossSection, OptimizerSection, RolloutSection, StatesSection, TrainSection
-from opdlm.corpus import Document, Rows
-from opdlm.devices import leave_ranks
-from opdlm.diffusion import DiffusionLM
-from opdlm.loop import resume, save
-from opdlm.records import Prompt, Rollout
-from opdlm.rollout import generate_rollouts
+from opdlm.cli import main as cli
+from opdlm.config.sections import (
+    Config,
+    LossSection,
+    OptimizerSection,
+    RolloutSection,
+    StatesSection,
+    TrainSection,
+)
+from opdlm.config.text import ObjectiveSection, TextConfig, TextSection, TextTrainSection
+from opdlm.data.documents import Document, Rows
+from opdlm.decoding.rollout import Prompt, Rollout
+from opdlm.decoding.unmasking import choose_tokens, noise_keys
+from opdlm.distill.generate_rollouts import generate_rollouts
+from opdlm.distill.trainer import Run, start_run, train_step, update
+from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.seeds import seed_of
-from opdlm.text_config import ObjectiveSection, TextConfig, TextSection, TextTrainSection
-from opdlm.text_trainer import TextRun
-from opdlm.trainer import Run, start_run, train_step, update
-from opdlm.unmasking import choose_tokens, noise_keys
-from opdlm.zero import ZeroOptimizer
+from opdlm.text import trainer as text_trainer
+from opdlm.text.trainer import TextRun
+from opdlm.training import deepspeed as zero
+from opdlm.training.checkpoint import trainable_weights
+from opdlm.training.deepspeed import ZeroOptimizer
+from opdlm.training.devices import leave_ranks
+from opdlm.training.loop import resume, save
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("lora", "sdar")

@@ -13,11 +13,11 @@ import torch
 from simple_loop import simple_ar, simple_denoise
 from tiny_models import GRIDS, KINDS, MASK, STOP, make_lm, make_prompts, qwen3
 
-from opdlm.blocks import GridKind
-from opdlm.generate import DecodeConfig, generate, make_requests
-from opdlm.lossless import Economy, Plan
-from opdlm.rows import DecodeStats, Mode, Rows
-from opdlm.unmasking import choose_tokens, choose_within_entropy, noise_keys
+from opdlm.decoding.decode_state import DecodeStats, Mode, Rows
+from opdlm.decoding.generate import DecodeConfig, generate, make_requests
+from opdlm.decoding.lossless import Economy, Plan
+from opdlm.decoding.unmasking import choose_tokens, choose_within_entropy, noise_keys
+from opdlm.modeling.slots import GridKind
 
 LENGTHS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 3, 20]
 MODES = {

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data, write_rows
 
-from opdlm import evaluate as evaluation
-from opdlm.cli import main
-from opdlm.generation_log import GenerationLog
+from opdlm.cli.main import main
+from opdlm.evaluation import evaluate as evaluation
+from opdlm.evaluation.generation_log import GenerationLog
 
 ROOT = Path(__file__).parent.parent
 TASKS = [

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
 from transformers import PretrainedConfig, Qwen3Config, Qwen3ForCausalLM
 
-from opdlm import export
-from opdlm.blocks import make_slots
-from opdlm.cli import main
-from opdlm.models import load, read_spec
+from opdlm.checkpoints import export as export
+from opdlm.checkpoints.load import load, read_spec
+from opdlm.cli.main import main
+from opdlm.modeling.slots import make_slots
 
 ROPE_THETA = 5000.0
 

@@ -9,14 +9,14 @@ import torch
 from tiny_checkpoints import tiny_model, tiny_overrides, tiny_tokenizer, write_checkpoint, write_data
 
 import opdlm
-from opdlm.adapter import add_lora
-from opdlm.cli import main
-from opdlm.config_rules import load_config
-from opdlm.convert import make_student
-from opdlm.diffusion import DiffusionLM
+from opdlm.checkpoints.convert import make_student
+from opdlm.checkpoints.load import load_causal_lm
+from opdlm.checkpoints.lora import add_lora
+from opdlm.cli.main import main
+from opdlm.config.rules import load_config
+from opdlm.decoding.generate import DecodeConfig, Mode, generate
 from opdlm.errors import ConfigError, DataError
-from opdlm.generate import DecodeConfig, Mode, generate
-from opdlm.models import load_causal_lm
+from opdlm.modeling.diffusion_lm import DiffusionLM
 
 FAMILIES = [
     *("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gemma3_text", "gpt2", "phi3"),

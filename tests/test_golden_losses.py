@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opdlm.losses import (
+from opdlm.objectives.losses import (
     Divergence,
     Head,
     HiddenTargets,

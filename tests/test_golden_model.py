@@ -22,17 +22,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opdlm.blocks import clean_slots, join_slots, visible
-from opdlm.config import LossSection, OptimizerSection, RolloutSection
-from opdlm.diffusion import DiffusionLM, DiffusionSpec
-from opdlm.generate import DecodeConfig, generate
-from opdlm.loop import learning_rate_scale
-from opdlm.losses import HiddenTargets
-from opdlm.records import Rollout
-from opdlm.rollout import length_cap
-from opdlm.states import StateBatch, block_table, noised_slots
-from opdlm.targets import score_rows, targets_at_supervised
-from opdlm.trainer import StudentLoss
+from opdlm.config.sections import LossSection, OptimizerSection, RolloutSection
+from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.rollout import Rollout
+from opdlm.distill.generate_rollouts import length_cap
+from opdlm.distill.trainer import StudentLoss
+from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+from opdlm.modeling.slots import clean_slots, join_slots, visible
+from opdlm.objectives.losses import HiddenTargets
+from opdlm.objectives.states import StateBatch, block_table, noised_slots
+from opdlm.objectives.targets import score_rows, targets_at_supervised
+from opdlm.training.loop import learning_rate_scale
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 if not (GOLDEN / "golden.json").exists():

@@ -14,7 +14,7 @@ from grid_cells import cells, fit, fit_or_fail
 from rich.console import Console
 
 from opdlm.errors import ConfigError
-from opdlm.grid import Cell, GridResult, environment, num_cores, run_grid
+from opdlm.studies.grid import Cell, GridResult, environment, num_cores, run_grid
 
 CELLS = Path(__file__).with_name("grid_cells.py")
 

@@ -17,14 +17,14 @@ pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from opdlm import harness
-from opdlm.cli import main
-from opdlm.config import resolve_path
-from opdlm.data import read_jsonl
+from opdlm.cli.main import main
+from opdlm.config.sections import resolve_path
+from opdlm.data.prompts import read_jsonl
+from opdlm.decoding.generate import DecodeConfig, generate
 from opdlm.errors import ConfigError
-from opdlm.generate import DecodeConfig, generate
-from opdlm.likelihood import ar_nll, nll_bound
-from opdlm.states import as_rollout
+from opdlm.evaluation import lm_eval as harness
+from opdlm.evaluation.likelihood import ar_nll, nll_bound
+from opdlm.objectives.states import as_rollout
 
 TASKS = ("local_generation", "local_choice")
 GENERATION = """task: local_generation

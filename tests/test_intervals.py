@@ -5,7 +5,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from opdlm.intervals import compare_paired, mcnemar, mean_of_shares, pair_counts, wilson
+from opdlm.evaluation.intervals import compare_paired, mcnemar, mean_of_shares, pair_counts, wilson
 
 
 def coverage_of_wilson(share: float, num: int) -> float:

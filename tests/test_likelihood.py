@@ -10,9 +10,8 @@ import torch
 from tiny_models import BLOCK, GRIDS, KINDS, STOP, make_lm, make_prompts, make_rollout, qwen3, record_sampler
 from torch import Tensor
 
-from opdlm.blocks import GridKind
-from opdlm.generate import DecodeConfig, generate
-from opdlm.likelihood import (
+from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.evaluation.likelihood import (
     agreement_report,
     ar_nll,
     chain_nll,
@@ -21,7 +20,8 @@ from opdlm.likelihood import (
     nll_bound,
     right_to_left,
 )
-from opdlm.states import BlockTable, as_rollout
+from opdlm.modeling.slots import GridKind
+from opdlm.objectives.states import BlockTable, as_rollout
 
 VOCABULARY, SIZE = 6, 3
 PROMPT = (1, 2, 3)

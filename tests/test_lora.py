@@ -18,19 +18,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, dynamic_module_utils
 
 import opdlm
-from opdlm.adapter import adapted_layers, add_lora
-from opdlm.attention import SlotCache
-from opdlm.blocks import Slots, clean_slots, join_slots, make_slots
-from opdlm.cache import DecodeCache
-from opdlm.cli import main
-from opdlm.config import LoraSection
-from opdlm.config_rules import load_config
-from opdlm.convert import make_student
-from opdlm.diffusion import DiffusionLM
-from opdlm.dropout import training_dropout
+from opdlm.checkpoints.convert import make_student
+from opdlm.checkpoints.load import assemble, load_causal_lm
+from opdlm.checkpoints.lora import adapted_layers, add_lora
+from opdlm.cli.main import main
+from opdlm.config.rules import load_config
+from opdlm.config.sections import LoraSection
+from opdlm.decoding.generate import DecodeConfig, generate
 from opdlm.errors import ConfigError
-from opdlm.generate import DecodeConfig, generate
-from opdlm.models import assemble, load_causal_lm
+from opdlm.modeling.attention import SlotCache
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.modeling.kv_cache import DecodeCache
+from opdlm.modeling.slots import Slots, clean_slots, join_slots, make_slots
+from opdlm.training.dropout import training_dropout
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from opdlm.losses import (
+from opdlm.objectives.losses import (
     CHUNK_BYTES,
     CHUNK_BYTES_ELSEWHERE,
     Divergence,

@@ -12,8 +12,8 @@ import torch
 from tiny_models import SLIDING, make_lm, make_prompts, qwen3
 from transformers import PreTrainedModel
 
-from opdlm.generate import DecodeConfig, Mode, generate
-from opdlm.rows import DecodeStats
+from opdlm.decoding.decode_state import DecodeStats
+from opdlm.decoding.generate import DecodeConfig, Mode, generate
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4])

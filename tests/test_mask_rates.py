@@ -14,10 +14,10 @@ import yaml
 from tiny_checkpoints import write_checkpoint, write_rows
 from torch import Tensor
 
-from opdlm.cli import main
-from opdlm.config import MaskSection
-from opdlm.config_rules import load_config
-from opdlm.mask_rates import (
+from opdlm.cli.main import main
+from opdlm.config.rules import load_config
+from opdlm.config.sections import MaskSection
+from opdlm.objectives.masking import (
     ANY_RATE,
     MaskRates,
     auto_window,
@@ -225,7 +225,7 @@ def test_auto_is_a_window_around_t_inside_the_unit_interval() -> None:
 
 
 def test_the_picture_of_the_chosen_window_is_drawn(tmp_path: Path) -> None:
-    from opdlm.plots import plot_signal
+    from opdlm.reporting.plots import plot_signal
 
     plot_signal((0.6, 0.3, 0.1), (0.35, 0.45), tmp_path / "window.png")
     assert (tmp_path / "window.png").stat().st_size > 10_000

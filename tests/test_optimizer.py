@@ -13,10 +13,10 @@ from tiny_models import qwen3
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from opdlm.checkpoint import load_checkpoint, save_checkpoint
-from opdlm.cli import main
-from opdlm.config import OptimizerSection
-from opdlm.optimizer import MasterWeights, checkpoint_layers, make_optimizer
+from opdlm.cli.main import main
+from opdlm.config.sections import OptimizerSection
+from opdlm.training.checkpoint import load_checkpoint, save_checkpoint
+from opdlm.training.optimizer import MasterWeights, checkpoint_layers, make_optimizer
 
 NAMES = [
     "adamw",

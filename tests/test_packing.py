@@ -13,13 +13,13 @@ from tiny_models import GRIDS, KINDS, SIZES, SLIDING, V, make_lm, make_rollout, 
 from torch import Tensor
 from transformers import PreTrainedModel, Starcoder2Config, Starcoder2ForCausalLM
 
-from opdlm import attention
-from opdlm.attention import AttentionChoice
-from opdlm.blocks import CLEAN, GridKind, Slots, join_slots, visible
-from opdlm.config import LossSection
-from opdlm.diffusion import DiffusionLM
-from opdlm.states import Selection, StateBatch, first_fit, pack_states, select_states
-from opdlm.trainer import StudentLoss
+from opdlm.config.sections import LossSection
+from opdlm.distill.trainer import StudentLoss
+from opdlm.modeling import attention as attention
+from opdlm.modeling.attention import AttentionChoice
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.modeling.slots import CLEAN, GridKind, Slots, join_slots, visible
+from opdlm.objectives.states import Selection, StateBatch, first_fit, pack_states, select_states
 
 LENGTHS = [(3, 6), (8, 9), (1, 2), (5, 12), (7, 1), (9, 5), (2, 17)]
 SELECTIONS: tuple[Selection, ...] = ("one_per_block", "all", "complementary", "random_mask")

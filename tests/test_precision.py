@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from opdlm.cli import main
-from opdlm.models import load
+from opdlm.checkpoints.load import load
+from opdlm.cli.main import main
 
 SMALL_RUN = [
     "train.num_steps=2",

@@ -15,15 +15,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from opdlm import costs, cpu_linear, trainer
-from opdlm.cli import main
-from opdlm.config import Config
-from opdlm.config_rules import check_config, load_config
-from opdlm.curricula import num_updates_of
-from opdlm.plan import GIB, Plan, file_lines, make_plan
-from opdlm.recipe_files import bundled_recipes
-from opdlm.records import Prompt, Rollout
-from opdlm.settings import read_recipe
+from opdlm.cli.main import main
+from opdlm.config.loader import read_recipe
+from opdlm.config.recipes import bundled_recipes
+from opdlm.config.rules import check_config, load_config
+from opdlm.config.schedules import num_updates_of
+from opdlm.config.sections import Config
+from opdlm.decoding.rollout import Prompt, Rollout
+from opdlm.distill import costs as costs
+from opdlm.distill import trainer as trainer
+from opdlm.distill.plan import GIB, Plan, file_lines, make_plan
+from opdlm.modeling import cpu_linear as cpu_linear
 
 RECIPES = {name: path for name, path in bundled_recipes().items() if not name.startswith("tiny")}
 QWEN3 = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40960}

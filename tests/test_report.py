@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data, write_rows
 
-from opdlm.cli import main
-from opdlm.config_rules import load_config
-from opdlm.data import load_tasks
-from opdlm.evaluate import decode_tasks
-from opdlm.models import load
-from opdlm.plots import divergence_grid, pareto_front
-from opdlm.report import Page
-from opdlm.tables import Table
+from opdlm.checkpoints.load import load
+from opdlm.cli.main import main
+from opdlm.config.rules import load_config
+from opdlm.data.prompts import load_tasks
+from opdlm.evaluation.evaluate import decode_tasks
+from opdlm.reporting.pages import Page
+from opdlm.reporting.plots import divergence_grid, pareto_front
+from opdlm.reporting.tables import Table
 
 HOSTILE = "<script>alert('x')</script> & <b>|"
 PROMPTS = {"add": [f"add {i} {7 * i}" for i in range(6)], HOSTILE: [f"copy <b{i}>" for i in range(6)]}

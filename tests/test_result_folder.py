@@ -14,10 +14,10 @@ from tiny_checkpoints import NUM_TOKENS, tiny_overrides, write_checkpoint, write
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 import opdlm
-from opdlm.cli import main
-from opdlm.config_rules import load_config
-from opdlm.generate import DecodeConfig, Mode, generate
-from opdlm.models import input_embedding
+from opdlm.checkpoints.load import input_embedding
+from opdlm.cli.main import main
+from opdlm.config.rules import load_config
+from opdlm.decoding.generate import DecodeConfig, Mode, generate
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {

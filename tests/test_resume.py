@@ -17,11 +17,11 @@ import pytest
 import torch
 from tiny_checkpoints import failing_after_a_save, tiny_overrides, write_checkpoint, write_data
 
-from opdlm import trainer
-from opdlm.cli import main
-from opdlm.config import Config
-from opdlm.loop import changed_settings
-from opdlm.metrics import MetricsLog
+from opdlm.cli.main import main
+from opdlm.config.sections import Config
+from opdlm.distill import trainer as trainer
+from opdlm.training.loop import changed_settings
+from opdlm.training.metrics import MetricsLog
 
 ROOT = Path(__file__).parent.parent
 TIMES = {"rollout_tokens_per_second", "rollout_wait_seconds", "rollout_share_of_time", "seconds"}
@@ -91,8 +91,8 @@ def test_four_steps_equal_two_and_two_more(
 
 KILLED = """
 import os, signal, sys
-from opdlm import checkpoint
-from opdlm.cli import main
+from opdlm.training import checkpoint as checkpoint
+from opdlm.cli.main import main
 save_file, calls = checkpoint.save_file, []
 def save_and_die(tensors, path):
     save_file(tensors, path)

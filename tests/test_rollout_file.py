@@ -16,14 +16,15 @@ import pytest
 from test_resume import assert_same_run, metrics
 from tiny_checkpoints import failing_after_a_save, tiny_overrides, write_checkpoint, write_rows
 
-from opdlm import rollout_sources, verbs
-from opdlm.analytics import ngram_signal_weights, optimal_t
-from opdlm.cli import main
-from opdlm.config_rules import load_config
-from opdlm.generate import DecodeConfig, generate
-from opdlm.models import load
-from opdlm.records import Rollout
-from opdlm.rollout_file import COLUMNS, RolloutFile, log_path_of, write_rollouts
+from opdlm.checkpoints.load import load
+from opdlm.cli import verbs as verbs
+from opdlm.cli.main import main
+from opdlm.config.rules import load_config
+from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.rollout import Rollout
+from opdlm.distill import rollouts as rollout_sources
+from opdlm.distill.rollout_file import COLUMNS, RolloutFile, log_path_of, write_rollouts
+from opdlm.objectives.mask_theory import ngram_signal_weights, optimal_t
 from opdlm.seeds import seed_of
 
 ROOT = Path(__file__).parent.parent

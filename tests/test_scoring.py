@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tiny_checkpoints import tiny_tokenizer, write_rows
 
-from opdlm.code_tests import passes
-from opdlm.data import load_tasks
-from opdlm.scoring import (
+from opdlm.data.prompts import load_tasks
+from opdlm.evaluation.code_tests import passes
+from opdlm.evaluation.scoring import (
     NEXT_QUESTION,
     chosen_letter,
     is_right,

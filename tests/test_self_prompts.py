@@ -9,13 +9,13 @@ from rich.console import Console
 from tiny_checkpoints import tiny_overrides, write_data
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from opdlm.config import Config
-from opdlm.config_rules import load_config
-from opdlm.convert import make_student
-from opdlm.diffusion import DiffusionLM
-from opdlm.models import load_causal_lm
-from opdlm.pipeline import convert_checkpoint
-from opdlm.self_prompts import self_prompts, user_turn, write_prompts
+from opdlm.checkpoints.convert import make_student
+from opdlm.checkpoints.load import load_causal_lm
+from opdlm.config.rules import load_config
+from opdlm.config.sections import Config
+from opdlm.distill.pipeline import convert_checkpoint
+from opdlm.distill.self_prompts import self_prompts, user_turn, write_prompts
+from opdlm.modeling.diffusion_lm import DiffusionLM
 
 NUM_PROMPTS = 40
 

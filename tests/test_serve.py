@@ -22,16 +22,16 @@ import pytest
 import uvicorn
 from tiny_checkpoints import convert_both
 
-from opdlm import generate as generate_room
-from opdlm.answer import StopStrings
-from opdlm.cli import main
-from opdlm.data import encode_prompt
-from opdlm.decode_thread import DecodeThread
-from opdlm.diffusion import DiffusionLM
-from opdlm.generate import DecodeConfig, generate
-from opdlm.models import load
+from opdlm.checkpoints.load import load
+from opdlm.cli.main import main
+from opdlm.data.prompts import encode_prompt
+from opdlm.decoding import generate as generate_room
+from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.streaming import StopStrings
+from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.seeds import seed_of
-from opdlm.serve import Server
+from opdlm.serving.decode_thread import DecodeThread
+from opdlm.serving.server import Server
 
 ROOT = Path(__file__).parent.parent
 MAX_LENGTH = 96

@@ -9,10 +9,10 @@ import torch
 from tiny_models import BLOCK, GRIDS, MASK, STOP, V, make_rollout
 from torch import Tensor
 
-from opdlm.blocks import CLEAN, FAR, Format, Grid, GridKind, Slots, join_slots, make_slots, visible
-from opdlm.diffusion import DiffusionSpec
-from opdlm.records import NEVER, Rollout
-from opdlm.states import Selection, StateBatch, block_table, select_masks, select_states
+from opdlm.decoding.rollout import NEVER, Rollout
+from opdlm.modeling.diffusion_lm import DiffusionSpec
+from opdlm.modeling.slots import CLEAN, FAR, Format, Grid, GridKind, Slots, join_slots, make_slots, visible
+from opdlm.objectives.states import Selection, StateBatch, block_table, select_masks, select_states
 
 FORMATS: tuple[Format, ...] = ("preserve", "sdar")
 SELECTIONS: tuple[Selection, ...] = ("one_per_block", "all", "complementary", "random_mask")

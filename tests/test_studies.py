@@ -11,15 +11,20 @@ import pytest
 import torch
 from rich.console import Console
 
-from opdlm import study_conversion, study_crossover, study_dual, study_parity, study_sft, study_window
-from opdlm.cli import main
+from opdlm.cli.main import main
 from opdlm.errors import ConfigError
-from opdlm.mask_rates import MaskRates
+from opdlm.objectives.masking import MaskRates
 from opdlm.seeds import generator_for
-from opdlm.studies import STUDIES, read_plan, run_study
-from opdlm.study_dual import DualGrid
-from opdlm.study_parity import BASELINE, MASK, ParityGrid, ParityRun
-from opdlm.text_study import AR, MD, prepare_text, run_text, text_cell
+from opdlm.studies import conversion as study_conversion
+from opdlm.studies import crossover as study_crossover
+from opdlm.studies import dual_repetition as study_dual
+from opdlm.studies import mask_window as study_window
+from opdlm.studies import parity as study_parity
+from opdlm.studies import window_sft as study_sft
+from opdlm.studies.dual_repetition import DualGrid
+from opdlm.studies.parity import BASELINE, MASK, ParityGrid, ParityRun
+from opdlm.studies.run import STUDIES, read_plan, run_study
+from opdlm.studies.text_study import AR, MD, prepare_text, run_text, text_cell
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "studies"
 FILES = sorted(RECIPES.glob("*.yaml"))

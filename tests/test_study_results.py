@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from opdlm.settings import plain
-from opdlm.studies import STUDIES, read_plan
-from opdlm.text_study import prepare_text
+from opdlm.config.loader import plain
+from opdlm.studies.run import STUDIES, read_plan
+from opdlm.studies.text_study import prepare_text
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "study"

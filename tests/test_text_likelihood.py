@@ -15,13 +15,13 @@ from tiny_models import MASK, STOP, V, qwen3
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opdlm.cli import main
-from opdlm.corpus import PADDING, Columns, TextRow
-from opdlm.diffusion import DiffusionLM, DiffusionSpec
-from opdlm.mask_rates import Masks
-from opdlm.text_likelihood import ar_nll, block_bound, md_bound, prefix_nll, pseudo_nll
-from opdlm.text_options import Question, rank_options, share_of_best
-from opdlm.text_rows import Prediction, can_mask, mixed_rows
+from opdlm.cli.main import main
+from opdlm.data.documents import PADDING, Columns, TextRow
+from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+from opdlm.objectives.masking import Masks
+from opdlm.text.batches import Prediction, can_mask, mixed_rows
+from opdlm.text.likelihood import ar_nll, block_bound, md_bound, prefix_nll, pseudo_nll
+from opdlm.text.options import Question, rank_options, share_of_best
 
 BOTH: tuple[Prediction, ...] = ("same_position", "next_position")
 SPEC = DiffusionSpec(

@@ -13,14 +13,14 @@ from tiny_models import BLOCK, GRIDS, MASK, STOP, V, make_lm, qwen3
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opdlm.blocks import GridKind
-from opdlm.corpus import PADDING, Columns, Document, Rows, TextRow
-from opdlm.diffusion import DiffusionLM
-from opdlm.mask_rates import ANY_RATE, MaskRates, Masks, draw_masks
+from opdlm.config.text import ObjectiveSection, TextSection
+from opdlm.data.documents import PADDING, Columns, Document, Rows, TextRow
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.modeling.slots import GridKind
+from opdlm.objectives.masking import ANY_RATE, MaskRates, Masks, draw_masks
 from opdlm.seeds import generator_for
-from opdlm.text_config import ObjectiveSection, TextSection
-from opdlm.text_rows import Prediction, TextBatch, block_batch, can_mask, mixed_rows
-from opdlm.text_trainer import TextLoss
+from opdlm.text.batches import Prediction, TextBatch, block_batch, can_mask, mixed_rows
+from opdlm.text.trainer import TextLoss
 
 PREDICTIONS: tuple[Prediction, ...] = ("same_position", "next_position")
 PACKINGS = ("chunks", "whole")

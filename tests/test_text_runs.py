@@ -12,11 +12,11 @@ import torch
 from tiny_checkpoints import failing_after_a_save, write_checkpoint, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opdlm.cli import main
-from opdlm.models import load
-from opdlm.text_config import build_text_config
-from opdlm.text_pipeline import load_text_inputs
-from opdlm.verbs import load_decoder
+from opdlm.checkpoints.load import load
+from opdlm.cli.main import main
+from opdlm.cli.verbs import load_decoder
+from opdlm.config.text import build_text_config
+from opdlm.text.pipeline import load_text_inputs
 
 SHAPE = (
     "hidden_size=32",

@@ -14,19 +14,19 @@ import torch
 from tiny_models import MASK, STOP, make_lm, qwen3
 from torch import Tensor
 
-from opdlm import text_trainer
-from opdlm.config import OptimizerSection
-from opdlm.corpus import Columns, Document, Rows
-from opdlm.diffusion import DiffusionLM
-from opdlm.dropout import add_output_dropout, training_dropout
+from opdlm.checkpoints.load import copy_of
+from opdlm.config.sections import OptimizerSection
+from opdlm.config.text import ObjectiveSection, TextConfig, TextSection, TextTrainSection
+from opdlm.data.documents import Columns, Document, Rows
 from opdlm.errors import ConfigError, DataError
-from opdlm.mask_rates import ANY_RATE, Masks, draw_masks
-from opdlm.models import copy_of
-from opdlm.optimizer import checkpoint_layers
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.objectives.masking import ANY_RATE, Masks, draw_masks
 from opdlm.seeds import generator_for
-from opdlm.text_config import ObjectiveSection, TextConfig, TextSection, TextTrainSection
-from opdlm.text_rows import TextBatch, block_batch, can_mask, mixed_rows
-from opdlm.text_trainer import TextLoss, TextRun, num_causal_rows, start_run, train_step
+from opdlm.text import trainer as text_trainer
+from opdlm.text.batches import TextBatch, block_batch, can_mask, mixed_rows
+from opdlm.text.trainer import TextLoss, TextRun, num_causal_rows, start_run, train_step
+from opdlm.training.dropout import add_output_dropout, training_dropout
+from opdlm.training.optimizer import checkpoint_layers
 
 LENGTH = 12
 COMPARED = ("loss", "ar_loss", "md_loss", "grad_norm", "learning_rate", "tokens", "epoch")

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from tiny_models import KINDS, MASK, STOP, make_lm, make_prompts, make_rollout, qwen3
 from torch import Tensor
 
-from opdlm.config import Config, LossSection, TrainSection
-from opdlm.config import OptimizerSection as Optimizer
-from opdlm.diffusion import DiffusionLM
-from opdlm.losses import HiddenTargets, LossOutput, TokenTargets, TopKTargets
-from opdlm.records import Prompt, Rollout
-from opdlm.states import StateBatch, pack_states, select_states
-from opdlm.targets import score_rows, targets_at_supervised
-from opdlm.trainer import Run, StudentLoss, normalized_weights, start_run, update
+from opdlm.config.sections import Config, LossSection, TrainSection
+from opdlm.config.sections import OptimizerSection as Optimizer
+from opdlm.decoding.rollout import Prompt, Rollout
+from opdlm.distill.trainer import Run, StudentLoss, normalized_weights, start_run, update
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.objectives.losses import HiddenTargets, LossOutput, TokenTargets, TopKTargets
+from opdlm.objectives.states import StateBatch, pack_states, select_states
+from opdlm.objectives.targets import score_rows, targets_at_supervised
 
 ROLLOUTS = [
     make_rollout(p, r, "absolute", stop=r % 2 == 0)
@@ -111,7 +111,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, monkeypatch: pyte
             num_recomputed.append(1)
         return checkpoint(*args, **options)
 
-    monkeypatch.setattr("opdlm.optimizer.checkpoint", counted)
+    monkeypatch.setattr("opdlm.training.optimizer.checkpoint", counted)
     assert_same_update(plain, run_update(kind, micro_batch_rows=4, gradient_checkpointing=True))
     assert len(num_recomputed) == 2 * 2  # layers times micro-batches: it was on
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opdlm.unmasking import choose_revealed, filter_logits, num_to_reveal, propose_tokens
+from opdlm.decoding.unmasking import choose_revealed, filter_logits, num_to_reveal, propose_tokens
 
 
 def test_top_k_keeps_the_k_largest_logits() -> None:

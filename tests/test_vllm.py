@@ -11,18 +11,18 @@ import torch
 from tiny_checkpoints import write_checkpoint, write_data
 from torch import Tensor
 
-from opdlm.bench import hf_responses
-from opdlm.cli import main
-from opdlm.config_rules import load_config
-from opdlm.convert import make_student
-from opdlm.data import load_prompts
-from opdlm.diffusion import DiffusionLM
+from opdlm.checkpoints.convert import make_student
+from opdlm.checkpoints.load import load_causal_lm, load_tokenizer
+from opdlm.cli.main import main
+from opdlm.config.rules import load_config
+from opdlm.data.prompts import load_prompts
+from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.rollout import Rollout
+from opdlm.decoding.unmasking import filter_logits
 from opdlm.errors import ConfigError
-from opdlm.generate import DecodeConfig, generate
-from opdlm.models import load_causal_lm, load_tokenizer
-from opdlm.records import Rollout
-from opdlm.unmasking import filter_logits
-from opdlm.vllm_engine import VERSION, VllmTeacher, check_vllm, start_teacher
+from opdlm.evaluation.speed import hf_responses
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.vllm.engine import VERSION, VllmTeacher, check_vllm, start_teacher
 
 
 @pytest.mark.vllm

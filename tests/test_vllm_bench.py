@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
 
-from opdlm.cli import main
+from opdlm.cli.main import main
 
 LLAMA = {"head_dim": 32, "max_position_embeddings": 256}  # vLLM has no attention kernel for smaller heads
 

@@ -21,13 +21,13 @@ import pytest
 from interpreted_vllm import interpreter as interpreter
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
 
-from opdlm.blocks import GridKind
-from opdlm.cli import main
-from opdlm.data import encode_prompt
-from opdlm.generate import DecodeConfig, generate
-from opdlm.models import load, read_spec
-from opdlm.records import Rollout
-from opdlm.vllm_engine import prepare_environment
+from opdlm.checkpoints.load import load, read_spec
+from opdlm.cli.main import main
+from opdlm.data.prompts import encode_prompt
+from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.rollout import Rollout
+from opdlm.modeling.slots import GridKind
+from opdlm.vllm.engine import prepare_environment
 
 QUESTIONS = ["", "a", "ab", "add 3 4", "copy xyz", "what is 7 + 12?", "the longest of these prompts: " * 2]
 NEW_TOKENS = 18

@@ -10,16 +10,16 @@ from interpreted_vllm import interpreter as interpreter
 from tiny_models import BLOCK, GRIDS, gemma3, make_lm, make_prompts, qwen3
 from torch import nn
 
-from opdlm.blocks import GridKind
-from opdlm.config import LoraSection
-from opdlm.diffusion import DiffusionLM
+from opdlm.checkpoints.load import assemble
+from opdlm.config.sections import LoraSection
+from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.rollout import Prompt
 from opdlm.errors import ConfigError
-from opdlm.generate import DecodeConfig, generate
-from opdlm.models import assemble
-from opdlm.records import Prompt
-from opdlm.vllm_canvases import block_queries, slot_queries
-from opdlm.vllm_engine import VllmStudent, check_student, start_student
-from opdlm.vllm_gate import SlotGate
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.modeling.slots import GridKind
+from opdlm.vllm.canvases import block_queries, slot_queries
+from opdlm.vllm.engine import VllmStudent, check_student, start_student
+from opdlm.vllm.gate import SlotGate
 
 LENGTHS = [1, 3, 4, 5, 6, 7, 8, 13, 22, 30]  # every remainder of the block size; more rows than places
 NEW_TOKENS = 14

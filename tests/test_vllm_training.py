@@ -9,8 +9,8 @@ import torch
 from test_vllm import LLAMA
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
 
-from opdlm.cli import main
-from opdlm.metrics import read_metrics
+from opdlm.cli.main import main
+from opdlm.training.metrics import read_metrics
 
 
 def convert(folder: Path, name: str, *overrides: str) -> list[dict[str, float]]:

@@ -10,11 +10,11 @@ import pytest
 from tiny_checkpoints import failing_after_a_save, tiny_overrides, write_checkpoint, write_data, write_rows
 from tiny_models import make_lm
 
-from opdlm.cli import main
-from opdlm.config import Config, EvalSection
-from opdlm.loop import has_stalled
-from opdlm.records import Prompt
-from opdlm.trainer import start_run
+from opdlm.cli.main import main
+from opdlm.config.sections import Config, EvalSection
+from opdlm.decoding.rollout import Prompt
+from opdlm.distill.trainer import start_run
+from opdlm.training.loop import has_stalled
 
 TIMES = {
     *("rollout_tokens_per_second", "rollout_wait_seconds", "rollout_share_of_time", "seconds"),

@@ -13,8 +13,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from opdlm import loop
-from opdlm.cli import main
+from opdlm.cli.main import main
+from opdlm.training import loop as loop
 
 CHARACTERS = " abcdefghijklmnopqrstuvwxyz0123456789+-*=>\n"
 TEMPLATE = (

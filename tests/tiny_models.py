@@ -25,12 +25,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from opdlm import denoise, generate
-from opdlm.blocks import GridKind
-from opdlm.config import LoraSection
-from opdlm.diffusion import DiffusionLM, DiffusionSpec
-from opdlm.models import assemble, copy_of
-from opdlm.records import Rollout
+from opdlm.checkpoints.load import assemble, copy_of
+from opdlm.config.sections import LoraSection
+from opdlm.decoding import denoise as denoise
+from opdlm.decoding import generate as generate
+from opdlm.decoding.rollout import Rollout
+from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+from opdlm.modeling.slots import GridKind
 
 V = 24
 STOP, MASK = V - 2, V - 1

@@ -1,0 +1,189 @@
+"""An autoregressive checkpoint becomes a diffusion student: mask token, format, and a probe that asks the
+model.
+
+The probe runs the family's own code on tiny inputs and checks what the method needs: the mask we pass is the
+mask it uses, positions are ours, the cache agrees with the full pass, and our LM head is its LM head. A
+family that fails is refused with the reason; no list of families is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opdlm.checkpoints.load import assemble, copy_of, set_embedding_row, vocabulary_rows
+from opdlm.config.sections import Config, FormatSection, RunConfig
+from opdlm.errors import DataError
+from opdlm.modeling.attention import SlotCache, layer_kinds
+from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec, head_logits
+from opdlm.modeling.slots import clean_slots
+
+PROBE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
+"""Relative to the largest value: what reordered sums may change, and what a wrong mask exceeds by far."""
+
+
+def make_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> DiffusionLM:
+    """The student at step 0; one seed, one student. `model` becomes its base, the tokenizer gains [MASK]."""
+    with torch.random.fork_rng(devices=[]):  # PEFT and new embedding rows draw from the global generator
+        torch.manual_seed(config.train.seed)
+        student = build_student(model, tokenizer, config)
+    student.attention = config.model.attention
+    return student
+
+
+def build_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> DiffusionLM:
+    mask_token_id = add_mask_token(model, tokenizer, config.format)
+    spec = make_spec(model, tokenizer, config, mask_token_id)
+    probe(model, spec)
+    initial = initial_mask_embedding(model, spec, config.format.mask_init, config.train.seed)
+    model.requires_grad_(not config.lora.enabled)
+    if config.lora.enabled:
+        student = assemble(model, spec, lora=config.lora, mask_embedding=initial)
+        assert isinstance(student, DiffusionLM)
+        return student
+    teacher = copy_of(model)
+    if spec.format == "sdar":
+        set_embedding_row(model, mask_token_id, initial)
+        return assemble(model, spec, lora=None, teacher=teacher)
+    return assemble(model, spec, lora=None, teacher=teacher, mask_embedding=initial)
+
+
+def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: FormatSection) -> int:
+    """The id of [MASK]: the named token if it exists, else the first unused row of the embedding, else a new
+    row.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if max(vocabulary.values()) >= vocabulary_rows(model):
+        raise DataError(
+            f"the tokenizer has ids up to {max(vocabulary.values())}, but the model's embedding has only "
+            f"{vocabulary_rows(model)} rows: they do not belong together. Use the checkpoint's own tokenizer."
+        )
+    if section.mask_token in vocabulary:
+        return vocabulary[section.mask_token]
+    tokenizer.add_special_tokens({"mask_token": section.mask_token})
+    mask_token_id = tokenizer.get_vocab()[section.mask_token]
+    if mask_token_id in vocabulary.values():
+        raise DataError(
+            f"the tokenizer gave {section.mask_token} the id {mask_token_id}, which another token has: ids "
+            "have gaps. Set format.mask_token to a token that exists and is never used."
+        )
+    if mask_token_id >= vocabulary_rows(model):
+        model.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
+    return mask_token_id
+
+
+def make_spec(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, mask_token_id: int
+) -> DiffusionSpec:
+    used = set(tokenizer.get_vocab().values())
+    unused = [i for i in range(vocabulary_rows(model)) if i not in used]
+    stops = stop_token_ids(model, tokenizer)
+    if not stops:
+        raise DataError(
+            "the checkpoint has no stop token. Set eos_token_id in its config.json or generation_config.json "
+            "to the id that ends a response."
+        )
+    return DiffusionSpec(
+        format=config.format.name,
+        block_size=config.format.block_size,
+        grid=config.format.grid,
+        mask_token_id=mask_token_id,
+        stop_token_ids=stops,
+        banned_token_ids=tuple(sorted({*unused, mask_token_id})),
+        adapter=config.lora.enabled and (config.format.name == "preserve" or not config.lora.merge),
+    )
+
+
+def plain_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> DiffusionLM:
+    """A checkpoint that was not converted behind the decode loop: mode `ar` only, its own tokens only."""
+    mask_token_id = vocabulary_rows(model)  # unknown text needs an id, which no forward ever sees
+    spec = make_spec(model, tokenizer, Config(), mask_token_id)
+    own_mask = {tokenizer.mask_token_id} - {None}  # of `opdlm train`
+    banned = tuple(sorted({*spec.banned_token_ids, *own_mask} - {mask_token_id}))
+    spec = replace(spec, block_size=1, banned_token_ids=banned, adapter=False)
+    probe(model, spec)
+    return DiffusionLM(model, spec).eval().requires_grad_(False)
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a response, from the generation config, the config and the tokenizer."""
+    found: set[int] = set()
+    for value in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            found.update([value] if isinstance(value, int) else value)
+    return tuple(sorted(i for i in found if i < vocabulary_rows(model)))
+
+
+def initial_mask_embedding(model: PreTrainedModel, spec: DiffusionSpec, kind: str, seed: int) -> Tensor:
+    """Where the mask embedding starts `[H]`, float32, at the scale at which embeddings enter the model."""
+    ids = [i for i in range(vocabulary_rows(model)) if i not in spec.banned_token_ids]
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        if kind == "stop":
+            return embedding(torch.tensor(spec.stop_token_ids[:1], device=model.device))[0].float().clone()
+        used_VH = embedding(torch.tensor(ids, device=model.device))
+        mean_H = used_VH.float().mean(0)
+        if kind == "zero":
+            mean_H = torch.zeros_like(mean_H)
+        if kind == "noise":
+            noise_H = torch.randn(mean_H.shape, generator=torch.Generator().manual_seed(seed))
+            mean_H = mean_H + noise_H.to(mean_H.device) * used_VH.float().std(0)
+        return mean_H
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, spec: DiffusionSpec) -> None:
+    """Ask the model whether it can do block diffusion; DataError with the reason if not."""
+    family = model.config.model_type
+    try:
+        failure = find_failure(model, spec)
+    except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, AssertionError) as error:
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(
+            f"{family} models cannot be converted: they do not take our masks and positions ({text})."
+        ) from error
+    if failure:
+        raise DataError(f"{family} models cannot be converted: {failure}.")
+
+
+def find_failure(model: PreTrainedModel, spec: DiffusionSpec) -> str | None:
+    """The first property that does not hold, in words; None when all do."""
+    others = sorted({*layer_kinds(model.config)} - {"full_attention", "sliding_attention"})
+    if others:
+        return f"its {', '.join(others)} layers cannot be told who sees whom"
+    ids = [i for i in range(vocabulary_rows(model)) if i not in spec.banned_token_ids]
+    ids_BL = torch.tensor(ids, device=model.device).repeat(12)[:12][None]
+    plain = model(input_ids=ids_BL, use_cache=False)
+    asked = DiffusionLM(model, spec)
+    lengths_B = torch.tensor([ids_BL.shape[1]], device=model.device)
+    causal = clean_slots(ids_BL, lengths_B, lengths_B, spec.block_grid, "preserve")
+    hidden_BLH = asked.student_hidden(causal)
+    if not close(head_logits(model, hidden_BLH), plain.logits.float(), model.dtype):
+        return "its logits under our causal mask differ from its own, or its head is more than a linear map"
+
+    later_BL = ids_BL.clone()
+    later_BL[0, 8] = ids[-1]
+    later = clean_slots(later_BL, lengths_B, lengths_B, spec.block_grid, "preserve")
+    if not close(asked.student_hidden(later)[:, :8], hidden_BLH[:, :8], model.dtype):
+        return (
+            "a later token changes earlier states although the mask is causal (not a plain attention model)"
+        )
+    open_ended = replace(causal, reach_BS=torch.full_like(ids_BL, ids_BL.shape[1] - 1))
+    if torch.equal(asked.student_hidden(open_ended), hidden_BLH):
+        return "it ignores a mask that lets earlier tokens see later ones"
+
+    cache = SlotCache(*ids_BL.shape)
+    asked.student_hidden(causal.only(causal.positions_BS < 6), cache)
+    cached_BLH = asked.student_hidden(causal.only(causal.positions_BS >= 6), cache)
+    if not close(cached_BLH[:, 6:], hidden_BLH[:, 6:], model.dtype):
+        return "states computed with the key-value cache differ from the full pass"
+    return None
+
+
+def close(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
+    """Equal up to the rounding of a model in `dtype`."""
+    scale = right.float().abs().max().clamp_min(1e-3)
+    return bool((left - right).float().abs().max() <= PROBE_TOLERANCE[dtype] * scale)

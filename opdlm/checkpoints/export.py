@@ -1,0 +1,220 @@
+"""The result folder: one directory that is the AR model, the diffusion model, and the record of the run.
+
+`AutoModelForCausalLM.from_pretrained(folder)` is the base architecture with the base weights (`preserve`: the
+teacher, bit for bit). With `trust_remote_code=True` it is the diffusion model: the remote code is a copy of
+this package's own decoding rooms, so there is one implementation.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from opdlm.checkpoints.load import (
+    ADAPTER_FOLDER,
+    MASK_EMBEDDING_FILE,
+    STUDENT_FOLDER,
+    load,
+    load_causal_lm,
+    read_spec,
+    set_embedding_row,
+)
+from opdlm.checkpoints.lora import merged
+from opdlm.decoding.decode_state import DecodeConfig
+from opdlm.errors import ConfigError
+from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+from opdlm.training.checkpoint import atomic_folder
+from opdlm.vllm.plugin import vllm_config_values
+
+REMOTE_FILES = (
+    "checkpoints/modeling_opdlm.py",
+    "decoding/generate.py",
+    "decoding/lossless.py",
+    "decoding/denoise.py",
+    "decoding/decode_state.py",
+    "modeling/diffusion_lm.py",
+    "modeling/attention.py",
+    "modeling/kv_cache.py",
+    "decoding/unmasking.py",
+    "modeling/slots.py",
+    "decoding/rollout.py",
+    "modeling/cpu_linear.py",
+)
+PACKAGE_IMPORT = re.compile(r"^from \.\.?(?:\w+\.)?(\w+) import", re.MULTILINE)
+"""An import of a sibling sub-package: transformers reads remote code from one flat folder."""
+RECORDS = (
+    *("README.md", "opdlm_config.yaml", "all_results.json", "retention.json", "timing.json"),
+    "generations.jsonl",
+)
+SDAR_MASK_ID = 151_669
+"""The first unused row of Qwen3's embedding, which the engines have in their source."""
+AUTO_MAP = {"AutoModelForCausalLM": "modeling_opdlm.OpdlmForCausalLM"}
+
+
+def write_model(folder: Path, model: DiffusionLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write weights, adapter, tokenizer, config and remote code. Takes the LoRA layers off `model`: load it
+    again.
+    """
+    spec = model.spec
+    base = write_student(folder, model)
+    if model.mask_embedding is not None:
+        if spec.format == "sdar" and not spec.adapter:
+            set_embedding_row(base, spec.mask_token_id, model.mask_embedding)
+        else:
+            save_file(
+                {"mask_embedding": model.mask_embedding.detach().contiguous()}, folder / MASK_EMBEDDING_FILE
+            )
+    base.config.block_diffusion = spec.to_dict()
+    base.config.auto_map = AUTO_MAP
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    package = Path(__file__).parent.parent
+    for file in REMOTE_FILES:
+        source = (package / file).read_text()
+        (folder / Path(file).name).write_text(PACKAGE_IMPORT.sub(r"from .\1 import", source))
+
+
+def write_student(folder: Path, model: DiffusionLM) -> PreTrainedModel:
+    """Write what lies beside the base (an adapter, or the student's own copy); returns the base."""
+    peft_model: Any = vars(model).get("peft_model")
+    if model.spec.adapter:
+        peft_model.save_pretrained(str(folder / ADAPTER_FOLDER))
+        (folder / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)
+        return peft_model.unload()
+    if isinstance(peft_model, PeftModel):
+        return merged(peft_model)
+    if model.spec.format == "sdar":
+        return model.student
+    assert model.teacher is not None
+    model.student.save_pretrained(folder / STUDENT_FOLDER)
+    return model.teacher
+
+
+def merge_folder(folder: Path, out: Path, *, full_copy: bool) -> None:
+    """Write a converted folder again without its adapter, which is added to the weights.
+
+    `sdar`: one set of plain weights. `preserve`: only with `full_copy`, as the untouched AR weights and a
+    second, merged set for the noised slots. ConfigError where there is nothing to merge.
+    """
+    spec = read_spec(folder)
+    if not spec.adapter:
+        raise ConfigError(f"{folder} holds no adapter: its weights are complete. Use it as it is.")
+    if spec.format == "preserve" and not full_copy:
+        raise ConfigError(
+            f"{folder} cannot be merged: its adapter acts on noised slots only, and added to the weights it "
+            "would change every token of the AR model. Keep the folder (AR weights + adapter), or give "
+            "--full-copy to write the AR weights and a merged student beside them (twice the size)."
+        )
+    check_free(out)
+    dtype = dtype_of(folder)
+    model, tokenizer = load(folder, dtype)
+    teacher = load_causal_lm(str(folder), dtype) if spec.format == "preserve" else None
+    plain = without_adapter(model, teacher)
+    with atomic_folder(out) as partial:
+        for record in folder.iterdir():
+            if record.suffix == ".png" or record.name in RECORDS:
+                shutil.copyfile(record, partial / record.name)
+        write_model(partial, plain, tokenizer)
+
+
+def dtype_of(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text()).get("dtype", "float32")
+
+
+def without_adapter(model: DiffusionLM, teacher: PreTrainedModel | None = None) -> DiffusionLM:
+    """The student with the adapter in its weights. Takes the LoRA layers off `model`."""
+    student = merged(vars(model)["peft_model"])
+    spec = replace(model.spec, adapter=False)
+    return DiffusionLM(student, spec, teacher=teacher, mask_embedding=model.mask_embedding)
+
+
+def complete_student(folder: Path, spec: DiffusionSpec) -> tuple[DiffusionLM, PreTrainedTokenizerBase]:
+    """The student of an `sdar` folder in one set of weights."""
+    model, tokenizer = load(folder, dtype_of(folder))
+    return without_adapter(model) if spec.adapter else model, tokenizer
+
+
+def check_free(out: Path) -> None:
+    if out.exists():
+        raise ConfigError(f"OUT ({out}) exists already. Choose another name.")
+
+
+def export_to_sdar(folder: Path, out: Path) -> None:
+    """Write an `sdar` folder as SGLang and LMDeploy load SDAR checkpoints, with --trust-remote-code.
+
+    ConfigError where they would decode something else: both take Qwen3's shape, count blocks from the first
+    token of the prompt and know one id for [MASK]; SGLang also one block size. From their sources (SGLang
+    0.5.23, LMDeploy 0.18.0); not yet run in them.
+    """
+    spec, values = read_spec(folder), json.loads((folder / "config.json").read_text())
+    rules = {
+        "format.name": (spec.format, "sdar"),
+        "the family": (values["model_type"], "qwen3"),
+        "format.grid": (spec.grid, "absolute"),
+        "the id of [MASK]": (spec.mask_token_id, SDAR_MASK_ID),
+        "use_sliding_window": (bool(values.get("use_sliding_window")), False),
+    }
+    for name, (found, needed) in rules.items():
+        if found != needed:
+            raise ConfigError(
+                f"{folder} cannot be exported to SDAR's engines: {name} is {found}, and they take {needed} "
+                "only. Convert again with that, or serve it with `opdlm serve`."
+            )
+    check_free(out)
+    plain, tokenizer = complete_student(folder, spec)
+    if plain.mask_embedding is not None:
+        set_embedding_row(plain.student, spec.mask_token_id, plain.mask_embedding)
+    rope = dict(plain.student.config.rope_parameters)
+    with atomic_folder(out) as partial:
+        plain.student.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        shutil.copyfile(Path(__file__).with_name("configuration_sdar.py"), partial / "configuration_sdar.py")
+        config_file = partial / "config.json"
+        values = json.loads(config_file.read_text())
+        for ours in ("block_diffusion", "auto_map"):
+            values.pop(ours, None)
+        values |= {
+            "architectures": ["SDARForCausalLM"],
+            "model_type": "sdar",
+            "auto_map": {"AutoConfig": "configuration_sdar.SDARConfig"},
+            "rope_theta": rope.pop("rope_theta"),
+            "rope_scaling": None if rope == {"rope_type": "default"} else rope,
+            "torch_dtype": values["dtype"],
+            "block_size": spec.block_size,
+            "mask_token_id": spec.mask_token_id,
+        }
+        config_file.write_text(json.dumps(values, indent=2))
+
+
+def export_to_vllm(folder: Path, out: Path, decode: DecodeConfig) -> None:
+    """Write an `sdar` folder as `vllm serve OUT` reads it where this package is installed too.
+
+    Complete weights; our architecture's name, block size and decoding in config.json; all stop tokens in
+    generation_config.json, and no sampling parameters: vLLM would take them for each request's own, which it
+    refuses for diffusion. ConfigError where vLLM cannot run the student.
+    """
+    spec = read_spec(folder)
+    if spec.format != "sdar":
+        raise ConfigError(
+            f"{folder} is a preserve student, whose adapter acts on noised slots only: it cannot be exported "
+            "to vLLM. Use `opdlm generate`, or convert with format.name=sdar."
+        )
+    values = vllm_config_values(AutoConfig.from_pretrained(folder), spec, decode)
+    check_free(out)
+    plain, tokenizer = complete_student(folder, spec)
+    with atomic_folder(out) as partial:
+        write_model(partial, plain, tokenizer)
+        values["block_diffusion"] = plain.spec.to_dict()
+        config_file = partial / "config.json"
+        config_file.write_text(json.dumps(json.loads(config_file.read_text()) | values, indent=2))
+        GenerationConfig(
+            eos_token_id=list(spec.stop_token_ids), pad_token_id=tokenizer.pad_token_id
+        ).save_pretrained(partial)

@@ -1,0 +1,271 @@
+"""Load what a run needs: tokenizer, teacher, student, adapter; and converted folders back as a `DiffusionLM`.
+
+LoRA goes through PEFT. In `preserve` the student is the teacher plus a gated adapter: one set of weights.
+Anything a checkpoint can be wrong about (missing, not causal, broken numbers, wrong vocabulary) is one
+`DataError` here.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from opdlm.checkpoints.lora import adapted_layers, add_lora, no_future_warnings
+from opdlm.config.sections import LoraSection, resolve_path
+from opdlm.errors import ConfigError, DataError
+from opdlm.modeling.cpu_linear import use_faster_linear
+from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec, head_constants
+from opdlm.objectives.losses import Head
+
+ADAPTER_FOLDER = "adapter"
+STUDENT_FOLDER = "student"
+MASK_EMBEDDING_FILE = "mask_embedding.safetensors"
+
+
+def load_tokenizer(
+    path: str, trust_remote_code: bool = False, *, needs_weights: bool = True
+) -> PreTrainedTokenizerBase:
+    path = resolve_path(path)
+    check_is_checkpoint(path, needs_weights=needs_weights)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"no tokenizer can be loaded from {path} ({first_line(error)}). Copy the checkpoint's own "
+            "tokenizer.json and tokenizer_config.json into it."
+        ) from error
+
+
+def load_causal_lm(
+    path: str, dtype: str, trust_remote_code: bool = False, *, load_in_4bit: bool = False
+) -> PreTrainedModel:
+    """An autoregressive checkpoint, checked for finite weights; its linear layers in 4 bits if asked."""
+    path = resolve_path(path)
+    check_is_checkpoint(path)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    if load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options["dtype"],
+        )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, output_loading_info=True, **options
+        )
+    except SafetensorError as error:
+        raise DataError(
+            f"the weights in {path} are damaged or cut off ({first_line(error)}). Download them again."
+        ) from error
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise DataError(f"cannot load {path} as a causal language model: {first_line(error)}") from error
+    model, found = loaded
+    if found["missing_keys"]:
+        raise DataError(
+            f"{path}: {len(found['missing_keys'])} weights are missing, first {min(found['missing_keys'])}. "
+            "Download or copy the checkpoint again."
+        )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise DataError(
+                f"{path}: weight {name} holds NaN or infinite values; the checkpoint is damaged. Download it "
+                "again."
+            )
+    if getattr(model, "is_loaded_in_4bit", False):
+        make_savable(model)
+    use_faster_linear(model)
+    return model.eval()
+
+
+def make_savable(model: Any) -> None:
+    """Let a 4-bit model be written as it was read: transformers cannot reverse how it reads 4-bit files, and
+    the packed CPU kernel of bitsandbytes rounds the scales of a weight when it is unpacked again.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    vars(model).pop("_weight_conversions", None)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) -> PreTrainedModel:
+    """Random weights for the config.json of `path`, changed by `shape`; one seed, one model."""
+    path = resolve_path(path)
+    check_is_checkpoint(path, needs_weights=False)
+    try:
+        values = AutoConfig.from_pretrained(path).to_dict()
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"cannot read {path}/config.json: {first_line(error)}") from error
+    unknown = sorted(set(shape) - set(values))
+    if unknown:
+        raise ConfigError(f"model.shape.{unknown[0]} is no entry of {path}/config.json. Correct its name.")
+    if "num_hidden_layers" in shape:
+        values.pop("layer_types", None)  # one entry per layer, filled in again
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            config = AutoConfig.for_model(**(values | shape))
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+            raise ConfigError(f"model.shape ({dict(shape)}) makes no model: {first_line(error)}") from error
+    use_faster_linear(model)
+    return model.eval()
+
+
+def check_is_checkpoint(path: str, *, needs_weights: bool = True) -> None:
+    """A path that looks local must exist and hold a config; anything else is left to the hub."""
+    folder = Path(path)
+    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise DataError(f"model.path ({path}) does not exist. Give a checkpoint folder or a hub id.")
+    if folder.is_file():
+        raise DataError(f"model.path ({path}) is a file. Give the folder that holds config.json.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise DataError(
+            f"model.path ({path}) has no config.json, so it is not a Hugging Face checkpoint folder."
+        )
+    if needs_weights and folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise DataError(
+            f"model.path ({path}) holds no .safetensors weights, and pickle files are not read. Load it once "
+            "where you trust it and write it with save_pretrained; `opdlm train` needs none with "
+            "model.from_scratch=true."
+        )
+    if folder.is_dir():
+        try:
+            json.loads((folder / "config.json").read_text())
+        except ValueError as error:
+            raise DataError(f"{folder / 'config.json'} is not valid JSON. Download it again.") from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def head_of(model: PreTrainedModel, banned: Tensor | None = None) -> Head:
+    """The LM head as plain tensors, for the chunked loss."""
+    softcap, scale = head_constants(model)
+    linear = model.get_output_embeddings()
+    return Head(
+        weight=linear.weight, bias=getattr(linear, "bias", None), softcap=softcap, scale=scale, banned=banned
+    )
+
+
+def assemble(
+    base: PreTrainedModel,
+    spec: DiffusionSpec,
+    *,
+    lora: LoraSection | PeftModel | None,
+    teacher: PreTrainedModel | None = None,
+    mask_embedding: Tensor | None = None,
+) -> DiffusionLM:
+    """A trainable student. With LoRA the base is shared with the teacher, else the student is a copy of
+    it.
+    """
+    if lora is None:
+        return DiffusionLM(base, spec, teacher=teacher, mask_embedding=mask_embedding)
+    peft_model = lora if isinstance(lora, PeftModel) else add_lora(base, lora)
+    student: Any = peft_model.get_base_model()
+    model = DiffusionLM(
+        student,
+        spec,
+        mask_embedding=mask_embedding,
+        adapted=adapted_layers(peft_model),
+        adapter_off=peft_model.disable_adapter,
+    )
+    object.__setattr__(model, "peft_model", peft_model)  # not a submodule: its weights are the student's
+    return model
+
+
+def copy_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A second, frozen set of the same weights."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def read_spec(folder: str | Path) -> DiffusionSpec:
+    """`block_diffusion` of a converted folder."""
+    try:
+        values = json.loads((Path(folder) / "config.json").read_text())["block_diffusion"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{folder} is not a folder written by opdlm convert (no block_diffusion in config.json). Give "
+            "the folder `model` of a run's output_dir."
+        ) from error
+    return DiffusionSpec.from_dict(values)
+
+
+def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> tuple[DiffusionLM, Any]:
+    """A converted folder as (DiffusionLM, tokenizer), ready for `opdlm.generate`."""
+    folder = Path(folder)
+    spec = read_spec(folder)
+    base = load_causal_lm(str(folder), dtype)
+    mask_embedding = None
+    if (folder / MASK_EMBEDDING_FILE).is_file():
+        mask_embedding = load_file(folder / MASK_EMBEDDING_FILE)["mask_embedding"]
+    if spec.adapter:
+        with no_future_warnings():
+            peft_model = PeftModel.from_pretrained(base, str(folder / ADAPTER_FOLDER))
+        model = assemble(base, spec, lora=peft_model, mask_embedding=mask_embedding)
+    elif spec.format == "sdar":  # the folder's weights are the student
+        model = assemble(base, spec, lora=None)
+    else:
+        student = load_causal_lm(str(folder / STUDENT_FOLDER), dtype)
+        model = assemble(student, spec, lora=None, teacher=base, mask_embedding=mask_embedding)
+    return model.to(device).eval().requires_grad_(False), load_tokenizer(str(folder))
+
+
+def set_embedding_row(model: PreTrainedModel, token_id: int, entering_H: Tensor) -> None:
+    """Make the embedding layer return `entering_H` for a token; some families scale what it holds."""
+    embedding = input_embedding(model)
+    with torch.no_grad():
+        embedding.weight[token_id] = 1.0
+        scale_H = embedding(torch.tensor(token_id, device=model.device))
+        embedding.weight[token_id] = entering_H / scale_H
+
+
+def check_fits(model: DiffusionLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, key: str) -> None:
+    """Prompt, response and the drafts past its end must lie within the positions the model knows."""
+    longest = max(len(ids) for ids in prompts)
+    if longest + max_new_tokens > room_of(model):
+        raise DataError(
+            f"the longest prompt ({longest} tokens) plus {key} ({max_new_tokens}) and two blocks of drafts "
+            f"exceeds the model's context ({context_of(model)}). Lower {key} or shorten the prompt."
+        )
+
+
+def context_of(model: DiffusionLM) -> float:
+    """Positions that the model knows; infinite where its config names none."""
+    return getattr(model.student.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def room_of(model: DiffusionLM) -> float:
+    """Tokens of prompt and response together: the context without two blocks, where drafts may end."""
+    return context_of(model) - 2 * model.spec.block_size
+
+
+def input_embedding(model: PreTrainedModel) -> nn.Embedding:
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    return embedding
+
+
+def vocabulary_rows(model: PreTrainedModel) -> int:
+    return input_embedding(model).weight.shape[0]

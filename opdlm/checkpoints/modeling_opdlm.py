@@ -1,0 +1,173 @@
+"""The class that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` returns.
+
+It needs torch, transformers and safetensors only: the adapter is read from its PEFT files and attached by
+hooks, and the decode loop is the project's own, copied beside this file. Without `trust_remote_code` the same
+folder is the plain autoregressive model. Not here: training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
+
+from ..decoding.decode_state import Rows as Rows
+from ..decoding.denoise import denoise_step as denoise_step
+from ..decoding.generate import DecodeConfig, generate
+from ..decoding.lossless import lossless_step as lossless_step
+from ..decoding.rollout import Rollout as Rollout
+from ..decoding.unmasking import Remasking as Remasking
+from ..modeling.attention import SlotCache as SlotCache
+from ..modeling.cpu_linear import use_faster_linear
+from ..modeling.diffusion_lm import Adapted, DiffusionLM, DiffusionSpec
+from ..modeling.kv_cache import DecodeCache as DecodeCache
+from ..modeling.slots import Grid as Grid
+
+
+class LowRank(nn.Module):
+    """What one layer's adapter adds: s B A x, and with DoRA (f - 1) W x + f s B A x for row factors f."""
+
+    down_RI: Tensor
+    up_OR: Tensor
+    factor_O: Tensor | None
+
+    def __init__(self, down_RI: Tensor, up_OR: Tensor, scale: float, factor_O: Tensor | None) -> None:
+        super().__init__()
+        self.scale = scale
+        for name, value in (("down_RI", down_RI), ("up_OR", up_OR), ("factor_O", factor_O)):
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, inputs: Tensor, plain: Tensor) -> Tensor:
+        """`plain` is the base layer's output without its bias."""
+        extra = F.linear(F.linear(inputs.to(self.down_RI.dtype), self.down_RI), self.up_OR) * self.scale
+        return extra if self.factor_O is None else (self.factor_O - 1) * plain + self.factor_O * extra
+
+
+class Adapter:
+    """A PEFT LoRA folder put onto a model's layers; `off` silences it."""
+
+    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        weights = load_file(folder / "adapter_model.safetensors")
+        rank = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
+        scale = config["lora_alpha"] / rank
+        self.enabled = True
+        self.layers: list[Adapted] = []
+        for key, down_RI in weights.items():
+            if key.endswith(".lora_A.weight"):
+                name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                up_OR = weights[key.replace("lora_A", "lora_B")]
+                host, factor_O = model.get_submodule(name), None
+                if config.get("use_dora"):
+                    length_O = weights[key.replace("lora_A.weight", "lora_magnitude_vector")]
+                    factor_O = length_O / row_lengths(host, scale * up_OR @ down_RI)
+                self.layers.append(self._adapt(host, LowRank(down_RI, up_OR, scale, factor_O)))
+
+    def _adapt(self, host: Any, low_rank: LowRank) -> Adapted:
+        base = host.forward
+        host.low_rank = low_rank  # a part of the layer, so that it moves with it
+
+        def change(inputs: Tensor, output: Tensor) -> Tensor:
+            return low_rank(inputs, output if host.bias is None else output - host.bias)
+
+        def forward(inputs: Tensor) -> Tensor:
+            output = base(inputs)
+            return (output + change(inputs, output)).to(output.dtype) if self.enabled else output
+
+        host.forward = forward
+        return Adapted(host, base, lambda inputs, output: output.add_(change(inputs, output)))
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        self.enabled = False
+        try:
+            yield
+        finally:
+            self.enabled = True
+
+
+def row_lengths(layer: Any, change_OI: Tensor) -> Tensor:
+    """Euclidean length of every row of the changed weight `[O]`; Conv1D holds its weight transposed."""
+    weight = layer.weight
+    weight_OI = weight.T if isinstance(layer, Conv1D) else weight
+    return (weight_OI.to(change_OI.dtype) + change_OI).norm(dim=1)
+
+
+class OpdlmForCausalLM(nn.Module):
+    """A converted checkpoint as a diffusion language model with `.generate()`."""
+
+    def __init__(self, config: PreTrainedConfig, diffusion: DiffusionLM) -> None:
+        super().__init__()
+        self.config, self.diffusion = config, diffusion
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str, *_: Any, config: PreTrainedConfig, **options: Any
+    ) -> OpdlmForCausalLM:
+        """Load a folder or hub id written by `opdlm convert`. `dtype` and `revision` work as usual."""
+        loading = {
+            key: options[key] for key in ("dtype", "torch_dtype", "revision", "token") if key in options
+        }
+        base = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **loading)
+        use_faster_linear(base)
+        spec = DiffusionSpec.from_dict(config.block_diffusion)
+        if spec.format == "sdar" and not spec.adapter:
+            return cls(config, DiffusionLM(base, spec)).eval()
+        revision = loading.get("revision")
+        embedding_file: Any = cached_file(name, "mask_embedding.safetensors", revision=revision)
+        mask_embedding = load_file(embedding_file)["mask_embedding"]
+        if not spec.adapter:
+            student = AutoModelForCausalLM.from_pretrained(name, subfolder="student", **loading)
+            use_faster_linear(student)
+            return cls(config, DiffusionLM(student, spec, teacher=base, mask_embedding=mask_embedding)).eval()
+        weights_file: Any = cached_file(name, "adapter/adapter_model.safetensors", revision=revision)
+        cached_file(name, "adapter/adapter_config.json", revision=revision)
+        adapter = Adapter(base, Path(weights_file).parent)
+        diffusion = DiffusionLM(
+            base,
+            spec,
+            mask_embedding=mask_embedding,
+            adapted=adapter.layers,
+            adapter_off=adapter.off,
+        )
+        return cls(config, diffusion).eval()
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
+        """Called by transformers; the folder's config.json already says so."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.diffusion.device
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        mode: str = "threshold",
+        seed: int = 0,
+        **decoding: Any,
+    ) -> Tensor:
+        """Prompt ids `[B, P]` (padding marked by `attention_mask`) -> ids `[B, P + R]`, right-padded.
+
+        `mode` is static, threshold, lossless or ar; further keywords are those of `DecodeConfig`.
+        """
+        kept_BP = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, kept_BP, strict=True)]
+        rng = torch.Generator(device=self.device).manual_seed(seed)
+        rollouts = generate(self.diffusion, prompts, DecodeConfig(mode=mode, **decoding), rng)  # type: ignore[arg-type]
+        width = max(rollout.num_response for rollout in rollouts)
+        padding = self.config.pad_token_id or 0
+        rows = [list(r.text_ids) + [padding] * (width - r.num_response) for r in rollouts]
+        return torch.cat([input_ids, torch.tensor(rows, device=input_ids.device)], 1)

@@ -1,0 +1,365 @@
+"""Settings from a recipe and the command line, and the rules they must keep, within a key and across keys.
+
+Defaults < recipe < command line. Every broken rule is one ConfigError that names key, value, rule and fix.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from opdlm.config.loader import apply_override, build_section, plain, read_recipe
+from opdlm.config.sections import Config, MaskSection, RunConfig
+from opdlm.errors import ConfigError
+
+
+def load_config(recipe: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the recipe, then `section.key=value` strings; checked as a whole."""
+    values: dict[str, Any] = {}
+    if recipe is not None:
+        values = read_recipe(recipe)
+    for override in overrides:
+        apply_override(values, override)
+    config = build_section(Config, values)
+    check_config(config)
+    return config
+
+
+def check_config(config: Config) -> None:
+    """Rules across keys. Raises ConfigError for the first that does not hold."""
+    check_ranges(config)
+    check_schedule("format.block_growth", config.format.block_growth, "format.block_size", config)
+    check_schedule("states.selection_schedule", config.states.selection_schedule, "states.selection", config)
+    check_curricula(config)
+    check_masking(config)
+    rollout = config.rollout
+    b = min([size for _, size in config.format.block_growth], default=config.format.block_size)
+    if rollout.denoising_steps is not None and rollout.denoising_steps > b:
+        raise ConfigError(
+            f"rollout.denoising_steps ({rollout.denoising_steps}) exceeds format.block_size ({b}): "
+            "each step reveals at least one token, so use at most block_size steps."
+        )
+    if rollout.start_new_tokens is not None and rollout.start_new_tokens > rollout.max_new_tokens:
+        raise ConfigError(
+            f"rollout.start_new_tokens ({rollout.start_new_tokens}) exceeds rollout.max_new_tokens "
+            f"({rollout.max_new_tokens}): the curriculum only grows. Lower the start."
+        )
+    if config.train.rows_per_update > rollout.prompts_per_step:
+        raise ConfigError(
+            f"train.rows_per_update ({config.train.rows_per_update}) exceeds rollout.prompts_per_step "
+            f"({rollout.prompts_per_step}): an update uses the rollouts of one step. Lower rows_per_update."
+        )
+    if rollout.prompts_per_step % config.train.rows_per_update:
+        raise ConfigError(
+            f"rollout.prompts_per_step ({rollout.prompts_per_step}) is not a multiple of "
+            f"train.rows_per_update ({config.train.rows_per_update}): the rest would never be trained on."
+        )
+    if config.loss.ar_weight and config.format.name == "preserve":
+        raise ConfigError(
+            f"loss.ar_weight ({config.loss.ar_weight:g}) has nothing to keep with format.name=preserve, "
+            "whose autoregressive mode is the teacher: leave it out, or use format.name=sdar."
+        )
+    sparse = config.loss.top_k is not None and not config.loss.tail
+    if sparse and config.loss.divergence == "reverse_kl":
+        raise ConfigError(
+            "loss.divergence (reverse_kl) with loss.top_k and loss.tail=false has a degenerate optimum: "
+            "set loss.tail=true or use forward_kl."
+        )
+    if config.format.name == "preserve" and b < 2:
+        raise ConfigError("format.block_size (1) leaves preserve nothing to draft: use at least 2.")
+    check_evaluation(config)
+    check_adapter(config)
+    check_recorded(config)
+    check_asynchronous(config)
+    check_compile(config)
+    check_engine(config)
+
+
+def check_evaluation(config: Config) -> None:
+    """Rules between the settings of the measurement."""
+    if config.eval.scoring == "code" and not config.eval.run_code:
+        raise ConfigError(
+            "eval.scoring (code) runs what models write on this machine: set eval.run_code=true if you want "
+            "that, preferably in a container."
+        )
+    if config.format.name == "sdar" and "lossless" in config.eval.modes:
+        raise ConfigError(
+            "eval.modes contains lossless, but format.name is sdar, which changes the AR weights and cannot "
+            "verify: drop lossless or use format.name=preserve."
+        )
+    if config.eval.likelihood_samples == 1:
+        raise ConfigError(
+            "eval.likelihood_samples (1) leaves the error of the bound unknown: use 0 (off) or at least 2."
+        )
+    if config.eval.seeds > 1 and not config.eval.temperature:
+        raise ConfigError(
+            f"eval.seeds ({config.eval.seeds}) repeats what is always the same: eval.temperature is 0, which "
+            "draws nothing. Use one seed, or a temperature above 0."
+        )
+    if config.eval.every and not config.eval.path:
+        raise ConfigError(
+            f"eval.every ({config.eval.every}) measures during training, but eval.path is empty: give a file "
+            "of evaluation prompts, or set eval.every=0."
+        )
+    if config.eval.patience is not None and not config.eval.every:
+        raise ConfigError(
+            f"eval.patience ({config.eval.patience}) counts measurements during training, but eval.every is "
+            "0: set it to a number of steps."
+        )
+    if config.eval.patience is not None and config.format.name == "preserve" and config.eval.veto_below:
+        raise ConfigError(
+            f"eval.patience ({config.eval.patience}) would stop a preserve student that still learns: with "
+            f"eval.veto_below ({config.eval.veto_below:g}) the AR model keeps retention near 100 % from the "
+            "first step. Set eval.veto_below=0."
+        )
+    if any(not 0 <= threshold <= 1 for threshold in config.eval.thresholds):
+        raise ConfigError(f"eval.thresholds ({config.eval.thresholds}) must lie between 0 and 1.")
+
+
+def check_recorded(config: Config) -> None:
+    """What generates has nothing to do where rollouts come from a file."""
+    for key in ("rollout.warm_start_steps", "data.self_prompts"):
+        if config.rollout.path and lookup(config, key):
+            raise ConfigError(
+                f"{key} ({lookup(config, key)}) generates, and rollout.path ({config.rollout.path}) takes "
+                f"prompts and rollouts from a file: set {key}=0."
+            )
+
+
+def check_asynchronous(config: Config) -> None:
+    """Our decoder generates while the student trains."""
+    if not config.rollout.asynchronous:
+        return
+    if config.rollout.path:
+        raise ConfigError(
+            f"rollout.asynchronous (true) generates nothing: rollout.path ({config.rollout.path}) gives "
+            "the rollouts. Set rollout.asynchronous=false."
+        )
+    if config.rollout.engine != "own":
+        raise ConfigError(
+            f"rollout.asynchronous (true) generates in a thread beside training, and rollout.engine "
+            f"({config.rollout.engine}) is used between updates only: use rollout.engine=own, or "
+            "rollout.asynchronous=false."
+        )
+
+
+def check_compile(config: Config) -> None:
+    """Our decoder generates, in this run, with layers that torch.compile can trace."""
+    section = config.rollout
+    if section.compile and config.lora.enabled and config.lora.use_dora:
+        raise ConfigError(
+            "rollout.compile (true) cannot trace PEFT's DoRA (lora.use_dora=true): set rollout.compile=false."
+        )
+    for key, value in (("engine", section.engine != "own" and section.engine), ("path", section.path)):
+        if section.compile and value:
+            raise ConfigError(
+                f"rollout.compile (true) is for our own decoder, and rollout.{key} ({value}) lets another "
+                "one generate: set rollout.compile=false."
+            )
+
+
+def check_engine(config: Config) -> None:
+    """vLLM runs the teacher from its checkpoint folder, and the student with the weights of each step."""
+    if config.rollout.engine == "own":
+        return
+    if config.rollout.path:
+        raise ConfigError(
+            f"rollout.engine (vllm) has nothing to generate: rollout.path ({config.rollout.path}) gives the "
+            "rollouts. Set rollout.engine=own."
+        )
+    asks_teacher = config.loss.objective in ("off_policy", "sft") or config.rollout.warm_start_steps > 0
+    if config.rollout.temperature > 2 and asks_teacher:
+        raise ConfigError(
+            f"rollout.temperature ({config.rollout.temperature}) must not exceed 2 with rollout.engine=vllm: "
+            "vLLM refuses it. Use rollout.engine=own."
+        )
+    if config.model.load_in_4bit:
+        raise ConfigError(
+            "rollout.engine (vllm) runs the teacher in model.dtype, but model.load_in_4bit makes it 4-bit: "
+            "the responses would be another model's. Use rollout.engine=own."
+        )
+
+
+LORA_INITS = ("default", "gaussian", "orthogonal")
+
+
+def check_adapter(config: RunConfig) -> None:
+    """Rules between the adapter, the frozen base under it and the optimiser."""
+    lora, in_4bit = config.lora, config.model.load_in_4bit
+    if lora.init not in LORA_INITS:
+        raise ConfigError(
+            f"lora.init ({lora.init!r}) must be one of {', '.join(LORA_INITS)}: others (pissa, olora, loftq) "
+            "rewrite the base weights, which are the teacher, or need data of their own (eva, corda)."
+        )
+    if lora.init == "orthogonal" and (lora.r % 2 or in_4bit):
+        raise ConfigError(
+            f"lora.init (orthogonal) needs an even lora.r ({lora.r}) and model.load_in_4bit=false "
+            f"({str(in_4bit).lower()}): use lora.init=default."
+        )
+    if in_4bit and not lora.enabled:
+        raise ConfigError(
+            "model.load_in_4bit (true) freezes the weights, and lora.enabled=false trains them: set "
+            "lora.enabled=true."
+        )
+    if in_4bit and lora.use_dora:
+        raise ConfigError(
+            "lora.use_dora (true) measures rows of the base weights, which model.load_in_4bit packs away: "
+            "set one of the two to false."
+        )
+
+
+def check_schedule(name: str, pairs: Sequence[tuple[int, Any]], final: str, config: RunConfig) -> None:
+    """Pairs (first step, value) start at step 0, rise, reach the final value, and each gets its turn."""
+    if not pairs:
+        return
+    steps, value = [step for step, _ in pairs], lookup(config, final)
+    if steps[0] != 0 or any(left >= right for left, right in itertools.pairwise(steps)):
+        raise ConfigError(f"{name} has the first steps {steps}: start with 0 and let them rise.")
+    if pairs[-1][1] != value:
+        raise ConfigError(
+            f"{name} ends with {plain(pairs[-1][1])}, but {final} is {plain(value)}, which the result has: "
+            "make them equal."
+        )
+    if steps[-1] >= config.train.num_steps:
+        raise ConfigError(
+            f"{name} reaches {value} at step {steps[-1]}, but train.num_steps is {config.train.num_steps}: "
+            "it would never be trained. Start it earlier."
+        )
+
+
+def check_curricula(config: Config) -> None:
+    """Blocks grow."""
+    sizes = [size for _, size in config.format.block_growth]
+    if any(not 0 < left < right for left, right in itertools.pairwise(sizes)):
+        raise ConfigError(f"format.block_growth has the block sizes {sizes}: they must be positive and grow.")
+
+
+def check_masking(config: RunConfig) -> None:
+    """Windows are ranges of probabilities, their weights fit, and every token has a probability."""
+    masking = config.masking
+    check_schedule("masking.schedule", masking.schedule, "masking.windows", config)
+    for windows in (masking.windows, *(windows for _, windows in masking.schedule)):
+        check_windows(masking, ((0.0, 1.0),) if windows == "auto" else windows)
+    if any(not 0 < weight < math.inf for weight in masking.window_weights):
+        raise ConfigError(
+            f"masking.window_weights ({plain(masking.window_weights)}) must be positive: leave a window out "
+            "instead."
+        )
+    rates = masking.position_rates
+    if rates and (len(rates) < 2 or max(rates) == 0 or any(not 0 <= rate < math.inf for rate in rates)):
+        raise ConfigError(
+            f"masking.position_rates ({plain(rates)}) must be at least two multipliers, none negative and "
+            "one above 0, for example [0.5, 1.5]."
+        )
+    if masking.sampler == "exact" and (rates or masking.always_mask):
+        key = "position_rates" if rates else "always_mask"
+        raise ConfigError(
+            f"masking.{key} ({plain(getattr(masking, key))}) gives each token its own probability, and "
+            "masking.sampler (exact) gives all the same: use masking.sampler=bernoulli."
+        )
+
+
+def check_windows(masking: MaskSection, windows: tuple[tuple[float, float], ...]) -> None:
+    if not windows or any(not 0 <= low <= high <= 1 for low, high in windows):
+        raise ConfigError(
+            f"masking.windows ({plain(windows)}) must be ranges with 0 <= lower end <= upper end <= 1, for "
+            "example [[0.45, 0.55]]."
+        )
+    if max(high for _, high in windows) == 0 and not masking.floor and not masking.always_mask:
+        raise ConfigError(
+            f"masking.windows ({plain(windows)}) masks nothing: raise an upper end, or set "
+            "masking.always_mask."
+        )
+    if masking.window_weights and len(masking.window_weights) != len(windows):
+        raise ConfigError(
+            f"masking.window_weights has {len(masking.window_weights)} numbers for {len(windows)} windows "
+            f"({plain(windows)}): give one for each."
+        )
+
+
+# Of conversion and of text training; a run has those of its own tree.
+POSITIVE = (
+    "format.block_size",
+    "lora.r",
+    "lora.alpha",
+    "data.max_prompt_tokens",
+    "data.limit",
+    "data.unique_tokens",
+    "data.epochs",
+    "objective.ar_weight",
+    "rollout.prompts_per_step",
+    "rollout.batch_size",
+    "rollout.max_new_tokens",
+    "rollout.start_new_tokens",
+    "rollout.ramp_steps",
+    "rollout.denoising_steps",
+    "rollout.top_k",
+    "loss.top_k",
+    "optimizer.learning_rate",
+    "optimizer.max_grad_norm",
+    "train.num_steps",
+    "train.rows_per_update",
+    "train.micro_batch_rows",
+    "train.passes_per_rollout",
+    "train.gradient_checkpointing_every",
+    "train.save_every",
+    "train.save_total_limit",
+    "eval.max_new_tokens",
+    "eval.batch_size",
+    "eval.limit",
+    "eval.seeds",
+    "eval.subset",
+    "eval.patience",
+    "eval.num_rates",
+)
+INTERVALS = {
+    "rollout.temperature": (0.0, 100.0),
+    "rollout.confidence_threshold": (0.0, 1.0),
+    "rollout.top_p": (1e-6, 1.0),
+    "loss.jsd_beta": (1e-6, 1 - 1e-6),
+    "loss.reverse_weight": (0.0, 1.0),
+    "loss.ar_weight": (0.0, 1e6),
+    "lora.dropout": (0.0, 0.99),
+    "optimizer.min_learning_rate_ratio": (0.0, 1.0),
+    "optimizer.weight_decay": (0.0, 10.0),
+    "optimizer.warmup_steps": (0, 10**9),
+    "rollout.warm_start_steps": (0, 10**9),
+    "data.self_prompts": (0, 10**9),
+    "data.sequence_length": (2, 10**9),
+    "objective.ar_share": (0.0, 1.0),
+    "objective.distill_weight": (0.0, 1.0),
+    "objective.dropout": (0.0, 0.99),
+    "masking.auto_width": (0.0, 1.0),
+    "masking.floor": (0.0, 1 - 1e-6),
+    "masking.ramp_steps": (0, 10**9),
+    "train.max_staleness": (0, 10**9),
+    "train.ema_decay": (0.0, 1 - 1e-9),
+    "eval.temperature": (0.0, 100.0),
+    "eval.every": (0, 10**9),
+    "eval.confidence_threshold": (0.0, 1.0),
+    "eval.veto_below": (0.0, 1.0),
+    "eval.forward_overhead": (0.0, 1e12),
+    "eval.likelihood_samples": (0, 10**6),
+}
+
+
+def check_ranges(config: RunConfig) -> None:
+    """Numbers that must be positive, or lie in an interval; None and words are no numbers."""
+    numbers = {name: value for name, value in config.flat().items() if isinstance(value, int | float)}
+    for name in [name for name in POSITIVE if name in numbers]:
+        value = numbers[name]
+        if not value > 0:
+            raise ConfigError(f"{name} ({value}) must be greater than 0.")
+        if value == math.inf:
+            raise ConfigError(f"{name} ({value}) must be finite.")
+    for name, (low, high) in INTERVALS.items():
+        if name in numbers and not low <= numbers[name] <= high:
+            raise ConfigError(f"{name} ({numbers[name]}) must lie between {low} and {high}.")
+
+
+def lookup(config: RunConfig, dotted: str) -> Any:
+    section, key = dotted.split(".")
+    return getattr(getattr(config, section), key)

@@ -1,0 +1,51 @@
+"""What changes with the step: block size, selection of states, whose responses, which rollouts.
+
+Each is a function of the settings and the step (0-based), so a resumed run and a plan agree with the run.
+Not here: the length curriculum (`rollout.length_cap`), which follows the block size given here; mask rates.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from opdlm.config.sections import Config, FormatSection, Selection, scheduled
+
+
+def block_size_at(section: FormatSection, step: int) -> int:
+    return scheduled(section.block_growth, step, section.block_size)
+
+
+def is_from_teacher(config: Config, step: int) -> bool:
+    """Whose responses step `step` trains on."""
+    return config.loss.objective in ("off_policy", "sft") or step < config.rollout.warm_start_steps
+
+
+def selection_at(config: Config, step: int) -> Selection:
+    """Teacher responses have no trajectory, and the baselines do not use one: they are masked at random."""
+    if config.loss.objective != "opd" or is_from_teacher(config, step):
+        return "random_mask"
+    return scheduled(config.states.selection_schedule, step, config.states.selection)
+
+
+def first_reused_step(config: Config, step: int) -> int:
+    """The oldest step whose rollouts step `step` trains on.
+
+    None is older than `max_staleness`, and none has another block size or another author than the newest.
+    """
+    oldest = step
+    while oldest > max(0, step - config.train.max_staleness) and is_alike(config, oldest - 1, step):
+        oldest -= 1
+    return oldest
+
+
+def is_alike(config: Config, step: int, other: int) -> bool:
+    same_size = block_size_at(config.format, step) == block_size_at(config.format, other)
+    return same_size and is_from_teacher(config, step) == is_from_teacher(config, other)
+
+
+@cache
+def num_updates_of(config: Config) -> int:
+    """Optimiser updates in a whole run."""
+    per_pass = -(-config.rollout.prompts_per_step // config.train.rows_per_update)
+    num_pools = sum(step - first_reused_step(config, step) + 1 for step in range(config.train.num_steps))
+    return num_pools * config.train.passes_per_rollout * per_pass

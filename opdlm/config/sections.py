@@ -1,0 +1,389 @@
+"""One tree of settings for a conversion: what can be set, what it means, its default.
+
+Every section is one dataclass and belongs to one room. The docstring under a field is its help text. A recipe
+is a complete YAML file: no includes, no interpolation. The resolved tree is saved beside the checkpoint and
+is itself a recipe. Not here: anything that needs torch, so that `opdlm --help` stays fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from opdlm.config.loader import plain
+
+Selection = Literal["one_per_block", "all", "complementary", "random_mask"]
+Windows = Literal["auto"] | tuple[tuple[float, float], ...]
+Value = TypeVar("Value")
+
+
+CONFIG_COPY = "opdlm_config.yaml"
+"""The settings of a conversion, beside the weights it wrote."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSection:
+    path: str = ""
+    """Folder or hub id of the autoregressive checkpoint to convert; `bundled:teacher` is the one that
+    ships.
+    """
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the weights in memory; softmax and losses are float32 always, and so are the weights
+    that the optimiser works on (adapter and mask embedding, or a master copy of the student).
+    """
+    load_in_4bit: bool = False
+    """QLoRA: hold the frozen linear layers in 4 bits (NF4). Needs LoRA and bitsandbytes: 'opdlm[quant]'."""
+    trust_remote_code: bool = False
+    """Run Python code that the checkpoint brings along. Off unless you trust its author."""
+    attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"
+    """sdpa: a dense mask; flex: FlexAttention (CUDA); flash: chunks of queries, no dense mask; auto: flex or
+    flash.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormatSection:
+    name: Literal["preserve", "sdar"] = "preserve"
+    """preserve: clean tokens stay the AR model's, drafts can be verified. sdar: servable by SDAR engines."""
+    block_size: int = 4
+    """Tokens per diffusion block."""
+    block_growth: tuple[tuple[int, int], ...] = ()
+    """Pairs (first step, block size) ending in block_size: [[0, 4], [100, 8]]. Empty: one size throughout."""
+    grid: Literal["absolute", "response"] = "absolute"
+    """Where blocks are counted from: token 0, or the first response token."""
+    mask_token: str = "<|mask|>"
+    """Text of the mask token; an existing token of this text is used, else an unused row, else a new one."""
+    mask_init: Literal["zero", "mean", "noise", "stop"] = "zero"
+    """Start of the mask embedding: zero, the mean embedding, the mean plus noise, or the stop token's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSection:
+    enabled: bool = True
+    """Train a LoRA adapter (gated in preserve) instead of a full copy of the weights."""
+    r: int = 32
+    """Rank."""
+    alpha: int = 64
+    """Scale: the adapter's output is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """On the adapter's input, in updates only: rollouts and targets are computed without it."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Which linear layers get an adapter, as PEFT reads it: all-linear, a list of names, or a regular
+    expression over full names (which can also choose layers).
+    """
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r): a larger rank does not shrink the update."""
+    use_dora: bool = False
+    """DoRA: learn the length of every weight row apart from its direction."""
+    init: str = "default"
+    """default (B = 0), gaussian (A normal, B = 0), or orthogonal (B A = 0, neither is 0; even r)."""
+    merge: bool = True
+    """sdar: add the adapter to the weights of the result folder, as serving engines need it. false keeps the
+    AR weights and the adapter apart; `opdlm merge` can join them later. preserve never merges.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSection:
+    path: str | tuple[str, ...] = ""
+    """Prompts: .jsonl, .parquet or a `datasets` name, one or a list. Rows need `prompt` or `messages`."""
+    self_prompts: int = 0
+    """Prompts that the model writes itself before training, beside those of path, which may be empty."""
+    config: str = ""
+    """Configuration of a `datasets` name that has several, for example main."""
+    split: str = "train"
+    """Split of a `datasets` name; slices such as train[:1000] work."""
+    prompt_column: str = ""
+    """Column that holds the prompt as text; empty: `prompt` or `messages`."""
+    enable_thinking: bool | None = None
+    """Passed to the chat templates that know it (Qwen3, SmolLM3); None = the template's default."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are an error, never cut."""
+    drop_long_prompts: bool = False
+    """Leave longer prompts out and say how many, instead."""
+    system_prompt: str = ""
+    """Put before every prompt through the chat template."""
+    limit: int | None = None
+    """Use the first so many prompts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSection:
+    engine: Literal["own", "vllm"] = "own"
+    """Who decodes: ours, or vLLM, an extra, for the teacher's responses (sft, off_policy, warm start) and
+    for the student's rollouts alike (Qwen3 and Llama, on a GPU); a second copy of the weights lies there.
+    """
+    prompts_per_step: int = 64
+    """Prompts that get a response in each step, over all devices."""
+    batch_size: int = 64
+    """Rows decoded at once on one device."""
+    max_new_tokens: int = 256
+    """Length cap of a response at the end of the curriculum."""
+    start_new_tokens: int | None = None
+    """Length cap at step 0; None = no curriculum."""
+    ramp_steps: int = 100
+    """Steps from the first cap to the last."""
+    ramp: Literal["cosine", "linear"] = "cosine"
+    """Shape of the length curriculum."""
+    temperature: float = 1.0
+    """0 = arg-max."""
+    top_k: int | None = None
+    """Sample among the k most likely tokens."""
+    top_p: float | None = None
+    """Sample within the smallest set of this probability mass."""
+    remasking: Literal["static", "threshold"] = "threshold"
+    """How many tokens a denoising step reveals: a fixed number, or all that are confident."""
+    denoising_steps: int | None = None
+    """Steps per block at most; None = block_size."""
+    confidence_threshold: float = 0.9
+    """threshold remasking reveals every token whose probability exceeds this."""
+    warm_start_steps: int = 0
+    """Steps at the start that train on randomly masked teacher responses: a new student cannot write yet."""
+    path: str = ""
+    """Train on the rollouts in this file of `opdlm rollout` instead of generating any; of this section only
+    prompts_per_step then counts, and no data.path is read. Every objective may; states that retrace a
+    rollout (one_per_block, all) need a file that was denoised with the same block size and grid.
+    """
+    compile: bool = False
+    """Decode with torch.compile (CUDA graphs on GPUs): the same tokens up to rounding, at less cost per step;
+    the first step waits for the compiler, on CPUs a C++ one. Not with engine=vllm, FSDP2 or ZeRO.
+    """
+    asynchronous: bool = False
+    """While a step trains, generate the rollouts of the next one with a copy of the student as the step found
+    it: one step old, for a second copy of what is trained. train.max_staleness counts from there.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatesSection:
+    selection: Selection = "all"
+    """Which denoising states of a rollout are trained on (objective opd)."""
+    selection_schedule: tuple[tuple[int, Selection], ...] = ()
+    """Pairs (first step, selection) ending in selection: [[0, random_mask], [50, all]]. Empty: always the
+    same.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskSection:
+    """Random masks: of sft, off_policy, opd_random, random_mask and complementary states, and of text."""
+
+    sampler: Literal["bernoulli", "exact"] = "bernoulli"
+    """bernoulli: every token alone, with probability t. exact: the share t of them, rounded up."""
+    windows: Windows = ((0.0, 1.0),)
+    """Ranges that t is drawn from, for every block (conversion) or row (text): [[0.45, 0.55]]. auto: a range
+    around the best t for the n-grams of the training text. Evaluation always uses [0, 1].
+    """
+    window_weights: tuple[float, ...] = ()
+    """How often each of several windows is used, relative to the others. Empty: equally often."""
+    auto_width: float = 0.1
+    """Width of the window that auto chooses."""
+    floor: float = 0.0
+    """ε of p = (1 - ε) t + ε: no token is masked less often."""
+    position_rates: tuple[float, ...] = ()
+    """Multipliers of t from the first to the last token that can be masked, linear in between: [0.5, 1.5].
+    Empty: 1 everywhere.
+    """
+    always_mask: tuple[int, ...] = ()
+    """These tokens are always masked, counted as in a Python list: [-1] is the last one that can be. With
+    windows [[0, 0]] nothing else is.
+    """
+    schedule: tuple[tuple[int, Windows], ...] = ()
+    """Pairs (first step, windows) ending in windows: [[0, [[0, 1]]], [500, auto]]. Empty: always the same."""
+    ramp_steps: int = 0
+    """Steps over which the upper end of every window grows from the lower one: few masks first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSection:
+    objective: Literal["opd", "opd_random", "off_policy", "sft"] = "opd"
+    """opd: own rollouts and their states; opd_random: own rollouts, random masks; off_policy: teacher
+    responses; sft: teacher responses, cross-entropy weighted 1/t."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """Between teacher and student token distributions."""
+    jsd_beta: float = 0.5
+    """Weight of the teacher in the mixture of the Jensen-Shannon divergence."""
+    reverse_weight: float = 0.0
+    """Share of reverse KL mixed into forward_kl."""
+    top_k: int | None = None
+    """Use the teacher's k most likely tokens only; None = full vocabulary."""
+    tail: bool = True
+    """With top_k: the rest of the mass is one more outcome, so the loss stays a divergence."""
+    normalization: Literal["row", "token"] = "token"
+    """Mean over rows of the row mean (the paper), or mean over all supervised positions."""
+    ar_weight: float = 0.0
+    """sdar: also keep the student autoregressive. The divergence from the teacher at every token of the clean
+    text, read causally, is added with this weight, for one more forward pass.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSection:
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw is torch's, fused. adamw8bit keeps its moments in 8 bits (bitsandbytes: 'opdlm[quant]')."""
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    min_learning_rate_ratio: float = 0.1
+    """The cosine ends at this share of the peak."""
+    warmup_steps: int = 0
+    """Optimiser updates of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW."""
+    weight_decay: float = 0.0
+    """AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopSection:
+    """What every kind of training has."""
+
+    num_steps: int = 100
+    """Rollout steps. Each generates responses, then makes the updates below."""
+    rows_per_update: int = 8
+    """Rollouts per optimiser update, over all devices."""
+    micro_batch_rows: int = 8
+    """Memory of a forward and backward on one device, in rollouts as long as the update's longest; shorter
+    ones are packed, more of them. Changes no result.
+    """
+    ema_decay: float | None = None
+    """Write the running average of the trained weights, with this decay per update; None = the last ones."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    gradient_checkpointing_every: int = 1
+    """With gradient_checkpointing: every so many layers are recomputed, the others keep their activations."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16 runs the forward under autocast."""
+    seed: int = 0
+    """Every random draw derives from (seed, step, prompt): the number of devices changes none."""
+    save_every: int = 50
+    """Steps between checkpoints."""
+    save_total_limit: int = 2
+    """Older checkpoints are deleted."""
+    resume_from_checkpoint: bool = True
+    """Continue an interrupted run found in output_dir; false starts over and deletes its checkpoints."""
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Trackers beside metrics.jsonl."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSection(LoopSection):
+    """Training on rollouts."""
+
+    passes_per_rollout: int = 1
+    """How often a step trains on each rollout."""
+    max_staleness: int = 0
+    """Later steps that train on a rollout again, beside their own; 0 = none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureSection:
+    """Measurements during training."""
+
+    every: int = 0
+    """Also measure every so many training steps, into metrics.jsonl; 0 = only at the end."""
+    patience: int | None = None
+    """Stop when so many measurements found nothing better than an earlier one; None = never. The result is
+    the last step.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSection(MeasureSection):
+    path: str = ""
+    """JSONL with `prompt`, and optionally `answer`, `skill`, `held_out`. Empty: no evaluation."""
+    scoring: Literal["exact", "gsm8k", "math", "choice", "code"] = "exact"
+    """exact: the whole response equals `answer`. gsm8k: a GSM8K file (`question`, `answer`), the number after
+    ####; the last number of the response is scored apart. math: equal as mathematics (math-verify:
+    'opdlm[eval]'). choice: names the letter in `answer`. code: its code passes the tests in `answer`.
+    """
+    run_code: bool = False
+    """Allow scoring=code to run what models write: in a process with limits on time, memory and files, not
+    cut off from the network.
+    """
+    modes: tuple[Literal["ar", "static", "threshold", "lossless"], ...] = ()
+    """Decodings to measure. Empty: static, threshold and, where the format can do it, lossless."""
+    max_new_tokens: int = 256
+    """Length cap of a response."""
+    batch_size: int = 64
+    """Rows decoded at once."""
+    temperature: float = 0.0
+    """0 = arg-max, every answer once. Above: teacher and student are sampled; prompts need answers."""
+    seeds: int = 1
+    """At a temperature above 0: repeat with so many seeds and report mean and spread."""
+    confidence_threshold: float = 0.9
+    """For the threshold mode."""
+    thresholds: tuple[float, ...] = ()
+    """Also draw accuracy against tokens per forward over these confidence thresholds; each is a decoding."""
+    veto_below: float = 0.1
+    """Static and threshold in preserve: the AR model replaces tokens it finds less likely; 0 = never."""
+    forward_overhead: float | None = None
+    """lossless: what a forward costs beside its slots, in slots. Large: fewest forwards; None: fastest."""
+    limit: int | None = None
+    """Prompts per skill; None = all."""
+    subset: int = 40
+    """Prompts whose retention (of the worst mode) is measured during training, evenly spaced over all."""
+    agreement: bool = True
+    """Also report how far responses and visited states are from the teacher."""
+    likelihood_samples: int = 0
+    """Also report the likelihood of the teacher's responses: so many pairs of orders bound the student's;
+    0 = no.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """What conversion and text training share."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    format: FormatSection = field(default_factory=FormatSection)
+    lora: LoraSection = field(default_factory=LoraSection)
+    masking: MaskSection = field(default_factory=MaskSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    train: LoopSection = field(default_factory=LoopSection)
+    eval: MeasureSection = field(default_factory=MeasureSection)
+    output_dir: str = "runs/opdlm"
+    """The model and everything about the run."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain(asdict(self))
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted key -> value."""
+        sections = ((s, v) for s, v in self.to_dict().items() if isinstance(v, dict))
+        return {f"{section}.{key}": value for section, values in sections for key, value in values.items()}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config(RunConfig):
+    """A conversion."""
+
+    data: DataSection = field(default_factory=DataSection)
+    rollout: RolloutSection = field(default_factory=RolloutSection)
+    states: StatesSection = field(default_factory=StatesSection)
+    loss: LossSection = field(default_factory=LossSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+
+
+BUNDLED = "bundled:"
+
+
+def resolve_path(path: str) -> str:
+    """`bundled:NAME` is a file or folder that ships inside the package; anything else is itself."""
+    if path.startswith(BUNDLED):
+        return str(Path(__file__).parent.parent / "bundled" / path.removeprefix(BUNDLED))
+    return path
+
+
+def scheduled(pairs: Sequence[tuple[int, Value]], step: int, default: Value) -> Value:
+    """The value of the last pair (first step, value) that has begun; `default` without pairs."""
+    return [value for first, value in pairs if first <= step][-1] if pairs else default

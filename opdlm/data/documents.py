@@ -1,0 +1,223 @@
+"""Given text as rows of tokens: documents joined and cut (chunks), or packed without a cut (whole).
+
+A row has one token more than the model reads, so that the last input has a next token. Every epoch shuffles
+the documents anew and cuts them anew; row r of a run is a function of (seed, r) alone. Not here: masks and
+objectives.
+
+Shape suffixes: B rows, L inputs of a row, R one more.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from opdlm.config.text import TextSection
+from opdlm.data.prompts import Row, encode_prompt, is_message, messages_of, read_rows
+from opdlm.errors import DataError
+from opdlm.seeds import generator_for
+
+PADDING = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Token ids that end with a stop token; the first `num_prompt` are given and carry no loss."""
+
+    ids: tuple[int, ...]
+    num_prompt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TextRow:
+    """Pieces of documents side by side."""
+
+    ids_R: Tensor
+    start_R: Tensor
+    """Column at which the token's piece starts; PADDING behind the last one."""
+    is_given_R: Tensor
+    """Tokens of prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Rows as tensors; R counts the token after the last input too."""
+
+    ids_BR: Tensor
+    start_BR: Tensor
+    is_given_BR: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[TextRow]) -> Columns:
+        fields = ("ids_R", "start_R", "is_given_R")
+        return cls(*(torch.stack([getattr(row, field) for row in rows]) for field in fields))
+
+    def pick(self, index: Tensor) -> Columns:
+        return Columns(self.ids_BR[index], self.start_BR[index], self.is_given_BR[index])
+
+    @property
+    def is_text_BL(self) -> Tensor:
+        return self.start_BR[:, :-1] != PADDING
+
+    @property
+    def is_learnt_BR(self) -> Tensor:
+        """Tokens of responses, or of plain text."""
+        return (self.start_BR != PADDING) & ~self.is_given_BR
+
+    @property
+    def follows_BL(self) -> Tensor:
+        """Inputs whose next token belongs to the same piece and is learnt."""
+        return (self.start_BR[:, 1:] == self.start_BR[:, :-1]) & self.is_learnt_BR[:, 1:]
+
+
+def load_documents(
+    section: TextSection,
+    tokenizer: PreTrainedTokenizerBase,
+    mask_token_id: int,
+    key: str = "data.path",
+) -> list[Document]:
+    """Documents of `section.path`, which is the setting `key`; DataError names the place of a bad row."""
+    paths = (section.path,) if isinstance(section.path, str) else section.path
+    if not paths or not all(paths):
+        raise DataError(f"{key} is empty: give a .jsonl or .parquet file, or the name of a dataset.")
+    documents = []
+    for place, row in itertools.chain.from_iterable(
+        read_rows(path, section.split, section.config) for path in paths
+    ):
+        documents.append(read_document(place, row, tokenizer, section.text_column))
+        if mask_token_id in documents[-1].ids:
+            raise DataError(f"{place} contains the mask token. Remove it or set another format.mask_token.")
+    if not documents:
+        raise DataError(f"{key} ({section.path}) holds no rows. Give at least one text.")
+    return documents
+
+
+def read_document(place: str, row: Row, tokenizer: PreTrainedTokenizerBase, column: str) -> Document:
+    """A row with text, with prompt and response, or with messages."""
+    if column in row:
+        text, num_prompt, prompt = row[column], 0, list[int]()
+    else:
+        text = response_of(place, row, column)
+        prompt = encode_prompt(tokenizer, messages_of(place, row, ""))
+        num_prompt = len(prompt)
+    if not isinstance(text, str) or not text:
+        raise DataError(f"{place}: its text is empty or not text ({text!r:.40}). Remove the row.")
+    ids = tokenizer(text, add_special_tokens=not num_prompt)["input_ids"]
+    stop = tokenizer.eos_token_id
+    if stop is not None and (not ids or ids[-1] != stop):
+        ids = [*ids, stop]
+    return Document((*prompt, *ids), num_prompt)
+
+
+def response_of(place: str, row: Row, column: str) -> Any:
+    """What follows the prompt, which `messages_of` reads: `messages` before `prompt`, as there."""
+    if "messages" in row:
+        messages = row["messages"]
+        last: Any = messages[-1] if isinstance(messages, list) and messages else None
+        if not is_message(last) or last["role"] != "assistant":
+            raise DataError(f"{place}: `messages` must end with the assistant's, which is trained on.")
+        return last["content"]
+    if "prompt" in row and "response" in row:
+        return row["response"]
+    raise DataError(
+        f"{place} has neither `{column}`, nor `prompt` and `response`, nor `messages` (found: "
+        f"{', '.join(row) or 'nothing'}). Set data.text_column or rename a column."
+    )
+
+
+def keep_tokens(documents: Sequence[Document], num_tokens: int, seed: int) -> list[Document]:
+    """The first `num_tokens` tokens of the shuffled documents; the last one is cut."""
+    order = torch.randperm(len(documents), generator=generator_for(seed, 3 * 10**6)).tolist()
+    kept, left = list[Document](), num_tokens
+    for index in order:
+        document = documents[index]
+        kept.append(Document(document.ids[:left], document.num_prompt))
+        left -= len(kept[-1].ids)
+        if left == 0:
+            return kept
+    raise DataError(
+        f"data.unique_tokens ({num_tokens}) exceeds the {num_tokens - left} tokens of data.path: lower it."
+    )
+
+
+class Rows:
+    """Endless rows over documents; row r is always the same one, so resuming needs no state."""
+
+    def __init__(
+        self, documents: Sequence[Document], section: TextSection, seed: int, key: str = "data.path"
+    ) -> None:
+        self.documents, self.seed = documents, seed
+        self.length, self.is_masked = section.sequence_length, section.document_mask
+        self.num_tokens = sum(len(document.ids) for document in documents)
+        self._bins = fill_bins(documents, self.length + 1, key) if section.packing == "whole" else None
+        if self._bins is None and self.num_tokens <= self.length:
+            raise DataError(
+                f"{key} holds {self.num_tokens} tokens, fewer than one row of data.sequence_length "
+                f"({self.length}) and the token after it: shorten the rows."
+            )
+        self._epoch, self._rows = -1, list[TextRow]()
+
+    @property
+    def per_epoch(self) -> int:
+        return (self.num_tokens - 1) // self.length if self._bins is None else len(self._bins)
+
+    def at(self, index: int) -> TextRow:
+        epoch, place = divmod(index, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._rows = epoch, list(self._cut(generator_for(self.seed, 4 * 10**6, epoch)))
+        return self._rows[place]
+
+    def evenly(self, limit: int) -> list[TextRow]:
+        """At most `limit` rows of the first epoch, evenly spaced."""
+        num = min(limit, self.per_epoch)
+        return [self.at(i * self.per_epoch // num) for i in range(num)]
+
+    def _cut(self, rng: torch.Generator) -> Iterator[TextRow]:
+        """The rows of one epoch."""
+        if self._bins is not None:
+            for number in torch.randperm(len(self._bins), generator=rng).tolist():
+                yield self._row([self.documents[i] for i in self._bins[number]])
+            return
+        order = torch.randperm(len(self.documents), generator=rng).tolist()
+        whole = self._row([self.documents[i] for i in order])
+        for first in range(0, self.per_epoch * self.length, self.length):
+            columns = slice(first, first + self.length + 1)
+            start_R = (whole.start_R[columns] - first).clamp_min(0)
+            yield TextRow(whole.ids_R[columns], start_R, whole.is_given_R[columns])
+
+    def _row(self, documents: Sequence[Document]) -> TextRow:
+        """Documents side by side, filled up to a row where they are shorter."""
+        ids = torch.tensor([i for document in documents for i in document.ids])
+        lengths = torch.tensor([len(document.ids) for document in documents])
+        first = lengths.cumsum(0) - lengths if self.is_masked else torch.zeros_like(lengths)
+        start = first.repeat_interleave(lengths)
+        given = [i < document.num_prompt for document in documents for i in range(len(document.ids))]
+        rest = max(0, self.length + 1 - len(ids))
+        pad = torch.nn.functional.pad
+        return TextRow(
+            pad(ids, (0, rest)), pad(start, (0, rest), value=PADDING), pad(torch.tensor(given), (0, rest))
+        )
+
+
+def fill_bins(documents: Sequence[Document], capacity: int, key: str = "data.path") -> list[list[int]]:
+    """Indices of whole documents that share a row, in the order of the documents."""
+    bins, room = list[list[int]](), 0
+    for index, document in enumerate(documents):
+        size = len(document.ids)
+        if size > capacity:
+            raise DataError(
+                f"a document of {key} has {size} tokens, and data.packing=whole cuts none: set "
+                f"data.sequence_length ({capacity - 1}) to at least {size - 1}, or data.packing=chunks."
+            )
+        if size > room:
+            bins.append([])
+            room = capacity
+        bins[-1].append(index)
+        room -= size
+    return bins

@@ -1,0 +1,202 @@
+"""`opdlm convert` from start to end: check everything, train, write the folder, measure what the folder kept.
+
+Nothing is written before every input has been checked. The measurement is made on the folder as a user would
+load it, not on the model in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accelerate import PartialState
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opdlm.checkpoints.convert import make_student
+from opdlm.checkpoints.export import write_model
+from opdlm.checkpoints.load import check_fits, load_causal_lm, load_tokenizer
+from opdlm.config.sections import CONFIG_COPY, Config
+from opdlm.data.prompts import Task, load_prompts
+from opdlm.decoding.rollout import Prompt, Rollout
+from opdlm.distill.rollout_file import load_rollouts
+from opdlm.distill.rollouts import check_launch, check_source
+from opdlm.distill.self_prompts import self_prompts, user_turn
+from opdlm.distill.trainer import train
+from opdlm.distill.watch import Watch
+from opdlm.errors import ConfigError, require_package
+from opdlm.evaluation.retention import MODEL_FOLDER, RESULTS_FILE, load_eval_tasks, measure_folder, versions
+from opdlm.modeling.attention import choose_backend, why_not
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.objectives.mask_theory import ngram_signal_weights, optimal_t
+from opdlm.objectives.masking import auto_window, needs_optimal_t, resolve_auto
+from opdlm.reporting.card import model_card
+from opdlm.reporting.pages import read_retention
+from opdlm.reporting.plots import plot_metrics, plot_signal
+from opdlm.training.checkpoint import (
+    atomic_folder,
+    find_checkpoints,
+    load_average,
+    load_weights,
+    trainable_weights,
+    write_atomic,
+)
+from opdlm.training.devices import is_sharded, join_ranks
+from opdlm.training.loop import check_trackers, prepare_output
+from opdlm.training.metrics import MetricsLog, read_metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Everything a run reads, loaded and checked."""
+
+    student: DiffusionLM
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    tasks: list[Task]
+    recorded: Sequence[Rollout] = ()
+    """Of `rollout.path`, instead of prompts."""
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Load and check model, prompts and evaluation tasks; raises before anything is written."""
+    if not config.model.path:
+        raise ConfigError("model.path is empty: give a recipe or a checkpoint folder as the target.")
+    check_trackers(config)
+    if needs_optimal_t(config.masking) and not config.rollout.path:
+        raise ConfigError(
+            "masking.windows (auto) counts the n-grams of the text that is trained on, which a conversion "
+            "knows beforehand only with rollout.path: give such a file, or numbers such as [[0.45, 0.55]]."
+        )
+    if config.model.load_in_4bit:
+        require_package("bitsandbytes", "quant", "model.load_in_4bit (true)")
+    if config.optimizer.name == "adamw8bit":
+        require_package("bitsandbytes", "quant", "optimizer.name (adamw8bit)")
+    check_launch(config)
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    model = load_causal_lm(
+        config.model.path,
+        config.model.dtype,
+        config.model.trust_remote_code,
+        load_in_4bit=config.model.load_in_4bit,
+    )
+    check_attention(model, config)
+    student = make_student(model, tokenizer, config)
+    prompts: list[Prompt] = []
+    recorded: Sequence[Rollout] = ()
+    if config.rollout.path:
+        recorded = load_rollouts(config, student, tokenizer)
+    elif config.data.path or not config.data.self_prompts:
+        prompts = load_prompts(config.data, tokenizer, student.spec.mask_token_id)
+        check_fits(student, [p.ids for p in prompts], config.rollout.max_new_tokens, "rollout.max_new_tokens")
+    check_source(student, prompts, config)
+    if config.data.self_prompts:
+        user_turn(tokenizer, config.data.system_prompt)
+    tasks = load_eval_tasks(student, tokenizer, config) if config.eval.path else []
+    return Inputs(student, tokenizer, prompts, tasks, recorded)
+
+
+def check_attention(model: PreTrainedModel, config: Config) -> None:
+    device = PartialState().device
+    reason = why_not(config.model.attention, device, model.config)
+    if reason:
+        raise ConfigError(f"model.attention ({config.model.attention}) cannot run: {reason}.")
+
+
+def convert_checkpoint(config: Config, console: Console) -> Path:
+    """Run a conversion (or continue it); returns the folder of the converted model."""
+    ranks = join_ranks(config)
+    inputs = load_inputs(config)
+    weights = signal_weights(inputs, config)
+    if weights:
+        window = auto_window(optimal_t(weights), config.masking.auto_width)
+        config = replace(config, masking=resolve_auto(config.masking, optimal_t(weights)))
+    output_dir = prepare_output(config, writes=ranks.is_main_process)
+    if weights and ranks.is_main_process:
+        plot_signal(weights, window, output_dir / "mask_window.png")
+        console.print(
+            f"masking.windows=auto: t* = {optimal_t(weights):.3f}, window {window[0]:g} to {window[1]:g} "
+            f"({output_dir / 'mask_window.png'})"
+        )
+    if config.data.self_prompts:
+        status = console.status(f"the model writes {config.data.self_prompts} prompts")
+        with status, ranks.main_process_first():  # the others read what it wrote
+            add_self_prompts(inputs, config, output_dir)
+    describe(inputs, config, console)
+    with MetricsLog(output_dir, console) as log:
+        watch = Watch(inputs.tokenizer, inputs.tasks, config.eval) if config.eval.every else None
+        run = train(inputs.student, inputs.prompts, config, log, inputs.recorded, watch)
+    folder = output_dir / MODEL_FOLDER
+    if ranks.is_main_process:
+        with atomic_folder(folder) as partial:
+            write_model(partial, trained_student(run.model, config).eval(), inputs.tokenizer)
+            write_record(partial, output_dir, config)
+        if inputs.tasks:
+            measure_folder(folder, config, folder)
+        write_card(folder, config)
+    return folder
+
+
+def signal_weights(inputs: Inputs, config: Config) -> tuple[float, ...]:
+    """Of the recorded rollouts, where `masking.windows=auto` asks for them."""
+    if not needs_optimal_t(config.masking):
+        return ()
+    return ngram_signal_weights([rollout.prompt_ids + rollout.text_ids for rollout in inputs.recorded])
+
+
+def add_self_prompts(inputs: Inputs, config: Config, output_dir: Path) -> None:
+    """Let the model write prompts (none of the evaluation's) beside those of `data.path`."""
+    evaluated = {task.text for task in inputs.tasks}
+    added = self_prompts(inputs.student, inputs.tokenizer, config, output_dir, evaluated)
+    check_fits(
+        inputs.student, [p.ids for p in added], config.rollout.max_new_tokens, "data.max_prompt_tokens"
+    )
+    check_source(inputs.student, added, config)
+    inputs.prompts.extend(replace(p, index=len(inputs.prompts) + p.index) for p in added)
+
+
+def trained_student(model: DiffusionLM, config: Config) -> DiffusionLM:
+    """The trained model in one piece; after a sharded run, built again from the last checkpoint."""
+    if not is_sharded(model):
+        return model
+    student = load_inputs(config).student
+    last = find_checkpoints(Path(config.output_dir))[-1]
+    load_weights(last, student)
+    if config.train.ema_decay is not None:
+        load_average(last, trainable_weights(student))
+    return student
+
+
+def describe(inputs: Inputs, config: Config, console: Console) -> None:
+    student = inputs.student
+    total = sum(p.numel() for name, p in student.student.named_parameters() if "lora_" not in name)
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    distinct = len({prompt.ids for prompt in inputs.prompts})
+    backend = choose_backend(student.attention, PartialState().device, student.student.config)
+    if config.rollout.path:
+        source = f"{len(inputs.recorded)} rollouts of {config.rollout.path}"
+    else:
+        source = f"{len(inputs.prompts)} prompts ({distinct} distinct)"
+    console.print(
+        f"{config.model.path}: {student.student.config.model_type}, {total / 1e6:.2f} M parameters, "
+        f"{trained / 1e6:.2f} M trained; format {student.spec.format}, block size {student.spec.block_size}, "
+        f"objective {config.loss.objective}, {source}, "
+        f"attention {backend}, mask token id {student.spec.mask_token_id}"
+    )
+
+
+def write_record(folder: Path, output_dir: Path, config: Config) -> None:
+    """Settings, versions and curves of the run, beside the weights."""
+    (folder / CONFIG_COPY).write_text(config.to_yaml())
+    metrics = read_metrics(output_dir / "metrics.jsonl")
+    seconds = sum(row["seconds"] for row in metrics)  # over every part of an interrupted run
+    results = {"train_seconds": round(seconds, 1), "versions": versions(), **(metrics[-1] if metrics else {})}
+    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2))
+    plot_metrics(metrics, folder / "training.png")
+
+
+def write_card(folder: Path, config: Config) -> None:
+    results = json.loads((folder / RESULTS_FILE).read_text())
+    write_atomic(folder / "README.md", model_card(config, results, read_retention(folder)))

@@ -1,0 +1,101 @@
+"""Conversion prompts that the model writes itself, for want of a file or to widen a narrow one.
+
+Given nothing but the start of a user's turn, a chat model continues with a request that it has learned to
+expect (Magpie, arXiv 2406.08464). Such prompts range over all that the model knows, each as often as the
+model would ask it: a fact has few phrasings and comes back, as training needs. They are text in a JSONL file
+of the run folder, so they can be read, and an interrupted run continues with the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from opdlm.config.sections import Config
+from opdlm.data.prompts import load_prompts
+from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.rollout import Prompt
+from opdlm.errors import DataError
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.seeds import generator_for
+from opdlm.training.checkpoint import write_atomic
+
+SELF_PROMPTS_FILE = "self_prompts.jsonl"
+PLACEHOLDER = "PLACEHOLDER"
+DRAWS_PER_PROMPT = 20  # a model that ends fewer turns than one in this many does not know how to ask
+
+
+def user_turn(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> tuple[list[int], int]:
+    """Token ids up to where the user's text starts, and the special token that ends it."""
+    if not tokenizer.chat_template:
+        raise DataError(
+            "data.self_prompts needs a chat template, and this tokenizer has none: set data.path."
+        )
+    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages.append({"role": "user", "content": PLACEHOLDER})
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    before, _, after = text.partition(PLACEHOLDER)
+    start = tokenizer(before, add_special_tokens=False)["input_ids"]
+    end = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+    if not start or not end or end[0] not in tokenizer.added_tokens_decoder:
+        raise DataError(
+            "data.self_prompts needs a chat template that ends the user's turn with a special token; this "
+            f"one writes {after[:20]!r}: set data.path."
+        )
+    return list(start), int(end[0])
+
+
+def self_prompts(
+    model: DiffusionLM,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    folder: Path,
+    excluded: Collection[str],
+) -> list[Prompt]:
+    """`data.self_prompts` prompts, read from `folder` or written by the teacher and kept there.
+
+    `excluded`: texts that must not be among them (the evaluation's prompts).
+    """
+    path = folder / SELF_PROMPTS_FILE
+    if not path.is_file():
+        texts = write_prompts(model, tokenizer, config, excluded)
+        lines = (json.dumps({"prompt": text}, ensure_ascii=False) for text in texts)
+        write_atomic(path, "".join(f"{line}\n" for line in lines))
+    section = replace(config.data, path=str(path), prompt_column="", limit=None)
+    return load_prompts(section, tokenizer, model.spec.mask_token_id)
+
+
+def write_prompts(
+    model: DiffusionLM,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    excluded: Collection[str],
+) -> list[str]:
+    """Sample user turns at temperature 1 until enough have ended by themselves; what is asked twice stays."""
+    start, end = user_turn(tokenizer, config.data.system_prompt)
+    wanted, rows = config.data.self_prompts, config.rollout.batch_size
+    decoder = model.teacher_decoder(stop_token_ids=(end,))
+    decoding = DecodeConfig(
+        mode="ar",
+        max_new_tokens=max(1, config.data.max_prompt_tokens - len(start)),
+        batch_size=rows,
+        temperature=1.0,
+    )
+    found: list[str] = []
+    for number in range(-(-wanted * DRAWS_PER_PROMPT // rows)):
+        rng = generator_for(config.train.seed, 0, number, device=model.device)
+        rollouts = generate(decoder, [start] * rows, decoding, rng)
+        for rollout in rollouts:
+            text = str(tokenizer.decode(list(rollout.text_ids[:-1]))).strip()
+            if rollout.finish_reason == "stop" and text and text not in excluded:
+                found.append(text)
+        if len(found) >= wanted:
+            return found[:wanted]
+    raise DataError(
+        f"data.self_prompts ({wanted}): the model ended only {len(found)} prompts in "
+        f"{wanted * DRAWS_PER_PROMPT} attempts. Ask for fewer, or set data.path."
+    )

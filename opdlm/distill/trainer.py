@@ -1,0 +1,317 @@
+"""The loop: roll out, score, select states, learn. Everything a reader needs to follow is in `train_step`.
+
+    rollouts = student(prompts)                      on-policy (or the teacher's responses: the baselines)
+    targets  = teacher(prompt, rollout)              once per rollout
+    states   = masked versions of the rollout        those the sampler visited
+    loss     = D(teacher token | student at state)   at supervised positions only
+
+`loop` runs, stops and continues it. Random draws belong to a prompt, so the number of ranks changes no
+gradient. With `rollout.asynchronous` step n generates for step n + 1 while it trains, with the weights it
+started from: what a run computes depends on no clock. METHOD parts 3 to 7.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opdlm.checkpoints.load import head_of
+from opdlm.config.schedules import (
+    block_size_at,
+    first_reused_step,
+    num_updates_of,
+    selection_at,
+)
+from opdlm.config.sections import Config, LossSection
+from opdlm.data.prompts import PromptStream
+from opdlm.decoding.decode_state import DecodeStats
+from opdlm.decoding.rollout import Prompt, Rollout, digest_of
+from opdlm.distill.rollouts import RolloutSource
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.modeling.slots import CLEAN
+from opdlm.objectives.losses import Head, HiddenTargets, LossOutput, Targets, TokenTargets, chunked_divergence
+from opdlm.objectives.masking import ANY_RATE, MaskRates, rates_at
+from opdlm.objectives.states import (
+    Selection,
+    StateBatch,
+    first_fit,
+    pack_states,
+    select_states,
+)
+from opdlm.objectives.targets import needs_teacher, score_rows, targets_at_supervised
+from opdlm.seeds import generator_for
+from opdlm.training.loop import (
+    Loop,
+    UpdateSums,
+    Watcher,
+    equally_many,
+    finish,
+    run_steps,
+    start,
+    update_weights,
+)
+from opdlm.training.metrics import MetricsLog
+
+
+class StudentLoss(nn.Module):
+    """The teacher's pass, the student's, and the loss as one module, so that wrappers (DDP, ZeRO) see every
+    use of the weights.
+    """
+
+    def __init__(self, model: DiffusionLM, section: LossSection) -> None:
+        super().__init__()
+        self.model, self.section = model, section
+        self.needs_teacher = needs_teacher(section, model.spec.format)
+
+    def forward(self, states: StateBatch, weights_M: Tensor) -> LossOutput:
+        scored = score_rows(self.model, states.text) if self.needs_teacher else None
+        hidden_BSH = self.model.student_hidden(states.slots, scored.cache if scored else None)
+        row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
+        targets = targets_at_supervised(self.model, states, scored, self.section)
+        output = self.divergence(hidden_BSH[row_M, column_M], targets, weights_M)
+        if self.section.ar_weight == 0:
+            return output
+        assert scored is not None
+        row_M, column_M = (states.text.group_BS == CLEAN).nonzero(as_tuple=True)
+        kept = self.divergence(
+            self.model.student_hidden(states.text)[row_M, column_M],
+            HiddenTargets(hidden_MH=scored.hidden_BLH[row_M, column_M], head=self.head(of_teacher=True)),
+            self.section.ar_weight * text_weights(states, weights_M)[row_M, column_M],
+        )
+        return LossOutput(output.loss + kept.loss, output.per_position_M)
+
+    def head(self, *, of_teacher: bool = False) -> Head:
+        model = self.model.teacher if of_teacher and self.model.teacher else self.model.student
+        banned = torch.tensor(self.model.spec.banned_token_ids, dtype=torch.long, device=self.model.device)
+        return head_of(model, banned)
+
+    def divergence(self, hidden_MH: Tensor, targets: Targets, weights_M: Tensor) -> LossOutput:
+        section = self.section
+        return chunked_divergence(
+            hidden_MH,
+            self.head(),
+            targets,
+            weights_M,
+            divergence="cross_entropy" if isinstance(targets, TokenTargets) else section.divergence,
+            beta=section.jsd_beta,
+            reverse_weight=0.0 if isinstance(targets, TokenTargets) else section.reverse_weight,
+        )
+
+
+def text_weights(states: StateBatch, weights_M: Tensor) -> Tensor:
+    """What the supervised slots of each document weigh, spread evenly over its clean text `[B, L]`."""
+    num_columns = states.text.ids_BS.shape[1]
+    row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
+    zeros_BL = weights_M.new_zeros(states.text.ids_BS.shape)
+    total_BL = zeros_BL.flatten().index_add(
+        0, row_M * num_columns + states.slots.start_BS[row_M, column_M], weights_M
+    )
+    start_BL = states.text.start_BS
+    is_text_BL = (states.text.group_BS == CLEAN).to(weights_M)
+    length_BL = zeros_BL.scatter_add(1, start_BL, is_text_BL)
+    share_BL = total_BL.view_as(zeros_BL) / length_BL.clamp_min(1)
+    return share_BL.gather(1, start_BL) * is_text_BL
+
+
+@dataclass(slots=True, kw_only=True)
+class Run(Loop):
+    """A conversion."""
+
+    config: Config
+    source: RolloutSource
+    pool: dict[int, list[Rollout]] = field(default_factory=dict)
+    """Rollouts that are still, or next, trained on, by the step they were made for."""
+
+    def progress(self, step: int) -> dict[str, Any]:
+        pool = reusable(self, step).items()
+        return Loop.progress(self, step) | {
+            "pool": {made: [rollout.to_dict() for rollout in rollouts] for made, rollouts in pool}
+        }
+
+    def restore(self, progress: dict[str, Any]) -> None:
+        Loop.restore(self, progress)
+        for made, rollouts in progress["pool"].items():
+            self.pool[int(made)] = [Rollout.from_dict(rollout) for rollout in rollouts]
+
+
+def train(
+    model: DiffusionLM,
+    prompts: Sequence[Prompt],
+    config: Config,
+    log: MetricsLog,
+    recorded: Sequence[Rollout] = (),
+    watcher: Watcher | None = None,
+) -> Run:
+    """Train to `train.num_steps`, or until retention stalls, continuing from the newest checkpoint in
+    `output_dir` if there is one.
+    """
+    run = start_run(model, prompts, config, recorded)
+    run_steps(run, lambda step: train_step(run, step), log, watcher)
+    run.source.close()
+    finish(run)
+    return run
+
+
+def start_run(
+    model: DiffusionLM, prompts: Sequence[Prompt], config: Config, recorded: Sequence[Rollout] = ()
+) -> Run:
+    per_step, seed = config.rollout.prompts_per_step, config.train.seed
+    started = start(model, StudentLoss(model, config.loss), config)
+    source = RolloutSource(
+        config=config,
+        model=model,
+        loss=started["loss"],
+        accelerator=started["accelerator"],
+        prompts=PromptStream(prompts, per_step, seed),
+        recorded=PromptStream(recorded, per_step, seed) if recorded else None,
+    )
+    return Run(
+        **started,
+        num_planned=num_updates_of(config),
+        totals={"rollout_tokens": 0.0, "loss_tokens": 0.0},
+        data_digest=digest_of(chain((prompt.ids for prompt in prompts), map(ids_of, recorded))),
+        source=source,
+    )
+
+
+def ids_of(rollout: Rollout) -> tuple[int, ...]:
+    """What a rollout trains: its tokens, and when each was revealed."""
+    return (*rollout.prompt_ids, *rollout.response_ids, *rollout.unmask_step)
+
+
+def train_step(run: Run, step: int) -> dict[str, float]:
+    """One rollout step (0-based): generate, then `passes_per_rollout` passes of updates over the rollouts."""
+    config, started = run.config, time.perf_counter()
+    run.model.spec = replace(run.model.spec, block_size=block_size_at(config.format, step))
+    rollouts = run.pool.get(step) or run.source.rollouts_of(step)  # there already, if asynchronous
+    waited = time.perf_counter() - started
+    rng = generator_for(config.train.seed, step + 1, 10**6)
+    run.pool = reusable(run, step) | {step: rollouts}
+    pool = [rollout for made in run.pool.values() for rollout in made]
+    selection, rates = selection_at(config, step), rates_at(config.masking, step)
+    sums = UpdateSums()
+    with run.source.ahead_of(step + 1) as ahead:
+        for chosen in update_order(len(pool), config, rng):
+            sums += update(run, pool, chosen, selection, rates)
+            ahead.check()
+        ready = time.perf_counter()
+        if ahead.future:
+            run.pool[step + 1] = run.source.gather(ahead.future.result())
+        waited += time.perf_counter() - ready
+    return step_metrics(run, rollouts, sums, waited, time.perf_counter() - started)
+
+
+def reusable(run: Run, step: int) -> dict[int, list[Rollout]]:
+    """Earlier rollouts that step `step` trains on again."""
+    oldest = first_reused_step(run.config, step)
+    return {made: rollouts for made, rollouts in run.pool.items() if made >= oldest}
+
+
+def update_order(num_rollouts: int, config: Config, rng: torch.Generator) -> Iterator[list[int]]:
+    """Which rollouts each optimiser update uses."""
+    rows = config.train.rows_per_update
+    for _ in range(config.train.passes_per_rollout):
+        order = torch.randperm(num_rollouts, generator=rng).tolist()
+        for first in range(0, num_rollouts, rows):
+            yield order[first : first + rows]
+
+
+def update(
+    run: Run,
+    rollouts: Sequence[Rollout],
+    chosen: Sequence[int],
+    selection: Selection,
+    rates: MaskRates = ANY_RATE,
+) -> UpdateSums:
+    """One optimiser update on the chosen rollouts, in packed micro-batches; each rank takes its share."""
+    mine = chosen[run.accelerator.process_index :: run.accelerator.num_processes]
+    states = [states_of(run, rollouts, i, selection, rates) for i in mine]
+    weights = normalized_weights(run, states)
+    batches = equally_many(run.accelerator, micro_batches(run, states))
+
+    def packed(batch: list[int]) -> tuple[StateBatch, Tensor]:
+        if batch:
+            one = pack_states([states[i] for i in batch])
+            weights_M = torch.cat([weights[i] for i in batch])
+        else:  # takes part in what ranks do together, and teaches nothing
+            one = states_of(run, rollouts, chosen[0], selection, rates).without_targets()
+            weights_M = torch.zeros(0)
+        return one.to(run.accelerator.device), weights_M.to(run.accelerator.device)
+
+    return update_weights(run, map(packed, batches), len(batches))
+
+
+def micro_batches(run: Run, states: list[StateBatch]) -> list[list[int]]:
+    """Which of this rank's rollouts share a packed row: as many columns as `micro_batch_rows` of the longest
+    would have.
+    """
+    sizes = [one.num_columns for one in states]
+    return first_fit(sizes, run.config.train.micro_batch_rows * max(sizes, default=0))
+
+
+def states_of(
+    run: Run, rollouts: Sequence[Rollout], index: int, selection: Selection, rates: MaskRates
+) -> StateBatch:
+    """States of one rollout; what is drawn depends on the update and the rollout alone."""
+    rng = generator_for(run.config.train.seed, 10**6 + run.num_updates, index)
+    return select_states([rollouts[index]], run.model.spec, selection, rng, rates)
+
+
+def normalized_weights(run: Run, states: list[StateBatch]) -> list[Tensor]:
+    """Weight of every supervised slot so that the update's loss is the mean over the global batch.
+
+    `token`: over supervised positions. `row`: over rows, of the mean over each row (the paper). `sft` weights
+    a position by 1 / (masked fraction of its block) first.
+    """
+    per_batch, total = [], torch.zeros(())
+    for batch in states:
+        is_supervised_BS = batch.is_supervised_BS
+        weights_BS = is_supervised_BS.float()
+        if run.config.loss.objective == "sft":
+            weights_BS = weights_BS / batch.masked_fraction_BS.clamp_min(1e-6)
+        if run.config.loss.normalization == "row":
+            counts_B1 = is_supervised_BS.sum(1, keepdim=True)
+            weights_BS = weights_BS / counts_B1.clamp_min(1)
+            total = total + (counts_B1 > 0).sum()
+        else:
+            total = total + is_supervised_BS.sum()
+        per_batch.append(weights_BS[is_supervised_BS])
+    total = run.accelerator.reduce(total.to(run.accelerator.device), "sum").clamp_min(1)
+    return [weights_M * (run.accelerator.num_processes / total.cpu()) for weights_M in per_batch]
+
+
+def step_metrics(
+    run: Run,
+    rollouts: Sequence[Rollout],
+    sums: UpdateSums,
+    waited: float,
+    seconds: float,
+) -> dict[str, float]:
+    """What is logged for one step; totals grow over the run. `waited`: seconds without training, for want of
+    rollouts.
+    """
+    decoding = DecodeStats.of(rollouts)
+    run.totals["rollout_tokens"] += decoding.num_tokens
+    run.totals["loss_tokens"] += sums.positions
+    return {
+        "loss": sums.loss / sums.num_updates,
+        "divergence": sums.divergence / max(1, sums.positions),
+        "grad_norm": sums.grad_norm / sums.num_updates,
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "block_size": run.model.spec.block_size,
+        "tokens_per_forward": decoding.tokens_per_forward,
+        "tokens_per_step": decoding.tokens_per_step,
+        "response_length": decoding.num_tokens / len(rollouts),
+        "stop_rate": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
+        "rollout_tokens_per_second": run.source.tokens_per_second,
+        "rollout_wait_seconds": waited,
+        "rollout_share_of_time": waited / seconds,
+        "seconds": seconds,
+        **run.totals,
+    }

@@ -1,0 +1,354 @@
+"""What survived: the teacher and the student in every decoding mode, on the same prompts.
+
+Per skill: exact match, share of outputs identical to the teacher's, tokens per forward with every forward
+counted (prefill and commits included). Where prompts carry no answer, the teacher's greedy output is the
+reference. Retention is the student's mean over skills divided by the teacher's. Every score has its 95 %
+interval (`intervals`); student and teacher are compared on the same prompts. Numbers that two evaluations
+share and times, which they do not, are kept apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from opdlm.config.sections import EvalSection
+from opdlm.data.prompts import Task
+from opdlm.decoding.decode_state import DecodeStats
+from opdlm.decoding.generate import DecodeConfig, Mode, generate
+from opdlm.decoding.rollout import Rollout
+from opdlm.errors import ConfigError, DataError
+from opdlm.evaluation.generation_log import Generation, GenerationLog
+from opdlm.evaluation.intervals import Interval, PairedComparison, compare_paired, mean_of_shares, wilson
+from opdlm.evaluation.scoring import is_right, is_right_flexibly
+from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+from opdlm.training.checkpoint import write_atomic
+
+REPEATED_TOKENS = 4
+"""Length of the pieces whose recurrence within a response counts as repetition."""
+NUM_EXAMPLES = 3
+"""Responses per mode that the report shows."""
+
+DENOISING_MODES = ("static", "threshold", "entropy", "left_to_right")
+ACTS_IN: dict[str, tuple[str, ...]] = {
+    "batch_size": (),
+    "denoising_steps": ("static", "threshold", "left_to_right"),
+    "confidence_threshold": ("threshold",),
+    "entropy_bound": ("entropy",),
+    "veto_below": DENOISING_MODES,
+    "forward_overhead": ("lossless",),
+}
+"""Modes in which a decoding setting decides the response or its forwards; those not named act in all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModeReport:
+    """One model in one decoding mode. Shares are between 0 and 1, intervals are 95 %."""
+
+    name: str
+    accuracy: float
+    """Mean over skills of exact match."""
+    accuracy_interval: Interval
+    accuracy_seen: float | None
+    accuracy_seen_interval: Interval | None
+    accuracy_held_out: float | None
+    accuracy_held_out_interval: Interval | None
+    accuracy_flexible: float | None
+    """The last number of the response is right; where eval.scoring is gsm8k."""
+    by_skill: dict[str, float]
+    by_skill_interval: dict[str, Interval]
+    against_teacher: dict[str, PairedComparison]
+    """Prompt by prompt: all skills, and seen and held-out ones where both exist."""
+    identical_to_teacher: float
+    """Share of responses equal to the teacher's, token for token."""
+    identical_to_teacher_interval: Interval
+    tokens_per_forward: float
+    tokens_per_forward_seen: float
+    tokens_per_forward_held_out: float
+    tokens_per_step: float
+    stop_rate: float
+    mean_response_tokens: float
+    repetition: float
+    """Share of 4-token pieces that stood earlier in the same response."""
+    num_prompts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetentionReport:
+    """Teacher first, then the student's modes."""
+
+    teacher: ModeReport
+    student: list[ModeReport]
+    held_out_skills: list[str]
+
+    def retention(self, mode: ModeReport) -> float:
+        """Student's accuracy as a share of the teacher's."""
+        return mode.accuracy / self.teacher.accuracy if self.teacher.accuracy else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `retention.json` has it, but for tuples."""
+        return asdict(self) | {"student": [self.with_retention(mode) for mode in self.student]}
+
+    def with_retention(self, mode: ModeReport) -> dict[str, Any]:
+        return asdict(mode) | {"retention": self.retention(mode)}
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Responses of one model in one mode, in the order of the tasks, and their keys in the log."""
+
+    generations: list[Generation]
+    keys: list[str]
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return [generation.rollout for generation in self.generations]
+
+    @property
+    def tokens_per_second(self) -> float:
+        num_tokens = sum(generation.rollout.num_response for generation in self.generations)
+        return num_tokens / sum(generation.seconds for generation in self.generations)
+
+
+def decode_tasks(
+    model: DiffusionLM,
+    tasks: Sequence[Task],
+    mode: Mode,
+    section: EvalSection,
+    log: GenerationLog | None = None,
+    name: str = "",
+    seed: int = 0,
+) -> Outputs:
+    """Responses for every task, prompts of similar length together. What the log holds is not decoded again;
+    `name` tells decodings of one mode apart there, and at a temperature above 0 so does `seed`.
+    """
+    config = DecodeConfig(
+        mode=mode,
+        max_new_tokens=section.max_new_tokens,
+        batch_size=section.batch_size,
+        temperature=section.temperature,
+        confidence_threshold=section.confidence_threshold,
+        veto_below=section.veto_below,
+        forward_overhead=section.forward_overhead,
+    )
+    keys = [decoding_key(log, name or mode, config, task, seed) for task in tasks]
+    done = dict(log.finished) if log else {}
+    order = sorted(range(len(tasks)), key=lambda i: (tasks[i].held_out, len(tasks[i].prompt.ids)))
+    for first in range(0, len(order), section.batch_size):
+        chosen = [i for i in order[first : first + section.batch_size] if keys[i] not in done]
+        prompts = [tasks[i].prompt.ids for i in chosen]
+        started = time.perf_counter()
+        batch = generate(model, prompts, config, [prompt_seed(seed, ids) for ids in prompts])
+        seconds = (time.perf_counter() - started) / max(1, len(chosen))
+        fresh = {keys[i]: Generation(r, seconds) for i, r in zip(chosen, batch, strict=True)}
+        if log and fresh:
+            log.add(fresh)
+        done |= fresh
+    return Outputs([done[key] for key in keys], keys)
+
+
+def decoding_key(
+    log: GenerationLog | None, name: str, config: DecodeConfig, task: Task, seed: int = 0
+) -> str:
+    """Without a log: the task's place."""
+    if log is None:
+        return str(task.prompt.index)
+    acting = {k: v for k, v in asdict(config).items() if config.mode in ACTS_IN.get(k, (config.mode,))}
+    drawn = {"seed": seed} if config.temperature else {}
+    return log.key(acting | {"name": name} | drawn, task.prompt.ids)
+
+
+def prompt_seed(seed: int, prompt_ids: Sequence[int]) -> int:
+    """The draws of a prompt depend on nothing else, so it may be decoded in any batch."""
+    return int.from_bytes(hashlib.sha256(json.dumps([seed, list(prompt_ids)]).encode()).digest()[:7])
+
+
+def evaluate(
+    model: DiffusionLM,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    section: EvalSection,
+    log: GenerationLog | None = None,
+    seed: int = 0,
+    teacher: Outputs | None = None,
+) -> tuple[RetentionReport, dict[str, Outputs]]:
+    """The retention report and the raw outputs per mode (`teacher` is the AR reference, decoded here unless
+    it is given).
+    """
+    check_modes(model.spec, tasks, section)
+    if teacher is None:
+        teacher = decode_tasks(model.teacher_decoder(), tasks, "ar", section, log, "teacher", seed)
+    outputs = {"teacher": teacher}
+    for mode in section.modes or default_modes(model):
+        outputs[mode] = (
+            teacher
+            if mode == "ar" and model.spec.format == "preserve"
+            else decode_tasks(model, tasks, mode, section, log, seed=seed)
+        )
+    reports = {name: report_mode(name, output, teacher, tasks, tokenizer) for name, output in outputs.items()}
+    report = RetentionReport(
+        teacher=reports.pop("teacher"),
+        student=list(reports.values()),
+        held_out_skills=sorted({t.skill for t in tasks if t.held_out}),
+    )
+    return report, outputs
+
+
+def check_modes(spec: DiffusionSpec, tasks: Sequence[Task], section: EvalSection) -> None:
+    """What the checkpoint or the prompts cannot do is refused before anything is decoded."""
+    if spec.format == "sdar" and "lossless" in section.modes:
+        raise ConfigError(
+            "mode lossless needs format preserve; this checkpoint is sdar. Drop it from eval.modes."
+        )
+    if section.temperature and any(task.answer is None for task in tasks):
+        raise DataError(
+            f"{section.path} has prompts without `answer`, whose reference is the teacher's greedy response; "
+            f"at eval.temperature ({section.temperature:g}) there is none. Give answers or use temperature 0."
+        )
+
+
+def default_modes(model: DiffusionLM) -> tuple[Mode, ...]:
+    return ("static", "threshold", "lossless") if model.spec.format == "preserve" else ("static", "threshold")
+
+
+def response_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(list(rollout.text_ids), skip_special_tokens=True)).strip()
+
+
+def report_mode(
+    name: str, output: Outputs, teacher: Outputs, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase
+) -> ModeReport:
+    texts = [response_text(rollout, tokenizer) for rollout in output.rollouts]
+    references = [response_text(rollout, tokenizer) for rollout in teacher.rollouts]
+    right, reference = judge(tasks, texts, references), judge(tasks, references, references)
+    pairs: dict[str, list[tuple[bool, bool]]] = {}
+    for task, pair in sorted(zip(tasks, zip(reference, right, strict=True), strict=True), key=skill_of):
+        pairs.setdefault(task.skill, []).append(pair)
+    held_out = {task.skill for task in tasks if task.held_out}
+    groups = {
+        "all": pairs,
+        "seen": {skill: p for skill, p in pairs.items() if skill not in held_out},
+        "held_out": {skill: p for skill, p in pairs.items() if skill in held_out},
+    }
+    scores = {group: score(of_group) for group, of_group in groups.items() if of_group}
+    overall = scores["all"]
+    same = sum(a.text_ids == b.text_ids for a, b in zip(output.rollouts, teacher.rollouts, strict=True))
+    stats = {
+        "all": DecodeStats.of(output.rollouts),
+        "seen": DecodeStats.of([r for r, t in zip(output.rollouts, tasks, strict=True) if not t.held_out]),
+        "held_out": DecodeStats.of([r for r, t in zip(output.rollouts, tasks, strict=True) if t.held_out]),
+    }
+    return ModeReport(
+        name=name,
+        accuracy=overall[0],
+        accuracy_interval=overall[1],
+        accuracy_seen=scores["seen"][0] if "seen" in scores else None,
+        accuracy_seen_interval=scores["seen"][1] if "seen" in scores else None,
+        accuracy_held_out=scores["held_out"][0] if "held_out" in scores else None,
+        accuracy_held_out_interval=scores["held_out"][1] if "held_out" in scores else None,
+        accuracy_flexible=flexible_accuracy(texts, tasks),
+        by_skill={skill: share_right(p) for skill, p in pairs.items()},
+        by_skill_interval={skill: wilson(sum(r for _, r in p), len(p)) for skill, p in pairs.items()},
+        against_teacher={group: compare_paired(groups[group]) for group in scores},
+        identical_to_teacher=same / len(tasks),
+        identical_to_teacher_interval=wilson(same, len(tasks)),
+        tokens_per_forward=stats["all"].tokens_per_forward,
+        tokens_per_forward_seen=stats["seen"].tokens_per_forward,
+        tokens_per_forward_held_out=stats["held_out"].tokens_per_forward,
+        tokens_per_step=stats["all"].tokens_per_step,
+        stop_rate=sum(r.finish_reason == "stop" for r in output.rollouts) / len(tasks),
+        mean_response_tokens=stats["all"].num_tokens / len(tasks),
+        repetition=sum(map(repetition, output.rollouts)) / len(tasks),
+        num_prompts=len(tasks),
+    )
+
+
+def judge(tasks: Sequence[Task], texts: Sequence[str], references: Sequence[str]) -> list[bool]:
+    """Which responses are right; the teacher's is the answer where the task has none."""
+    expected = [r if t.answer is None else t.answer for t, r in zip(tasks, references, strict=True)]
+    return [is_right(x, e, t.scoring) for x, e, t in zip(texts, expected, tasks, strict=True)]
+
+
+def skill_of(item: tuple[Task, Any]) -> str:
+    return item[0].skill
+
+
+def share_right(pairs: Sequence[tuple[bool, bool]]) -> float:
+    return sum(right for _, right in pairs) / len(pairs)
+
+
+def score(pairs: dict[str, list[tuple[bool, bool]]]) -> tuple[float, Interval]:
+    """Mean over skills, with its interval."""
+    counts = [(sum(right for _, right in p), len(p)) for p in pairs.values()]
+    return sum(map(share_right, pairs.values())) / len(pairs), mean_of_shares(counts)
+
+
+def flexible_accuracy(texts: Sequence[str], tasks: Sequence[Task]) -> float | None:
+    numeric = [(x, t.answer) for x, t in zip(texts, tasks, strict=True) if t.answer and t.scoring == "gsm8k"]
+    return mean([float(is_right_flexibly(text, answer)) for text, answer in numeric])
+
+
+def repetition(rollout: Rollout) -> float:
+    ids = rollout.text_ids
+    pieces = [ids[i : i + REPEATED_TOKENS] for i in range(len(ids) - REPEATED_TOKENS + 1)]
+    return 1 - len(set(pieces)) / len(pieces) if pieces else 0.0
+
+
+def mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def differing_examples(
+    tasks: Sequence[Task],
+    outputs: dict[str, Outputs],
+    tokenizer: PreTrainedTokenizerBase,
+    per_mode: int = NUM_EXAMPLES,
+) -> list[dict[str, Any]]:
+    """Responses per mode that are not the teacher's; those first where only one of the two is right."""
+    texts = {name: [response_text(r, tokenizer) for r in out.rollouts] for name, out in outputs.items()}
+    references = texts.pop("teacher")
+    teacher_right = judge(tasks, references, references)
+    examples = []
+    for name, responses in texts.items():
+        right = judge(tasks, responses, references)
+        places = [i for i, response in enumerate(responses) if response != references[i]]
+        examples += [
+            {
+                "mode": name,
+                "skill": tasks[i].skill,
+                "prompt": tasks[i].text,
+                "answer": tasks[i].answer,
+                "teacher": references[i],
+                "student": responses[i],
+                "teacher_is_right": teacher_right[i],
+                "student_is_right": right[i],
+            }
+            for i in sorted(places, key=lambda i: right[i] == teacher_right[i])[:per_mode]
+        ]
+    return examples
+
+
+def write_outputs(
+    path: Path, tasks: Sequence[Task], outputs: dict[str, Outputs], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Every generation as one JSON line; replaces the log of the evaluation, which reads these lines too."""
+    lines = []
+    for name, output in outputs.items():
+        for task, generation, key in zip(tasks, output.generations, output.keys, strict=True):
+            record = {
+                "mode": name,
+                "skill": task.skill,
+                "prompt": task.text,
+                "answer": task.answer,
+                "response": response_text(generation.rollout, tokenizer),
+                "key": key,
+            }
+            lines.append(json.dumps(record | generation.to_record(), ensure_ascii=False) + "\n")
+    write_atomic(path, "".join(lines))

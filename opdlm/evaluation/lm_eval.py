@@ -1,0 +1,186 @@
+"""lm-evaluation-harness on converted checkpoints: generation through our engine, likelihoods that are real.
+
+`ar` and `lossless` score text with the AR model's exact likelihood; `static` and `threshold` with the
+diffusion bound (`likelihood.nll_bound`), and a continuation counts as greedy where decoding it in that mode
+gives it back. Tokenisation, truncation, chat templates, batching and stop strings are the harness's own
+Hugging Face class, so scores compare with `lm_eval --model hf`. lm-eval 0.4 finds models by name in its own
+table only; `python -m opdlm.evaluation.lm_eval run --model opdlm --model_args pretrained=DIR,mode=threshold ...` is its
+command with ours added. Needs the extra `eval`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdlm.checkpoints.load import load
+from opdlm.decoding.generate import DecodeConfig, Mode, generate
+from opdlm.errors import ConfigError
+from opdlm.evaluation.likelihood import nll_bound
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.modeling.slots import clean_slots
+from opdlm.objectives.states import as_rollout
+from opdlm.seeds import generator_for
+
+MODES: tuple[Mode, ...] = ("ar", "static", "threshold", "lossless")
+SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "attention_mask"}
+
+
+@functools.cache
+def harness_class() -> type:
+    """The harness's model class; made here because lm_eval is optional."""
+    try:
+        from lm_eval.api.registry import register_model
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise ConfigError("--tasks needs lm-evaluation-harness: pip install 'opdlm[eval]'.") from error
+
+    @register_model("opdlm")
+    class OpdlmLM(HFLM):
+        """A converted folder in one decoding mode."""
+
+        def __init__(
+            self,
+            pretrained: str,
+            mode: Mode = "threshold",
+            batch_size: int = 1,
+            dtype: str = "float32",
+            confidence_threshold: float | None = None,
+            veto_below: float | None = None,
+            likelihood_samples: int = 16,
+            seed: int = 0,
+            **options: Any,
+        ) -> None:
+            self.diffusion, tokenizer = load(pretrained, dtype)
+            self.decoding = decoding_of(self.diffusion, mode, confidence_threshold, veto_below)
+            self.likelihood_samples, self.seed = likelihood_samples, seed
+            super().__init__(
+                pretrained=self.diffusion.student, tokenizer=tokenizer, batch_size=batch_size, **options
+            )
+
+        def _model_call(self, inps: Tensor, *_: Any, **__: Any) -> Tensor:
+            lengths_B = torch.full((len(inps),), inps.shape[1], device=inps.device)
+            text = clean_slots(inps, lengths_B, lengths_B, self.diffusion.spec.block_grid, "preserve")
+            hidden_BLH = self.diffusion.teacher_hidden(text)
+            return self.diffusion.logits(hidden_BLH, torch.ones_like(inps, dtype=torch.bool))
+
+        def _model_generate(
+            self, context: Tensor, max_length: int, stop: list[str], **settings: Any
+        ) -> Tensor:
+            prompts = unpadded(context, settings["attention_mask"])
+            config = with_sampling(self.decoding, settings, max_length - context.shape[1])
+            rng = generator_for(self.seed, device=self.diffusion.device)
+            rollouts = generate(self.diffusion, prompts, config, rng)
+            width = max(rollout.num_response for rollout in rollouts)
+            pad = self.tokenizer.eos_token_id
+            rows = [[*r.text_ids, *[pad] * (width - r.num_response)] for r in rollouts]
+            return torch.cat([context, torch.tensor(rows, device=context.device)], 1)
+
+        def _loglikelihood_tokens(
+            self, requests: list[tuple[Any, list[int], list[int]]], *arguments: Any, **options: Any
+        ) -> list[tuple[float, bool]]:
+            if self.decoding.mode in ("ar", "lossless"):
+                return super()._loglikelihood_tokens(requests, *arguments, **options)
+            pairs = [(context, continuation) for _, context, continuation in requests]
+            size = int(self.batch_size)
+            batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+            return [score for batch in batches for score in self._bounds(batch)]
+
+        def _bounds(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+            """(bound on the log-likelihood, whether this mode decodes the continuation) of each pair."""
+            rows = [as_rollout(context, text, self.diffusion.spec) for context, text in pairs]
+            bound = nll_bound(self.diffusion, rows, self.likelihood_samples, self.seed)
+            longest = max(len(text) for _, text in pairs)
+            decoding = replace(self.decoding, max_new_tokens=longest)
+            decoded = generate(self.diffusion, [context for context, _ in pairs], decoding)
+            greedy = [
+                r.text_ids[: len(text)] == tuple(text) for r, (_, text) in zip(decoded, pairs, strict=True)
+            ]
+            return list(zip((-bound.nats_B).tolist(), greedy, strict=True))
+
+    return OpdlmLM
+
+
+def decoding_of(
+    model: DiffusionLM, mode: Mode, confidence_threshold: float | None, veto_below: float | None
+) -> DecodeConfig:
+    """Settings of one mode; what the mode or the checkpoint cannot use is refused."""
+    if mode not in MODES:
+        raise ConfigError(f"mode ({mode}) must be one of {', '.join(MODES)}.")
+    if model.spec.format == "sdar" and mode in ("ar", "lossless"):
+        raise ConfigError(
+            f"mode {mode} needs a preserve checkpoint; this one is sdar, whose AR model is the original "
+            "checkpoint: measure that with lm_eval --model hf."
+        )
+    given = {"confidence_threshold": confidence_threshold, "veto_below": veto_below}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if confidence_threshold is not None and mode != "threshold":
+        raise ConfigError(f"confidence_threshold only acts in mode threshold, not {mode}: leave it out.")
+    if veto_below is not None and (mode in ("ar", "lossless") or model.spec.format == "sdar"):
+        raise ConfigError("veto_below only acts in modes static and threshold of preserve: leave it out.")
+    return DecodeConfig(mode=mode, **chosen)
+
+
+def with_sampling(config: DecodeConfig, settings: dict[str, Any], max_new_tokens: int) -> DecodeConfig:
+    """The task's generation settings as ours."""
+    unknown = sorted(set(settings) - SAMPLING)
+    if unknown:
+        raise ConfigError(f"generation settings {', '.join(unknown)} have no counterpart here: remove them.")
+    is_greedy = not settings.get("do_sample", False)
+    return replace(
+        config,
+        max_new_tokens=max_new_tokens,
+        temperature=0.0 if is_greedy else settings.get("temperature", 1.0),
+        top_k=None if is_greedy else settings.get("top_k"),
+        top_p=None if is_greedy else settings.get("top_p"),
+    )
+
+
+def unpadded(context_BL: Tensor, kept_BL: Tensor) -> list[list[int]]:
+    return [row[kept.bool()].tolist() for row, kept in zip(context_BL, kept_BL, strict=True)]
+
+
+def run_tasks(
+    folder: str,
+    tasks: Sequence[str],
+    modes: Sequence[Mode],
+    *,
+    include_path: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Results of the harness per mode: {mode: {task: {metric: value}}}. `options` go to `simple_evaluate`."""
+    model_class = harness_class()
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    batch_size = options.pop("batch_size", 1)
+    manager = TaskManager(include_path=include_path)
+    known = set(manager.all_tasks)
+    missing = [task for task in tasks if task not in known]
+    if missing:
+        raise ConfigError(
+            f"--tasks: no task is called {', '.join(missing)}. Give --include-path FOLDER of YAML."
+        )
+    results: dict[str, Any] = {}
+    for mode in modes:
+        model = model_class(pretrained=folder, mode=mode, batch_size=batch_size)
+        evaluated = simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, **options)
+        assert evaluated is not None  # only other ranks get nothing
+        results[mode] = evaluated["results"]
+    return results
+
+
+def main() -> None:
+    harness_class()
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""From a converted folder to its report: load it as a user would, decode, judge, compare, write.
+
+The report of one student, or of several on the same prompts. Two evaluations give the same numbers, times
+excepted; one that was killed continues. Not here: how an answer is judged (`evaluate`), pages (`report`).
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from opdlm import __version__
+from opdlm.checkpoints.load import check_fits, load, load_causal_lm, read_spec, vocabulary_rows
+from opdlm.config.rules import load_config
+from opdlm.config.sections import CONFIG_COPY, Config, EvalSection, resolve_path
+from opdlm.data.prompts import Task, load_tasks
+from opdlm.errors import ConfigError, DataError, require_package
+from opdlm.evaluation.evaluate import (
+    ModeReport,
+    Outputs,
+    RetentionReport,
+    check_modes,
+    decode_tasks,
+    differing_examples,
+    evaluate,
+    report_mode,
+    write_outputs,
+)
+from opdlm.evaluation.generation_log import GenerationLog, fingerprint
+from opdlm.evaluation.likelihood import agreement_report, likelihood_report
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.reporting.pages import write_comparison, write_retention
+
+MODEL_FOLDER = "model"
+RESULTS_FILE = "all_results.json"
+SAME_FOR_ALL = ("path", "scoring", "limit", "max_new_tokens", "temperature", "seeds")
+"""What students must share to be comparable."""
+
+
+def versions() -> dict[str, str]:
+    return {
+        "opdlm": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def read_config_of(folder: Path) -> Config:
+    """The settings a converted folder was made with."""
+    path = folder / CONFIG_COPY
+    if not path.is_file():
+        raise DataError(f"{folder} has no {CONFIG_COPY}: it was not written by opdlm convert.")
+    return load_config(path)
+
+
+def load_for_evaluation(folder: Path, teacher_path: str, dtype: str) -> tuple[DiffusionLM, Any]:
+    """A converted folder; a merged `sdar` folder no longer holds its teacher: it is loaded beside it."""
+    model, tokenizer = load(folder, dtype)
+    if model.spec.format == "sdar" and not model.spec.adapter:
+        teacher = load_causal_lm(teacher_path, dtype)
+        rows = vocabulary_rows(model.student)
+        if rows != vocabulary_rows(teacher):
+            teacher.resize_token_embeddings(rows, mean_resizing=False)
+        model = DiffusionLM(model.student, model.spec, teacher=teacher).eval()
+    return model, tokenizer
+
+
+def load_eval_tasks(model: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[Task]:
+    if config.eval.scoring == "math":
+        require_package("math_verify", "eval", "eval.scoring (math)")
+    tasks = load_tasks(
+        config.eval.path,
+        tokenizer,
+        model.spec.mask_token_id,
+        limit=config.eval.limit,
+        enable_thinking=config.data.enable_thinking,
+        scoring=config.eval.scoring,
+    )
+    unanswered = [task.text for task in tasks if task.answer is None]
+    if unanswered and config.eval.scoring != "exact":
+        raise DataError(
+            f"eval.scoring ({config.eval.scoring}) needs an `answer` in every row of eval.path; the prompt "
+            f"{unanswered[0]!r:.60} has none. Add it, or set eval.scoring=exact."
+        )
+    check_modes(model.spec, tasks, config.eval)
+    check_fits(model, [task.prompt.ids for task in tasks], config.eval.max_new_tokens, "eval.max_new_tokens")
+    return tasks
+
+
+def open_log(out: Path, folder: Path, teacher_path: str, dtype: str) -> GenerationLog:
+    """The generations already in `out`; those of other weights are not found again."""
+    weights = [fingerprint(str(folder)), fingerprint(resolve_path(teacher_path)), dtype]
+    return GenerationLog(out / "generations.jsonl", json.dumps(weights))
+
+
+def measure_folder(
+    folder: Path, config: Config, out: Path | None = None, teacher_path: str | None = None
+) -> dict[str, Any]:
+    """The report of a converted folder as plain values; written to `out` where that is given."""
+    teacher_path = teacher_path or config.model.path
+    model, tokenizer = load_for_evaluation(folder, teacher_path, config.model.dtype)
+    tasks = load_eval_tasks(model, tokenizer, config)
+    log = open_log(out, folder, teacher_path, config.model.dtype) if out else None
+    report, outputs = measure_model(model, tokenizer, tasks, config.eval, log)
+    report["settings"] = {
+        "student": str(folder),
+        "teacher": teacher_path,
+        "seeds": list(range(config.eval.seeds)),
+        "versions": versions(),
+        "block_diffusion": model.spec.to_dict(),
+        "config": config.to_dict(),
+    }
+    if log is not None:
+        write_outputs(log.path, tasks, outputs, tokenizer)
+        write_retention(log.path.parent, report, str(folder))
+    return report
+
+
+def measure_model(
+    model: DiffusionLM,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    section: EvalSection,
+    log: GenerationLog | None = None,
+) -> tuple[dict[str, Any], dict[str, Outputs]]:
+    """All that is measured, as plain values, and every decoding by its name. Times are under `timing`.
+
+    With several seeds the report is that of seed 0, `over_seeds` the spread of its main figures.
+    """
+    results = [evaluate(model, tokenizer, tasks, section, log, seed) for seed in range(section.seeds)]
+    report, outputs = results[0]
+    values = report.to_dict() | text_measures(model, outputs, section)
+    values["examples"] = differing_examples(tasks, outputs, tokenizer)
+    values["timing"] = {name: output.tokens_per_second for name, output in outputs.items()}
+    decodings = dict(outputs)
+    for seed, (_, other) in enumerate(results[1:], 1):
+        decodings |= {f"{name}, seed {seed}": output for name, output in other.items()}
+    if len(results) > 1:
+        values["over_seeds"] = spread_over_seeds([report for report, _ in results])
+    if section.thresholds:
+        points = trade_off(model, tokenizer, tasks, section, outputs["teacher"], log)
+        values["trade_off"] = [
+            {"confidence_threshold": threshold} | report.with_retention(mode)
+            for threshold, (mode, _) in points.items()
+        ]
+        decodings |= {f"threshold {threshold:g}": output for threshold, (_, output) in points.items()}
+    return values, decodings
+
+
+def trade_off(
+    model: DiffusionLM,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    section: EvalSection,
+    teacher: Outputs,
+    log: GenerationLog | None = None,
+) -> dict[float, tuple[ModeReport, Outputs]]:
+    """Threshold decoding at every one of `eval.thresholds`: how much accuracy a larger step costs."""
+    points = {}
+    for threshold in section.thresholds:
+        at = replace(section, confidence_threshold=threshold)
+        output = decode_tasks(model, tasks, "threshold", at, log)
+        points[threshold] = (report_mode("threshold", output, teacher, tasks, tokenizer), output)
+    return points
+
+
+OVER_SEEDS = ("accuracy", "accuracy_seen", "accuracy_held_out", "retention", "tokens_per_forward")
+
+
+def spread_over_seeds(reports: Sequence[RetentionReport]) -> dict[str, dict[str, Any]]:
+    """Mean and standard deviation (of the sample) per mode; None where the prompts have no such skill."""
+    measured: dict[str, list[dict[str, Any]]] = {}
+    for report in reports:
+        for mode in (report.teacher, *report.student):
+            measured.setdefault(mode.name, []).append(report.with_retention(mode))
+    return {
+        name: {key: mean_and_deviation([row[key] for row in rows]) for key in OVER_SEEDS}
+        for name, rows in measured.items()
+    }
+
+
+def mean_and_deviation(values: Sequence[float | None]) -> dict[str, Any] | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return {"mean": statistics.fmean(known), "standard_deviation": statistics.stdev(known), "by_seed": known}
+
+
+def text_measures(model: DiffusionLM, outputs: dict[str, Outputs], section: EvalSection) -> dict[str, Any]:
+    """What teacher and student think of the responses, where the settings ask for it."""
+    measures: dict[str, Any] = {}
+    if section.agreement:
+        measures["agreement"] = {
+            name: agreement_report(model, output.rollouts, section.batch_size)
+            for name, output in outputs.items()
+            if name != "teacher"
+        }
+    if section.likelihood_samples:
+        texts = outputs["teacher"].rollouts
+        measures["likelihood"] = likelihood_report(
+            model, texts, section.likelihood_samples, section.batch_size
+        )
+    return measures
+
+
+def compare_folders(
+    folders: Sequence[Path], configs: Sequence[Config], out: Path, teacher_path: str | None = None
+) -> list[dict[str, Any]]:
+    """Several students, each with a report of its own in a folder of `out`, and one table of all."""
+    check_comparable(folders, configs)
+    students = []
+    for folder, config, name in zip(folders, configs, student_names(folders), strict=True):
+        results = json.loads((folder / RESULTS_FILE).read_text())
+        report = measure_folder(folder, config, out / name, teacher_path)
+        students.append(
+            {
+                "name": name,
+                "folder": str(folder),
+                "format": f"{config.format.name} {config.format.block_size}",
+                "objective": config.loss.objective,
+                "rollout_tokens": results["rollout_tokens"],
+                "report": report,
+            }
+        )
+    write_comparison(out, students)
+    return students
+
+
+def check_comparable(folders: Sequence[Path], configs: Sequence[Config]) -> None:
+    """The same prompts for all, and nothing that a format cannot do, before the first one is measured."""
+    for folder, config in zip(folders, configs, strict=True):
+        if len([f for f in folders if f.resolve() == folder.resolve()]) > 1:
+            raise ConfigError(f"{folder} is named twice: give every student once.")
+        if not (folder / RESULTS_FILE).is_file():
+            raise DataError(f"{folder} has no {RESULTS_FILE}: it was not written by opdlm convert.")
+        check_modes(read_spec(folder), [], config.eval)
+        for key in SAME_FOR_ALL:
+            ours, first = asdict(config.eval)[key], asdict(configs[0].eval)[key]
+            if ours != first:
+                raise ConfigError(
+                    f"eval.{key} is {first!r} for {folders[0]} and {ours!r} for {folder}, which would not be "
+                    f"comparable: give one eval.{key} for all."
+                )
+
+
+def student_names(folders: Sequence[Path]) -> list[str]:
+    """runs/a/model is called a; where two would have one name they are numbered."""
+    resolved = [folder.resolve() for folder in folders]
+    names = [path.parent.name if path.name == MODEL_FOLDER else path.name for path in resolved]
+    return [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]

@@ -1,0 +1,385 @@
+"""Attention over slots: one function that stock models call, three backends behind it.
+
+`sdpa` adds a dense mask `[B, 1, Q, K]`. `flex` compiles `visible` into a FlexAttention kernel (CUDA). `flash`
+gives each chunk of queries the keys it sees and no others: no tensor is Q x K, and half the work of a causal
+layout is never done. All three ask `blocks.visible` and nothing else who sees whom, sliding windows included.
+A forward with few queries (a decoding step) runs `sdpa` in any case: its mask is a few lines of K.
+
+Masks are built once per forward, shared by its layers, and reach them as a forward keyword; never changed in
+place, since a checkpointed backward reads them again.
+
+Shape suffixes: B batch, S current slots, K keys, Q queries, H heads, D head dimension, N a flat selection,
+C queries of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .kv_cache import DecodeCache
+from .slots import CLEAN, Slots, join_slots, visible
+
+ATTENTION_NAME = "opdlm"
+CHUNK = 128
+"""Queries of a chunk of `flash`. A forward of one or two chunks runs `sdpa`: as fast, with a small mask."""
+KEPT_BYTES = 64 * 2**20
+"""Of the masks of `flash` that are kept between layers."""
+FLEX_MIN_HEAD_DIM = 16
+
+Backend = Literal["sdpa", "flex", "flash"]
+AttentionChoice = Literal["auto", "sdpa", "flex", "flash"]
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[str]:
+    """What each layer attends to, as the family's config calls it."""
+    text_config = config.get_text_config()
+    values = text_config.to_dict()
+    if values.get("layer_types") is not None:
+        return list(values["layer_types"])
+    kind = "sliding_attention" if values.get("sliding_window") else "full_attention"
+    return [kind] * text_config.num_hidden_layers
+
+
+def layer_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """The sliding window of each layer; None = everything."""
+    window = config.get_text_config().to_dict().get("sliding_window")
+    return tuple(window if kind == "sliding_attention" else None for kind in layer_kinds(config))
+
+
+def choose_backend(choice: AttentionChoice, device: torch.device, config: PreTrainedConfig) -> Backend:
+    """The backend that runs: `auto` is flex where it can run, else flash."""
+    if choice != "auto":
+        return choice
+    return "flash" if why_not("flex", device, config) else "flex"
+
+
+def why_not(choice: AttentionChoice, device: torch.device, config: PreTrainedConfig) -> str | None:
+    """Why this backend cannot train this model on this device; None where it can."""
+    text_config = config.get_text_config()
+    head_dim = getattr(text_config, "head_dim", None)
+    head_dim = head_dim or text_config.hidden_size // text_config.num_attention_heads
+    if choice == "flex" and device.type != "cuda":
+        return f"FlexAttention has no backward pass on {device.type}; choose flash or sdpa"
+    if choice == "flex" and head_dim < FLEX_MIN_HEAD_DIM:
+        return (
+            f"FlexAttention needs heads of {FLEX_MIN_HEAD_DIM} or more dimensions; here they have {head_dim}"
+        )
+    return None
+
+
+def additive_mask(seen_BQK: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where attention is allowed, the most negative number elsewhere: `[B, 1, Q, K]`.
+
+    Booleans would be right for sdpa too, but floats are faster on CPU.
+    """
+    mask_BQK = torch.zeros(seen_BQK.shape, dtype=dtype, device=seen_BQK.device)
+    return mask_BQK.masked_fill_(~seen_BQK, torch.finfo(dtype).min)[:, None]
+
+
+def pick(slots: Slots, *index: Any) -> Slots:
+    """Every tensor of the slots at one index."""
+    return Slots(*(getattr(slots, field.name)[index] for field in fields(slots)))
+
+
+def block_mask(queries: Slots, keys: Slots, window: int | None) -> BlockMask:
+    """`visible` as FlexAttention reads it: which tiles are empty, and a rule for the others."""
+
+    def mask_mod(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen_111 = visible(
+            pick(queries, row[None, None], query[None, None]),
+            pick(keys, row[None, None], key[None, None]),
+            window,
+        )
+        return seen_111[0, 0, 0]
+
+    (num_rows, num_queries), num_keys = queries.ids_BS.shape, keys.ids_BS.shape[1]
+    device = queries.ids_BS.device
+    create = compiled_block_mask() if device.type == "cuda" else create_block_mask
+    return create(mask_mod, num_rows, None, num_queries, num_keys, device=device)
+
+
+@cache
+def compiled_block_mask() -> Any:
+    """Compiled, it builds the tiles without a tensor of Q x K."""
+    return torch.compile(create_block_mask)
+
+
+@dataclass(frozen=True, slots=True)
+class QueryChunks:
+    """Which keys the queries of each chunk see. A chunk's mask is made when it is needed, and kept for other
+    layers and the backward up to KEPT_BYTES of all.
+    """
+
+    queries: Slots
+    keys: Slots
+    window: int | None
+    parts: tuple[tuple[slice, Tensor], ...]
+    """Queries of the chunk, key columns `[N]` that any of them sees."""
+    kept: dict[Any, Tensor] = field(default_factory=dict)
+    """Masks by chunk, repeats and dtype."""
+
+    @classmethod
+    def plan(cls, queries: Slots, keys: Slots, window: int | None) -> QueryChunks:
+        parts = []
+        for first in range(0, queries.ids_BS.shape[1], CHUNK):
+            rows = slice(first, first + CHUNK)
+            seen_K = visible(pick(queries, ..., rows), keys, window).any(1).any(0)
+            seen_K[0] |= ~seen_K.any()  # padding alone: attention over nothing is not defined
+            parts.append((rows, seen_K.nonzero()[:, 0]))
+        return cls(queries, keys, window, tuple(parts))
+
+    def with_masks(self, num_repeats: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Queries, key columns and mask `[B, 1, num_repeats * C, N]` of each chunk."""
+        for number, (rows, columns_N) in enumerate(self.parts):
+            mask = self.kept.get((number, num_repeats, dtype))
+            if mask is None:
+                seen_BCN = visible(
+                    pick(self.queries, ..., rows), pick(self.keys, ..., columns_N), self.window
+                )
+                mask = additive_mask(seen_BCN, dtype).repeat(1, 1, num_repeats, 1)
+                if mask.nbytes + sum(other.nbytes for other in self.kept.values()) <= KEPT_BYTES:
+                    self.kept[number, num_repeats, dtype] = mask
+            yield rows, columns_N, mask
+
+
+class ChunkedAttention(torch.autograd.Function):
+    """Attention chunk by chunk: `[B, H, Q, D]`, `[B, KV heads, K, D]` -> `[B, Q, H, D]`.
+
+    Query heads that share keys stand below each other as queries of one head, so keys are never repeated. The
+    backward makes the masks again that were not kept; what is kept beside them is linear in Q and K.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, chunks: QueryChunks, scale: float | None
+    ) -> Tensor:
+        shared = query.shape[1] // key.shape[1]
+        out = value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+        log_sums = []
+        for rows, columns_N, mask in chunks.with_masks(shared, query.dtype):
+            part, log_sum = attend(
+                stack_heads(query[:, :, rows], shared),
+                key[:, :, columns_N],
+                value[:, :, columns_N],
+                mask,
+                scale,
+            )
+            out[:, rows] = unstack_heads(part, shared).transpose(1, 2)
+            log_sums.append(log_sum)
+        ctx.save_for_backward(query, key, value, out, *log_sums)
+        ctx.chunks, ctx.scale = chunks, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, *log_sums = ctx.saved_tensors
+        shared = query.shape[1] // key.shape[1]
+        grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
+        chunks = ctx.chunks.with_masks(shared, query.dtype)
+        for (rows, columns_N, mask), log_sum in zip(chunks, log_sums, strict=True):
+            part_query, part_key, part_value = attend_backward(
+                stack_heads(grad[:, rows].transpose(1, 2), shared),
+                stack_heads(query[:, :, rows], shared),
+                key[:, :, columns_N],
+                value[:, :, columns_N],
+                stack_heads(out[:, rows].transpose(1, 2), shared),
+                log_sum,
+                mask,
+                ctx.scale,
+            )
+            grad_query[:, :, rows] = unstack_heads(part_query, shared)
+            grad_key.index_add_(2, columns_N, part_key)
+            grad_value.index_add_(2, columns_N, part_value)
+        return grad_query, grad_key, grad_value, None, None
+
+
+def stack_heads(heads_BHCD: Tensor, shared: int) -> Tensor:
+    """`[B, KV heads * shared, C, D]` -> `[B, KV heads, shared * C, D]`."""
+    return heads_BHCD.unflatten(1, (-1, shared)).flatten(2, 3)
+
+
+def unstack_heads(stacked: Tensor, shared: int) -> Tensor:
+    """The inverse of `stack_heads`."""
+    return stacked.unflatten(2, (shared, -1)).flatten(1, 2)
+
+
+def has_flash_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether torch has a flash kernel that takes a mask: on CPU only."""
+    return query.device.type == "cpu" and query.shape[3] == value.shape[3]
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Output and, from the flash kernel, the log of the softmax's sums."""
+    if has_flash_kernel(query, value):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(query, key, value, attn_mask=mask, scale=scale)
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale), None
+
+
+def attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum: Tensor | None,
+    mask: Tensor,
+    scale: float | None,
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key and value; without the log-sums the forward runs again."""
+    if log_sum is not None:
+        flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return flash_backward(grad, query, key, value, out, log_sum, 0.0, False, attn_mask=mask, scale=scale)
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+        again = F.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2], mask, scale=scale)
+    return torch.autograd.grad(again, inputs, grad)
+
+
+LayerMask = Tensor | BlockMask | QueryChunks
+
+
+def make_mask(
+    queries: Slots, keys: Slots, window: int | None, dtype: torch.dtype, backend: Backend
+) -> LayerMask:
+    """`visible` in the form that a backend reads."""
+    if backend == "sdpa" or queries.ids_BS.shape[1] <= 2 * CHUNK:
+        return additive_mask(visible(queries, keys, window), dtype)
+    return block_mask(queries, keys, window) if backend == "flex" else QueryChunks.plan(queries, keys, window)
+
+
+class SlotCache:
+    """Keys and values of clean slots, one buffer per layer, indexed by column (the position, unless a row is
+    packed): no cropping, no reallocation.
+
+    For training; decoding has `DecodeCache`. A forward pass writes its clean slots at their columns and reads
+    `[0, length)`; the mask decides who sees what (`keys_with_cache`). Tensors are `[B, kv heads, capacity,
+    head_dim]`.
+    """
+
+    def __init__(self, num_rows: int, capacity: int) -> None:
+        self.num_rows, self.capacity, self.length = num_rows, capacity, 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._write: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def begin(self, slots: Slots, length: int) -> None:
+        """Announce the next forward pass: which of its slots are written, how many columns it reads."""
+        assert length <= self.capacity
+        rows_N, slots_N = (slots.group_BS == CLEAN).nonzero(as_tuple=True)
+        self._write = (rows_N, slots_N, slots.key_columns_BS[rows_N, slots_N]) if len(rows_N) else None
+        self.length = length
+
+    def extend(self, layer: int, keys_BHSD: Tensor, values_BHSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store this layer's clean slots; return buffer ++ current."""
+        if layer not in self._layers:
+            shape = (self.num_rows, keys_BHSD.shape[1], self.capacity, keys_BHSD.shape[3])
+            self._layers[layer] = (keys_BHSD.new_zeros(shape), values_BHSD.new_zeros(shape))
+        stored = self._layers[layer]
+        if self._write is not None:
+            rows_N, slots_N, columns_N = self._write
+            stored[0][rows_N, :, columns_N] = keys_BHSD[rows_N, :, slots_N]
+            stored[1][rows_N, :, columns_N] = values_BHSD[rows_N, :, slots_N]
+        keys_BHKD = torch.cat([stored[0][:, :, : self.length], keys_BHSD], 2)
+        return keys_BHKD, torch.cat([stored[1][:, :, : self.length], values_BHSD], 2)
+
+
+def keys_with_cache(slots: Slots, cache_length: int) -> Slots:
+    """Keys of a cached forward: every buffer column as a clean slot, then the current slots.
+
+    Current clean slots are turned off as keys here: they were just written to the buffer and are seen there.
+    """
+    num_rows = slots.ids_BS.shape[0]
+    columns_BK = torch.arange(cache_length, device=slots.ids_BS.device).expand(num_rows, -1)
+    zeros_BK = torch.zeros_like(columns_BK)
+    buffer = Slots(zeros_BK, columns_BK, columns_BK, zeros_BK, zeros_BK)
+    return join_slots(buffer, slots.only(slots.is_noised_BS))
+
+
+@dataclass(frozen=True, slots=True)
+class SlotForward:
+    """What the attention layers of one forward pass share."""
+
+    masks: dict[int | None, LayerMask]
+    """By window."""
+    windows: tuple[int | None, ...]
+    """By layer."""
+    cache: SlotCache | None
+    attend: Callable[..., Tensor] | None = None
+    """`DecodeCache.attend`, or what stands for it in a compiled forward; None in training."""
+
+
+def start_forward(
+    slots: Slots,
+    windows: tuple[int | None, ...],
+    dtype: torch.dtype,
+    backend: Backend,
+    cache: SlotCache | None,
+) -> SlotForward:
+    """Masks for every layer of a forward pass over `slots`; its clean slots are written to the cache."""
+    keys = slots
+    if cache is not None:
+        reach = max(int((slots.start_BS + slots.reach_BS).max()), 0)
+        cache.begin(slots, min(reach + 1, cache.capacity))
+        keys = keys_with_cache(slots, cache.length)
+    masks = {window: make_mask(slots, keys, window, dtype, backend) for window in set(windows)}
+    return SlotForward(masks, windows, cache)
+
+
+def start_decode(windows: tuple[int | None, ...], dtype: torch.dtype, cache: DecodeCache) -> SlotForward:
+    """The same for the packed forward that the decoding cache has begun."""
+    cache.lay_out()
+    masks: dict[int | None, LayerMask] = {window: cache.mask(window, dtype) for window in set(windows)}
+    return SlotForward(masks, windows, cache=None, attend=cache.attend)
+
+
+def slot_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    slot_forward: SlotForward | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function of stock models: `[B, H, Q, D]` -> `[B, Q, H, D]`; without slots plain sdpa."""
+    if slot_forward is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    mask = slot_forward.masks[slot_forward.windows[module.layer_idx]]
+    if slot_forward.attend is not None:
+        scale = kwargs.get("scaling")
+        return slot_forward.attend(module.layer_idx, query[0], key[0], value[0], mask, scale), None
+    if slot_forward.cache is not None:
+        key, value = slot_forward.cache.extend(module.layer_idx, key, value)
+    if isinstance(mask, Tensor):
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    if isinstance(mask, BlockMask):
+        return flex_attention_forward(module, query, key, value, mask, **kwargs)
+    assert not kwargs.get("dropout"), "chunks are computed again in the backward: no dropout"
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast only values are sure to be cast
+    return ChunkedAttention.apply(query, key, value, mask, kwargs.get("scaling")), None
+
+
+def no_mask(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What models get as their mask: four dimensions, so that they build none of their own."""
+    return torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
+
+
+def use_slot_attention(model: PreTrainedModel) -> None:
+    """Make a stock model call `slot_attention`. Not stored in its config: done after every load."""
+    AttentionInterface.register(ATTENTION_NAME, slot_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    model.set_attn_implementation(ATTENTION_NAME)

@@ -1,0 +1,195 @@
+"""Decoding with a compiled forward: `torch.compile` on what a step spends its time with.
+
+A step of a small model, or of few rows on a GPU, is calls rather than arithmetic. Compiled, the forward is
+one call; on CUDA its kernels are recorded once per shape and replayed (CUDA graphs: not yet run on a GPU).
+What varies from step to step are sizes, and the compiled code takes any; on CUDA they are padded to a few
+sizes, so that few graphs are recorded. Which slots are clean is data there, never a shape. Forwards in which
+a prompt joins run as they are.
+
+Results equal those of the plain forward up to rounding.
+
+Shape suffixes: N packed slots, B rows, W queries of a row, K keys, H heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from transformers import PreTrainedModel
+
+from opdlm.errors import ConfigError
+from opdlm.modeling.attention import SlotForward, no_mask
+from opdlm.modeling.diffusion_lm import DiffusionLM, Gate, PackedForward, backbone
+from opdlm.modeling.kv_cache import DecodeCache, attend_rows, store
+
+WIDE = 4
+"""A forward in which a row has more slots than so many blocks is not compiled: a prompt joins."""
+NUM_VARIANTS = 64
+"""Compiled forms of the forward at most, over all models of a process: sizes of 1 have forms of their own."""
+Buffers = dict[int, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """`DecodeCache.attend` over rows of one width, from tensors alone."""
+
+    layers: Buffers
+    write_N: Tensor
+    source_BW: Tensor
+    """The packed slot of every padded query."""
+    back_N: Tensor
+    """The padded query of every packed slot."""
+
+    def attend(
+        self,
+        layer: int,
+        query_HND: Tensor,
+        key_HND: Tensor,
+        value_HND: Tensor,
+        mask: Tensor,
+        scale: float | None,
+    ) -> Tensor:
+        """`mask` is `[B, 1, W, K]`."""
+        num_rows, num_kv = mask.shape[0], key_HND.shape[0]
+        num_heads = query_HND.shape[0]
+        keys_BHKD, values_BHKD = store(self.layers[layer], key_HND, value_HND, self.write_N, mask.shape[-1])
+        padded_BWHD = query_HND.transpose(0, 1)[self.source_BW]
+        mixed_NHD = attend_rows(
+            padded_BWHD.unflatten(2, (num_kv, -1)),
+            keys_BHKD[:num_rows],
+            values_BHKD[:num_rows],
+            mask.repeat(1, 1, num_heads // num_kv, 1),
+            scale,
+        )
+        return mixed_NHD.index_select(0, self.back_N)[None]
+
+
+def forward(
+    model: PreTrainedModel,
+    gate: Gate | None,
+    windows: tuple[int | None, ...],
+    embedded_NH: Tensor,
+    positions_N: Tensor,
+    is_open_N1: Tensor,
+    layout: Layout,
+    masks: dict[int | None, Tensor],
+) -> Tensor:
+    """What is compiled: states `[N, H]`."""
+    if gate is not None:
+        gate.is_open_N1 = is_open_N1
+    hidden: Tensor = backbone(model)(
+        inputs_embeds=embedded_NH[None],
+        position_ids=positions_N[None],
+        attention_mask=no_mask(embedded_NH.dtype, embedded_NH.device),
+        use_cache=False,
+        slot_forward=SlotForward(dict(masks), windows, None, layout.attend),
+    ).last_hidden_state
+    if gate is not None:
+        gate.is_open_N1 = None
+    return hidden[0]
+
+
+class CompiledForward:
+    """Stands for `PackedForward.run`."""
+
+    def __init__(self, block_size: int, backend: str = "inductor", pads: bool | None = None) -> None:
+        """`pads`: whether sizes are padded to a few; None: on CUDA."""
+        self.block_size, self.backend, self.pads = block_size, backend, pads
+        self._forward: Callable[..., Tensor] | None = None
+        self._marked: DecodeCache | None = None
+
+    def __call__(self, asked: PackedForward) -> Tensor:
+        cache, device = asked.cache, asked.embedded_NH.device
+        if not cache.layers or int(cache.count_B.max()) > WIDE * self.block_size:
+            return asked.run()
+        is_cuda = device.type == "cuda"
+        if self._forward is None:
+            mode = "reduce-overhead" if is_cuda and self.backend == "inductor" else None
+            self._forward = torch.compile(forward, fullgraph=True, backend=self.backend, mode=mode)
+        inputs = self.padded(asked, is_cuda if self.pads is None else self.pads)
+        if is_cuda:
+            torch.compiler.cudagraph_mark_step_begin()
+        try:
+            with torch._dynamo.config.patch(recompile_limit=NUM_VARIANTS):
+                hidden_NH = self._forward(asked.model, asked.gate, asked.windows, *inputs)
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:300]
+            raise ConfigError(
+                f"torch.compile fails on {type(asked.model).__name__} ({reason}): leave out --compile, or "
+                "set rollout.compile=false."
+            ) from error
+        hidden_NH = hidden_NH[: len(asked.packed)]
+        return hidden_NH.clone() if is_cuda else hidden_NH  # a replay writes to the same memory
+
+    def padded(self, asked: PackedForward, pads: bool) -> tuple[Any, ...]:
+        """The arguments of `forward` from the embedded slots on."""
+        packed, cache, device = asked.packed, asked.cache, asked.embedded_NH.device
+        # a size of 1 would be compiled apart: none, but for the rows of a cache that has only one
+        num_slots, width = max(len(packed), 2), max(int(cache.count_B.max()), 2)
+        num_rows = max(cache.num_active, min(cache.num_rows, 2))
+        if pads:
+            num_slots, num_rows, width = rounded(num_slots), cache.num_rows, rounded(width)
+        extra = num_slots - len(packed)
+        source_BW = torch.zeros((num_rows, width), dtype=torch.long)
+        source_BW[packed.row_N, cache.place_N] = torch.arange(len(packed))
+        source_BW = source_BW.to(device)
+        masks = {}
+        for window in set(asked.windows):
+            mask_NK = cache.mask(window, asked.embedded_NH.dtype)[0, 0]
+            num_keys = mask_NK.shape[1]
+            more = min(rounded(num_keys), cache.capacity) - num_keys if pads else 0
+            mask_NK = F.pad(mask_NK, (0, more), value=torch.finfo(mask_NK.dtype).min)
+            masks[window] = mask_NK[source_BW][:, None]
+            mark_sizes(masks[window], 0, 2, 3)
+        is_open_N1 = (torch.arange(num_slots) >= packed.num_clean)[:, None].to(device)
+        flat = [
+            F.pad(asked.embedded_NH, (0, 0, 0, extra)),
+            F.pad(packed.positions_N, (0, extra)).contiguous().to(device),
+            is_open_N1,
+            F.pad(cache.write_N, (0, extra), value=cache.capacity).to(device),
+            F.pad(packed.row_N * width + cache.place_N, (0, extra)).to(device),
+        ]
+        for tensor in flat:
+            mark_sizes(tensor, 0)
+        mark_sizes(source_BW, 0, 1)
+        if cache is not self._marked:
+            self._marked = cache
+            for buffer in (buffer for pair in cache.layers.values() for buffer in pair):
+                mark_sizes(buffer, 0, 1)
+                if device.type == "cuda":
+                    torch._dynamo.mark_static_address(buffer)
+        embedded_NH, positions_N, is_open_N1, write_N, back_N = flat
+        layout = Layout(cache.layers, write_N, source_BW, back_N)
+        return embedded_NH, positions_N, is_open_N1, layout, masks
+
+
+def mark_sizes(tensor: Tensor, *dims: int) -> None:
+    """These sizes vary between calls."""
+    for dim in dims:
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def rounded(size: int) -> int:
+    """Up to a multiple of 8 that has few others near it: at most a quarter more."""
+    step = max(8, 1 << max(size.bit_length() - 3, 0))
+    return -(-size // step) * step
+
+
+@contextmanager
+def compiled_decoding(model: DiffusionLM, wanted: bool = True, **options: Any) -> Iterator[None]:
+    """The model decodes by a compiled forward, if `wanted`; the first steps in a process wait for the
+    compiler. Further options are those of `CompiledForward`.
+    """
+    if wanted:
+        model.run_packed = CompiledForward(model.spec.block_size, **options)
+    try:
+        yield
+    finally:
+        model.run_packed = PackedForward.run

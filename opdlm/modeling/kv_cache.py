@@ -1,0 +1,222 @@
+"""The decoding cache: one buffer per layer for as many rows as decode at once, never reallocated.
+
+A forward pass is *packed*: the slots of all rows lie in one sequence, clean ones first, so that no linear
+layer ever computes padding; only attention pads, inside `attend`. Every forward writes its keys and values
+into the buffer (clean slots at their positions, noised ones behind the longest row) and attends to views of
+it: nothing is concatenated and grouped heads are not repeated. What lies beyond every `reach` is stale and
+unseen: rejected drafts, the noised slots of earlier forwards, rows that left.
+
+Shape suffixes: N packed slots, B rows, S padded slots, W padded queries of a row, K keys, J noised slots of a
+row, H heads (of keys, where queries come in groups G), D head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .slots import CLEAN, Slots
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The real slots of all rows: first the clean ones, then the noised ones, both row by row."""
+
+    num_clean: int
+    row_N: Tensor
+    ids_N: Tensor
+    positions_N: Tensor
+    reach_N: Tensor
+    group_N: Tensor
+
+    @classmethod
+    def of(cls, slots: Slots) -> tuple[Packed, Tensor]:
+        """What is not padding, and the column `[N]` where each slot came from."""
+        clean_N = (slots.group_BS == CLEAN).flatten().nonzero()[:, 0]
+        flat_N = torch.cat([clean_N, slots.is_noised_BS.flatten().nonzero()[:, 0]])
+        fields = (slots.ids_BS, slots.positions_BS, slots.reach_BS, slots.group_BS)
+        width = slots.ids_BS.shape[1]
+        packed = cls(len(clean_N), flat_N // width, *(field.flatten()[flat_N] for field in fields))
+        return packed, flat_N % width
+
+    def split(self) -> list[Packed]:
+        """The clean slots and the noised ones, for models that compute them with different weights."""
+        fields = (self.row_N, self.ids_N, self.positions_N, self.reach_N, self.group_N)
+        return [
+            Packed(self.num_clean, *(field[: self.num_clean] for field in fields)),
+            Packed(0, *(field[self.num_clean :] for field in fields)),
+        ]
+
+    def __len__(self) -> int:
+        return len(self.row_N)
+
+
+def place_in_row(row_N: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """How many earlier entries of the sorted `row_N` have the same row `[N]`, how many each row has `[B]`."""
+    count_B = row_N.bincount(minlength=num_rows)
+    first_B = count_B.cumsum(0) - count_B
+    return torch.arange(len(row_N)) - first_B[row_N], count_B
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Neighbouring rows that attend in one call, padded to the widest of them."""
+
+    first: int
+    last: int
+    source_N: Tensor | None
+    """Packed slot for every padded place (slot 0 where there is none); None: all, in their order."""
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """What belongs to this segment's places, from a tensor whose first dimension is packed slots."""
+        return packed if self.source_N is None else packed.index_select(0, self.source_N)
+
+
+class DecodeCache:
+    """Keys and values per layer, indexed by row and position."""
+
+    def __init__(self, num_rows: int, capacity: int, device: torch.device) -> None:
+        self.num_rows, self.capacity, self.device = num_rows, capacity, device
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        """Buffers `[rows, capacity + 1, kv heads, head_dim]` of each layer, from its first forward on."""
+        self._padded: dict[int, list[Tensor]] = {}
+        self._segments: list[Segment] = []
+
+    def begin(self, packed: Packed, num_rows: int, length: int) -> None:
+        """Lay out the next forward pass over the first `num_rows` rows. It reads `length` positions of each;
+        noised slots are stored behind them.
+        """
+        self.packed, self.num_active, self._padded = packed, num_rows, {}
+        self._length = length
+        num_clean = packed.num_clean
+        noised_row_N, noised_group_N = packed.row_N[num_clean:], packed.group_N[num_clean:]
+        clean_place_N, clean_count_B = place_in_row(packed.row_N[:num_clean], num_rows)
+        noised_place_N, noised_count_B = place_in_row(noised_row_N, num_rows)
+        width = int(noised_count_B.max())
+        assert self._length + width <= self.capacity
+        self._noised_group_BJ = torch.full((num_rows, width), -1)
+        self._noised_group_BJ[noised_row_N, noised_place_N] = noised_group_N
+        self._noised_position_BJ = torch.zeros((num_rows, width), dtype=torch.long)
+        self._noised_position_BJ[noised_row_N, noised_place_N] = packed.positions_N[num_clean:]
+        index_N = torch.cat([packed.positions_N[:num_clean], self._length + noised_place_N])
+        self.write_N = packed.row_N * (self.capacity + 1) + index_N
+        self.place_N = torch.cat([clean_place_N, clean_count_B[noised_row_N] + noised_place_N])
+        self.count_B = clean_count_B + noised_count_B
+
+    def lay_out(self) -> None:
+        """Pad the queries row by row; rows that just joined (wide, last) apart from the others."""
+        row_N, num_rows, count_B = self.packed.row_N, self.num_active, self.count_B
+        self._write_N = self.write_N.to(self.device)
+        if num_rows == 1:  # in order already
+            self._segments, self._back_N = [Segment(0, 1, None)], None
+            return
+        bounds = [0, *best_split(count_B), num_rows]
+        self._segments, offset = [], 0
+        self._back_N = torch.zeros_like(row_N)
+        for first, last in pairwise(bounds):
+            width = int(count_B[first:last].max())
+            inside_N = (row_N >= first) & (row_N < last)
+            padded_N = (row_N - first) * width + self.place_N
+            source_N = torch.zeros((last - first) * width, dtype=torch.long)
+            source_N[padded_N[inside_N]] = inside_N.nonzero()[:, 0]
+            self._back_N = torch.where(inside_N, padded_N + offset, self._back_N)
+            self._segments.append(Segment(first, last, source_N.to(self.device)))
+            offset += len(source_N)
+        self._back_N = self._back_N.to(self.device)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Additive mask `[1, 1, N, K]` of the forward that was begun: who sees what of its own row."""
+        packed = self.packed
+        key_K = torch.arange(self._length)
+        seen_NK = key_K <= packed.reach_N[:, None]
+        seen_NJ = self._noised_group_BJ[packed.row_N] == packed.group_N[:, None]
+        if window is not None:
+            seen_NK &= packed.positions_N[:, None] - key_K < window
+            seen_NJ &= packed.positions_N[:, None] - self._noised_position_BJ[packed.row_N] < window
+        seen_NK = torch.cat([seen_NK, seen_NJ], 1).to(self.device)
+        mask_NK = torch.zeros(seen_NK.shape, dtype=dtype, device=self.device)
+        return mask_NK.masked_fill_(~seen_NK, torch.finfo(dtype).min)[None, None]
+
+    def attend(
+        self,
+        layer: int,
+        query_HND: Tensor,
+        key_HND: Tensor,
+        value_HND: Tensor,
+        mask: Tensor,
+        scale: float | None,
+    ) -> Tensor:
+        """Store this layer's keys and values, attend; `[1, N, heads, head_dim]`."""
+        if layer not in self.layers:
+            self.layers[layer] = (self._buffer(key_HND), self._buffer(value_HND))
+        keys_BHKD, values_BHKD = store(self.layers[layer], key_HND, value_HND, self._write_N, mask.shape[-1])
+        num_kv, share = key_HND.shape[0], query_HND.shape[0] // key_HND.shape[0]
+        query_NHD = query_HND.transpose(0, 1)
+        results = []
+        for segment, padded_mask in zip(self._segments, self._padded_masks(mask, share), strict=True):
+            rows = slice(segment.first, segment.last)
+            query_BWHGD = segment.pad(query_NHD).view(
+                segment.last - segment.first, -1, num_kv, share, query_HND.shape[2]
+            )
+            results.append(attend_rows(query_BWHGD, keys_BHKD[rows], values_BHKD[rows], padded_mask, scale))
+        padded = results[0] if len(results) == 1 else torch.cat(results)
+        return (padded if self._back_N is None else padded.index_select(0, self._back_N))[None]
+
+    def _buffer(self, new_HND: Tensor) -> Tensor:
+        """One column more than is ever read: what is computed for shapes only is stored there."""
+        return new_HND.new_zeros(self.num_rows, self.capacity + 1, new_HND.shape[0], new_HND.shape[2])
+
+    def _padded_masks(self, mask: Tensor, share: int) -> list[Tensor]:
+        """The mask of each segment, repeated for the query heads that share keys; built once per forward."""
+        if id(mask) not in self._padded:
+            self._padded[id(mask)] = [
+                segment.pad(mask[0, 0])
+                .view(segment.last - segment.first, 1, -1, mask.shape[-1])
+                .repeat(1, 1, share, 1)
+                for segment in self._segments
+            ]
+        return self._padded[id(mask)]
+
+    def move(self, from_N: Tensor, to_N: Tensor) -> None:
+        """Copy rows over others (finished rows leave, the last rows take their places)."""
+        for buffers in self.layers.values():
+            for buffer in buffers:
+                buffer[to_N, : self._length] = buffer[from_N, : self._length]
+
+
+def store(
+    buffers: tuple[Tensor, Tensor], key_HND: Tensor, value_HND: Tensor, write_N: Tensor, num_keys: int
+) -> tuple[Tensor, Tensor]:
+    """Write new keys and values at the flat indices `write_N`; views of all `[B, H, num_keys, D]`."""
+    views = []
+    for buffer, new_HND in zip(buffers, (key_HND, value_HND), strict=True):
+        buffer.view(-1, *buffer.shape[2:]).index_copy_(0, write_N, new_HND.transpose(0, 1))
+        views.append(buffer[:, :num_keys].transpose(1, 2))
+    return views[0], views[1]
+
+
+def attend_rows(
+    query_BWHGD: Tensor, keys_BHKD: Tensor, values_BHKD: Tensor, mask: Tensor, scale: float | None
+) -> Tensor:
+    """Attention of rows of equally many queries, whose heads come in groups G that share keys and values;
+    `[B * W, heads, head_dim]`. The mask `[B, 1, G * W, K]` is repeated for a group, keys and values are not.
+    """
+    num_rows, width, num_kv, share, dim = query_BWHGD.shape
+    folded = query_BWHGD.permute(0, 2, 3, 1, 4).reshape(num_rows, num_kv, share * width, dim)
+    mixed = F.scaled_dot_product_attention(folded, keys_BHKD, values_BHKD, attn_mask=mask, scale=scale)
+    mixed = mixed.view(num_rows, num_kv, share, width, mixed.shape[-1]).permute(0, 3, 1, 2, 4)
+    return mixed.reshape(num_rows * width, num_kv * share, mixed.shape[-1])
+
+
+def best_split(count_B: Tensor) -> list[int]:
+    """Where to cut the rows in two so that padding shrinks by a third at least; [] if nowhere."""
+    num_rows = len(count_B)
+    before_B, after_B = count_B.cummax(0).values, count_B.flip(0).cummax(0).values.flip(0)
+    cut_B = torch.arange(1, num_rows)
+    area_B = cut_B * before_B[:-1] + (num_rows - cut_B) * after_B[1:]
+    best = int(area_B.argmin())
+    return [best + 1] if int(area_B[best]) * 3 <= int(before_B[-1]) * num_rows * 2 else []

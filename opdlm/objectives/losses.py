@@ -1,0 +1,373 @@
+"""Divergence between teacher and student at the supervised positions, without ever building [M, V].
+
+The LM head and the loss run over chunks of supervised rows; each chunk's gradient is formed analytically
+and folded into grad_hidden and grad_weight at once, so only one [chunk, V] is alive. Outcomes k are the
+vocabulary, or the teacher's top-K and one tail bucket for the rest. With p teacher, q student, z logits:
+    a_k = dD / dlog q_k       forward_kl: -p_k     reverse_kl: q_k (log q_k - log p_k + 1)
+                              jsd: (1-beta) q_k (log q_k - log m_k),  m = beta p + (1-beta) q
+    dD / dz_v = [v = k] a_k + [v in tail] (q_v / q_tail) a_tail - q_v sum_k a_k
+It does not choose positions, weights or a normalisation. Source: arXiv 2606.06712; METHOD.md, part 6.
+
+Shapes: C rows of one chunk, H hidden, K top-k (in a helper: any set of outcomes), M supervised positions,
+N positions to score, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opdlm.modeling.cpu_linear import linear
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"]
+OutcomeDivergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(teacher log p_CK, student log q_CK) -> (D_C, slopes a_CK); may overwrite log p."""
+
+CHUNK_BYTES = {"cpu": 128 * 2**20}
+"""Of one chunk's temporaries, by device."""
+CHUNK_BYTES_ELSEWHERE = 2**30
+"""More rows for each reading of the head: a GPU multiplies some 200 times per byte that it reads."""
+WEIGHT_SLICE = 8192
+"""Rows of the head whose gradient is converted at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """The LM head: logits = softcap * tanh(scale * (weight @ hidden + bias) / softcap)."""
+
+    weight: Tensor
+    """[V, H]; the matrix products run in its dtype."""
+    bias: Tensor | None = None
+    softcap: float | None = None
+    """Gemma 2's final logit cap; None = none."""
+    scale: float = 1.0
+    """Cohere multiplies its logits by this, Granite divides by the inverse."""
+    banned: Tensor | None = None
+    """Ids (long) whose logit is -inf: [MASK], unused rows. Ban the same ids in teacher and student: a token
+    that only one of them can produce makes the divergence infinite."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V], float32 (float64 if the product is)."""
+        logits = linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits if self.banned is None else logits.index_fill_(-1, self.banned, -math.inf)
+
+    def slope(self, logits_CV: Tensor) -> Tensor | None:
+        """What the cap multiplies gradients by."""
+        return None if self.softcap is None else (logits_CV / self.softcap).square_().neg_().add_(1)
+
+    def backpropagate_(self, grad_CV: Tensor, slope_CV: Tensor | None) -> Tensor:
+        """Turn d loss / d logits, in place, into d loss / d (weight @ hidden + bias)."""
+        if slope_CV is not None:
+            grad_CV *= slope_CV
+        if self.scale != 1.0:
+            grad_CV *= self.scale
+        return grad_CV if self.banned is None else grad_CV.index_fill_(-1, self.banned, 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HiddenTargets:
+    """The teacher's full distribution, recomputed chunk by chunk so that [M, V] is never stored."""
+
+    hidden_MH: Tensor
+    head: Head
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopKTargets:
+    """The teacher's K most probable tokens and their log-probabilities."""
+
+    ids_MK: Tensor
+    logprobs_MK: Tensor
+    tail: bool = True
+    """Count the rest of the mass as one more outcome. False: the paper's sparse variant, which may be
+    negative."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenTargets:
+    """Hard targets for cross_entropy."""
+
+    ids_M: Tensor
+
+
+Targets = HiddenTargets | TopKTargets | TokenTargets
+
+
+class LossOutput(NamedTuple):
+    """What wrappers around the loss (DDP, ZeRO) can walk through."""
+
+    loss: Tensor
+    """Scalar, differentiable."""
+    per_position_M: Tensor
+    """D at each position, unweighted and detached."""
+
+
+def check_divergence(divergence: Divergence, top_k: int | None, tail: bool) -> None:
+    """Refuse the choice whose optimum is degenerate: ValueError."""
+    if divergence == "reverse_kl" and top_k is not None and not tail:
+        raise ValueError(
+            f"loss.divergence (reverse_kl) does not work with targets.top_k ({top_k}) and no tail: the "
+            "student would minimise it by leaving the teacher's top-k tokens altogether, so keep the tail, "
+            "use the full vocabulary, or choose forward_kl or jsd."
+        )
+
+
+def num_temporaries(divergence: Divergence, reverse_weight: float = 0.0) -> int:
+    """[C, V] float32 tensors alive at the peak of one chunk."""
+    if divergence == "jsd":
+        return 7
+    return 5 if reverse_weight else 4
+
+
+def default_chunk_size(
+    vocabulary: int, hidden: int, temporaries: int, *, trains_head: bool, device: str = "cpu"
+) -> int:
+    """Rows per chunk, at least 16, whose temporaries stay within the device's CHUNK_BYTES, or within the
+    size of the head's float32 gradient where there is one.
+
+    Every chunk reads the heads of student and teacher, and updates the gradient as a whole.
+    """
+    gradient = 4 * vocabulary * hidden if trains_head else 0
+    budget = max(CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE), gradient)
+    return max(16, budget // (4 * temporaries * vocabulary))
+
+
+@torch.no_grad()
+def top_k_targets(
+    hidden_NH: Tensor, head: Head, k: int, tail: bool = True, chunk: int | None = None
+) -> TopKTargets:
+    """The teacher's top-k log-probabilities, normalised over the full vocabulary."""
+    ids_NK = torch.empty(len(hidden_NH), k, dtype=torch.long, device=hidden_NH.device)
+    logprobs_NK = torch.empty_like(ids_NK, dtype=_loss_dtype(hidden_NH))
+    vocabulary, hidden = head.weight.shape
+    chunk = chunk or default_chunk_size(
+        vocabulary, hidden, 2, trains_head=False, device=hidden_NH.device.type
+    )
+    for rows in _row_chunks(len(hidden_NH), chunk):
+        logits_CV = head.logits(hidden_NH[rows])
+        top_CK, ids_NK[rows] = logits_CV.topk(k, dim=-1)
+        logprobs_NK[rows] = top_CK - logits_CV.logsumexp(-1, keepdim=True)
+    return TopKTargets(ids_MK=ids_NK, logprobs_MK=logprobs_NK, tail=tail)
+
+
+def chunked_divergence(
+    student_hidden_MH: Tensor,
+    student_head: Head,
+    targets: Targets,
+    weights_M: Tensor,
+    *,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    reverse_weight: float = 0.0,
+    chunk_size: int | None = None,
+) -> LossOutput:
+    """sum_i weights_i * D(teacher_i, student_i), differentiable in the student's hidden states and head.
+
+    `beta` in (0, 1) is the teacher's share of the mixture (jsd only). `reverse_weight` replaces forward_kl
+    by (1 - reverse_weight) * forward_kl + reverse_weight * reverse_kl. Targets and weights get no gradient;
+    M = 0 is allowed.
+    """
+    assert (divergence == "cross_entropy") == isinstance(targets, TokenTargets)
+    assert reverse_weight == 0.0 or divergence == "forward_kl"
+    match divergence:
+        case "forward_kl" if reverse_weight:
+            measure: OutcomeDivergence = partial(_mixed_kl, reverse_weight=reverse_weight)
+        case "forward_kl" | "cross_entropy":
+            measure = _forward_kl
+        case "reverse_kl":
+            measure = _reverse_kl
+        case "jsd":
+            measure = partial(_jsd, beta=beta)
+    # Without a graph no gradient will be asked for: detach, so that none is computed.
+    hidden_MH, weight_VH, bias_V = (
+        x if x is None or torch.is_grad_enabled() else x.detach()
+        for x in (student_hidden_MH, student_head.weight, student_head.bias)
+    )
+    weight = student_head.weight
+    vocabulary, hidden = weight.shape
+    chunk_size = chunk_size or default_chunk_size(
+        vocabulary,
+        hidden,
+        num_temporaries(divergence, reverse_weight),
+        trains_head=torch.is_grad_enabled() and weight.requires_grad,
+        device=weight.device.type,
+    )
+    loss, per_position_M = _ChunkedDivergence.apply(
+        hidden_MH, weight_VH, bias_V, student_head, targets, weights_M, measure, chunk_size
+    )
+    return LossOutput(loss=loss, per_position_M=per_position_M)
+
+
+class _ChunkedDivergence(torch.autograd.Function):
+    """Computes the gradients of the sum in forward, scales them in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_MH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        head: Head,
+        targets: Targets,
+        weights_M: Tensor,
+        measure: OutcomeDivergence,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = _loss_dtype(hidden_MH)
+        weights_M = weights_M.to(dtype)
+        per_position_M = torch.empty(len(hidden_MH), dtype=dtype, device=hidden_MH.device)
+        grad_hidden_MH = torch.zeros_like(hidden_MH) if ctx.needs_input_grad[0] else None
+        # Summed over chunks, so never in bfloat16.
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=dtype) if ctx.needs_input_grad[1] else None
+        grad_bias_V = None
+        if bias_V is not None and ctx.needs_input_grad[2]:
+            grad_bias_V = torch.zeros_like(bias_V, dtype=dtype)
+        for rows in _row_chunks(len(hidden_MH), chunk_size):
+            logits_CV = head.logits(hidden_MH[rows])
+            slope_CV = head.slope(logits_CV)
+            per_position_M[rows], grad_CV = _divergence_and_gradient(logits_CV, targets, rows, measure)
+            if not any(ctx.needs_input_grad):
+                continue
+            grad_CV = head.backpropagate_(grad_CV, slope_CV).mul_(weights_M[rows, None])
+            if grad_bias_V is not None:
+                grad_bias_V += grad_CV.sum(0)
+            grad_CV = grad_CV.to(weight_VH.dtype)
+            if grad_hidden_MH is not None:
+                grad_hidden_MH[rows] = linear(grad_CV, weight_VH.T)
+            if grad_weight_VH is not None:
+                _add_product_(grad_weight_VH, grad_CV.T, hidden_MH[rows].to(weight_VH.dtype))
+            del logits_CV, slope_CV, grad_CV  # else they live on beside the next chunk's
+        grads = (grad_hidden_MH, grad_weight_VH, grad_bias_V)
+        inputs = (hidden_MH, weight_VH, bias_V)
+        ctx.grads = [g if g is None else g.to(x) for g, x in zip(grads, inputs, strict=True)]
+        ctx.mark_non_differentiable(per_position_M)
+        return weights_M.dot(per_position_M), per_position_M
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grads = ctx.grads
+        if grads is None:
+            raise RuntimeError(
+                "a second backward through chunked_divergence needs retain_graph=True in the first."
+            )
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            grads = [g if g is None else g.clone() for g in grads]
+        else:
+            ctx.grads = None  # given away: one tensor of the size of the head is enough
+        grads = (g if g is None else g.mul_(grad_loss) for g in grads)
+        return *grads, None, None, None, None, None
+
+
+def _divergence_and_gradient(
+    logits_CV: Tensor,
+    targets: Targets,
+    rows: slice,
+    measure: OutcomeDivergence,
+) -> tuple[Tensor, Tensor]:
+    """D_C and d D / d logits_CV for one chunk of rows; overwrites the logits."""
+    logq_CV = _log_softmax_(logits_CV)
+    match targets:
+        case HiddenTargets():
+            logp_CV = _log_softmax_(targets.head.logits(targets.hidden_MH[rows])).to(logq_CV)
+            loss_C, slopes_CV = measure(logp_CV, logq_CV)
+            total_C1 = slopes_CV.sum(-1, keepdim=True)
+            return loss_C, slopes_CV.addcmul_(logq_CV.exp_(), total_C1, value=-1)
+        case TopKTargets():
+            logp_CK = targets.logprobs_MK[rows].to(logq_CV, copy=True)
+            return _sparse_divergence(logq_CV, targets.ids_MK[rows], logp_CK, targets.tail, measure)
+        case TokenTargets():
+            ids_C1 = targets.ids_M[rows, None]
+            certain_C1 = torch.zeros_like(ids_C1, dtype=logq_CV.dtype)
+            return _sparse_divergence(logq_CV, ids_C1, certain_C1, False, measure)
+
+
+def _sparse_divergence(
+    logq_CV: Tensor, ids_CK: Tensor, logp_CK: Tensor, tail: bool, measure: OutcomeDivergence
+) -> tuple[Tensor, Tensor]:
+    """The same when the outcomes are K ids and perhaps a tail; overwrites logq_CV with the gradient."""
+    num_top, num_vocabulary = ids_CK.shape[-1], logq_CV.shape[-1]
+    logq_CK = logq_CV.gather(-1, ids_CK)
+    q_CK = logq_CK.exp()
+    q_CV = logq_CV.exp_()
+    if not tail or num_top == num_vocabulary:
+        loss_C, slopes_CK = measure(logp_CK, logq_CK)
+        total_C1 = slopes_CK.sum(-1, keepdim=True)
+        return loss_C, q_CV.mul_(-total_C1).scatter_(-1, ids_CK, slopes_CK - q_CK * total_C1)
+    # The student's tail is summed, not taken as 1 - sum(q_CK): the gradient divides by it.
+    q_tail_C1 = q_CV.scatter_(-1, ids_CK, 0.0).sum(-1, keepdim=True).clamp_min_(torch.finfo(q_CV.dtype).tiny)
+    loss_C, slopes = measure(
+        torch.cat([logp_CK, _log_rest(logp_CK)], -1), torch.cat([logq_CK, q_tail_C1.log()], -1)
+    )
+    total_C1 = slopes.sum(-1, keepdim=True)
+    slopes_CK, slope_tail_C1 = slopes.split([num_top, 1], -1)
+    q_CV *= slope_tail_C1 / q_tail_C1 - total_C1
+    return loss_C, q_CV.scatter_(-1, ids_CK, slopes_CK - q_CK * total_C1)
+
+
+def _log_softmax_(logits_CV: Tensor) -> Tensor:
+    return logits_CV.sub_(logits_CV.logsumexp(-1, keepdim=True))
+
+
+def _forward_kl(logp_CK: Tensor, logq_CK: Tensor) -> tuple[Tensor, Tensor]:
+    p_CK = logp_CK.exp()
+    return _times(p_CK, logp_CK.sub_(logq_CK)).sum(-1), p_CK.neg_()
+
+
+def _reverse_kl(logp_CK: Tensor, logq_CK: Tensor) -> tuple[Tensor, Tensor]:
+    q_CK = logq_CK.exp()
+    terms_CK = _times(q_CK, logp_CK.neg_().add_(logq_CK))
+    return terms_CK.sum(-1), terms_CK.add_(q_CK)
+
+
+def _mixed_kl(logp_CK: Tensor, logq_CK: Tensor, reverse_weight: float) -> tuple[Tensor, Tensor]:
+    forward_C, forward_slopes_CK = _forward_kl(logp_CK.clone(), logq_CK)
+    reverse_C, reverse_slopes_CK = _reverse_kl(logp_CK, logq_CK)
+    return forward_C.lerp(reverse_C, reverse_weight), forward_slopes_CK.lerp_(
+        reverse_slopes_CK, reverse_weight
+    )
+
+
+def _jsd(logp_CK: Tensor, logq_CK: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    logm_CK = torch.logaddexp(logp_CK + math.log(beta), logq_CK + math.log1p(-beta))
+    slopes_CK = _times(logq_CK.exp(), logq_CK - logm_CK).mul_(1 - beta)
+    terms_CK = _times(logp_CK.exp(), logp_CK - logm_CK).mul_(beta)
+    return terms_CK.sum(-1) + slopes_CK.sum(-1), slopes_CK
+
+
+def _times(p_CK: Tensor, log_ratio_CK: Tensor) -> Tensor:
+    """p * log_ratio, where an impossible outcome adds nothing, even if its log_ratio is infinite or NaN."""
+    return log_ratio_CK.mul_(p_CK).masked_fill_(p_CK == 0, 0.0)
+
+
+def _log_rest(logp_CK: Tensor) -> Tensor:
+    """log(1 - sum_k p_k), [C, 1]; a rest below the precision counts as one unit of it, so it stays finite."""
+    log_mass_C1 = logp_CK.logsumexp(-1, keepdim=True).clamp_max_(-torch.finfo(logp_CK.dtype).eps)
+    return torch.where(log_mass_C1 > -math.log(2), (-log_mass_C1.expm1()).log(), (-log_mass_C1.exp()).log1p())
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right; a product of another dtype is converted in slices that stay in the cache."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+        return
+    for first in range(0, len(total), WEIGHT_SLICE):
+        total[first : first + WEIGHT_SLICE] += left[first : first + WEIGHT_SLICE] @ right
+
+
+def _row_chunks(num_rows: int, chunk_size: int) -> Iterator[slice]:
+    return (slice(start, start + chunk_size) for start in range(0, num_rows, chunk_size))
+
+
+def _loss_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)

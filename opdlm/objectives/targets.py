@@ -1,0 +1,63 @@
+"""What the frozen teacher says about a rollout: one causal pass, once per rollout, whatever states are
+trained on.
+
+The teacher's prediction of the token at position t is its state at t - 1. Only states are kept; the loss
+turns them into log-probs chunk by chunk, so `[R, V]` is never stored. In `preserve` the same pass fills the
+cache with the clean keys and values that the student reads. METHOD part 6.
+
+Shape suffixes: B rows, L clean row, M supervised positions, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opdlm.checkpoints.load import head_of
+from opdlm.config.sections import LossSection
+from opdlm.modeling.attention import SlotCache
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.modeling.slots import Format, Slots
+from opdlm.objectives.losses import HiddenTargets, Targets, TokenTargets, top_k_targets
+from opdlm.objectives.states import StateBatch
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherPass:
+    """Teacher states `[B, L, H]` of the clean rows, and (`preserve`) the cache that holds their keys and
+    values.
+    """
+
+    hidden_BLH: Tensor
+    cache: SlotCache | None
+
+
+def needs_teacher(section: LossSection, fmt: Format) -> bool:
+    """Whether training reads the teacher's pass: hard targets do not, but `preserve` reads its cache."""
+    return section.objective != "sft" or section.ar_weight > 0 or fmt == "preserve"
+
+
+@torch.no_grad()
+def score_rows(model: DiffusionLM, text: Slots) -> TeacherPass:
+    """The teacher's causal pass over rows of clean text (`StateBatch.text`)."""
+    cache = SlotCache(*text.ids_BS.shape) if model.spec.format == "preserve" else None
+    return TeacherPass(model.teacher_hidden(text, cache), cache)
+
+
+def targets_at_supervised(
+    model: DiffusionLM, states: StateBatch, scored: TeacherPass | None, section: LossSection
+) -> Targets:
+    """Targets of the supervised slots, in the order of `is_supervised_BS.nonzero()`; `sft`: no teacher."""
+    row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
+    target_M = states.slots.start_BS[row_M, column_M] + states.target_BS[row_M, column_M]
+    if section.objective == "sft":
+        return TokenTargets(ids_M=states.text.ids_BS[row_M, target_M])
+    assert scored is not None
+    hidden_MH = scored.hidden_BLH[row_M, target_M - 1]
+    banned = torch.tensor(model.spec.banned_token_ids, dtype=torch.long, device=hidden_MH.device)
+    head = head_of(model.teacher or model.student, banned)
+    if section.top_k is None:
+        return HiddenTargets(hidden_MH=hidden_MH, head=head)
+    return top_k_targets(hidden_MH, head, section.top_k, tail=section.tail)

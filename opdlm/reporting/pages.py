@@ -1,0 +1,194 @@
+"""Pages that people read: one self-contained HTML file and one Markdown file beside the numbers.
+
+A page is tables (`tables`), pictures (`plots`), examples and settings. The HTML file loads nothing: pictures
+lie in it, text of models and data is escaped. Not here: measuring.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from opdlm.errors import DataError
+from opdlm.reporting.plots import (
+    plot_comparison,
+    plot_divergence,
+    plot_metrics,
+    plot_retention,
+    plot_trade_off,
+)
+from opdlm.reporting.tables import (
+    Table,
+    comparison_table,
+    count,
+    likelihood_note,
+    report_tables,
+    with_interval,
+)
+from opdlm.training.checkpoint import write_atomic
+from opdlm.training.metrics import read_metrics
+
+RETENTION_FILE, TIMING_FILE = "retention.json", "timing.json"
+HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A PNG file beside the page."""
+
+    path: Path
+    caption: str
+
+    def encoded(self) -> str:
+        return base64.b64encode(self.path.read_bytes()).decode()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    title: str
+    summary: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    examples: Sequence[Mapping[str, Any]] = ()
+    settings: dict[str, str] = field(default_factory=dict)
+    """Heading -> text."""
+
+    def html(self) -> str:
+        loader = PackageLoader("opdlm")
+        environment = Environment(
+            loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        return environment.get_template(HTML_FILE).render(page=self)
+
+    def markdown(self) -> str:
+        parts = [f"# {self.title}", *self.summary]
+        parts += [f"![{picture.caption}]({picture.path.name})" for picture in self.pictures]
+        for table in self.tables:
+            parts += [f"## {table.title}", table.markdown(), table.note]
+        for name, text in self.settings.items():
+            parts += [f"## {name}", f"```\n{text.strip()}\n```"]
+        return "\n\n".join(filter(None, parts)) + "\n"
+
+    def write(self, folder: Path) -> None:
+        write_atomic(folder / HTML_FILE, self.html())
+        write_atomic(folder / MARKDOWN_FILE, self.markdown())
+
+
+def write_retention(folder: Path, report: Values, name: str) -> None:
+    """The whole report of one student: numbers, times, pictures and pages."""
+    numbers = {key: value for key, value in report.items() if key != "timing"}
+    write_atomic(folder / RETENTION_FILE, json.dumps(numbers, indent=2, ensure_ascii=False))
+    write_atomic(folder / TIMING_FILE, json.dumps(report["timing"], indent=2))
+    pictures = [Picture(folder / "retention.png", "Accuracy and retention with 95 % intervals")]
+    plot_retention(report, pictures[0].path)
+    if "trade_off" in report:
+        pictures.append(Picture(folder / "trade_off.png", "Accuracy against tokens per forward by threshold"))
+        plot_trade_off(report, pictures[-1].path)
+    if any(measured["profile"] for measured in report.get("agreement", {}).values()):
+        pictures.append(Picture(folder / "divergence.png", "Mean KL(teacher ‖ student) over visited states"))
+        plot_divergence(report, pictures[-1].path)
+    page = Page(
+        title=f"What {name} kept of its teacher",
+        summary=[*headline(report), *filter(None, [likelihood_note(report)])],
+        pictures=pictures,
+        tables=report_tables(report),
+        examples=report["examples"],
+        settings=settings_text(report["settings"]),
+    )
+    page.write(folder)
+
+
+def headline(report: Values) -> list[str]:
+    """One sentence per mode."""
+    return [
+        f"{mode['name']}: "
+        f"{with_interval(mode['retention'], mode['against_teacher']['all']['retention_interval'])} of the "
+        f"teacher's accuracy at {count(mode['tokens_per_forward'])} tokens per forward."
+        for mode in report["student"]
+    ]
+
+
+def settings_text(settings: Values) -> dict[str, str]:
+    config = yaml.safe_dump(settings["config"], sort_keys=False, allow_unicode=True)
+    rest = {key: value for key, value in settings.items() if key != "config"}
+    return {
+        "Checkpoint, seeds and versions": yaml.safe_dump(rest, sort_keys=False, allow_unicode=True),
+        "Resolved configuration": config,
+    }
+
+
+def read_retention(folder: Path) -> Values | None:
+    """What `write_retention` wrote; None where nothing was measured."""
+    if not (folder / RETENTION_FILE).is_file():
+        return None
+    report = json.loads((folder / RETENTION_FILE).read_text(encoding="utf-8"))
+    if "config" not in report["settings"]:
+        raise DataError(
+            f"{folder / RETENTION_FILE} was written by an earlier version: `opdlm eval {folder} --out "
+            f"{folder}` writes it again."
+        )
+    timing = folder / TIMING_FILE
+    return report | ({"timing": json.loads(timing.read_text())} if timing.is_file() else {})
+
+
+def write_comparison(folder: Path, students: Sequence[Values]) -> None:
+    """Several students in one table and one picture; their own reports lie in folders of their names."""
+    numbers = [{key: value for key, value in s.items() if key != "report"} for s in students]
+    write_atomic(folder / "comparison.json", json.dumps(numbers, indent=2, ensure_ascii=False))
+    picture = Picture(folder / "comparison.png", "Retention against tokens per forward")
+    plot_comparison(students, picture.path)
+    page = Page(
+        title=f"{len(students)} students compared",
+        pictures=[picture],
+        tables=[comparison_table(students)],
+        settings={
+            s["name"]: settings_text(s["report"]["settings"])["Resolved configuration"] for s in students
+        },
+    )
+    page.write(folder)
+
+
+def write_run_page(run: Path) -> Path:
+    """Curves of a finished or running run, from its `metrics.jsonl`; returns the HTML file."""
+    metrics = read_metrics(run / "metrics.jsonl")
+    if not metrics:
+        raise DataError(
+            f"{run} holds no finished step in metrics.jsonl: give the output_dir of a run, as runs/tiny."
+        )
+    report, tables = read_retention(run / "model"), [last_step_table(metrics)]
+    pictures = [Picture(run / "training.png", "Training, against the rollout tokens seen")]
+    plot_metrics(metrics, pictures[0].path)
+    if report is not None:
+        pictures.append(Picture(run / "retention.png", "Accuracy and retention with 95 % intervals"))
+        plot_retention(report, pictures[1].path)
+        tables += report_tables(report)
+    config = run / "config.yaml"
+    page = Page(
+        title=f"Run {run}",
+        summary=headline(report) if report else ["Not measured (yet): no model/retention.json."],
+        pictures=pictures,
+        tables=tables,
+        settings={"Resolved configuration": config.read_text(encoding="utf-8")} if config.is_file() else {},
+    )
+    page.write(run)
+    return run / HTML_FILE
+
+
+def last_step_table(metrics: Sequence[Mapping[str, float]]) -> Table:
+    last = metrics[-1]
+    seconds = sum(row["seconds"] for row in metrics)
+    return Table(
+        title="Last step",
+        head=["measure", "value"],
+        rows=[[name.replace("_", " "), f"{value:.6g}"] for name, value in last.items()],
+        note=f"{len(metrics)} steps, {seconds / 60:.1f} minutes of training.",
+    )

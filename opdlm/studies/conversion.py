@@ -1,0 +1,167 @@
+"""Study `conversion`: do mask windows or an autoregressive term make conversion better, token for token?
+
+Every variant is a conversion of the same checkpoint with the same number of steps and prompts, changed by a
+few settings; it is compared with its baseline on the same seeds.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from opdlm.config.loader import apply_override, build_section
+from opdlm.config.rules import check_config
+from opdlm.config.sections import Config
+from opdlm.distill.pipeline import convert_checkpoint
+from opdlm.errors import ConfigError
+from opdlm.reporting.plots import DPI, new_figure
+from opdlm.reporting.tables import NOTHING, Table
+from opdlm.studies.grid import Cell, Values, chosen
+from opdlm.studies.verdicts import (
+    WORTH,
+    WORTH_ACCURACY,
+    Findings,
+    Prediction,
+    differences,
+    interval_rule,
+    is_below,
+    over_seeds,
+)
+
+Measure = Callable[[Values], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionGrid:
+    variants: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Name -> settings that it changes, as section.key=value. The first one is the baseline of the others."""
+    against: dict[str, str] = field(default_factory=dict)
+    """Variants with another baseline: name -> name."""
+
+    def baseline(self, name: str) -> str:
+        return self.against.get(name, next(iter(self.variants)))
+
+
+def check(grid: ConversionGrid) -> None:
+    if len(grid.variants) < 2:
+        raise ConfigError("grid.variants needs at least two variants: the baseline and one to compare.")
+    for name in itertools.chain.from_iterable(grid.against.items()):
+        if name not in grid.variants:
+            raise ConfigError(f"grid.against names {name}, which is none of grid.variants.")
+
+
+def make_cells(grid: ConversionGrid, base: Values, seeds: Sequence[int]) -> list[Cell]:
+    cells = []
+    for name, seed in itertools.product(grid.variants, seeds):
+        values = copy.deepcopy(base)
+        for override in (*grid.variants[name], f"train.seed={seed}"):
+            apply_override(values, override)
+        config = conversion_config(values, Path("run")).to_dict()
+        del config["output_dir"]
+        settings = {"variant": name, "seed": seed, "config": config}
+        cells.append(Cell(name=f"{name}-seed{seed}", settings=settings))
+    return cells
+
+
+def conversion_config(values: Values, output_dir: Path) -> Config:
+    config = build_section(Config, values | {"output_dir": str(output_dir)})
+    check_config(config)
+    return config
+
+
+def run_cell(settings: Values, folder: Path) -> Values:
+    """Convert, and keep what the report says of every mode."""
+    config = conversion_config(settings["config"], folder / "run")
+    model_folder = convert_checkpoint(config, Console(quiet=True))
+    report = json.loads((model_folder / "retention.json").read_text())
+    results = json.loads((model_folder / "all_results.json").read_text())
+    keys = ("accuracy", "tokens_per_forward")
+    modes = {row["name"]: {key: row[key] for key in keys} for row in report["student"]}
+    return {"modes": modes, "rollout_tokens": results["rollout_tokens"]}
+
+
+def measure_of(mode: str, key: str) -> Measure:
+    return lambda record: record["result"]["modes"][mode][key]
+
+
+def measures(record: Values) -> dict[str, Measure]:
+    """What is compared: accuracy where it can differ, and the speed of what drafts."""
+    found = {}
+    for mode in record["result"]["modes"]:
+        if mode != "lossless":
+            found[f"{mode} accuracy"] = measure_of(mode, "accuracy")
+        if mode != "static":
+            found[f"{mode} tokens per forward"] = measure_of(mode, "tokens_per_forward")
+    return found
+
+
+def of_variant(records: Sequence[Values], name: str) -> dict[int, Values]:
+    return chosen(records, variant=name)
+
+
+def conclude(records: Sequence[Values], grid: ConversionGrid, _: Path) -> Findings:
+    present = [name for name in grid.variants if of_variant(records, name)]
+    pairs = [(name, grid.baseline(name)) for name in present if name != grid.baseline(name)]
+    return Findings(
+        tables=[variant_table(records, grid, present)],
+        predictions=[
+            is_better(records, name, other, what, measure)
+            for name, other in pairs
+            if other in present
+            for what, measure in measures(next(iter(of_variant(records, name).values()))).items()
+        ],
+    )
+
+
+def variant_table(records: Sequence[Values], grid: ConversionGrid, names: Sequence[str]) -> Table:
+    columns: dict[str, Measure] = {}
+    for record in records:
+        columns |= measures(record)
+    rows = []
+    for name in names:
+        runs = of_variant(records, name).values()
+        known = measures(next(iter(runs)))
+        values = {what: [columns[what](run) for run in runs] for what in known}
+        shown = [str(over_seeds(values[what])) if what in known else NOTHING for what in columns]
+        tokens = over_seeds([run["result"]["rollout_tokens"] / 1000 for run in runs])
+        rows.append([name, " ".join(grid.variants[name]) or NOTHING, *shown, f"{tokens.mean:.0f} k"])
+    return Table(
+        title="Conversion by variant",
+        head=["variant", "changes", *columns, "rollout tokens"],
+        rows=rows,
+        note="Mean ± half of the 95 % interval over seeds.",
+    )
+
+
+def is_better(records: Sequence[Values], name: str, other: str, what: str, measure: Measure) -> Prediction:
+    gaps = differences(of_variant(records, other), of_variant(records, name), measure)
+    worth = WORTH_ACCURACY if what.endswith("accuracy") else WORTH
+    return Prediction(
+        claim=f"{name} is better than {other} in {what}",
+        rule=f"paired differences (baseline minus variant): {interval_rule(worth)}",
+        verdict=is_below(gaps, worth=worth),
+        evidence=f"{over_seeds(gaps)}",
+    )
+
+
+def draw(records: Sequence[Values], grid: ConversionGrid, _: Path, path: Path) -> None:
+    """Accuracy against tokens per forward in threshold decoding, a colour per variant."""
+    figure, axes = new_figure(1, 6.5, 4.5)
+    axis: Any = axes[0][0]
+    for number, name in enumerate(grid.variants):
+        runs = of_variant(records, name).values()
+        xs = [measure_of("threshold", "tokens_per_forward")(run) for run in runs]
+        ys = [100 * measure_of("threshold", "accuracy")(run) for run in runs]
+        axis.plot(xs, ys, "o", color=f"C{number % 10}", label=name)
+    axis.set_xlabel("tokens per forward, threshold")
+    axis.set_ylabel("exact match, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=DPI)

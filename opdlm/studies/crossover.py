@@ -1,0 +1,297 @@
+"""Study `crossover`: at which epoch masked diffusion overtakes AR on repeated data, by data and by size.
+
+Plain masked diffusion (same position) against AR (causal) on U unique tokens, the same number of steps for
+both; controls are AR with masked inputs, dropout or strong weight decay. The diffusion loss is a bound, so a
+crossing on it is late rather than early. arXiv 2511.03276, 2507.15857, OBJECTIVES part 3.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from opdlm.errors import ConfigError
+from opdlm.objectives.mask_theory import crossover
+from opdlm.reporting.plots import DPI, new_figure
+from opdlm.reporting.tables import NOTHING, Table
+from opdlm.studies.grid import Cell, Values, chosen
+from opdlm.studies.text_study import AR, MD, best_loss, check_curves, final_loss, text_cell
+from opdlm.studies.verdicts import (
+    LIKELY_RULE,
+    WORTH,
+    Findings,
+    Prediction,
+    Verdict,
+    all_of,
+    by_regime,
+    combine,
+    interval_rule,
+    is_below,
+    is_sooner,
+    over_seeds,
+    quantile,
+)
+
+CONTROLS: dict[str, dict[str, Any]] = {
+    "input_masking": {"objective.input_masking": [0.0, 0.5]},
+    "dropout": {"objective.dropout": 0.1},
+    "weight_decay": {"optimizer.weight_decay": 0.5},
+}
+Control = Literal["input_masking", "dropout", "weight_decay"]
+TURN = 0.05
+"""Nats by which a curve has to rise from its minimum, or not, to count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CrossoverGrid:
+    unique_tokens: tuple[int, ...] = (3200, 6400, 12800)
+    """Tokens of text: U."""
+    sizes: tuple[tuple[int, int], ...] = ((2, 32), (2, 64))
+    """Layers and width of the models, the smallest first."""
+    head_dim: int = 16
+    """Width of an attention head, for all sizes."""
+    controls: tuple[Control, ...] = ("input_masking", "dropout", "weight_decay")
+    """AR runs of the largest size that are regularised, on `control_tokens`."""
+    control_tokens: int = 6400
+    """Unique tokens of the controls, one of `unique_tokens`."""
+
+
+def check(grid: CrossoverGrid) -> None:
+    if grid.controls and grid.control_tokens not in grid.unique_tokens:
+        raise ConfigError(
+            f"grid.control_tokens ({grid.control_tokens}) must be one of grid.unique_tokens "
+            f"({', '.join(map(str, grid.unique_tokens))}): the controls are compared with those runs."
+        )
+
+
+def make_cells(grid: CrossoverGrid, base: Values, seeds: Sequence[int]) -> list[Cell]:
+    check_curves(base)
+    runs = [
+        (objective, unique, size)
+        for unique, size, objective in itertools.product(grid.unique_tokens, grid.sizes, ("ar", "md"))
+    ]
+    runs += [(control, grid.control_tokens, grid.sizes[-1]) for control in grid.controls]
+    return [one_cell(grid, *run, seed, base) for run, seed in itertools.product(runs, seeds)]
+
+
+def one_cell(
+    grid: CrossoverGrid, objective: str, unique: int, size: tuple[int, int], seed: int, base: Values
+) -> Cell:
+    layers, width = size
+    shape = {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_attention_heads": width // grid.head_dim,
+        "num_key_value_heads": width // grid.head_dim,
+        "head_dim": grid.head_dim,
+    }
+    changes: dict[str, Any] = {
+        "objective.name": "masked_diffusion" if objective == "md" else "autoregressive",
+        "data.unique_tokens": unique + 1,
+        "model.shape": base.get("model", {}).get("shape", {}) | shape,
+        **CONTROLS.get(objective, {}),
+    }
+    coordinates = {"objective": objective, "U": unique, "size": list(size), "seed": seed}
+    return text_cell(coordinates, base, changes)
+
+
+def runs_of(records: Sequence[Values], objective: str, unique: int, size: Sequence[int]) -> dict[int, Values]:
+    return chosen(records, objective=objective, U=unique, size=list(size))
+
+
+def crossing(ar: Values, md: Values) -> float:
+    """Epoch from which the diffusion bound stays below the AR loss; infinite if that does not happen."""
+    ar_curve, md_curve = ar["result"]["curve"], md["result"]["curve"]
+    epochs = [point["epoch"] for point in md_curve]
+    losses = [point[AR] for point in ar_curve], [point[MD] for point in md_curve]
+    found = crossover(epochs, *losses, smoothing=3)
+    return math.inf if found is None else found
+
+
+def crossings(
+    records: Sequence[Values], unique: int, size: Sequence[int], ar: str = "ar"
+) -> dict[int, float]:
+    """Crossover epoch by seed."""
+    ours, theirs = runs_of(records, "md", unique, size), runs_of(records, ar, unique, size)
+    return {seed: crossing(theirs[seed], ours[seed]) for seed in sorted(set(ours) & set(theirs))}
+
+
+def conclude(records: Sequence[Values], grid: CrossoverGrid, _: Path) -> Findings:
+    return Findings(
+        tables=[crossover_table(records, grid)],
+        predictions=[
+            less_data_earlier(records, grid),
+            larger_earlier(records, grid),
+            turns_up(records, grid),
+            controls_do_not_help(records, grid),
+        ],
+    )
+
+
+def crossover_table(records: Sequence[Values], grid: CrossoverGrid) -> Table:
+    kinds = [("ar", u, size) for u, size in itertools.product(grid.unique_tokens, grid.sizes)]
+    kinds += [(control, grid.control_tokens, grid.sizes[-1]) for control in grid.controls]
+    rows = []
+    for ar, unique, size in kinds:
+        theirs, ours = runs_of(records, ar, unique, size), runs_of(records, "md", unique, size)
+        measures = [
+            *[
+                over_seeds([measure(AR)(run) for run in theirs.values()])
+                for measure in (final_loss, best_loss)
+            ],
+            *[over_seeds([measure(MD)(run) for run in ours.values()]) for measure in (final_loss, best_loss)],
+        ]
+        found = crossings(records, unique, size, ar)
+        rows.append(
+            [f"{unique:,}", f"{size[0]} × {size[1]}", ar.replace("_", " "), *map(str, measures), shown(found)]
+        )
+    return Table(
+        title="Loss at the end and crossover",
+        head=[
+            "U",
+            "size",
+            "against",
+            "AR loss",
+            "AR, best",
+            "MD bound",
+            "MD, best",
+            "crossover epoch, by seed",
+        ],
+        rows=rows,
+        note="Nats per byte on held-out text, mean ± half of the 95 % interval over seeds; the MD loss is a "
+        "bound. Crossover: first epoch from which the smoothed diffusion curve stays better; – is never in "
+        "this run.",
+    )
+
+
+def shown(epochs: Mapping[int, float]) -> str:
+    return ", ".join(NOTHING if math.isinf(epoch) else f"{epoch:.1f}" for epoch in epochs.values()) or NOTHING
+
+
+def earlier(
+    claim: str, first_and_second: Mapping[str, tuple[dict[int, float], dict[int, float]]]
+) -> Prediction:
+    """Whether the first crosses at an earlier epoch than the second; by regime."""
+    verdicts, numbers = dict[str, Verdict](), dict[str, object]()
+    for name, (first, second) in first_and_second.items():
+        pairs = [(first[seed], second[seed]) for seed in sorted(set(first) & set(second))]
+        verdict, numbers[name] = is_sooner(pairs)
+        if verdict is not None:
+            verdicts[name] = verdict
+    return Prediction(
+        claim=claim,
+        rule=f"in two of three seeds: {LIKELY_RULE}; never is later than any epoch, and where neither ever "
+        "crosses there is nothing to compare",
+        verdict=combine(verdicts),
+        evidence=by_regime(verdicts, numbers) or "no crossing",
+    )
+
+
+def less_data_earlier(records: Sequence[Values], grid: CrossoverGrid) -> Prediction:
+    neighbours = itertools.product(grid.sizes, itertools.pairwise(sorted(grid.unique_tokens)))
+    return earlier(
+        "Less unique data crosses at an earlier epoch",
+        {
+            f"{size[0]} × {size[1]}, U {fewer:,} against {more:,}": (
+                crossings(records, fewer, size),
+                crossings(records, more, size),
+            )
+            for size, (fewer, more) in neighbours
+        },
+    )
+
+
+def larger_earlier(records: Sequence[Values], grid: CrossoverGrid) -> Prediction:
+    neighbours = itertools.product(grid.unique_tokens, itertools.pairwise(grid.sizes))
+    return earlier(
+        "A larger model crosses at an earlier epoch",
+        {
+            f"U {unique:,}, {larger[0]} × {larger[1]} against {smaller[0]} × {smaller[1]}": (
+                crossings(records, unique, larger),
+                crossings(records, unique, smaller),
+            )
+            for unique, (smaller, larger) in neighbours
+        },
+    )
+
+
+def rises(runs: Mapping[int, Values], loss: str) -> list[float]:
+    """Nats from the minimum of each curve to its end."""
+    return [final_loss(loss)(run) - best_loss(loss)(run) for run in runs.values()]
+
+
+def turns_up(records: Sequence[Values], grid: CrossoverGrid) -> Prediction:
+    verdicts, numbers = dict[str, Verdict](), dict[str, object]()
+    for unique, size in itertools.product(grid.unique_tokens, grid.sizes):
+        ar, md = (
+            rises(runs_of(records, kind, unique, size), loss) for kind, loss in (("ar", AR), ("md", MD))
+        )
+        name = f"U {unique:,}, {size[0]} × {size[1]}"
+        parts = {"AR": is_below([TURN - rise for rise in ar]), "MD": is_below(md, TURN)}
+        verdicts[name], numbers[name] = all_of(parts), f"rise of AR {over_seeds(ar)}, of MD {over_seeds(md)}"
+    return Prediction(
+        claim="The AR validation loss turns up while the diffusion bound falls",
+        rule=f"rise from the lowest point to the end: AR above {TURN} nats and MD below it, 95 % intervals",
+        verdict=combine(verdicts),
+        evidence=by_regime(verdicts, numbers),
+    )
+
+
+def controls_do_not_help(records: Sequence[Values], grid: CrossoverGrid) -> Prediction:
+    ours = runs_of(records, "md", grid.control_tokens, grid.sizes[-1])
+    verdicts, numbers = dict[str, Verdict](), dict[str, object]()
+    for control in grid.controls:
+        theirs = runs_of(records, control, grid.control_tokens, grid.sizes[-1])
+        both = sorted(set(ours) & set(theirs))
+        gaps = [final_loss(MD)(ours[seed]) - final_loss(AR)(theirs[seed]) for seed in both]
+        verdicts[control], numbers[control] = is_below(gaps, worth=WORTH), over_seeds(gaps)
+    return Prediction(
+        claim=f"Diffusion ends below regularised AR too (U = {grid.control_tokens:,})",
+        rule=f"final MD bound minus final AR loss of the control, same seeds: {interval_rule(WORTH)}",
+        verdict=combine(verdicts),
+        evidence=by_regime(verdicts, numbers),
+    )
+
+
+def draw(records: Sequence[Values], grid: CrossoverGrid, _: Path, path: Path) -> None:
+    """Validation curves against epochs, a panel per U and size; controls dotted; crossover as a line."""
+    figure, axes = new_figure(
+        len(grid.unique_tokens), 4 * len(grid.unique_tokens), 3.2 * len(grid.sizes), len(grid.sizes)
+    )
+    for (row, size), (column, unique) in itertools.product(
+        enumerate(grid.sizes), enumerate(grid.unique_tokens)
+    ):
+        axis = axes[row][column]
+        kinds = {"ar": ("C0", AR), "md": ("C1", MD)}
+        if unique == grid.control_tokens and size == grid.sizes[-1]:
+            kinds |= {name: (f"C{2 + i}", AR) for i, name in enumerate(grid.controls)}
+        for kind, (color, loss) in kinds.items():
+            draw_runs(axis, runs_of(records, kind, unique, size), loss, color, kind.replace("_", " "))
+        epoch = quantile(list(crossings(records, unique, size).values()) or [math.inf], 0.5)
+        if math.isfinite(epoch):
+            axis.axvline(epoch, color="black", linestyle="--", linewidth=0.8)
+        axis.set_title(f"U = {unique:,}, {size[0]} layers of {size[1]}", fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+        axis.set_xlabel("epoch")
+    axes[0][0].set_ylabel("held-out nats per byte")
+    figure.savefig(path, dpi=DPI)
+
+
+def draw_runs(axis: Any, runs: Mapping[int, Values], loss: str, color: str, label: str) -> None:
+    """Seeds thin, their mean thick."""
+    curves = [run["result"]["curve"] for run in runs.values()]
+    for curve in curves:
+        axis.plot(
+            [p["epoch"] for p in curve], [p[loss] for p in curve], color=color, linewidth=0.5, alpha=0.5
+        )
+    if curves:
+        points = list(zip(*curves, strict=False))
+        means = [fmean(p[loss] for p in point) for point in points]
+        axis.plot([point[0]["epoch"] for point in points], means, color=color, label=label)

@@ -1,0 +1,342 @@
+"""Study `dual_repetition`: which share α of autoregressive rows, when the same text is seen R times.
+
+Every cell trains for the same number of tokens; R says how few of them are unique. The optimum of α is that
+of a Gaussian process (Matérn 3/2) over (log R, logit-like α), whose noise is the variance over seeds; what
+the posterior leaves open is the optimum's uncertainty. arXiv 2512.14549, OBJECTIVES part 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, mean, median, variance
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opdlm.errors import require_package
+from opdlm.objectives.mask_theory import alpha_rule
+from opdlm.reporting.plots import DPI, new_figure
+from opdlm.reporting.tables import NOTHING, Table
+from opdlm.studies.grid import Cell, Values, chosen
+from opdlm.studies.text_study import (
+    AR,
+    LOSS_NAMES,
+    MD,
+    best_loss,
+    check_curves,
+    final_loss,
+    prepare_text,
+    text_cell,
+    text_config,
+)
+from opdlm.studies.verdicts import (
+    LIKELY_RULE,
+    WORTH,
+    Findings,
+    Prediction,
+    Verdict,
+    by_regime,
+    combine,
+    differences,
+    is_below,
+    is_likely,
+    is_within,
+    over_seeds,
+)
+
+HIGH = 32
+"""Repetitions from which the prediction is α R = 16; up to half of it, it is 63/64."""
+END = 1 / 64
+"""Keeps the ends of α at finite places of the logit."""
+NUM_DRAWS = 2000
+ALPHAS = np.linspace(0, 1, 257)
+Draws = dict[tuple[float, str], NDArray[np.float64]]
+"""Posterior draws of the best α by (R, loss)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DualGrid:
+    repetitions: tuple[float, ...] = (8, 32, 128)
+    """How often the text is seen: R. Unique tokens = all tokens / R."""
+    alphas: tuple[float, ...] = (0, 0.125, 0.5, 0.984375, 1)
+    """Shares of autoregressive rows."""
+
+
+def check(_: DualGrid) -> None:
+    """Nothing beyond the types."""
+
+
+def prepare(_grid: DualGrid, _run: Values, out: Path) -> None:
+    """What the conclusion needs is asked for before anything runs."""
+    require_package("sklearn", "study", "opdlm study dual_repetition")
+    prepare_text(out)
+
+
+def make_cells(grid: DualGrid, base: Values, seeds: Sequence[int]) -> list[Cell]:
+    check_curves(base)
+    config = text_config(base, Path("data"), Path("run"))
+    num_tokens = config.train.num_steps * config.train.rows_per_update * config.data.sequence_length
+    cells = []
+    for repetitions, alpha, seed in itertools.product(grid.repetitions, grid.alphas, seeds):
+        changes = {
+            "objective.name": "dual",
+            "objective.prediction": "next_position",
+            "objective.ar_share": alpha,
+            "data.unique_tokens": round(num_tokens / repetitions) + 1,
+        }
+        cells.append(text_cell({"R": repetitions, "alpha": alpha, "seed": seed}, base, changes))
+    return cells
+
+
+def conclude(records: Sequence[Values], grid: DualGrid, _: Path) -> Findings:
+    draws = optimum_draws(records, grid)
+    predictions = [
+        both_ends(records, grid),
+        sixteen(draws),
+        mostly_ar(draws),
+        same_optimum(records, grid),
+        early_stopping(records, grid),
+    ]
+    return Findings(
+        tables=[loss_table(records, grid), optimum_table(draws)],
+        predictions=[p for p in predictions if p.evidence],  # those with a regime in this grid
+    )
+
+
+def loss_table(records: Sequence[Values], grid: DualGrid) -> Table:
+    rows = []
+    for repetitions, alpha in itertools.product(grid.repetitions, grid.alphas):
+        runs = chosen(records, R=repetitions, alpha=alpha).values()
+        measures = [final_loss(AR), best_loss(AR), final_loss(MD), best_loss(MD)]
+        numbers = [str(over_seeds([measure(run) for run in runs])) for measure in measures]
+        rows.append([f"{repetitions:g}", f"{alpha:.4g}", f"{alpha * repetitions:.3g}", *numbers])
+    return Table(
+        title="Held-out loss at the end",
+        head=["R", "α", "α R", "AR loss", "AR, best of the run", "MD bound", "MD, best of the run"],
+        rows=rows,
+        note="Nats per byte, mean ± half of the 95 % interval over seeds; the bound is on t ~ U(0, 1). At "
+        "α = 0 the AR loss, and at α = 1 the MD bound, is that of a mode that was not trained.",
+    )
+
+
+def coordinates_of(repetitions: float, alphas: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Places of the Gaussian process `[N, 2]`: log R and log((α + ε) / (1 - α + ε))."""
+    logit = np.log((alphas + END) / (1 - alphas + END))
+    return np.stack([np.full_like(logit, math.log(repetitions)), logit], 1)
+
+
+def optimum_draws(records: Sequence[Values], grid: DualGrid) -> Draws:
+    """Draws of the best α from the posterior of each loss, within the α that ran.
+
+    The bound at α = 1, where nothing was ever masked, is a cliff that no smooth process describes: left out.
+    """
+    draws: Draws = {}
+    for loss in (AR, MD):
+        alphas = [alpha for alpha in grid.alphas if loss == AR or alpha < 1]
+        losses = {
+            (r, alpha): [final_loss(loss)(run) for run in chosen(records, R=r, alpha=alpha).values()]
+            for r, alpha in itertools.product(grid.repetitions, alphas)
+        }
+        found = {place: values for place, values in losses.items() if values}
+        curves = posterior_curves(found) if found else {}
+        inside = (min(alphas) <= ALPHAS) & (max(alphas) >= ALPHAS)
+        draws |= {(r, loss): ALPHAS[inside][curve[inside].argmin(0)] for r, curve in curves.items()}
+    return draws
+
+
+def posterior_curves(losses: Mapping[tuple[float, float], list[float]]) -> dict[float, NDArray[np.float64]]:
+    """Draws of the loss over `ALPHAS` by R, `[N, draws]`. Each R is taken relative to its own mean."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern
+
+    repetitions = sorted({r for r, _ in losses})
+    center = {r: mean(mean(values) for (q, _), values in losses.items() if q == r) for r in repetitions}
+    x_N2 = np.concatenate([coordinates_of(r, np.array([alpha])) for r, alpha in losses])
+    y_N = np.array([mean(values) - center[r] for (r, _), values in losses.items()])
+    scale = y_N.std() or 1.0
+    repeated = [values for values in losses.values() if len(values) > 1]
+    noise = mean(variance(values) for values in repeated) if repeated else 1e-4
+    noise_N = np.array([noise / len(values) for values in losses.values()]) / scale**2
+    kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern([1.0, 1.0], (0.3, 30.0), nu=1.5)
+    process = GaussianProcessRegressor(kernel, alpha=noise_N + 1e-8, n_restarts_optimizer=4, random_state=0)
+    with warnings.catch_warnings():  # a length at its bound: the loss does not depend on that coordinate
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        process.fit(x_N2, y_N / scale)
+    return {r: process.sample_y(coordinates_of(r, ALPHAS), NUM_DRAWS, random_state=0) for r in repetitions}
+
+
+def optimum_table(draws: Draws) -> Table:
+    rows = []
+    for (repetitions, loss), best in draws.items():
+        low, middle, high = np.quantile(best, [0.05, 0.5, 0.95])
+        rows.append(
+            [
+                f"{repetitions:g}, {'AR' if loss == AR else 'MD'}",
+                f"{middle:.3f} [{low:.3f}, {high:.3f}]",
+                f"{middle * repetitions:.1f} [{low * repetitions:.1f}, {high * repetitions:.1f}]",
+                f"{alpha_rule(repetitions):.3f}",
+            ]
+        )
+    return Table(
+        title="The best α",
+        head=["R, loss", "α", "α R", "rule"],
+        rows=rows,
+        note="Median and 90 % interval of the optimum under a Gaussian process (Matérn 3/2 over log R and a "
+        "logit of α; noise: variance over seeds; the bound without α = 1). Rule: 63/64 up to R = 16, 16 / R "
+        "beyond.",
+    )
+
+
+def both_ends(records: Sequence[Values], grid: DualGrid) -> Prediction:
+    verdicts, numbers = dict[str, Verdict](), dict[str, object]()
+    inner = [alpha for alpha in grid.alphas if 0 < alpha < 1]
+    for r, loss in itertools.product([r for r in grid.repetitions if r >= HIGH], (AR, MD)):
+        name = regime(r, loss)
+        against = {
+            alpha: [
+                differences(
+                    chosen(records, R=r, alpha=alpha), chosen(records, R=r, alpha=end), final_loss(loss)
+                )
+                for end in (0, 1)
+            ]
+            for alpha in inner
+        }
+        verdicts[name] = some_beats_both(list(against.values()))
+        best = min(inner, key=lambda alpha: max(over_seeds(d).mean for d in against[alpha]), default=None)
+        gaps = [NOTHING] * 2 if best is None else [str(over_seeds(gap)) for gap in against[best]]
+        numbers[name] = f"α {best or 0:.3g} minus α 0: {gaps[0]}, minus α 1: {gaps[1]}"
+    return Prediction(
+        claim=f"Some 0 < α < 1 beats both ends for R ≥ {HIGH}",
+        rule="holds where for some α both 95 % intervals of the paired difference to an end lie below 0, "
+        f"does not where for every α one of them lies above -{WORTH}",
+        verdict=combine(verdicts),
+        evidence=by_regime(verdicts, numbers),
+    )
+
+
+def some_beats_both(against: Sequence[Sequence[Sequence[float]]]) -> Verdict:
+    """Of several α, each with its differences to both ends."""
+    found = [{is_below(to_end, worth=WORTH) for to_end in ends} for ends in against]
+    if {"holds"} in found:
+        return "holds"
+    return "does not hold" if found and all("does not hold" in ends for ends in found) else "undecided"
+
+
+def posterior_prediction(claim: str, rule: str, probabilities: Mapping[str, float]) -> Prediction:
+    verdicts = {name: is_likely(probability) for name, probability in probabilities.items()}
+    shown = {name: f"{probability:.2f}" for name, probability in probabilities.items()}
+    return Prediction(
+        claim=claim,
+        rule=f"{rule}: {LIKELY_RULE}",
+        verdict=combine(verdicts),
+        evidence=by_regime(verdicts, shown),
+    )
+
+
+def regime(repetitions: float, loss: str) -> str:
+    return f"R {repetitions:g}, {'AR' if loss == AR else 'MD'}"
+
+
+def sixteen(draws: Draws) -> Prediction:
+    near = {
+        regime(r, loss): float(((best * r >= 8) & (best * r <= 32)).mean())
+        for (r, loss), best in draws.items()
+        if r >= HIGH
+    }
+    return posterior_prediction(f"α R ≈ 16 at the optimum for R ≥ {HIGH}", "8 ≤ α R ≤ 32", near)
+
+
+def mostly_ar(draws: Draws) -> Prediction:
+    near = {
+        regime(r, loss): float((best >= 0.9).mean()) for (r, loss), best in draws.items() if r <= HIGH / 2
+    }
+    return posterior_prediction(f"α ≈ 63/64 at the optimum for R ≤ {HIGH // 2}", "α ≥ 0.9", near)
+
+
+def same_optimum(records: Sequence[Values], grid: DualGrid) -> Prediction:
+    """A flat optimum has no place: what counts is what the other mode's costs."""
+    verdicts, numbers = dict[str, Verdict](), dict[str, object]()
+    inner = [alpha for alpha in grid.alphas if 0 < alpha < 1]
+    for r in grid.repetitions if inner else ():
+        runs = {alpha: chosen(records, R=r, alpha=alpha) for alpha in inner}
+        best = {
+            loss: min(inner, key=lambda alpha: fmean(map(final_loss(loss), runs[alpha].values())))
+            for loss in (AR, MD)
+            if all(runs.values())
+        }
+        if best:
+            costs = differences(runs[best[AR]], runs[best[MD]], final_loss(MD))
+            verdicts[f"R {r:g}"] = is_within(costs, -math.inf, WORTH)
+            numbers[f"R {r:g}"] = f"α {best[AR]:.3g} costs {over_seeds(costs)} against α {best[MD]:.3g}"
+    return Prediction(
+        claim="The optimum is nearly the same in AR and MD evaluation",
+        rule="MD bound at the mixed α that is best for AR minus that at its own best one: 95 % interval "
+        f"below {WORTH}, or above",
+        verdict=combine(verdicts),
+        evidence=by_regime(verdicts, numbers),
+    )
+
+
+def early_stopping(records: Sequence[Values], grid: DualGrid) -> Prediction:
+    """The caveat: what dual training wins in AR mode may be what early stopping gives as well."""
+    verdicts, numbers = dict[str, Verdict](), dict[str, object]()
+    for r in [r for r in grid.repetitions if r >= HIGH]:
+        pure = chosen(records, R=r, alpha=1)
+        inner = [chosen(records, R=r, alpha=alpha) for alpha in grid.alphas if 0 < alpha < 1]
+        seeds = sorted(set(pure).intersection(*inner))
+        gaps = [
+            best_loss(AR)(pure[s]) - min(final_loss(AR)(runs[s]) for runs in inner) for s in seeds if inner
+        ]
+        verdicts[f"R {r:g}"], numbers[f"R {r:g}"] = is_within(gaps, -math.inf, WORTH), over_seeds(gaps)
+    return Prediction(
+        claim=f"AR with early stopping equals dual training in AR mode, R ≥ {HIGH}",
+        rule="best AR loss along the α = 1 run minus the best final one of 0 < α < 1: 95 % interval below "
+        f"{WORTH}",
+        verdict=combine(verdicts),
+        evidence=by_regime(verdicts, numbers),
+    )
+
+
+def draw(records: Sequence[Values], grid: DualGrid, _: Path, path: Path) -> None:
+    """Loss against α for each R, with the posterior of the optimum as a bar below."""
+    draws = optimum_draws(records, grid)
+    figure, axes = new_figure(2, 11, 4.2)
+    for axis, (loss, label) in zip(axes[0], LOSS_NAMES.items(), strict=True):
+        for number, r in enumerate(grid.repetitions):
+            draw_losses(axis, records, grid, r, loss, f"C{number}")
+            if (r, loss) in draws:
+                low, high = np.quantile(draws[r, loss], [0.05, 0.95])
+                y = -0.03 - 0.03 * number
+                places = {"transform": axis.get_xaxis_transform(), "clip_on": False}
+                axis.plot(
+                    position([low, high]), [1 + y + 0.13] * 2, color=f"C{number}", linewidth=3, **places
+                )
+        axis.set_xticks(position(grid.alphas), [f"{alpha:.3g}" for alpha in grid.alphas])
+        axis.set_xlabel("α, share of AR rows (bars at the top: the best α, 90 %)")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(title="R", fontsize=8)
+    figure.savefig(path, dpi=DPI)
+
+
+def position(alphas: Sequence[float]) -> list[float]:
+    return [float(x) for x in coordinates_of(1.0, np.array(alphas, dtype=float))[:, 1]]
+
+
+def draw_losses(
+    axis: Any, records: Sequence[Values], grid: DualGrid, repetitions: float, loss: str, color: str
+) -> None:
+    """One R: every seed as a point, a line through the medians."""
+    by_alpha = {alpha: chosen(records, R=repetitions, alpha=alpha).values() for alpha in grid.alphas}
+    values = {alpha: [final_loss(loss)(run) for run in runs] for alpha, runs in by_alpha.items() if runs}
+    middle = [median(losses) for losses in values.values()]
+    axis.plot(position(list(values)), middle, color=color, label=f"{repetitions:g}")
+    for alpha, losses in values.items():
+        axis.plot(position([alpha]) * len(losses), losses, ".", color=color)

@@ -1,0 +1,235 @@
+"""A grid of small jobs: each in a process of its own with one thread, resumable cell by cell.
+
+A cell is a name and settings; what it does is a function of (settings, work folder) that returns plain
+values. The process writes OUT/cells/NAME.json itself, atomically, so whatever ends the command (Ctrl-C, kill
+-9, a failing cell) loses no finished cell, and the same command continues with the others. The work folder
+OUT/work/NAME stays until its cell is finished: a job with checkpoints of its own continues from them.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from opdlm.config.loader import plain
+from opdlm.errors import ConfigError
+from opdlm.training.checkpoint import write_atomic
+from opdlm.training.metrics import progress_line
+
+Values = dict[str, Any]
+RunCell = Callable[[Values, Path], Values]
+"""(settings, work folder) -> result, all plain values. A module-level function: it is pickled by name."""
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**33),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+}
+"""Of the processes: one thread each, and glibc keeps memory that was freed, for fresh memory is slow on some
+virtual machines (docs/lab.md)."""
+LOG_FILE = "log.txt"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One job of a grid. `name` is a file name; `settings` are plain values and decide the result."""
+
+    name: str
+    settings: Values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridResult:
+    """What is finished (settings, result, CPU seconds; in the order of the cells), and what failed."""
+
+    records: dict[str, Values]
+    errors: dict[str, str]
+
+
+def run_grid(
+    cells: Sequence[Cell],
+    run_cell: RunCell,
+    out: Path,
+    console: Console,
+    processes: int | None = None,
+) -> GridResult:
+    """Run the cells that are not finished yet, `processes` at a time (default: one per core).
+
+    Raises ConfigError where a finished cell was made with other settings. A failing cell loses no other.
+    """
+    waiting = [cell for cell in cells if read_finished(cell, out) is None]
+    if len(waiting) < len(cells):
+        console.print(f"{len(cells) - len(waiting)} of {len(cells)} cells are finished already")
+    errors = run_processes(waiting, run_cell, out, console, processes or num_cores())
+    records = {cell.name: read_finished(cell, out) for cell in cells}
+    return GridResult(records={n: r for n, r in records.items() if r is not None}, errors=errors)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def cell_file(cell: Cell, out: Path) -> Path:
+    return out / "cells" / f"{cell.name}.json"
+
+
+def work_folder(cell: Cell, out: Path) -> Path:
+    return out / "work" / cell.name
+
+
+def read_finished(cell: Cell, out: Path) -> Values | None:
+    """The record of a finished cell; None if it is not finished."""
+    path = cell_file(cell, out)
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(plain(cell.settings)))
+    if record["settings"] != wanted:
+        raise ConfigError(
+            f"{path} was made with other settings ({first_difference(record['settings'], wanted)}): choose "
+            "another --out, or delete it to run this cell again."
+        )
+    return record
+
+
+def first_difference(there: Values, here: Values) -> str:
+    for key in {**there, **here}:
+        old, new = there.get(key), here.get(key)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            return f"{key}.{first_difference(old, new)}"
+        return f"{key}: {old!r} there, {new!r} now"
+    raise AssertionError("the settings are equal")
+
+
+def run_processes(
+    waiting: Sequence[Cell], run_cell: RunCell, out: Path, console: Console, processes: int
+) -> dict[str, str]:
+    """Every cell in a fresh process; returns the errors by cell. Whatever ends this ends the processes."""
+    queue, errors = list(waiting), dict[str, str]()
+    running: dict[Any, tuple[Cell, BaseProcess]] = {}
+    started = time.monotonic()
+    with progress_line("study", console) as progress:
+        task = progress.add_task("", total=len(waiting), status="")
+        try:
+            while queue or running:
+                while queue and len(running) < processes:
+                    cell = queue.pop(0)
+                    process = start_process(cell, run_cell, out)
+                    running[process.sentinel] = cell, process
+                progress.update(task, status=", ".join(cell.name for cell, _ in running.values()))
+                for sentinel in connection.wait(list(running)):
+                    cell, process = running.pop(sentinel)
+                    process.join()
+                    if error := error_of(cell, process, out):
+                        errors[cell.name] = error
+                    done = len(waiting) - len(queue) - len(running)
+                    progress.update(task, completed=done)
+                    report_cell(console, cell, error, done, len(waiting), time.monotonic() - started)
+        finally:
+            for _, process in running.values():
+                process.kill()
+                process.join()
+    return errors
+
+
+def report_cell(console: Console, cell: Cell, error: str, done: int, total: int, seconds: float) -> None:
+    """What failed; also what succeeded where no progress bar can be drawn."""
+    if error:
+        console.print(f"{cell.name} failed: {error}", markup=False, soft_wrap=True)
+    elif not console.is_terminal:
+        left = seconds / done * (total - done)
+        console.print(f"cell {done}/{total}  {cell.name}  {seconds:.0f} s, {left:.0f} s left", soft_wrap=True)
+
+
+def start_process(cell: Cell, run_cell: RunCell, out: Path) -> BaseProcess:
+    """Never a fork of this process: it would keep the threads of our torch. On Linux it is the fork of a
+    server that has imported everything and computed nothing.
+    """
+    on_linux = sys.platform == "linux"
+    context = multiprocessing.get_context("forkserver") if on_linux else multiprocessing.get_context("spawn")
+    context.set_forkserver_preload(["torch", run_cell.__module__])
+    process = context.Process(target=work, args=(run_cell, cell, out), name=cell.name)
+    with environment():
+        process.start()
+    return process
+
+
+@contextmanager
+def environment() -> Iterator[None]:
+    """Processes started in here get ENVIRONMENT: libraries read it when they are loaded."""
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def work(run_cell: RunCell, cell: Cell, out: Path) -> None:
+    """The life of a process: all that it prints, its last words included, goes to the cell's log."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its processes
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    folder = work_folder(cell, out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOG_FILE).open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    started = time.process_time()  # not what other work on the machine adds
+    result = run_cell(cell.settings, folder)
+    record = {"settings": cell.settings, "result": result, "seconds": round(time.process_time() - started, 1)}
+    path = cell_file(cell, out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(plain(record), indent=1))
+    shutil.rmtree(folder)
+
+
+def end_with_parent() -> None:
+    """An orphan would compute a cell that the restarted command computes as well."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def error_of(cell: Cell, process: BaseProcess, out: Path) -> str:
+    """The last line that a failed process wrote and where the rest is; empty if it succeeded."""
+    if process.exitcode == 0:
+        return ""
+    log = work_folder(cell, out) / LOG_FILE
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
+    if process.exitcode is not None and process.exitcode < 0:
+        return f"ended by signal {-process.exitcode} (9: perhaps out of memory), see {log}"
+    last = next((line for line in reversed(lines) if line.strip()), f"exit code {process.exitcode}")
+    return f"{last} (see {log})"
+
+
+def chosen(records: Sequence[Values], **coordinates: Any) -> dict[int, Values]:
+    """Records with these coordinates, by seed."""
+    return {
+        record["settings"]["seed"]: record
+        for record in records
+        if all(record["settings"][key] == value for key, value in coordinates.items())
+    }

@@ -1,0 +1,337 @@
+"""Study `parity`: when does masked diffusion learn a k-parity, and when does always asking for y?
+
+A secret set S of k of n bits; y is their product; a sequence is (x, y) with tokens -1, +1 and [MASK]. N
+sequences are trained on, and y is asked for on inputs that were not. Masking with t ~ U[t0, t1] meets exactly
+one masked token of S and y with probability P_S (`analytics.p_signal`); the other masks regularise. The
+baseline masks exactly y. arXiv 2601.22450, OBJECTIVES part 2.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+
+from opdlm.config.loader import build_section
+from opdlm.errors import ConfigError
+from opdlm.objectives.mask_theory import p_signal
+from opdlm.objectives.masking import MaskRates, draw_masks
+from opdlm.reporting.plots import DPI, new_figure
+from opdlm.reporting.tables import NOTHING, Table
+from opdlm.seeds import generator_for
+from opdlm.studies.grid import Cell, Values, chosen
+from opdlm.studies.verdicts import (
+    LIKELY_RULE,
+    Findings,
+    Prediction,
+    Verdict,
+    by_regime,
+    combine,
+    is_sooner,
+    is_usual,
+    kendall,
+    over_seeds,
+    quantile,
+)
+
+MINUS, PLUS, MASK = 0, 1, 2
+BASELINE = "y"
+LEARNT = 0.99
+MEMORISED = 0.99
+NUM_TESTED = 1024
+Task = tuple[int, int, int]
+Window = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityGrid:
+    tasks: tuple[Task, ...] = ((12, 3, 100), (12, 3, 200))
+    """Bits n, bits of the secret k, and training sequences N."""
+    windows: tuple[Window, ...] = ((0, 1), (0, 0.42), (0.2, 0.3), (0.5, 1))
+    """Ranges of t. The baseline, which masks exactly y, always runs as well."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityRun:
+    """One training."""
+
+    layers: int = 2
+    """Of a bidirectional GPT-2."""
+    width: int = 64
+    """Hidden size; heads are 16 wide."""
+    learning_rate: float = 1e-3
+    """Of AdamW, constant."""
+    weight_decay: float = 0.1
+    """Of AdamW."""
+    batch_size: int = 100
+    """Sequences per step; all of them where N is not larger."""
+    num_steps: int = 2000
+    """At most; a run ends when it has learnt the parity."""
+    eval_every: int = 50
+    """Steps between tests: the resolution of every number here."""
+
+
+def check(grid: ParityGrid) -> None:
+    for n, k, num_train in grid.tasks:
+        if not 1 <= k <= n <= 60 or not 1 <= num_train < 2**n:
+            raise ConfigError(f"grid.tasks ({n}, {k}, {num_train}) needs 1 <= k <= n <= 60 and 1 <= N < 2^n.")
+
+
+def make_cells(grid: ParityGrid, base: Values, seeds: Sequence[int]) -> list[Cell]:
+    run = asdict(build_section(ParityRun, base, "run."))
+    return [
+        Cell(
+            name=f"n{n}-k{k}-N{num_train}-{window_name(window)}-seed{seed}",
+            settings={"task": [n, k, num_train], "window": window, "seed": seed, "run": run},
+        )
+        for (n, k, num_train), window, seed in itertools.product(grid.tasks, all_windows(grid), seeds)
+    ]
+
+
+def all_windows(grid: ParityGrid) -> list[Any]:
+    return [BASELINE, *[list(window) for window in grid.windows]]
+
+
+def window_name(window: Any) -> str:
+    return "only_y" if window == BASELINE else f"t{window[0]:g}_{window[1]:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class ParityData:
+    """Sequences `[N, n + 1]` of MINUS and PLUS, y last, that are trained on and that are not."""
+
+    train_NL: Tensor
+    test_NL: Tensor
+
+
+def make_data(task: Task, seed: int) -> ParityData:
+    """Secret and sequences of one seed; no test sequence was trained on."""
+    n, k, num_train = task
+    rng = generator_for(seed, 1)
+    secret = torch.randperm(n, generator=rng)[:k]
+    if n <= 16:
+        number_N = torch.randperm(2**n, generator=rng)
+    else:
+        number_N = torch.randint(2**n, (num_train + NUM_TESTED,), generator=rng).unique()
+        number_N = number_N[torch.randperm(len(number_N), generator=rng)]
+    x_NL = number_N[: num_train + NUM_TESTED, None] >> torch.arange(n) & 1
+    y_N1 = (x_NL[:, secret] == MINUS).sum(1, keepdim=True) % 2 == 0  # a product of signs
+    both_NL = torch.cat([x_NL, y_N1.long()], 1)
+    return ParityData(both_NL[:num_train], both_NL[num_train:])
+
+
+def make_model(run: ParityRun, length: int, seed: int) -> PreTrainedModel:
+    """A stock GPT-2 without dropout and with random weights of this seed: which bit a token is, its learned
+    position says at once (rotary positions leave even the training set unlearnt for thousands of steps).
+    """
+    config = GPT2Config(
+        vocab_size=3,
+        n_embd=run.width,
+        n_layer=run.layers,
+        n_head=run.width // 16,
+        n_positions=length,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own function, in one operation instead of five
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
+def logits_of(model: nn.Module, ids_BL: Tensor) -> Tensor:
+    """Every token sees every other one; `[B, L, 3]`."""
+    length = ids_BL.shape[1]
+    everything = torch.ones(1, 1, length, length, dtype=torch.bool)
+    return model(input_ids=ids_BL, attention_mask=everything, use_cache=False).logits
+
+
+def mask_rates(window: Any) -> MaskRates:
+    if window == BASELINE:
+        return MaskRates(windows=((0.0, 0.0),), always_mask=(-1,))
+    return MaskRates(windows=((window[0], window[1]),))
+
+
+def masked_loss(model: nn.Module, ids_BL: Tensor, rates: MaskRates, rng: torch.Generator) -> Tensor:
+    """The bound per token, weights 1 / P(masked | t): a uniform predictor has log V whatever the window."""
+    masks = draw_masks(torch.ones_like(ids_BL, dtype=torch.bool), rates, rng)
+    logits_BLV = logits_of(model, ids_BL.masked_fill(masks.is_masked, MASK))
+    loss_BL = F.cross_entropy(logits_BLV.transpose(1, 2), ids_BL, reduction="none")
+    num_learnt = len(ids_BL) if rates.always_mask else ids_BL.numel()
+    return (loss_BL * masks.weight).sum() / num_learnt
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, ids_BL: Tensor) -> float:
+    """Share of sequences whose y is the more likely sign when only y is masked."""
+    hidden_BL = ids_BL.clone()
+    hidden_BL[:, -1] = MASK
+    signs_B = logits_of(model, hidden_BL)[:, -1, [MINUS, PLUS]].argmax(-1)
+    return float((signs_B == ids_BL[:, -1]).double().mean())
+
+
+def run_cell(settings: Values, _: Path) -> Values:
+    """Train until the parity is learnt; accuracy on trained and on other inputs along the way."""
+    run, seed = build_section(ParityRun, settings["run"], "run."), settings["seed"]
+    data = make_data(tuple(settings["task"]), seed)
+    model = make_model(run, data.train_NL.shape[1], seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), run.learning_rate, weight_decay=run.weight_decay, fused=True
+    )
+    rates, rng, curve = mask_rates(settings["window"]), generator_for(seed, 2), list[Values]()
+    for step in range(1, run.num_steps + 1):
+        chosen_B = torch.randperm(len(data.train_NL), generator=rng)[: run.batch_size]
+        optimizer.zero_grad()
+        masked_loss(model, data.train_NL[chosen_B], rates, rng).backward()
+        optimizer.step()
+        if step % run.eval_every == 0:
+            shares = {"train": accuracy(model, data.train_NL), "test": accuracy(model, data.test_NL)}
+            curve.append({"step": step} | shares)
+            if shares["test"] >= LEARNT:
+                return {"steps": step, "curve": curve}
+    return {"steps": None, "curve": curve}
+
+
+def steps_of(record: Values) -> float:
+    """Steps to 0.99 on inputs that were not trained on; infinite if that did not happen."""
+    steps = record["result"]["steps"]
+    return math.inf if steps is None else steps
+
+
+def signal_of(window: Any, k: int) -> float:
+    return p_signal(k, *window)
+
+
+def conclude(records: Sequence[Values], grid: ParityGrid, _: Path) -> Findings:
+    return Findings(
+        tables=[steps_table(records, grid)],
+        predictions=[
+            higher_signal_sooner(records, grid),
+            sooner_than_baseline(records, grid),
+            memorises(records, grid),
+        ],
+    )
+
+
+def runs_of(records: Sequence[Values], task: Task, window: Any) -> dict[int, Values]:
+    return chosen(records, task=list(task), window=window)
+
+
+def task_name(task: Task) -> str:
+    return f"({task[0]}, {task[1]}), N = {task[2]}"
+
+
+def window_title(window: Any) -> str:
+    return "only y" if window == BASELINE else f"t ~ U[{window[0]:g}, {window[1]:g}]"
+
+
+def steps_table(records: Sequence[Values], grid: ParityGrid) -> Table:
+    rows = []
+    for task, window in itertools.product(grid.tasks, all_windows(grid)):
+        runs = runs_of(records, task, window).values()
+        if not runs:
+            continue
+        steps = [steps_of(run) for run in runs]
+        quarters = [quantile(steps, share) for share in (0.5, 0.25, 0.75)]
+        median, low, high = ("never" if math.isinf(number) else f"{number:g}" for number in quarters)
+        name = window_title(window)
+        signal = NOTHING if window == BASELINE else f"{signal_of(window, task[1]):.3f}"
+        ends = [run["result"]["curve"][-1]["test"] for run in runs if math.isinf(steps_of(run))]
+        failed = f"{sum(map(math.isinf, steps))} of {len(steps)}"
+        rows.append(
+            [f"{task_name(task)}, {name}", signal, median, f"{low} – {high}", failed, str(over_seeds(ends))]
+        )
+    return Table(
+        title="Steps to 99 % on inputs that were not trained on",
+        head=["(n, k), N, mask", "P_S", "median", "quartiles", "failures", "accuracy of failures"],
+        rows=rows,
+        note="A failure has not reached it when the steps are over and counts as never.",
+    )
+
+
+def higher_signal_sooner(records: Sequence[Values], grid: ParityGrid) -> Prediction:
+    verdicts, numbers = dict[str, Verdict](), dict[str, object]()
+    for task in grid.tasks:
+        windows = [list(window) for window in grid.windows]
+        runs = [runs_of(records, task, window) for window in windows]
+        signals = [signal_of(window, task[1]) for window in windows]
+        seeds = sorted(set.intersection(*[set(found) for found in runs])) if runs else []
+        taus = [kendall(signals, [-steps_of(found[seed]) for found in runs]) for seed in seeds]
+        verdict, numbers[task_name(task)] = is_sooner([(-tau, 0) for tau in taus])
+        if verdict is not None:
+            verdicts[task_name(task)] = verdict
+    return Prediction(
+        claim="Windows of higher P_S generalise sooner",
+        rule="Kendall's τ between P_S and earliness over the windows of a seed is positive, in two of three "
+        f"seeds that learnt with any: {LIKELY_RULE}",
+        verdict=combine(verdicts),
+        evidence=by_regime(verdicts, numbers) or "nothing was learnt",
+    )
+
+
+def sooner_than_baseline(records: Sequence[Values], grid: ParityGrid) -> Prediction:
+    verdicts, numbers = dict[str, Verdict](), dict[str, object]()
+    for task in grid.tasks:
+        best = max((list(window) for window in grid.windows), key=lambda window: signal_of(window, task[1]))
+        ours, theirs = runs_of(records, task, best), runs_of(records, task, BASELINE)
+        pairs = [(steps_of(ours[s]), steps_of(theirs[s])) for s in sorted(set(ours) & set(theirs))]
+        verdict, numbers[task_name(task)] = is_sooner(pairs)
+        if verdict is not None:
+            verdicts[task_name(task)] = verdict
+    return Prediction(
+        claim="Masked diffusion with the window of the highest P_S generalises before the baseline",
+        rule=f"in two of three seeds, both never left out: {LIKELY_RULE}",
+        verdict=combine(verdicts),
+        evidence=by_regime(verdicts, numbers),
+    )
+
+
+def memorises(records: Sequence[Values], grid: ParityGrid) -> Prediction:
+    verdicts, numbers = dict[str, Verdict](), dict[str, object]()
+    for task in grid.tasks:
+        runs = runs_of(records, task, BASELINE).values()
+        stuck = [is_stuck(run) for run in runs]
+        verdicts[task_name(task)] = is_usual(sum(stuck), len(stuck) - sum(stuck))
+        numbers[task_name(task)] = f"{sum(stuck)} of {len(stuck)} seeds"
+    return Prediction(
+        claim="The baseline memorises and does not generalise",
+        rule="training inputs right, others not, when the steps are over, in two of three seeds: "
+        f"{LIKELY_RULE}",
+        verdict=combine(verdicts),
+        evidence=by_regime(verdicts, numbers),
+    )
+
+
+def is_stuck(record: Mapping[str, Any]) -> bool:
+    last = record["result"]["curve"][-1]
+    return record["result"]["steps"] is None and last["train"] >= MEMORISED
+
+
+def draw(records: Sequence[Values], grid: ParityGrid, _: Path, path: Path) -> None:
+    """Grokking curves: accuracy on other inputs (trained ones dotted) against steps, a row per task."""
+    windows = all_windows(grid)
+    figure, axes = new_figure(len(windows), 3 * len(windows), 2.6 * len(grid.tasks), len(grid.tasks))
+    for (row, task), (column, window) in itertools.product(enumerate(grid.tasks), enumerate(windows)):
+        axis = axes[row][column]
+        for number, run in enumerate(runs_of(records, task, window).values()):
+            curve = run["result"]["curve"]
+            steps = [point["step"] for point in curve]
+            axis.plot(steps, [point["test"] for point in curve], color=f"C{number % 10}", linewidth=1)
+            axis.plot(steps, [point["train"] for point in curve], ":", color=f"C{number % 10}", linewidth=0.7)
+        axis.set_title(f"{task_name(task)}\n{window_title(window)}", fontsize=9)
+        axis.set_ylim(0.4, 1.03)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("accuracy of y")
+    axes[-1][0].set_xlabel("steps (dotted: trained inputs)")
+    figure.savefig(path, dpi=DPI)

@@ -1,0 +1,174 @@
+"""`opdlm study`: a grid of small trainings with several seeds, and what they say about published predictions.
+
+A recipe names the study, its seeds, its grid, and what every run shares. The runs go through `grid`, one
+process per core, resumable run by run; the table, the picture and the verdicts are computed from their
+results. Every study is a room of its own (`study_*`) with the same functions: `check`, `make_cells`,
+`conclude`, `draw`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from opdlm.config.loader import apply_override, build_section, plain, read_recipe
+from opdlm.errors import ConfigError
+from opdlm.evaluation.retention import versions
+from opdlm.studies import conversion as study_conversion
+from opdlm.studies import crossover as study_crossover
+from opdlm.studies import dual_repetition as study_dual
+from opdlm.studies import mask_window as study_window
+from opdlm.studies import parity as study_parity
+from opdlm.studies import window_sft as study_sft
+from opdlm.studies.grid import Cell, GridResult, RunCell, Values, run_grid
+from opdlm.studies.text_study import prepare_text, run_text
+from opdlm.studies.verdicts import Findings, conclusion
+from opdlm.training.checkpoint import write_atomic
+
+TABLE_FILE, RESULTS_FILE, PICTURE_FILE = "table.md", "results.json", "study.png"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """How one kind of study makes its cells, runs one, and reads the results."""
+
+    grid: type
+    """Its `grid` section."""
+    check: Callable[[Any], None]
+    prepare: Callable[[Any, Values, Path], None]
+    """(grid, run, out): what all cells read."""
+    make_cells: Callable[[Any, Values, Sequence[int]], list[Cell]]
+    run_cell: RunCell
+    conclude: Callable[[Sequence[Values], Any, Path], Findings]
+    draw: Callable[[Sequence[Values], Any, Path, Path], None]
+
+
+def prepare_corpus(_grid: Any, _run: Values, out: Path) -> None:
+    prepare_text(out)
+
+
+def prepare_nothing(_grid: Any, _run: Values, _out: Path) -> None:
+    """The cells need no file."""
+
+
+def study_of(room: Any, grid: type, run_cell: RunCell, prepare: Callable[[Any, Values, Path], None]) -> Study:
+    return Study(
+        grid=grid,
+        check=room.check,
+        prepare=prepare,
+        make_cells=room.make_cells,
+        run_cell=run_cell,
+        conclude=room.conclude,
+        draw=room.draw,
+    )
+
+
+STUDIES = {
+    "dual_repetition": study_of(study_dual, study_dual.DualGrid, run_text, study_dual.prepare),
+    "mask_window": study_of(study_window, study_window.WindowGrid, run_text, prepare_corpus),
+    "parity": study_of(study_parity, study_parity.ParityGrid, study_parity.run_cell, prepare_nothing),
+    "crossover": study_of(study_crossover, study_crossover.CrossoverGrid, run_text, prepare_corpus),
+    "conversion": study_of(
+        study_conversion, study_conversion.ConversionGrid, study_conversion.run_cell, prepare_nothing
+    ),
+    "window_sft": study_of(study_sft, study_sft.SftGrid, study_sft.run_cell, study_sft.prepare),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A study with everything decided: its cells are checked."""
+
+    name: str
+    title: str
+    """First line of the recipe."""
+    study: Study
+    grid: Any
+    run: Values
+    seeds: tuple[int, ...]
+    cells: list[Cell]
+
+
+def read_plan(recipe: Path, overrides: Sequence[str], num_seeds: int | None = None) -> Plan:
+    """Recipe, then `section.key=value`; all settings of all cells are checked here."""
+    values = read_recipe(recipe)
+    for override in overrides:
+        apply_override(values, override)
+    name = values.pop("study", None)
+    if name not in STUDIES:
+        raise ConfigError(f"study ({name}) of {recipe} must be one of {', '.join(STUDIES)}.")
+    if set(values) - {"seeds", "grid", "run"}:
+        unknown = ", ".join(sorted(set(values) - {"seeds", "grid", "run"}))
+        raise ConfigError(f"unknown key {unknown} in a study: it has the sections grid and run, and seeds.")
+    study = STUDIES[name]
+    grid: Any = build_section(study.grid, values.get("grid", {}), "grid.")
+    study.check(grid)
+    seeds = tuple(range(num_seeds)) if num_seeds is not None else read_seeds(values.get("seeds", [0, 1, 2]))
+    run = values.get("run", {})
+    cells = study.make_cells(grid, run, seeds)
+    title = recipe.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
+    return Plan(name=name, title=title, study=study, grid=grid, run=run, seeds=seeds, cells=cells)
+
+
+def read_seeds(value: Any) -> tuple[int, ...]:
+    """A list, or `0,1,2` as overrides give it."""
+    items = value if isinstance(value, list) else str(value).split(",")
+    if not items or not all(str(item).strip().isdigit() for item in items):
+        raise ConfigError(f"seeds ({value}) must be whole numbers: seeds=0,1,2.")
+    return tuple(int(item) for item in items)
+
+
+def run_study(plan: Plan, out: Path, console: Console, processes: int | None = None) -> GridResult:
+    """Run what is not finished, and write table.md, results.json and study.png to `out`."""
+    plan.study.prepare(plan.grid, plan.run, out)
+    result = run_grid(plan.cells, plan.study.run_cell, out, console, processes)
+    if result.records:
+        write_study(plan, result, out)
+    return result
+
+
+def write_study(plan: Plan, result: GridResult, out: Path) -> None:
+    records = list(result.records.values())
+    findings = plan.study.conclude(records, plan.grid, out)
+    plan.study.draw(records, plan.grid, out, out / PICTURE_FILE)
+    write_atomic(out / TABLE_FILE, study_text(plan, result, findings))
+    made = {
+        "study": plan.name,
+        "seeds": plan.seeds,
+        "grid": asdict(plan.grid),
+        "run": plan.run,
+        "versions": versions() | {"threads": "1 per run"},
+        "predictions": [asdict(prediction) for prediction in findings.predictions],
+        "errors": result.errors,
+        "cells": result.records,
+    }
+    write_atomic(out / RESULTS_FILE, json.dumps(plain(made), indent=1))
+
+
+def study_text(plan: Plan, result: GridResult, findings: Findings) -> str:
+    """table.md: what ran, the numbers, the verdicts, the picture."""
+    minutes = sum(record["seconds"] for record in result.records.values()) / 60
+    seeds = ", ".join(map(str, plan.seeds))
+    shown = " ".join(f"{key} {value}," for key, value in versions().items() if key != "threads")
+    parts = [
+        f"# Study `{plan.name}`",
+        f"{plan.title} {len(result.records)} of {len(plan.cells)} runs, seeds {seeds}, {minutes:.0f} minutes "
+        f"of one core in all; {shown.rstrip(',')}.",
+    ]
+    parts += [f"`{name}` failed: {error}" for name, error in result.errors.items()]
+    parts += ["## Conclusion", conclusion(findings.predictions)]
+    for table in findings.tables:
+        parts += [f"## {table.title}", table.markdown(), table.note]
+    parts += [f"![{plan.name}]({PICTURE_FILE})"]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def describe_plan(plan: Plan) -> str:
+    """What would run."""
+    names = "\n".join(f"  {cell.name}" for cell in plan.cells)
+    return f"{plan.name}: {plan.title}\n{len(plan.cells)} runs:\n{names}"

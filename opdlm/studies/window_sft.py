@@ -1,0 +1,209 @@
+"""Study `window_sft`: is the mask window that is best for likelihood also best for what is generated?
+
+The bundled teacher, or another checkpoint, is fine-tuned into a block-diffusion model on its own responses,
+which are decoded once for all cells. Likelihood is the bound on the teacher's responses (random orders, so
+every mask rate counts), generation the share of right answers. arXiv 2601.22450, OBJECTIVES part 2.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from opdlm.config.loader import build_section
+from opdlm.config.rules import check_config
+from opdlm.config.sections import Config
+from opdlm.distill.pipeline import convert_checkpoint
+from opdlm.errors import DataError
+from opdlm.reporting.plots import DPI, new_figure
+from opdlm.reporting.tables import Table
+from opdlm.studies.grid import Cell, Values, chosen
+from opdlm.studies.verdicts import (
+    WORTH,
+    WORTH_ACCURACY,
+    Findings,
+    Prediction,
+    differences,
+    interval_rule,
+    is_below,
+    kendall,
+    over_seeds,
+)
+
+Window = tuple[float, float]
+Measure = Callable[[Values], float]
+LIKELIHOOD, GENERATION = (0.45, 0.55), (0.5, 1.0)
+"""The windows that are published as best for likelihood and for generative fine-tuning."""
+SAME_ORDER = 0.5
+ROLLOUTS = "teacher.parquet"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SftGrid:
+    windows: tuple[Window, ...] = ((0, 1), (0.45, 0.55), (0.5, 1), (0, 0.5))
+    """Ranges of the mask rate t of a block."""
+    num_prompts: int = 2000
+    """Prompts that the teacher answers."""
+
+
+def check(_: SftGrid) -> None:
+    """Nothing beyond the types."""
+
+
+def make_cells(grid: SftGrid, base: Values, seeds: Sequence[int]) -> list[Cell]:
+    cells = []
+    for window, seed in itertools.product(grid.windows, seeds):
+        values = copy.deepcopy(base)
+        values.setdefault("masking", {})["windows"] = [list(window)]
+        values.setdefault("train", {})["seed"] = seed
+        config = sft_config(values, Path("data"), Path("run")).to_dict()
+        config["rollout"]["path"] = ""
+        del config["output_dir"]
+        coordinates = {"window": list(window), "seed": seed, "num_prompts": grid.num_prompts}
+        cells.append(
+            Cell(name=f"t{window[0]:g}_{window[1]:g}-seed{seed}", settings={**coordinates, "config": config})
+        )
+    return cells
+
+
+def sft_config(values: Values, data: Path, output_dir: Path) -> Config:
+    """The settings of one conversion with its paths."""
+    values = copy.deepcopy(values) | {"output_dir": str(output_dir)}
+    values.setdefault("rollout", {})["path"] = str(data / ROLLOUTS)
+    config = build_section(Config, values)
+    check_config(config)
+    return config
+
+
+def prepare(grid: SftGrid, base: Values, out: Path) -> None:
+    """The teacher's responses to `num_prompts` prompts, once; an interrupted call continues."""
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    config = sft_config(base, Path("data"), Path("run"))
+    path = config.data.path if isinstance(config.data.path, str) else config.data.path[0]
+    options = {
+        "mode": "ar",
+        "limit": grid.num_prompts,
+        "max-new-tokens": config.rollout.max_new_tokens,
+        "temperature": config.rollout.temperature,
+        "out": out / "data" / ROLLOUTS,
+    }
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    columns = [f"data.{key}={value}" for key, value in base.get("data", {}).items() if key != "path"]
+    command = [sys.executable, "-m", "opdlm", "rollout", config.model.path, path, *columns, *flags]
+    if subprocess.run(command, check=False).returncode:
+        raise DataError(f"the teacher's responses could not be written: {' '.join(command)} says why.")
+
+
+def run_cell(settings: Values, folder: Path) -> Values:
+    """Convert, and measure what the report of the folder says."""
+    config = sft_config(settings["config"], folder.parent.parent / "data", folder / "run")
+    report = json.loads((convert_checkpoint(config, Console(quiet=True)) / "retention.json").read_text())
+    modes = {row["name"]: {"accuracy": row["accuracy"]} for row in report["student"]}
+    return {"bound": report["likelihood"]["student_bound_per_token"], "modes": modes}
+
+
+def bound_of(record: Values) -> float:
+    return record["result"]["bound"]
+
+
+def accuracy_of(mode: str) -> Measure:
+    return lambda record: record["result"]["modes"][mode]["accuracy"]
+
+
+def errors_of(mode: str) -> Measure:
+    return lambda record: 1 - record["result"]["modes"][mode]["accuracy"]
+
+
+def of_window(records: Sequence[Values], window: Sequence[float]) -> dict[int, Values]:
+    return chosen(records, window=list(window))
+
+
+def conclude(records: Sequence[Values], grid: SftGrid, _: Path) -> Findings:
+    modes = list(records[0]["result"]["modes"])
+    asked: list[tuple[Window, Measure, str, float]] = [
+        (LIKELIHOOD, bound_of, "likelihood (the bound)", WORTH),
+        *[(GENERATION, errors_of(mode), f"{mode} accuracy", WORTH_ACCURACY) for mode in modes],
+    ]
+    return Findings(
+        tables=[window_table(records, grid, modes)],
+        predictions=[
+            *[
+                better_window(records, window, other, measure, what, worth)
+                for window, measure, what, worth in asked
+                for other in grid.windows
+                if window in grid.windows and other != window
+            ],
+            *([other_order(records, grid, modes[0])] if len(grid.windows) > 2 else []),
+        ],
+    )
+
+
+def window_table(records: Sequence[Values], grid: SftGrid, modes: Sequence[str]) -> Table:
+    rows = []
+    for window in grid.windows:
+        runs = of_window(records, window).values()
+        measures = [bound_of, *[accuracy_of(mode) for mode in modes]]
+        shown = [str(over_seeds([measure(run) for run in runs])) for measure in measures]
+        rows.append([f"[{window[0]:g}, {window[1]:g}]", *shown])
+    return Table(
+        title="Likelihood and generation by training window",
+        head=["window", "bound, nats per token", *[f"{mode} accuracy" for mode in modes]],
+        rows=rows,
+        note="Mean ± half of the 95 % interval over seeds. Bound: on the teacher's responses, at all mask "
+        "rates.",
+    )
+
+
+def better_window(
+    records: Sequence[Values], window: Window, other: Window, measure: Measure, what: str, worth: float
+) -> Prediction:
+    """`measure`: lower is better."""
+    gaps = differences(of_window(records, window), of_window(records, other), measure)
+    return Prediction(
+        claim=f"[{window[0]:g}, {window[1]:g}] is better than [{other[0]:g}, {other[1]:g}] for {what}",
+        rule=f"paired differences (negative is better): {interval_rule(worth)}",
+        verdict=is_below(gaps, worth=worth),
+        evidence=str(over_seeds(gaps)),
+    )
+
+
+def other_order(records: Sequence[Values], grid: SftGrid, mode: str) -> Prediction:
+    runs = [of_window(records, window) for window in grid.windows]
+    seeds = sorted(set.intersection(*[set(found) for found in runs])) if runs else []
+    taus = [
+        kendall([-bound_of(f[seed]) for f in runs], [accuracy_of(mode)(f[seed]) for f in runs])
+        for seed in seeds
+    ]
+    return Prediction(
+        claim=f"Likelihood does not rank windows as {mode} accuracy does",
+        rule=f"Kendall's τ of the two rankings, one per seed: 95 % interval below {SAME_ORDER}",
+        verdict=is_below(taus, SAME_ORDER),
+        evidence=f"τ {over_seeds(taus)}",
+    )
+
+
+def draw(records: Sequence[Values], grid: SftGrid, _: Path, path: Path) -> None:
+    """Accuracy against the bound, a colour per window, a mark per mode."""
+    figure, axes = new_figure(1, 6.5, 4.5)
+    axis: Any = axes[0][0]
+    modes = list(records[0]["result"]["modes"])
+    for number, window in enumerate(grid.windows):
+        runs = of_window(records, window).values()
+        for mode, mark in zip(modes, "o^sD", strict=False):
+            xs, ys = [bound_of(run) for run in runs], [100 * accuracy_of(mode)(run) for run in runs]
+            label = f"[{window[0]:g}, {window[1]:g}], {mode}"
+            axis.plot(xs, ys, mark, color=f"C{number}", label=label)
+    axis.set_xlabel("bound, nats per token")
+    axis.set_ylabel("exact match, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=DPI)

@@ -1,0 +1,163 @@
+"""`opdlm eval --text`: what models think of a file of text, or of questions with options.
+
+What a model was never trained to predict is left out, and refused where it is asked for by name. Texts are
+cut into the rows the model was trained on; only models with one tokenizer compare per token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from opdlm.data.documents import Rows, load_documents
+from opdlm.data.prompts import read_rows
+from opdlm.errors import ConfigError, DataError
+from opdlm.evaluation.retention import student_names, versions
+from opdlm.reporting.tables import NOTHING, Table, percent, with_interval
+from opdlm.text.likelihood import RowNats
+from opdlm.text.options import rank_options, read_questions
+from opdlm.text.subjects import METRICS, Asked, Subject, load_subject
+
+OPTIONS = "options"
+"""Named among the metrics: the file must hold questions."""
+RESULT_FILE = "text_likelihood.json"
+DEFAULT_ROWS = 64
+Values = dict[str, Any]
+
+
+def evaluate_text(
+    folders: Sequence[Path],
+    path: str,
+    metrics: Sequence[str],
+    limit: int | None,
+    asked: Asked,
+    out: Path | None = None,
+) -> Table:
+    """Measure every folder on the file; all numbers also go to `out`.
+
+    metrics: none means all that a model was trained for. limit: rows (64) or questions (all), evenly spaced.
+    """
+    check_asked(metrics, limit, asked)
+    is_questions = any(OPTIONS in row for _, row in read_rows(path))
+    if OPTIONS in metrics and not is_questions:
+        raise DataError(f"--metrics options needs rows with `prompt`, `options`, `answer`; {path} has none.")
+    named = [name for name in metrics if name != OPTIONS]
+    measure = measure_questions if is_questions else measure_rows
+    models = []
+    for folder, name in zip(folders, student_names(folders), strict=True):
+        subject = load_subject(folder, asked)
+        measured = measure(subject, subject.chosen(named, folder), path, limit)
+        models.append({"name": name, "folder": str(folder), "trained": subject.trained, **measured})
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        settings = {"path": path, "limit": limit, **asdict(asked)}
+        result = {"settings": settings, "versions": versions(), "models": models}
+        (out / RESULT_FILE).write_text(json.dumps(result, indent=2))
+    return options_table(models) if is_questions else nats_table(models)
+
+
+def check_asked(metrics: Sequence[str], limit: int | None, asked: Asked) -> None:
+    """Raises ConfigError before any model is loaded."""
+    known = (*METRICS, OPTIONS)
+    for name in metrics:
+        if name not in known:
+            raise ConfigError(f"--metrics: {name} is none of {', '.join(known)}.")
+    if asked.num_rates < 2 or asked.num_rates % 2:
+        raise ConfigError(
+            f"--num-rates ({asked.num_rates}) must be even and positive: pairs of rates give the error."
+        )
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit ({limit}) must be at least 1.")
+    for override in asked.overrides:
+        if not override.startswith("data."):
+            raise ConfigError(
+                f"{override}: with --text only data.* keys matter, for example data.sequence_length=128."
+            )
+
+
+def measure_rows(subject: Subject, metrics: Sequence[str], path: str, limit: int | None) -> Values:
+    """Nats of the text's rows, cut as the model was trained."""
+    section = replace(subject.data, path=path)
+    documents = load_documents(section, subject.tokenizer, subject.model.spec.mask_token_id, "--text")
+    rows = Rows(documents, section, 0, "--text").evenly(limit or DEFAULT_ROWS)
+    found = {name: nats_values(subject.scores[name](rows, 0)) for name in metrics}
+    return {"metrics": found, "num_rows": len(rows), "sequence_length": subject.data.sequence_length}
+
+
+def nats_values(found: RowNats) -> Values:
+    return {
+        "per_token": found.per_token,
+        "standard_error": found.standard_error,
+        "total": float(found.nats_B.sum()),
+        "num_tokens": int(found.tokens_B.sum()),
+    }
+
+
+def measure_questions(subject: Subject, metrics: Sequence[str], path: str, limit: int | None) -> Values:
+    """The ranking of options by every metric."""
+    rows = read_rows(path)
+    num = min(limit or len(rows), len(rows))
+    some = [rows[i * len(rows) // num] for i in range(num)]
+    questions = read_questions(some, subject.tokenizer, subject.model.spec.mask_token_id, subject.context)
+    return {"metrics": {name: asdict(rank_options(subject.scores[name], questions)) for name in metrics}}
+
+
+def nats_table(models: Sequence[Values]) -> Table:
+    """A row per model, a column per metric."""
+    names = [name for name in METRICS if any(name in model["metrics"] for model in models)]
+    rows = []
+    for model in models:
+        cells = [nats_cell(model["metrics"].get(name)) for name in names]
+        num_tokens = max(found["num_tokens"] for found in model["metrics"].values())
+        rows.append([model["name"], model["trained"], *cells, str(num_tokens)])
+    return Table(
+        title="Nats per token",
+        head=["model", "trained", *names, "tokens"],
+        rows=rows,
+        note="md_bound bounds the likelihood from above, at mask rates t ~ U(0, 1) whatever was trained; "
+        "the error behind ± is that of the masks drawn.",
+    )
+
+
+def nats_cell(found: Values | None) -> str:
+    if found is None:
+        return NOTHING
+    error = found["standard_error"]
+    return f"{found['per_token']:.4f}" + (f" ± {error:.4f}" if error else "")
+
+
+def options_table(models: Sequence[Values]) -> Table:
+    """A row per model and metric."""
+    rows = [
+        [
+            model["name"],
+            name,
+            with_interval(found["accuracy"], found["accuracy_interval"]),
+            percent(found["accuracy_per_token"]),
+            f"{found['delta_nll']:.3f}",
+            f"{found['delta_nll_per_token']:.3f}",
+            f"{found['right_per_token']:.4f}",
+            str(found["num_questions"]),
+        ]
+        for model in models
+        for name, found in model["metrics"].items()
+    ]
+    return Table(
+        title="Options ranked",
+        head=[
+            "model",
+            "by",
+            "accuracy",
+            "per token",
+            "ΔNLL",
+            "ΔNLL per token",
+            "nats per token",
+            "questions",
+        ],
+        rows=rows,
+        note="The option with the fewest nats is chosen; `per token` divides by its length. ΔNLL: wrong "
+        "minus right, in nats. In brackets: 95 % interval.",
+    )

@@ -1,0 +1,308 @@
+"""`opdlm train` from start to end: check everything, train on text, write the folder, measure held-out loss.
+
+The result folder is a Hugging Face checkpoint. Where masked tokens predict their own position it is a block-
+diffusion model too (`generate`, `eval`, `export`); with next_position it is an autoregressive model, which
+`convert` and `generate --mode ar` take.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opdlm.checkpoints.convert import add_mask_token, initial_mask_embedding, make_spec, probe
+from opdlm.checkpoints.export import write_model
+from opdlm.checkpoints.load import (
+    assemble,
+    copy_of,
+    load_causal_lm,
+    load_tokenizer,
+    new_causal_lm,
+    set_embedding_row,
+    vocabulary_rows,
+)
+from opdlm.checkpoints.lora import merged
+from opdlm.config.text import TEXT_CONFIG_COPY, TextConfig
+from opdlm.data.documents import Columns, Rows, TextRow, keep_tokens, load_documents
+from opdlm.errors import ConfigError, DataError, require_package
+from opdlm.evaluation.retention import MODEL_FOLDER, RESULTS_FILE, versions
+from opdlm.modeling.attention import why_not
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.objectives.mask_theory import alpha_rule, ngram_signal_weights, optimal_t
+from opdlm.objectives.masking import auto_window, needs_optimal_t, resolve_auto
+from opdlm.reporting.card import text_card
+from opdlm.reporting.plots import plot_metrics, plot_signal
+from opdlm.text.likelihood import ar_nll, block_bound, md_bound
+from opdlm.text.trainer import in_order, train
+from opdlm.training.checkpoint import (
+    atomic_folder,
+    find_checkpoints,
+    load_average,
+    load_weights,
+    trainable_weights,
+)
+from opdlm.training.devices import is_sharded, join_ranks
+from opdlm.training.dropout import add_output_dropout
+from opdlm.training.loop import check_trackers, prepare_output
+from opdlm.training.metrics import MetricsLog, read_metrics
+
+
+@dataclass(frozen=True, slots=True)
+class TextInputs:
+    """Everything a run reads, loaded and checked."""
+
+    model: DiffusionLM
+    tokenizer: PreTrainedTokenizerBase
+    rows: Rows
+    held_out: list[TextRow]
+    config: TextConfig
+    """With every `auto` and `data.epochs` resolved."""
+    notes: tuple[str, ...]
+    """What was resolved, and why."""
+    signal_weights: tuple[float, ...] = ()
+    """Of the text's n-grams, where `masking.windows=auto` counted them."""
+
+
+def train_text(config: TextConfig, console: Console) -> Path:
+    """Run a training on text (or continue it); returns the folder of the model."""
+    ranks = join_ranks(config)
+    inputs = load_text_inputs(config)
+    config = inputs.config
+    output_dir = prepare_output(config, writes=ranks.is_main_process)
+    if ranks.is_main_process:
+        describe(inputs, console)
+        if inputs.signal_weights:
+            window = auto_window(optimal_t(inputs.signal_weights), config.masking.auto_width)
+            plot_signal(inputs.signal_weights, window, output_dir / "mask_window.png")
+    watcher = held_out_loss(inputs) if config.eval.every else None
+    with MetricsLog(output_dir, console, "train") as log:
+        run = train(inputs.model, inputs.rows, config, log, watcher)
+    folder = output_dir / MODEL_FOLDER
+    if ranks.is_main_process:
+        model = trained_model(run.model, config).eval()
+        found = held_out_loss(inputs)(model) if inputs.held_out else {}
+        with atomic_folder(folder) as partial:
+            write_result(partial, model, inputs.tokenizer, config)
+            write_record(partial, output_dir, config, found)
+        for name, value in found.items():
+            if name != "score":
+                console.print(f"{name} {value:.4f} nats per token", soft_wrap=True)
+    return folder
+
+
+def load_text_inputs(config: TextConfig) -> TextInputs:
+    """Load and check model and text; raises before anything is written."""
+    if not config.model.path:
+        raise ConfigError(
+            "model.path is empty: give a checkpoint, or model.path=bundled:byte model.from_scratch=true."
+        )
+    check_trackers(config)
+    if config.model.load_in_4bit:
+        require_package("bitsandbytes", "quant", "model.load_in_4bit (true)")
+    if config.optimizer.name == "adamw8bit":
+        require_package("bitsandbytes", "quant", "optimizer.name (adamw8bit)")
+    model, tokenizer = load_text_model(config)
+    context = getattr(model.student.config.get_text_config(), "max_position_embeddings", None)
+    is_block = config.objective.name == "block_diffusion"  # reads the last token and the rest of its block
+    if context is not None and config.data.sequence_length > context - is_block * config.format.block_size:
+        block = f" less a block ({config.format.block_size})" if is_block else ""
+        raise ConfigError(
+            f"data.sequence_length ({config.data.sequence_length}) exceeds the model's context ({context})"
+            f"{block}: use shorter rows."
+        )
+    documents = load_documents(config.data, tokenizer, model.spec.mask_token_id)
+    if config.data.unique_tokens is not None:
+        documents = keep_tokens(documents, config.data.unique_tokens, config.train.seed)
+    if is_block and not config.data.document_mask and any(document.num_prompt for document in documents):
+        raise ConfigError(
+            "data.document_mask (false) makes a row one text, and objective.name=block_diffusion must know "
+            "where each response starts: set data.document_mask=true."
+        )
+    rows = Rows(documents, config.data, config.train.seed)
+    held_out = []
+    if config.eval.path:
+        section = replace(config.data, path=config.eval.path)
+        told = load_documents(section, tokenizer, model.spec.mask_token_id, "eval.path")
+        held_rows = Rows(told, section, 0, "eval.path")
+        held_out = held_rows.evenly(config.eval.limit)
+    weights: tuple[float, ...] = ()
+    if needs_optimal_t(config.masking):
+        weights = ngram_signal_weights([document.ids for document in documents])
+    config, notes = resolve(config, rows, weights)
+    return TextInputs(model, tokenizer, rows, held_out, config, notes, weights)
+
+
+def load_text_model(config: TextConfig) -> tuple[DiffusionLM, PreTrainedTokenizerBase]:
+    """The model at step 0, with its teacher where one is asked, and the tokenizer with [MASK]; one seed, one
+    model.
+    """
+    with torch.random.fork_rng(devices=[]):  # PEFT and new embedding rows draw from the global generator
+        torch.manual_seed(config.train.seed)
+        return build_text_model(config)
+
+
+def build_text_model(config: TextConfig) -> tuple[DiffusionLM, PreTrainedTokenizerBase]:
+    section, trust = config.model, config.model.trust_remote_code
+    tokenizer = load_tokenizer(section.path, trust, needs_weights=not section.from_scratch)
+    if section.from_scratch:
+        model = new_causal_lm(section.path, section.dtype, section.shape, config.train.seed)
+    else:
+        model = load_causal_lm(section.path, section.dtype, trust, load_in_4bit=section.load_in_4bit)
+    reason = why_not(section.attention, model.device, model.config)
+    if reason:
+        raise ConfigError(f"model.attention ({section.attention}) cannot run: {reason}.")
+    had_mask = config.format.mask_token in tokenizer.get_vocab()
+    spec = make_spec(model, tokenizer, config, add_mask_token(model, tokenizer, config.format))
+    probe(model, spec)
+    teacher = load_teacher(config, model)
+    if config.objective.dropout:
+        add_output_dropout(model, config.objective.dropout)
+    mask_embedding = None
+    reads_mask = config.objective.name != "autoregressive" or config.objective.input_masking is not None
+    if reads_mask and not had_mask and not section.from_scratch:
+        mask_embedding = initial_mask_embedding(model, spec, config.format.mask_init, config.train.seed)
+        if not config.lora.enabled:
+            set_embedding_row(model, spec.mask_token_id, mask_embedding)
+            mask_embedding = None
+    model.requires_grad_(not config.lora.enabled)
+    lora = config.lora if config.lora.enabled else None
+    student = assemble(model, spec, lora=lora, teacher=teacher, mask_embedding=mask_embedding)
+    student.attention = section.attention
+    return student, tokenizer
+
+
+def load_teacher(config: TextConfig, model: PreTrainedModel) -> PreTrainedModel | None:
+    """The frozen model of `objective.teacher`; None where none is asked, or it is the adapter's base."""
+    if not config.objective.distill_weight:
+        return None
+    if not config.objective.teacher:
+        return None if config.lora.enabled else copy_of(model)
+    if config.lora.enabled:
+        raise ConfigError(
+            f"objective.teacher ({config.objective.teacher}) beside lora.enabled=true: the model without its "
+            "adapter is the teacher then. Leave objective.teacher out, or set lora.enabled=false."
+        )
+    teacher = load_causal_lm(config.objective.teacher, config.model.dtype).requires_grad_(False)
+    rows = vocabulary_rows(model)
+    if vocabulary_rows(teacher) > rows or vocabulary_rows(teacher) < rows - 1:
+        raise DataError(
+            f"objective.teacher ({config.objective.teacher}) has {vocabulary_rows(teacher)} tokens and the "
+            f"model {rows}: they must share a tokenizer."
+        )
+    if vocabulary_rows(teacher) < rows:  # the model gained [MASK]
+        teacher.resize_token_embeddings(rows, mean_resizing=False)
+    return teacher
+
+
+def resolve(
+    config: TextConfig, rows: Rows, signal_weights: tuple[float, ...]
+) -> tuple[TextConfig, tuple[str, ...]]:
+    """Numbers for what depends on the data: steps from epochs, the share of autoregressive rows, windows."""
+    notes = []
+    if config.data.epochs is not None:
+        steps = max(1, math.ceil(config.data.epochs * rows.per_epoch / config.train.rows_per_update))
+        train, data = replace(config.train, num_steps=steps), replace(config.data, epochs=None)
+        config = replace(config, train=train, data=data)
+    repeats = config.train.num_steps * config.train.rows_per_update / rows.per_epoch
+    if config.objective.name == "dual":
+        share = config.objective.ar_share
+        if share == "auto":
+            share = alpha_rule(repeats)
+            config = replace(config, objective=replace(config.objective, ar_share=share))
+            notes.append(f"objective.ar_share auto: {share:.4g}")
+        notes.append(f"autoregressive rows see the data {share * repeats:.1f} times (share x passes)")
+    if signal_weights:
+        best = optimal_t(signal_weights)
+        config = replace(config, masking=resolve_auto(config.masking, best))
+        notes.append(
+            f"masking.windows auto: t* = {best:.3f} from the n-grams of the text, so "
+            f"{[list(window) for window in config.masking.windows]}"
+        )
+    return config, (f"{repeats:.2f} passes over {rows.num_tokens} tokens", *notes)
+
+
+def describe(inputs: TextInputs, console: Console) -> None:
+    config, model = inputs.config, inputs.model
+    total = sum(p.numel() for name, p in model.student.named_parameters() if "lora_" not in name)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    origin = "random weights" if config.model.from_scratch else "checkpoint"
+    size = f"{config.train.rows_per_update} rows of {config.data.sequence_length} tokens"
+    console.print(
+        f"{config.model.path} ({origin}): {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained; "
+        f"objective {config.objective.name}, {config.train.num_steps} steps of "
+        f"{size}; {'; '.join(inputs.notes)}",
+        soft_wrap=True,
+    )
+
+
+def held_out_loss(inputs: TextInputs) -> Callable[[DiffusionLM], dict[str, float]]:
+    """Losses of what the objective trains, in nats per token; `score` is minus their mean, weighted as in
+    training.
+    """
+    config, section = inputs.config, inputs.config.objective
+
+    def measure(model: DiffusionLM) -> dict[str, float]:
+        found, num_rates = {}, config.eval.num_rates
+        columns = in_order(Columns.of(inputs.held_out), section, config.train.seed)
+        if section.name in ("autoregressive", "dual"):
+            found["heldout_ar_nll"] = ar_nll(model, columns).per_token
+        if section.name in ("masked_diffusion", "dual"):
+            found["heldout_md_bound"] = md_bound(model, columns, section.prediction, num_rates).per_token
+        if section.name == "block_diffusion":
+            found["heldout_md_bound"] = block_bound(model, inputs.held_out, num_rates).per_token
+        share = float(section.ar_share) if section.name == "dual" else 0.0
+        weight = section.ar_weight * share / (section.ar_weight * share + 1 - share)
+        losses = list(found.values())
+        return {"score": -(weight * losses[0] + (1 - weight) * losses[-1])} | found
+
+    return measure
+
+
+def trained_model(model: DiffusionLM, config: TextConfig) -> DiffusionLM:
+    """The trained model in one piece; after a sharded run, built again from the last checkpoint."""
+    if not is_sharded(model):
+        return model
+    whole, _ = load_text_model(config)
+    last = find_checkpoints(Path(config.output_dir))[-1]
+    load_weights(last, whole)
+    if config.train.ema_decay is not None:
+        load_average(last, trainable_weights(whole))
+    return whole
+
+
+def write_result(
+    folder: Path, model: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: TextConfig
+) -> None:
+    """A diffusion folder where that is what the model is; else a plain checkpoint."""
+    section = config.objective
+    if section.name != "autoregressive" and section.prediction == "same_position":
+        write_model(folder, model, tokenizer)
+        return
+    peft_model = vars(model).get("peft_model")
+    base = model.student if peft_model is None else merged(peft_model)
+    if model.mask_embedding is not None:
+        set_embedding_row(base, model.spec.mask_token_id, model.mask_embedding)
+    for name in ("block_diffusion", "auto_map"):  # of the diffusion folder that the run started from
+        vars(base.config).pop(name, None)
+    base.generation_config.suppress_tokens = [model.spec.mask_token_id]  # its logit was never trained
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_record(folder: Path, output_dir: Path, config: TextConfig, found: dict[str, float]) -> None:
+    """Settings, versions, losses and curves of the run, beside the weights."""
+    (folder / TEXT_CONFIG_COPY).write_text(config.to_yaml())
+    metrics = read_metrics(output_dir / "metrics.jsonl")
+    seconds = sum(row["seconds"] for row in metrics)
+    results = {"train_seconds": round(seconds, 1), "versions": versions(), **(metrics[-1] if metrics else {})}
+    results |= found
+    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2))
+    (folder / "README.md").write_text(text_card(config, results))
+    plot_metrics(metrics, folder / "training.png")

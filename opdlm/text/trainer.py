@@ -1,0 +1,232 @@
+"""Training on given text: autoregressive, masked diffusion, block diffusion, both at once, or distilled.
+
+`train_step` reads rows, masks them, and makes one update of `loop`. The loss is nats per learnt token:
+    autoregressive     mean of -log p(next token)
+    masked diffusion   sum over masked tokens of -log p / P(masked | t), over all tokens (a bound)
+    dual               (ar_weight * sum of the first + sum of the second) / (ar_weight * tokens + tokens)
+and with `distill_weight` w: (1 - w) * (that) + w * (the same sums of KL(teacher || student)).
+arXiv 2512.14549 (dual), 2601.22450 (mask rates), 2503.09573 (block diffusion).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from opdlm.checkpoints.load import head_of
+from opdlm.config.text import ObjectiveSection, TextConfig
+from opdlm.data.documents import Columns, Rows, TextRow
+from opdlm.decoding.rollout import digest_of
+from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+from opdlm.objectives.losses import HiddenTargets, LossOutput, TokenTargets, chunked_divergence
+from opdlm.objectives.masking import MaskRates, Masks, draw_masks, rates_at
+from opdlm.seeds import generator_for
+from opdlm.text.batches import TextBatch, block_batch, can_mask, mixed_rows
+from opdlm.training.devices import sum_over_ranks
+from opdlm.training.dropout import without_output_dropout
+from opdlm.training.loop import Loop, Watcher, equally_many, finish, run_steps, start, update_weights
+from opdlm.training.metrics import MetricsLog
+
+
+class TextLoss(nn.Module):
+    """The forward passes and the loss as one module, so that wrappers see every use of the weights."""
+
+    def __init__(self, model: DiffusionLM, section: ObjectiveSection) -> None:
+        super().__init__()
+        self.model, self.section = model, section
+
+    def forward(self, batch: TextBatch, weight_M: Tensor) -> LossOutput:
+        """`per_position_M` is the cross-entropy, or the divergence where nothing else is trained."""
+        share = self.section.distill_weight
+        hidden_MH = self.model.student_hidden(batch.slots)[batch.row_M, batch.column_M]
+        banned = torch.tensor(self.model.spec.banned_token_ids, dtype=torch.long, device=hidden_MH.device)
+        head = head_of(self.model.student, banned)
+        if share == 0:
+            return chunked_divergence(
+                hidden_MH, head, TokenTargets(ids_M=batch.target_M), weight_M, divergence="cross_entropy"
+            )
+        has_teacher_M = batch.teacher_column_M >= 0
+        row_T, column_T = batch.row_M[has_teacher_M], batch.teacher_column_M[has_teacher_M]
+        with without_output_dropout(self.model):
+            teacher_BLH = self.model.teacher_hidden(batch.text)
+        targets = HiddenTargets(
+            hidden_MH=teacher_BLH[row_T, column_T],
+            head=head_of(self.model.teacher or self.model.student, banned),
+        )
+        distilled = chunked_divergence(hidden_MH[has_teacher_M], head, targets, weight_M[has_teacher_M])
+        if share == 1:
+            per_position_M = torch.zeros_like(weight_M).masked_scatter_(
+                has_teacher_M, distilled.per_position_M.to(weight_M)
+            )
+            return LossOutput(distilled.loss, per_position_M)
+        told = chunked_divergence(
+            hidden_MH, head, TokenTargets(ids_M=batch.target_M), weight_M, divergence="cross_entropy"
+        )
+        return LossOutput(torch.lerp(told.loss, distilled.loss, share), told.per_position_M)
+
+
+@dataclass(slots=True, kw_only=True)
+class TextRun(Loop):
+    """A training on text. `config.masking` and `config.objective.ar_share` hold no `auto` any more."""
+
+    config: TextConfig
+    rows: Rows
+
+
+def train(
+    model: DiffusionLM, rows: Rows, config: TextConfig, log: MetricsLog, watcher: Watcher | None = None
+) -> TextRun:
+    """Train to `train.num_steps`, or until the held-out loss stalls, continuing from the newest
+    checkpoint.
+    """
+    run = start_run(model, rows, config)
+    run_steps(run, lambda step: train_step(run, step), log, watcher)
+    finish(run)
+    return run
+
+
+def start_run(model: DiffusionLM, rows: Rows, config: TextConfig) -> TextRun:
+    return TextRun(
+        **start(model, TextLoss(model, config.objective), config),
+        num_planned=config.train.num_steps,
+        totals={"tokens": 0.0},
+        data_digest=digest_of((document.num_prompt, *document.ids) for document in rows.documents),
+        rows=rows,
+    )
+
+
+@dataclass(slots=True)
+class KindSums:
+    """Weighted cross-entropy and tokens of autoregressive and of masked rows, of one rank."""
+
+    ar_nats: float = 0.0
+    ar_tokens: float = 0.0
+    md_nats: float = 0.0
+    md_tokens: float = 0.0
+
+    def observe(self, batch: TextBatch, output: LossOutput) -> None:
+        nats_M = output.per_position_M * batch.weight_M.to(output.per_position_M)
+        self.ar_nats += float(output.per_position_M[batch.is_ar_M].sum())
+        self.ar_tokens += int(batch.is_ar_M.sum())
+        self.md_nats += float(nats_M[~batch.is_ar_M].sum())
+        self.md_tokens += batch.num_masked
+
+
+def train_step(run: TextRun, step: int) -> dict[str, float]:
+    """One update (0-based) on the next rows."""
+    started, config, accelerator = time.perf_counter(), run.config, run.accelerator
+    batches = make_batches(run, step)
+    total = sum(config.objective.ar_weight * batch.num_ar + batch.num_masked for batch in batches)
+    total = sum_over_ranks(accelerator, total)[0] / accelerator.num_processes
+    sums = KindSums()
+
+    def on_device() -> Iterator[tuple[TextBatch, Tensor]]:
+        for batch in batches:
+            moved = batch.to(accelerator.device)
+            yield moved, moved.weight_M / total
+
+    update = update_weights(run, on_device(), len(batches), sums.observe)
+    length = run.rows.length * config.train.rows_per_update
+    run.totals["tokens"] += length
+    seconds = time.perf_counter() - started
+    parts = (sums.ar_nats, sums.ar_tokens, sums.md_nats, sums.md_tokens)
+    ar_nats, ar_tokens, md_nats, md_tokens = sum_over_ranks(accelerator, *parts)
+    return {
+        "loss": update.loss,
+        **({"ar_loss": ar_nats / ar_tokens} if ar_tokens else {}),
+        **({"md_loss": md_nats / md_tokens} if md_tokens else {}),
+        "grad_norm": update.grad_norm,
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "epoch": run.totals["tokens"] / run.rows.length / run.rows.per_epoch,
+        "tokens_per_second": length / seconds,
+        "seconds": seconds,
+        **run.totals,
+    }
+
+
+def make_batches(run: TextRun, step: int) -> list[TextBatch]:
+    """This rank's micro-batches of one update. Masks are drawn for all rows on every rank."""
+    config, accelerator = run.config, run.accelerator
+    num_rows = config.train.rows_per_update
+    rows = [run.rows.at(index) for index in range(step * num_rows, (step + 1) * num_rows)]
+    mine = list(range(accelerator.process_index, num_rows, accelerator.num_processes))
+    size = config.train.micro_batch_rows
+    chosen = equally_many(accelerator, [mine[first : first + size] for first in range(0, len(mine), size)])
+    rates = rates_at(config.masking, step)
+    if config.objective.name == "block_diffusion":
+        seeds = [generator_for(config.train.seed, 5 * 10**6, step, place) for place in range(num_rows)]
+        make = partial(some_blocks, rows, run.model.spec, rates, seeds, config.objective)
+    else:
+        make = partial(some_rows, *masked_columns(rows, rates, config, step), run.model.spec, config, step)
+    return [make(some) if some else make([0]).without_targets() for some in chosen]
+
+
+def some_blocks(
+    rows: Sequence[TextRow],
+    spec: DiffusionSpec,
+    rates: MaskRates,
+    rngs: Sequence[torch.Generator],
+    section: ObjectiveSection,
+    chosen: Sequence[int],
+) -> TextBatch:
+    parts = [rows[i] for i in chosen], spec, rates, [rngs[i] for i in chosen]
+    return block_batch(*parts, complementary=section.complementary)
+
+
+def masked_columns(
+    rows: Sequence[TextRow], rates: MaskRates, config: TextConfig, step: int
+) -> tuple[Columns, Masks]:
+    """The rows of an update and their masks; also those that autoregressive rows have not."""
+    section, rng = config.objective, generator_for(config.train.seed, 5 * 10**6, step)
+    columns = in_order(Columns.of(rows), section, config.train.seed)
+    if section.input_masking is not None:
+        rates = MaskRates(windows=(section.input_masking,))
+        return columns, draw_masks(columns.is_text_BL, rates, rng)
+    return columns, draw_masks(can_mask(columns, section.prediction), rates, rng)
+
+
+def some_rows(
+    columns: Columns, masks: Masks, spec: DiffusionSpec, config: TextConfig, step: int, chosen: Sequence[int]
+) -> TextBatch:
+    """One micro-batch: the update's first rows are autoregressive."""
+    section, picked = config.objective, torch.tensor(chosen)
+    num_causal = int((picked < num_causal_rows(config, step)).sum())
+    masks = Masks(masks.is_masked[picked], masks.weight[picked])
+    columns = columns.pick(picked)
+    if section.complementary:
+        masked_BL, can_BL = masks.is_masked, can_mask(columns, section.prediction)
+        both = torch.cat([masked_BL, can_BL & ~masked_BL])
+        columns, masks = columns.pick(torch.arange(len(picked)).repeat(2)), Masks(both, both.float())
+    batch = mixed_rows(
+        columns,
+        num_causal,
+        masks,
+        section.prediction,
+        spec.mask_token_id,
+        ar_weight=section.ar_weight,
+        masks_causal=section.input_masking is not None,
+    )
+    return replace(batch, num_masked=batch.num_masked / 2) if section.complementary else batch
+
+
+def num_causal_rows(config: TextConfig, step: int) -> int:
+    """Autoregressive rows of an update: all, none, or so that their share over the steps is `ar_share`."""
+    num_rows, share = config.train.rows_per_update, config.objective.ar_share
+    if config.objective.name != "dual":
+        return num_rows if config.objective.name == "autoregressive" else 0
+    assert share != "auto", "resolve it first: it depends on the data"
+    return math.floor((step + 1) * num_rows * share + 1e-9) - math.floor(step * num_rows * share + 1e-9)
+
+
+def in_order(columns: Columns, section: ObjectiveSection, seed: int) -> Columns:
+    """The tokens of every row in the one order of the run (`objective.token_order`)."""
+    if section.token_order == "left_to_right":
+        return columns
+    order_R = torch.randperm(columns.ids_BR.shape[1], generator=generator_for(seed, 6 * 10**6))
+    return Columns(columns.ids_BR[:, order_R], columns.start_BR, columns.is_given_BR[:, order_R])

@@ -1,0 +1,143 @@
+"""Work made visible: one progress line with ETA, and `metrics.jsonl` of a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from opdlm.decoding.rollout import Rollout
+
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "tokens_per_forward": "{:.2f} tok/fwd",
+    "rollout_tokens_per_second": "{:.0f} tok/s",
+    "tokens_per_second": "{:.0f} tok/s",
+}
+"""What of a step's metrics stands beside the progress."""
+
+
+def progress_line(verb: str, console: Console) -> Progress:
+    """How much is done, time left, and what else `status` says; on terminals only."""
+    return Progress(
+        TextColumn(f"[bold]{verb}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+class MetricsLog:
+    """Progress on the console and one JSON line per step in `metrics.jsonl`."""
+
+    def __init__(self, output_dir: Path, console: Console, verb: str = "convert") -> None:
+        self.path = output_dir / "metrics.jsonl"
+        self.console = console
+        self.progress = progress_line(verb, console)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def start(self, num_steps: int, first_step: int) -> None:
+        """Begin at `first_step`: later lines of an interrupted run are dropped, they will be written
+        again.
+        """
+        keep = [row for row in read_metrics(self.path) if row["step"] <= first_step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in keep))
+        self.num_steps, self.first_step, self.started = num_steps, first_step, time.monotonic()
+        self.task = self.progress.add_task("", total=num_steps, completed=first_step, status="")
+        self.progress.start()
+        if first_step:
+            self.console.print(f"resumed at step {first_step} of {num_steps}")
+
+    def note(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        status = "  ".join(text.format(metrics[key]) for key, text in SHOWN.items() if key in metrics)
+        self.progress.update(self.task, completed=step, status=status)
+        if not self.console.is_terminal and (
+            step % max(1, self.num_steps // 20) == 0 or step == self.num_steps
+        ):
+            seconds = time.monotonic() - self.started
+            left = seconds / (step - self.first_step) * (self.num_steps - step)
+            self.console.print(f"step {step}/{self.num_steps}  {status}  {seconds:.0f} s, {left:.0f} s left")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Complete lines of a `metrics.jsonl`; a line cut off by a crash is ignored."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+class DecodingProgress:
+    """One line while prompts are answered: how many, tokens per second, time left."""
+
+    def __init__(self, num_prompts: int, console: Console) -> None:
+        self.num_prompts, self.console = num_prompts, console
+        self.done = self.num_tokens = 0
+        self.seen: set[int] = set()
+        self.progress = progress_line("rollout", console)
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> DecodingProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / max(1e-9, time.monotonic() - self.started)
+
+    def begin(self, now: float) -> TaskID:
+        """The clock runs from the first step, not from loading."""
+        if self.task is None:
+            self.first_done, self.started = self.done, now
+            self.task = self.progress.add_task("", total=self.num_prompts, completed=self.done, status="")
+            self.progress.start()
+        return self.task
+
+    def on_step(self, index_B: Tensor, tokens_BL: Tensor, revealed_BL: Tensor) -> None:
+        """After every decoding step (`generate`)."""
+        task = self.begin(time.monotonic())
+        self.seen.update(index_B.tolist())
+        self.num_tokens += int(revealed_BL.sum())
+        finished = self.done + len(self.seen) - len(index_B)
+        self.progress.update(task, completed=finished, status=f"{self.tokens_per_second:.0f} tok/s")
+
+    def on_piece(self, rollouts: Sequence[Rollout], seconds: float) -> None:
+        """These are on the disk; 0 seconds: they were there."""
+        if seconds and self.task is None:  # an engine that shows no steps
+            self.begin(time.monotonic() - seconds)
+        if not self.seen and seconds:
+            self.num_tokens += sum(rollout.num_response for rollout in rollouts)
+        self.done += len(rollouts)
+        self.seen.clear()
+        if seconds and not self.console.is_terminal:
+            spent = time.monotonic() - self.started
+            left = spent / (self.done - self.first_done) * (self.num_prompts - self.done)
+            self.console.print(
+                f"rollout {self.done}/{self.num_prompts}  {self.tokens_per_second:.0f} tok/s  "
+                f"{spent:.0f} s, {left:.0f} s left"
+            )

@@ -1,0 +1,280 @@
+"""Block-diffusion decoding in vLLM's diffusion path (0.32, Model Runner V2: CUDA).
+
+vLLM schedules a block ("canvas") as draft tokens. A denoising step accepts none of them, so its keys and
+values are rolled back; a complete block is forwarded once more and accepted: that commits it. To the
+attention every block of a prompt is a query of its own, which makes the context block-causal; in `preserve`
+every clean slot is one, and the adapter is computed for the others (`vllm_gate`).
+
+Tokens of a prompt that a first canvas starts with (`vllm_canvases`) are taken back after the prefill:
+reported as rejected, which vLLM's worker heeds and its scheduler does not, as it looks at drafts only. The
+first commit reports the new tokens, and the scheduler takes the others for rejected drafts: both agree again
+(in `preserve` but for one token, which every canvas computes again).
+
+vLLM loads this room itself (entry point `vllm.general_plugins`); config.json says all it needs
+(`vllm_config_values`).
+
+Shape suffixes: R request places, T tokens of a block, B requests, D those that decode now.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import zlib
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from opdlm.decoding.decode_state import DecodeConfig
+from opdlm.errors import ConfigError
+from opdlm.modeling.attention import layer_windows
+from opdlm.modeling.diffusion_lm import DiffusionSpec
+from opdlm.vllm.canvases import Canvases, block_queries, slot_queries
+from opdlm.vllm.gate import SlotGate
+
+VERSION = "0.32.0"
+"""Of vLLM: what is used of it here is internal and changes."""
+FAMILIES = {"qwen3": ("OpdlmQwen3", "Qwen3ForCausalLM"), "llama": ("OpdlmLlama", "LlamaForCausalLM")}
+"""model_type: our architecture, and vLLM's class that it extends."""
+
+
+MODES = ("static", "threshold", "left_to_right")
+
+
+def vllm_config_values(config: PretrainedConfig, spec: DiffusionSpec, decode: DecodeConfig) -> dict[str, Any]:
+    """What config.json says to vLLM beyond the base architecture; ConfigError for students it cannot run."""
+    check_runs_in_vllm(config, spec, decode)
+    return {
+        "architectures": [FAMILIES[config.model_type][0]],
+        "canvas_length": spec.block_size,
+        "block_diffusion": spec.to_dict(),
+        "opdlm_decode": asdict(decode),
+    }
+
+
+def check_runs_in_vllm(config: PretrainedConfig, spec: DiffusionSpec, decode: DecodeConfig) -> None:
+    if spec.format == "preserve" and not spec.adapter:
+        raise ConfigError(
+            "preserve students without an adapter do not run in vLLM: they are two sets of weights, and it "
+            "holds one. Use our own engine, or convert with lora.enabled=true."
+        )
+    if spec.format == "preserve" and decode.veto_below:
+        raise ConfigError(
+            f"veto_below ({decode.veto_below:g}) does not run in vLLM: a committed block stays. Set it to 0."
+        )
+    if config.model_type not in FAMILIES or any(window is not None for window in layer_windows(config)):
+        raise ConfigError(
+            f"{config.model_type} students do not run in vLLM: its plugin knows {' and '.join(FAMILIES)} "
+            "without sliding windows. Use our own engine."
+        )
+    if decode.mode not in MODES:
+        raise ConfigError(f"mode {decode.mode} does not run in vLLM: use {', '.join(MODES)}.")
+
+
+class Sampler:
+    """What vLLM calls after every forward, in place of its own sampler."""
+
+    penalties_state = SimpleNamespace(output_bin_counts=None)
+
+    def __init__(self, canvases: Canvases, draft_tokens_RT: Tensor) -> None:
+        self.canvases, self.draft_tokens_RT = canvases, draft_tokens_RT
+
+    def add_request(self, place: int, params: Any) -> None:
+        """The model state has seen the request already."""
+
+    def apply_staged_writes(self) -> None:
+        """Nothing is staged."""
+
+    def __call__(self, logits: Tensor, batch: Any, draft_logits: Tensor | None = None) -> Any:
+        from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+        canvases, size = self.canvases, self.canvases.spec.block_size
+        place_B = batch.idx_mapping[: batch.num_reqs].long()
+        sampled = torch.full((batch.num_reqs, size), canvases.spec.mask_token_id, device=canvases.device)
+        num_sampled = torch.zeros(batch.num_reqs, dtype=torch.long, device=canvases.device)
+        num_rejected = torch.zeros_like(num_sampled)
+        if batch.num_draft_tokens:
+            first_B = torch.from_numpy(batch.cu_num_logits_np[: batch.num_reqs + 1]).long()
+            width_B = first_B.diff().to(canvases.device)
+            whole_D = (width_B == size).nonzero()[:, 0]
+            first_D = first_B.to(canvases.device)[whole_D]
+            sampled[whole_D], num_new_D = canvases.advance(place_B[whole_D], logits, first_D)
+            num_sampled[whole_D] = num_new_D
+            num_rejected[whole_D] = (num_new_D == 0).long() * size
+            self.draft_tokens_RT[place_B[whole_D], :size] = canvases.slots(place_B[whole_D])
+            # the context ends inside this block: no token of it is known, and these masks are the last
+            cut_B = (width_B > 0) & (width_B < size)
+            num_sampled = torch.where(cut_B, width_B, num_sampled)
+            prefilled_D = (width_B == 0).nonzero()[:, 0]
+        else:
+            prefilled_D = torch.arange(batch.num_reqs, device=canvases.device)
+        num_rejected[prefilled_D] = canvases.take_back(place_B[prefilled_D])
+        return SamplerOutput(
+            sampled_token_ids=sampled.int(),
+            logprobs_tensors=None,
+            num_nans=None,
+            num_sampled=num_sampled.int(),
+            num_rejected=num_rejected.int(),
+        )
+
+
+@functools.cache
+def state_class() -> type:
+    """vLLM's model state, made here because vLLM is optional."""
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    class BlockDiffusionState(DefaultModelState):
+        """Requests denoise blocks; in every forward a block sees itself and all before it."""
+
+        num_new_sampled_tokens_per_step = 0
+
+        def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
+            super().__init__(vllm_config, model, encoder_cache, device)
+            config = self.model_config.hf_config
+            spec = DiffusionSpec.from_dict(dict(config.block_diffusion))
+            assert vllm_config.diffusion_config.canvas_length == spec.block_size
+            decode = DecodeConfig(**config.opdlm_decode)
+            self.canvases = Canvases(spec, decode, self.max_num_reqs, device)
+            if spec.format == "preserve":
+                named = model.named_modules()
+                self.gate = SlotGate({name: m for name, m in named if isinstance(m, LinearBase)})
+
+        def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
+            self.draft_tokens_RT = sampler.req_states.draft_tokens
+            return Sampler(self.canvases, self.draft_tokens_RT), None
+
+        def add_request(self, req_index: int, new_req_data: Any) -> None:
+            super().add_request(req_index, new_req_data)
+            extra = new_req_data.sampling_params.extra_args or {}
+            seed = extra.get("opdlm_seed", zlib.crc32(new_req_data.req_id.encode()))
+            row = extra.get("opdlm_row")
+            self.canvases.start(req_index, list(new_req_data.prefill_token_ids), seed, row)
+            place_1 = torch.tensor([req_index], device=self.device)
+            self.draft_tokens_RT[place_1, : self.canvases.spec.block_size] = self.canvases.slots(place_1)
+
+        def prepare_attn(
+            self,
+            input_batch: Any,
+            cudagraph_mode: Any,
+            block_tables: Any,
+            slot_mappings: Any,
+            attn_groups: Any,
+            kv_cache_config: Any,
+            for_capture: bool = False,
+            ubatch_idx: int = 0,
+        ) -> dict[str, Any]:
+            spec, num_tokens = self.canvases.spec, input_batch.num_scheduled_tokens
+            if spec.format == "preserve":
+                num_clean = self.begin_canvases(input_batch)
+                rows, ends = slot_queries(num_tokens, num_clean)
+            else:
+                rows, ends = block_queries(num_tokens, spec.block_size, spec.grid)
+            first_N = torch.tensor([0, *ends], dtype=torch.int32)
+            request_ends = torch.from_numpy(input_batch.query_start_loc_np)[1:]
+            unseen_N = (request_ends[rows] - first_N[1:]).to(self.device)
+            row_N = torch.tensor(rows, device=self.device)
+            return build_attn_metadata(
+                attn_groups=attn_groups,
+                num_reqs=len(row_N),
+                num_tokens=input_batch.num_tokens,
+                query_start_loc_gpu=first_N.to(self.device),
+                query_start_loc_cpu=first_N,
+                max_query_len=int(first_N.diff().max()),
+                seq_lens=input_batch.seq_lens[row_N] - unseen_N,
+                max_seq_len=self.max_model_len,
+                block_tables=[table[row_N] for table in block_tables],
+                slot_mappings=slot_mappings,
+                kv_cache_config=kv_cache_config,
+                causal=False,
+            )
+
+        def begin_canvases(self, batch: Any) -> list[int]:
+            """`preserve`: how many slots of each request are clean; the gate opens for the others.
+
+            Writes the canvases' ids: to vLLM a first canvas may look like the rest of a prompt.
+            """
+            counts = torch.as_tensor(batch.num_scheduled_tokens).long()
+            first_B = counts.cumsum(0) - counts
+            width_B = torch.from_numpy(batch.cu_num_logits_np[: batch.num_reqs + 1]).diff()
+            num_clean_B = counts.clone()
+            is_whole_B = width_B == self.canvases.spec.block_size
+            place_D = batch.idx_mapping[: batch.num_reqs].long()[is_whole_B.to(self.device)]
+            num_clean_B[is_whole_B] = self.canvases.num_clean(place_D).cpu()
+            offset_T = torch.arange(self.canvases.spec.block_size)
+            column_DT = first_B[is_whole_B, None] + offset_T
+            batch.input_ids[column_DT.to(self.device)] = self.canvases.slots(place_D).to(
+                batch.input_ids.dtype
+            )
+            is_noised_DT = offset_T >= num_clean_B[is_whole_B, None]
+            self.gate.noised_N = column_DT[is_noised_DT].to(self.device)
+            return num_clean_B.tolist()
+
+    return BlockDiffusionState
+
+
+@functools.cache
+def model_class(architecture: str, base_name: str, module: str) -> type:
+    """vLLM's class of a family, with our state."""
+    base: Any = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), base_name)
+    return type(architecture, (base,), {"get_model_state_cls": staticmethod(state_class)})
+
+
+@functools.cache
+def config_class() -> type:
+    """How vLLM must run these models, whatever its command line says."""
+    from vllm.config.diffusion import DiffusionConfig
+    from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+    class BlockDiffusionConfig(VerifyAndUpdateConfig):
+        """A prompt is prefilled in one forward, as chunks would part blocks; cached prefixes of one prompt
+        are not another's where blocks start elsewhere.
+        """
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+            size = model.hf_config.canvas_length
+            if not vllm_config.use_v2_model_runner:
+                raise ValueError(
+                    "block-diffusion students of opdlm need vLLM's Model Runner V2, which needs Triton and a "
+                    "GPU: run them with `opdlm generate` here."
+                )
+            if vllm_config.parallel_config.pipeline_parallel_size > 1:
+                raise ValueError("block-diffusion students of opdlm run without --pipeline-parallel-size.")
+            vllm_config.diffusion_config = DiffusionConfig(canvas_length=size)
+            scheduler.async_scheduling = scheduler.enable_chunked_prefill = False
+            num_tokens = max(
+                scheduler.max_num_batched_tokens, model.max_model_len, scheduler.max_num_seqs * size
+            )
+            scheduler.max_num_batched_tokens = -(-num_tokens // size) * size
+            vllm_config.cache_config.enable_prefix_caching = False
+            model.enforce_eager = True
+
+    return BlockDiffusionConfig
+
+
+def register() -> None:
+    """Called by vLLM when it starts, in each of its processes, whichever model it runs."""
+    import vllm
+
+    if vllm.__version__.partition("+")[0] != VERSION:
+        logging.getLogger("vllm").warning(
+            "opdlm's block-diffusion models need vllm==%s, and this is %s: they are not registered.",
+            VERSION,
+            vllm.__version__,
+        )
+        return
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    for module, (architecture, base_name) in FAMILIES.items():
+        if architecture not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(architecture, model_class(architecture, base_name, module))
+            MODELS_CONFIG_MAP[architecture] = config_class()
