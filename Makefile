@@ -28,7 +28,7 @@ test-vllm:
 	  .venv-vllm/bin/python -m pip install -q --no-deps -e .; \
 	  echo "$$wanted" > .venv-vllm/.opdlm-installed; \
 	fi
-	@for file in tests/test_vllm*.py; do OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm $$file || exit 1; done
+	@for file in tests/vllm/test_vllm*.py; do OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm $$file || exit 1; done
 
 lint: env
 	$(BIN)/ruff check .

@@ -40,7 +40,7 @@ from opdlm.modeling.compiled import compiled_decoding
 from opdlm.modeling.diffusion_lm import DiffusionLM, PackedForward, backbone
 from opdlm.modeling.kv_cache import DecodeCache
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
 from simple_loop import simple_denoise
 
 Ids = tuple[int, ...]

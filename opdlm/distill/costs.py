@@ -10,7 +10,7 @@ vocabulary, Q queries and K keys of a micro-batch's student pass, per layer:
     kept if checkpointed    Q * a * H
     at work, one layer      the first line once more, or the chunks of the loss if they are larger
     FLOPs                   2 * weights * Q + 4 A * Q * K; backward 2x that (LoRA 1x), checkpointed + 1x
-It does not know the kernels' own buffers or the allocator's slack: `tests/test_recipes.py` measures how far
+It does not know the kernels' own buffers or the allocator's slack: `tests/config/test_recipes.py` measures how far
 off it is on one step. Kernels with a dense mask compute all Q * K pairs, so they are counted.
 """
 

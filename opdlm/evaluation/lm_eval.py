@@ -4,8 +4,8 @@
 diffusion bound (`likelihood.nll_bound`), and a continuation counts as greedy where decoding it in that mode
 gives it back. Tokenisation, truncation, chat templates, batching and stop strings are the harness's own
 Hugging Face class, so scores compare with `lm_eval --model hf`. lm-eval 0.4 finds models by name in its own
-table only; `python -m opdlm.evaluation.lm_eval run --model opdlm --model_args pretrained=DIR,mode=threshold ...` is its
-command with ours added. Needs the extra `eval`.
+table only; `python -m opdlm.evaluation.lm_eval run --model opdlm --model_args pretrained=DIR,mode=threshold ...`
+is its command with ours added. Needs the extra `eval`.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from opdlm.distill.rollout_file import COLUMNS, RolloutFile, log_path_of, write_
 from opdlm.objectives.mask_theory import ngram_signal_weights, optimal_t
 from opdlm.seeds import seed_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NUM_PROMPTS = 12
 
 

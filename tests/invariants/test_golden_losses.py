@@ -23,7 +23,7 @@ from opdlm.objectives.losses import (
     top_k_targets,
 )
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 if not (GOLDEN / "golden.json").exists():
     pytest.skip(f"no golden numbers in {GOLDEN}", allow_module_level=True)
 

@@ -47,7 +47,7 @@ from opdlm.training.deepspeed import ZeroOptimizer
 from opdlm.training.devices import leave_ranks
 from opdlm.training.loop import resume, save
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KINDS = ("lora", "sdar")
 FAST, SLOW = ("lora-ddp", "lora-fsdp", "sdar-fsdp", "next-ddp", "text-ddp", "text-fsdp"), ("sdar-ddp",)
 ZERO = ("lora-zero2", "lora-zero3", "sdar-zero2", "sdar-zero3")
@@ -180,7 +180,8 @@ def main(root: Path, cases: list[str]) -> None:
 
 def launch(program: list[str], *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a program on two processes of one thread."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | variables
     command = [sys.executable, "-m", *options, *program]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr

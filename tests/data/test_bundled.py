@@ -18,7 +18,7 @@ from opdlm.config.text import load_text_config
 from opdlm.data.prompts import load_tasks
 from opdlm.evaluation.evaluate import decode_tasks, report_mode
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL_RUN = [
     "train.num_steps=2",
     "rollout.prompts_per_step=8",

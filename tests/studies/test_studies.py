@@ -26,7 +26,7 @@ from opdlm.studies.parity import BASELINE, MASK, ParityGrid, ParityRun
 from opdlm.studies.run import STUDIES, read_plan, run_study
 from opdlm.studies.text_study import AR, MD, prepare_text, run_text, text_cell
 
-RECIPES = Path(__file__).parent.parent / "recipes" / "studies"
+RECIPES = Path(__file__).parents[2] / "recipes" / "studies"
 FILES = sorted(RECIPES.glob("*.yaml"))
 SEEDS = range(5)
 PNG = b"\x89PNG"

@@ -19,7 +19,7 @@ from opdlm.cli.main import main
 from opdlm.config.rules import load_config
 from opdlm.decoding.generate import DecodeConfig, Mode, generate
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 VARIANTS = {
     "preserve-lora": ("llama", ("format.name=preserve",)),
     "preserve-copy": ("qwen3", ("format.name=preserve", "lora.enabled=false")),

@@ -23,7 +23,7 @@ from opdlm.distill import trainer as trainer
 from opdlm.training.loop import changed_settings
 from opdlm.training.metrics import MetricsLog
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TIMES = {"rollout_tokens_per_second", "rollout_wait_seconds", "rollout_share_of_time", "seconds"}
 
 

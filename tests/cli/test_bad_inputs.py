@@ -1,6 +1,6 @@
 """Every wrong input is one line that names the place and the fix, exit code 2, and no new folder.
 
-`python tests/test_bad_inputs.py > docs/errors.md` writes the table of messages.
+`python tests/cli/test_bad_inputs.py > docs/errors.md` writes the table of messages.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from opdlm.cli.main import main
 from opdlm.decoding.rollout import NEVER
 from opdlm.distill.rollout_file import RECORD
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -1202,6 +1202,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         table = error_table(make_place(Path(folder)))
     print("# What wrong inputs say\n")
-    print("Written by `python tests/test_bad_inputs.py > docs/errors.md`; every row is a test. Exit code 2,")
+    print(
+        "Written by `python tests/cli/test_bad_inputs.py > docs/errors.md`; every row is a test. Exit code 2,"
+    )
     print("one line on stderr after `opdlm: `, nothing written.\n")
     print(table)

@@ -142,7 +142,7 @@ def served(folder: Path, site: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    paths = [str(site), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(site), str(Path(__file__).parents[1] / "support"), os.environ.get("PYTHONPATH", "")]
     environment = {"PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "1"}
     environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # threads bound to busy cores wait for each other
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]

@@ -33,7 +33,7 @@ from opdlm.seeds import seed_of
 from opdlm.serving.decode_thread import DecodeThread
 from opdlm.serving.server import Server
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MAX_LENGTH = 96
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"

@@ -34,7 +34,7 @@ from opdlm.objectives.states import StateBatch, block_table, noised_slots
 from opdlm.objectives.targets import score_rows, targets_at_supervised
 from opdlm.training.loop import learning_rate_scale
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 if not (GOLDEN / "golden.json").exists():
     pytest.skip(f"no golden numbers in {GOLDEN}", allow_module_level=True)
 

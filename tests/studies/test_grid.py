@@ -16,7 +16,7 @@ from rich.console import Console
 from opdlm.errors import ConfigError
 from opdlm.studies.grid import Cell, GridResult, environment, num_cores, run_grid
 
-CELLS = Path(__file__).with_name("grid_cells.py")
+CELLS = Path(__file__).parents[1] / "support" / "grid_cells.py"
 
 
 def run(grid: list[Cell], out: Path, run_cell=fit_or_fail) -> tuple[GridResult, str]:

@@ -12,7 +12,7 @@ from opdlm.config.loader import plain
 from opdlm.studies.run import STUDIES, read_plan
 from opdlm.studies.text_study import prepare_text
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "study"
 NAMES = sorted(path.parent.name for path in RESULTS.glob("*/results.json"))
 PAGE = ROOT / "docs" / "studies.md"
@@ -25,7 +25,7 @@ half an hour on two cores each. Every verdict is computed from the runs, by a ru
 states with the numbers and the picture. A miniature says what happens at its size, not at the paper's:
 recipes for that, not run here, are `opdlm study NAME_paper`.
 
-Written by `python tests/test_study_results.py > docs/studies.md`."""
+Written by `python tests/studies/test_study_results.py > docs/studies.md`."""
 
 
 def committed(name: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from opdlm.cli.main import main
 from opdlm.evaluation import evaluate as evaluation
 from opdlm.evaluation.generation_log import GenerationLog
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TASKS = [
     {"prompt": f"{verb} {i} {7 * i % 10}", "answer": str(i), "skill": verb, "held_out": verb == "mul"}
     for verb in ("add", "mul")
