@@ -31,9 +31,10 @@ import torch
 
 from opdlm.checkpoints.load import load, load_causal_lm
 from opdlm.data.prompts import load_tasks
-from opdlm.decoding.decode_state import Rows
+from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.decode_state import DecodeState
 from opdlm.decoding.denoise import denoise_step
-from opdlm.decoding.generate import DecodeConfig, collect_finished, generate, make_requests
+from opdlm.decoding.generate import collect_finished, generate, make_requests
 from opdlm.decoding.rollout import Rollout
 from opdlm.evaluation.speed import hf_responses
 from opdlm.modeling.compiled import compiled_decoding
@@ -44,7 +45,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
 from simple_loop import simple_denoise
 
 Ids = tuple[int, ...]
-ROLLOUT = DecodeConfig(mode="threshold", max_new_tokens=80, temperature=1.0, veto_below=0.0)
+ROLLOUT = DecodeConfig(mode="threshold", max_new_tokens=80, temperature=1.0, ar_accept_threshold=0.0)
 BATCH_SIZES = {1: 8, 8: 32, 64: 128}
 """Rows at once, and of how many prompts."""
 
@@ -95,7 +96,7 @@ def reprefill(model: DiffusionLM, prompts: list[Ids], config: DecodeConfig) -> l
         batch = requests[first : first + config.batch_size]
         capacity = max(len(request.ids) for request in batch) + config.max_new_tokens + 2 * block_size + 1
         cache = DecodeCache(len(batch), capacity, model.device)
-        rows = Rows.start(batch, capacity, model.spec.mask_token_id, block_size - 1)
+        rows = DecodeState.start(batch, capacity, model.spec.mask_token_id, block_size - 1)
         while len(rows):
             rows.committed_B = torch.zeros_like(rows.committed_B)
             denoise_step(model, rows, cache, config, grid, model.spec.format)

@@ -31,7 +31,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opdlm.checkpoints.load import assemble
 from opdlm.config.sections import LoraSection
-from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.generate import generate
 from opdlm.distill.pipeline import versions
 from opdlm.evaluation.speed import hf_responses
 from opdlm.modeling.cpu_linear import use_faster_linear
@@ -81,7 +82,9 @@ def compare(model: DiffusionLM, base: Any, batch_size: int, args: argparse.Names
     """Tokens per second of each side, all on the same prompts."""
     ids_BL = torch.randint(1, 100_000, (batch_size, args.prompt), generator=generator_for(0))
     prompts: list[Ids] = [tuple(ids) for ids in ids_BL.tolist()]
-    config = DecodeConfig(mode="static", max_new_tokens=args.new, batch_size=batch_size, veto_below=0.0)
+    config = DecodeConfig(
+        mode="static", max_new_tokens=args.new, batch_size=batch_size, ar_accept_threshold=0.0
+    )
     ar = replace(config, mode="ar")
     sides = {
         "transformers.generate": lambda: hf_responses(base, model, prompts, config),
@@ -96,7 +99,7 @@ def step_seconds(model: DiffusionLM, num_known: int, num_steps: int = 300) -> fl
     """Median seconds of the last 20 denoising steps after `num_known` tokens: by then weights are packed."""
     times: list[float] = []
     prompt = torch.randint(1, 100_000, (num_known,), generator=generator_for(1)).tolist()
-    config = DecodeConfig(mode="static", max_new_tokens=num_steps, batch_size=1, veto_below=0.0)
+    config = DecodeConfig(mode="static", max_new_tokens=num_steps, batch_size=1, ar_accept_threshold=0.0)
     generate(model, [prompt], config, on_step=lambda *_: times.append(time.perf_counter()))
     return statistics.median(later - earlier for earlier, later in itertools.pairwise(times[-21:]))
 

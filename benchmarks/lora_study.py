@@ -27,8 +27,8 @@ from opdlm.config.sections import Config
 from opdlm.distill.pipeline import load_inputs, versions
 from opdlm.distill.trainer import start_run, train_step
 from opdlm.evaluation.evaluate import evaluate
+from opdlm.files import write_atomic
 from opdlm.reporting.plots import new_figure
-from opdlm.training.checkpoint import write_atomic
 
 ATTENTION = "lora.target_modules=[q_proj,k_proj,v_proj,o_proj]"
 VARIANTS: dict[str, tuple[str, ...]] = {

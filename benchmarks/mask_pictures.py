@@ -16,7 +16,8 @@ from matplotlib.colors import ListedColormap
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
 from opdlm.modeling.attention import keys_with_cache
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
@@ -75,9 +76,9 @@ class Recorder(DiffusionLM):
     def packed_hidden(self, packed: Packed, num_rows: int, cache: DecodeCache) -> tuple[torch.Tensor, int]:
         result = super().packed_hidden(packed, num_rows, cache)
         of_row = [packed.row_N == row for row in range(num_rows)]
-        fields = (packed.ids_N, packed.positions_N, packed.reach_N, packed.group_N, packed.row_N >= 0)
+        fields = (packed.ids_N, packed.positions_N, packed.visible_until_N, packed.group_N, packed.row_N >= 0)
         slots = make_slots(*(pad_sequence([x[keep] for keep in of_row], batch_first=True) for x in fields))
-        self.steps.append((slots, keys_with_cache(slots, int(slots.reach_BS.max()) + 1)))
+        self.steps.append((slots, keys_with_cache(slots, int(slots.visible_until_BS.max()) + 1)))
         return result
 
 

@@ -42,13 +42,13 @@ def run_config(fmt: str, objective: str, args: argparse.Namespace) -> Config:
             f"train.seed={args.seed}",
             "rollout.prompts_per_step=64",
             "train.rows_per_update=32",
-            "train.passes_per_rollout=1",
+            "train.epochs_per_rollout=1",
             "rollout.warm_start_steps=0",
             "data.path=bundled:prompts.jsonl",
             "data.self_prompts=0",
             f"eval.limit={args.limit}",
             "eval.modes=static,threshold",
-            "eval.veto_below=0",  # what the student itself decodes
+            "eval.ar_accept_threshold=0",  # what the student itself decodes
         ],
     )
 

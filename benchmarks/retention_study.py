@@ -29,8 +29,8 @@ from rich.console import Console
 from opdlm.cli.commands import quiet_libraries
 from opdlm.config.rules import load_config
 from opdlm.distill.pipeline import convert_checkpoint, versions
+from opdlm.files import write_atomic
 from opdlm.reporting.plots import new_figure
-from opdlm.training.checkpoint import write_atomic
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 OBJECTIVES = ("sft", "off_policy", "opd_random", "opd")
@@ -63,11 +63,11 @@ class Cell:
             f"train.seed={self.seed}",
             "rollout.prompts_per_step=64",
             "train.rows_per_update=32",
-            "train.passes_per_rollout=1",
+            "train.epochs_per_rollout=1",
             "rollout.warm_start_steps=0",
             "data.path=bundled:prompts.jsonl",
             f"eval.modes={modes}",
-            "eval.veto_below=0",
+            "eval.ar_accept_threshold=0",
         ]
 
 

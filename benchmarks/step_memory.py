@@ -99,7 +99,7 @@ def naive_loss(student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, states: Sta
     noised = states.slots.group_BS[0] > CLEAN
     num_text = states.text.ids_BS.shape[1]
     block_BS = states.text.positions_BS // BLOCK_SIZE
-    clean = replace(states.text, reach_BS=(block_BS + 1) * BLOCK_SIZE - 1)
+    clean = replace(states.text, visible_until_BS=(block_BS + 1) * BLOCK_SIZE - 1)
     row = join_slots(clean, Slots(*(x_BS[:, noised] for x_BS in states.slots.tensors)))
     inputs = {
         "input_ids": row.ids_BS,

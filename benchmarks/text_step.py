@@ -23,7 +23,7 @@ import torch
 
 from opdlm.cli.commands import quiet_libraries
 from opdlm.config.text import load_text_config
-from opdlm.data.documents import Columns
+from opdlm.data.documents import RowBatch
 from opdlm.evaluation.retention import versions
 from opdlm.objectives.masking import rates_at
 from opdlm.text.pipeline import load_text_inputs
@@ -69,7 +69,7 @@ def stock_step(run: TextRun) -> Callable[[int], None]:
     def step(number: int) -> None:
         first = number * run.config.train.rows_per_update
         rows = [run.rows.at(i) for i in range(first, first + run.config.train.rows_per_update)]
-        ids_BL = Columns.of(rows).ids_BR[:, :-1]
+        ids_BL = RowBatch.of(rows).ids_BR[:, :-1]
         model(input_ids=ids_BL, labels=ids_BL, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

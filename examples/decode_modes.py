@@ -7,7 +7,8 @@ import sys
 
 import opdlm
 from opdlm.data.prompts import encode_prompt
-from opdlm.decoding.generate import DecodeConfig, Mode, generate
+from opdlm.decoding.decode_config import DecodeConfig, Mode
+from opdlm.decoding.generate import generate
 
 
 def main(folder: str, text: str) -> None:

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from opdlm.config.rules import load_config
 from opdlm.decoding.decode_state import DecodeStats
-from opdlm.distill.generate_rollouts import generate_rollouts
 from opdlm.distill.pipeline import load_inputs
+from opdlm.distill.rollouts import generate_rollouts
 from opdlm.distill.trainer import train
 from opdlm.objectives.states import select_states
 from opdlm.seeds import generator_for

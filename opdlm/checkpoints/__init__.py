@@ -1,1 +1,1 @@
-"""checkpoints."""
+"""Folders in, folders out: load, convert, adapters, export."""

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opdlm.checkpoints.load import assemble, copy_of, set_embedding_row, vocabulary_rows
 from opdlm.config.sections import Config, FormatSection, RunConfig
 from opdlm.errors import DataError
-from opdlm.modeling.attention import SlotCache, layer_kinds
+from opdlm.modeling.attention import layer_kinds
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec, head_logits
+from opdlm.modeling.kv_cache import SlotCache
 from opdlm.modeling.slots import clean_slots
 
 PROBE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
@@ -171,7 +172,7 @@ def find_failure(model: PreTrainedModel, spec: DiffusionSpec) -> str | None:
         return (
             "a later token changes earlier states although the mask is causal (not a plain attention model)"
         )
-    open_ended = replace(causal, reach_BS=torch.full_like(ids_BL, ids_BL.shape[1] - 1))
+    open_ended = replace(causal, visible_until_BS=torch.full_like(ids_BL, ids_BL.shape[1] - 1))
     if torch.equal(asked.student_hidden(open_ended), hidden_BLH):
         return "it ignores a mask that lets earlier tokens see later ones"
 

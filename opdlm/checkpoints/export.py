@@ -28,10 +28,10 @@ from opdlm.checkpoints.load import (
     set_embedding_row,
 )
 from opdlm.checkpoints.lora import merged
-from opdlm.decoding.decode_state import DecodeConfig
+from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.errors import ConfigError
+from opdlm.files import atomic_folder
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
-from opdlm.training.checkpoint import atomic_folder
 from opdlm.vllm.plugin import vllm_config_values
 
 REMOTE_FILES = (
@@ -39,6 +39,7 @@ REMOTE_FILES = (
     "decoding/generate.py",
     "decoding/lossless.py",
     "decoding/denoise.py",
+    "decoding/decode_config.py",
     "decoding/decode_state.py",
     "modeling/diffusion_lm.py",
     "modeling/attention.py",

@@ -32,8 +32,7 @@ from opdlm.checkpoints.lora import adapted_layers, add_lora, no_future_warnings
 from opdlm.config.sections import LoraSection, resolve_path
 from opdlm.errors import ConfigError, DataError
 from opdlm.modeling.cpu_linear import use_faster_linear
-from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec, head_constants
-from opdlm.objectives.losses import Head
+from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 
 ADAPTER_FOLDER = "adapter"
 STUDENT_FOLDER = "student"
@@ -160,15 +159,6 @@ def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def head_of(model: PreTrainedModel, banned: Tensor | None = None) -> Head:
-    """The LM head as plain tensors, for the chunked loss."""
-    softcap, scale = head_constants(model)
-    linear = model.get_output_embeddings()
-    return Head(
-        weight=linear.weight, bias=getattr(linear, "bias", None), softcap=softcap, scale=scale, banned=banned
-    )
-
-
 def assemble(
     base: PreTrainedModel,
     spec: DiffusionSpec,
@@ -244,21 +234,21 @@ def set_embedding_row(model: PreTrainedModel, token_id: int, entering_H: Tensor)
 def check_fits(model: DiffusionLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, key: str) -> None:
     """Prompt, response and the drafts past its end must lie within the positions the model knows."""
     longest = max(len(ids) for ids in prompts)
-    if longest + max_new_tokens > room_of(model):
+    if longest + max_new_tokens > max_total_tokens(model):
         raise DataError(
             f"the longest prompt ({longest} tokens) plus {key} ({max_new_tokens}) and two blocks of drafts "
-            f"exceeds the model's context ({context_of(model)}). Lower {key} or shorten the prompt."
+            f"exceeds the model's context ({context_length(model)}). Lower {key} or shorten the prompt."
         )
 
 
-def context_of(model: DiffusionLM) -> float:
+def context_length(model: DiffusionLM) -> float:
     """Positions that the model knows; infinite where its config names none."""
     return getattr(model.student.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
-def room_of(model: DiffusionLM) -> float:
+def max_total_tokens(model: DiffusionLM) -> float:
     """Tokens of prompt and response together: the context without two blocks, where drafts may end."""
-    return context_of(model) - 2 * model.spec.block_size
+    return context_length(model) - 2 * model.spec.block_size
 
 
 def input_embedding(model: PreTrainedModel) -> nn.Embedding:

@@ -21,13 +21,15 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
-from ..decoding.decode_state import Rows as Rows
+# transformers copies only the files that this one imports itself: those it does not use are named `x as x`.
+from ..decoding.decode_config import DecodeConfig
+from ..decoding.decode_state import DecodeState as DecodeState
 from ..decoding.denoise import denoise_step as denoise_step
-from ..decoding.generate import DecodeConfig, generate
+from ..decoding.generate import generate
 from ..decoding.lossless import lossless_step as lossless_step
 from ..decoding.rollout import Rollout as Rollout
 from ..decoding.unmasking import Remasking as Remasking
-from ..modeling.attention import SlotCache as SlotCache
+from ..modeling.attention import choose_backend as choose_backend
 from ..modeling.cpu_linear import use_faster_linear
 from ..modeling.diffusion_lm import Adapted, DiffusionLM, DiffusionSpec
 from ..modeling.kv_cache import DecodeCache as DecodeCache

@@ -148,7 +148,7 @@ def run_eval(options: argparse.Namespace) -> int:
 def run_text_eval(options: argparse.Namespace, folders: Sequence[Path], overrides: Sequence[str]) -> int:
     """Likelihoods of a file of text or of questions."""
     from opdlm.text.evaluate import RESULT_FILE, evaluate_text
-    from opdlm.text.subjects import Asked
+    from opdlm.text.likelihood_models import LikelihoodOptions
 
     flags = ("teacher", "modes", "temperature", "seeds", "thresholds", "tasks", "include_path", "num_fewshot")
     for flag in (*flags, "chat_template"):
@@ -163,7 +163,7 @@ def run_text_eval(options: argparse.Namespace, folders: Sequence[Path], override
         options.text,
         options.metrics.split(",") if options.metrics else (),
         None if options.limit is None else int(options.limit),
-        Asked(prediction=options.prediction, overrides=tuple(overrides), **rates),
+        LikelihoodOptions(prediction=options.prediction, overrides=tuple(overrides), **rates),
         out,
     )
     print(f"{table.title}\n\n{table.markdown()}\n\n{table.note}")

@@ -164,7 +164,7 @@ def add_generate(verbs: Verbs) -> None:
     parser.add_argument("--prompts-file", metavar="FILE", help="more prompts: JSONL or Parquet, as data.path")
     add_decoding(parser, temperature=0.0)
     parser.add_argument(
-        "--veto-below",
+        "--ar-accept-threshold",
         type=float,
         help="preserve: AR floor under revealed tokens, 0 = off (0.1; off with --infill)",
     )

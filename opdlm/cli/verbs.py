@@ -24,10 +24,11 @@ from opdlm.config.loader import apply_override, build_section
 from opdlm.config.rules import check_config
 from opdlm.config.sections import Config, DataSection, resolve_path
 from opdlm.data.prompts import encode_prompt, encode_rows, load_rows, messages_of
+from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.decode_state import DecodeStats
-from opdlm.decoding.generate import DecodeConfig, OnStep, generate, grid_of
+from opdlm.decoding.generate import OnStep, generate, grid_of
 from opdlm.decoding.rollout import Prompt, Rollout, digest_of
-from opdlm.decoding.streaming import Settling, StopStrings, Stream, encode_gaps
+from opdlm.decoding.streaming import StablePrefix, StopStrings, Stream, encode_gaps
 from opdlm.distill.rollout_file import Engine, decode_resumably, is_finished, write_rollouts
 from opdlm.errors import ConfigError
 from opdlm.evaluation.generation_log import fingerprint
@@ -84,8 +85,10 @@ def check_answering(options: argparse.Namespace) -> None:
         raise ConfigError("generate needs a PROMPT, or --prompts-file FILE. See: opdlm generate --help")
     if not all(text.strip() for text in options.prompts):
         raise ConfigError("PROMPT is empty: give some text.")
-    if options.veto_below is not None and not 0 <= options.veto_below <= 1:
-        raise ConfigError(f"--veto-below ({options.veto_below:g}) must lie between 0 and 1.")
+    if options.ar_accept_threshold is not None and not 0 <= options.ar_accept_threshold <= 1:
+        raise ConfigError(
+            f"--ar-accept-threshold ({options.ar_accept_threshold:g}) must lie between 0 and 1."
+        )
     if not all(options.stop):
         raise ConfigError("--stop is empty: give the text that ends a response.")
     if options.stream and options.json:
@@ -97,10 +100,10 @@ def check_answering(options: argparse.Namespace) -> None:
             f"--infill with --mode {options.mode}, which writes from left to right and would cut off what "
             "follows a gap: use threshold, static, entropy or left_to_right."
         )
-    if options.infill and options.veto_below:
+    if options.infill and options.ar_accept_threshold:
         raise ConfigError(
-            f"--infill with --veto-below {options.veto_below:g}: a veto masks all that follows, the text "
-            "after the gap too. Leave --veto-below out."
+            f"--infill with --ar-accept-threshold {options.ar_accept_threshold:g}: a rejected token "
+            "masks all that follows, the text after the gap too. Leave --ar-accept-threshold out."
         )
 
 
@@ -111,8 +114,8 @@ def answer_prompts(options: argparse.Namespace) -> int:
     if options.infill:  # what ends a response would cut off the text after the gap
         banned = (*model.spec.banned_token_ids, *model.spec.stop_token_ids)
         model.spec = replace(model.spec, banned_token_ids=banned)
-    veto_below = 0.0 if options.infill else options.veto_below
-    chosen = {} if veto_below is None else {"veto_below": veto_below}
+    ar_accept_threshold = 0.0 if options.infill else options.ar_accept_threshold
+    chosen = {} if ar_accept_threshold is None else {"ar_accept_threshold": ar_accept_threshold}
     config = decode_config(options, model.spec, logprobs=options.logprobs, **chosen)
     texts, prompts = read_prompts(options, model, tokenizer)
     stops = StopStrings(tokenizer, tuple(options.stop))
@@ -167,9 +170,9 @@ def stream(
 ) -> Rollout:
     """Answer one prompt, or fill its gaps, in sight of the user."""
     shown = range(len(ids)) if infill else range(len(ids), len(ids) + config.max_new_tokens)
-    settling = Settling(stops, model.spec, grid_of(config.mode, model.spec), shown)
+    stable_prefix = StablePrefix(stops, model.spec, grid_of(config.mode, model.spec), shown)
     find_end = stops.find_end if stops.strings else None
-    with Stream(settling, Console(highlight=False)) as view:
+    with Stream(stable_prefix, Console(highlight=False)) as view:
         (rollout,) = generate(model, [ids], config, [seed], view.on_step, find_end)
         view.finish(rollout)
     return rollout
@@ -220,7 +223,9 @@ def record_rollouts(options: argparse.Namespace) -> int:
     check_recording(options)
     section = data_section(options)
     model, tokenizer = load_decoder(options.model, options.mode, options.dtype)
-    config = decode_config(options, model.spec, batch_size=options.batch_size, veto_below=0.0, logprobs=True)
+    config = decode_config(
+        options, model.spec, batch_size=options.batch_size, ar_accept_threshold=0.0, logprobs=True
+    )
     rows = load_rows(section)
     prompts = encode_rows(rows, tokenizer, section=section, mask_token_id=model.spec.mask_token_id)
     check_fits(model, [prompt.ids for prompt in prompts], options.max_new_tokens, "--max-new-tokens")

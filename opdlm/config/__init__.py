@@ -1,1 +1,1 @@
-"""config."""
+"""Settings: sections, rules, recipes, schedules."""

@@ -109,11 +109,15 @@ def check_evaluation(config: Config) -> None:
             f"eval.patience ({config.eval.patience}) counts measurements during training, but eval.every is "
             "0: set it to a number of steps."
         )
-    if config.eval.patience is not None and config.format.name == "preserve" and config.eval.veto_below:
+    if (
+        config.eval.patience is not None
+        and config.format.name == "preserve"
+        and config.eval.ar_accept_threshold
+    ):
         raise ConfigError(
             f"eval.patience ({config.eval.patience}) would stop a preserve student that still learns: with "
-            f"eval.veto_below ({config.eval.veto_below:g}) the AR model keeps retention near 100 % from the "
-            "first step. Set eval.veto_below=0."
+            f"eval.ar_accept_threshold ({config.eval.ar_accept_threshold:g}) the AR model keeps retention "
+            "near 100 % from the first step. Set eval.ar_accept_threshold=0."
         )
     if any(not 0 <= threshold <= 1 for threshold in config.eval.thresholds):
         raise ConfigError(f"eval.thresholds ({config.eval.thresholds}) must lie between 0 and 1.")
@@ -303,7 +307,7 @@ POSITIVE = (
     "train.num_steps",
     "train.rows_per_update",
     "train.micro_batch_rows",
-    "train.passes_per_rollout",
+    "train.epochs_per_rollout",
     "train.gradient_checkpointing_every",
     "train.save_every",
     "train.save_total_limit",
@@ -340,7 +344,7 @@ INTERVALS = {
     "eval.temperature": (0.0, 100.0),
     "eval.every": (0, 10**9),
     "eval.confidence_threshold": (0.0, 1.0),
-    "eval.veto_below": (0.0, 1.0),
+    "eval.ar_accept_threshold": (0.0, 1.0),
     "eval.forward_overhead": (0.0, 1e12),
     "eval.likelihood_samples": (0, 10**6),
 }

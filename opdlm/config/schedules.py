@@ -48,4 +48,4 @@ def num_updates_of(config: Config) -> int:
     """Optimiser updates in a whole run."""
     per_pass = -(-config.rollout.prompts_per_step // config.train.rows_per_update)
     num_pools = sum(step - first_reused_step(config, step) + 1 for step in range(config.train.num_steps))
-    return num_pools * config.train.passes_per_rollout * per_pass
+    return num_pools * config.train.epochs_per_rollout * per_pass

@@ -275,7 +275,7 @@ class LoopSection:
 class TrainSection(LoopSection):
     """Training on rollouts."""
 
-    passes_per_rollout: int = 1
+    epochs_per_rollout: int = 1
     """How often a step trains on each rollout."""
     max_staleness: int = 0
     """Later steps that train on a rollout again, beside their own; 0 = none."""
@@ -320,7 +320,7 @@ class EvalSection(MeasureSection):
     """For the threshold mode."""
     thresholds: tuple[float, ...] = ()
     """Also draw accuracy against tokens per forward over these confidence thresholds; each is a decoding."""
-    veto_below: float = 0.1
+    ar_accept_threshold: float = 0.1
     """Static and threshold in preserve: the AR model replaces tokens it finds less likely; 0 = never."""
     forward_overhead: float | None = None
     """lossless: what a forward costs beside its slots, in slots. Large: fewest forwards; None: fastest."""

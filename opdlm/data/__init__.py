@@ -1,1 +1,1 @@
-"""data."""
+"""Prompts, evaluation tasks and documents as token ids."""

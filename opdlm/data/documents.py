@@ -46,20 +46,20 @@ class TextRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
-    """Rows as tensors; R counts the token after the last input too."""
+class RowBatch:
+    """PackedDataset as tensors; R counts the token after the last input too."""
 
     ids_BR: Tensor
     start_BR: Tensor
     is_given_BR: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[TextRow]) -> Columns:
+    def of(cls, rows: Sequence[TextRow]) -> RowBatch:
         fields = ("ids_R", "start_R", "is_given_R")
         return cls(*(torch.stack([getattr(row, field) for row in rows]) for field in fields))
 
-    def pick(self, index: Tensor) -> Columns:
-        return Columns(self.ids_BR[index], self.start_BR[index], self.is_given_BR[index])
+    def pick(self, index: Tensor) -> RowBatch:
+        return RowBatch(self.ids_BR[index], self.start_BR[index], self.is_given_BR[index])
 
     @property
     def is_text_BL(self) -> Tensor:
@@ -146,7 +146,7 @@ def keep_tokens(documents: Sequence[Document], num_tokens: int, seed: int) -> li
     )
 
 
-class Rows:
+class PackedDataset:
     """Endless rows over documents; row r is always the same one, so resuming needs no state."""
 
     def __init__(

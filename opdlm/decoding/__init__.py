@@ -1,1 +1,1 @@
-"""decoding."""
+"""The sampler. It travels with every result folder."""

@@ -11,55 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..modeling.kv_cache import DecodeCache
-from ..modeling.slots import CLEAN, Format, Grid, Slots, clean_reach, make_slots
+from ..modeling.slots import CLEAN, Format, Grid, Slots, clean_visible_until, make_slots
 from .rollout import NEVER, Rollout
-from .unmasking import Remasking
-
-Mode = Literal["ar", "static", "threshold", "entropy", "left_to_right", "lossless"]
-
-REMASKING: dict[str, Remasking] = {
-    "ar": "left_to_right",
-    "static": "low_confidence_static",
-    "threshold": "low_confidence_dynamic",
-    "entropy": "entropy_bounded",
-    "left_to_right": "left_to_right",
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeConfig:
-    """How to decode. Temperature 0 is arg-max; `max_new_tokens` counts response tokens, the stop token
-    included.
-    """
-
-    mode: Mode = "threshold"
-    max_new_tokens: int = 256
-    batch_size: int = 64
-    """Rows decoded at once; a finished row makes room for the next prompt."""
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    denoising_steps: int | None = None
-    """Steps per block at most; None = block_size, one token a step."""
-    confidence_threshold: float = 0.9
-    entropy_bound: float = 0.1
-    """Entropy mode: tokens revealed together may have this much entropy (nats), less that of the least
-    certain."""
-    veto_below: float = 0.1
-    """Denoising modes of `preserve`: the AR model takes back a revealed token that it finds less likely than
-    this, in the forward that commits it, and puts its own there. 0 = never."""
-    logprobs: bool = False
-    """Record the log-probability of every chosen token (temperature 1, unfiltered) at the step that chose
-    it."""
-    forward_overhead: float | None = None
-    """Lossless: what a forward costs beside its slots, in slots; the more, the more drafts pay. None: 32 on
-    CPU, 512 elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +61,7 @@ class Request:
 
 
 @dataclass(slots=True)
-class Rows:
+class DecodeState:
     """The active rows. Unknown positions of `tokens_BL` hold the mask id."""
 
     index_B: Tensor
@@ -134,7 +92,7 @@ class Rows:
         capacity: int,
         mask_token_id: int,
         draft_length: int,
-    ) -> Rows:
+    ) -> DecodeState:
         """A row for each request. A prompt that holds masks is a template: its gaps are the unknown, and the
         row ends where the template does.
         """
@@ -171,7 +129,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.index_B)
 
-    def join(self, other: Rows) -> None:
+    def join(self, other: DecodeState) -> None:
         """Append rows that start."""
         for field in fields(self):
             joined = torch.cat([getattr(self, field.name), getattr(other, field.name)])
@@ -200,8 +158,10 @@ class Rows:
         valid_BS = positions_BS < to_B[:, None]
         positions_BS = torch.where(valid_BS, positions_BS, 0)
         if group == CLEAN:
-            reach_BS = clean_reach(positions_BS, self.num_prompt_B[:, None], grid, fmt)
+            visible_until_BS = clean_visible_until(positions_BS, self.num_prompt_B[:, None], grid, fmt)
         else:
-            reach_BS = (from_B - 1)[:, None].expand_as(positions_BS)
+            visible_until_BS = (from_B - 1)[:, None].expand_as(positions_BS)
         group_BS = torch.full_like(positions_BS, group)
-        return make_slots(self.tokens_BL.gather(1, positions_BS), positions_BS, reach_BS, group_BS, valid_BS)
+        return make_slots(
+            self.tokens_BL.gather(1, positions_BS), positions_BS, visible_until_BS, group_BS, valid_BS
+        )

@@ -16,9 +16,11 @@ from torch import Tensor
 from ..modeling.diffusion_lm import DiffusionLM
 from ..modeling.kv_cache import DecodeCache
 from ..modeling.slots import CLEAN, Format, Grid, Slots, join_slots
-from .decode_state import REMASKING, DecodeConfig, Rows
+from .decode_config import DecodeConfig
+from .decode_state import DecodeState
 from .rollout import NEVER
 from .unmasking import (
+    REMASKING,
     choose_revealed,
     choose_tokens,
     choose_within_entropy,
@@ -30,7 +32,7 @@ from .unmasking import (
 
 
 def denoise_step(
-    model: DiffusionLM, rows: Rows, cache: DecodeCache, config: DecodeConfig, grid: Grid, fmt: Format
+    model: DiffusionLM, rows: DecodeState, cache: DecodeCache, config: DecodeConfig, grid: Grid, fmt: Format
 ) -> None:
     """Commit what is newly known, propose tokens for each row's block, reveal some of them."""
     mask_id, block_size = model.spec.mask_token_id, grid.block_size
@@ -48,13 +50,13 @@ def denoise_step(
     rows.committed_B = clean_to_B
     rows.num_forwards_B = rows.num_forwards_B + num_forwards
     rows.num_steps_B = rows.num_steps_B + 1
-    vetoed_B = torch.zeros_like(frontier_B, dtype=torch.bool)
-    checks = fmt == "preserve" and config.mode != "ar" and config.veto_below > 0
+    rejected_B = torch.zeros_like(frontier_B, dtype=torch.bool)
+    checks = fmt == "preserve" and config.mode != "ar" and config.ar_accept_threshold > 0
     if checks:
-        vetoed_B = veto(model, rows, clean, hidden_BSH, frontier_B, config)
+        rejected_B = veto(model, rows, clean, hidden_BSH, frontier_B, config)
 
     positions_BT = start_B[:, None] + torch.arange(block_size)
-    masked_BT = (rows.tokens_BL.gather(1, positions_BT) == mask_id) & ~vetoed_B[:, None]
+    masked_BT = (rows.tokens_BL.gather(1, positions_BT) == mask_id) & ~rejected_B[:, None]
     row_M, offset_M = masked_BT.nonzero(as_tuple=True)
     target_M = positions_BT[row_M, offset_M]
     num_clean = clean.ids_BS.shape[1]
@@ -77,7 +79,7 @@ def denoise_step(
     is_block_done_B = (revealed_BT == masked_BT).all(1)
     rows.block_step_B = torch.where(is_block_done_B, 0, rows.block_step_B + 1)
     unjudged_B = frontier_B + 1 if checks else rows.frontier(mask_id)
-    rows.final_B = torch.where(vetoed_B, rows.final_B, unjudged_B)
+    rows.final_B = torch.where(rejected_B, rows.final_B, unjudged_B)
 
 
 def slot_logits(
@@ -91,7 +93,7 @@ def slot_logits(
 
 
 def choose(
-    rows: Rows, masked_BT: Tensor, confidence_BT: Tensor, logits_MV: Tensor, config: DecodeConfig
+    rows: DecodeState, masked_BT: Tensor, confidence_BT: Tensor, logits_MV: Tensor, config: DecodeConfig
 ) -> Tensor:
     """Bool `[B, T]`: which masked positions are revealed now."""
     remasking, block_size = REMASKING[config.mode], masked_BT.shape[1]
@@ -105,7 +107,7 @@ def choose(
 
 
 def reveal(
-    rows: Rows,
+    rows: DecodeState,
     places: tuple[Tensor, Tensor, Tensor],
     ids_M: Tensor,
     confidence_BT: Tensor,
@@ -122,7 +124,7 @@ def reveal(
 
 def veto(
     model: DiffusionLM,
-    rows: Rows,
+    rows: DecodeState,
     clean: Slots,
     hidden_BSH: Tensor,
     frontier_B: Tensor,
@@ -146,10 +148,10 @@ def veto(
     token_M = rows.tokens_BL[row_M, position_M]
     probs_MV = logits_MV.softmax(-1)
     likelihood_M = probs_MV.gather(-1, token_M.to(model.device)[:, None])[:, 0].cpu()
-    is_bad_M = (likelihood_M < config.veto_below) & (token_M != logits_MV.argmax(-1).cpu())
+    is_bad_M = (likelihood_M < config.ar_accept_threshold) & (token_M != logits_MV.argmax(-1).cpu())
     bad_BL = torch.zeros_like(rows.tokens_BL, dtype=torch.bool)
     bad_BL[row_M[is_bad_M], position_M[is_bad_M]] = True
-    vetoed_B = bad_BL.any(1)
+    rejected_B = bad_BL.any(1)
     first_B = bad_BL.long().argmax(1)
     is_first_M = is_bad_M & (position_M == first_B[row_M])
     row_N, position_N = row_M[is_first_M], position_M[is_first_M]
@@ -158,12 +160,12 @@ def veto(
     ids_N = choose_tokens(own_NV, config.temperature, config.top_k, config.top_p, key_N)
 
     column_L = torch.arange(rows.tokens_BL.shape[1])
-    retract_BL = vetoed_B[:, None] & (column_L >= first_B[:, None])
+    retract_BL = rejected_B[:, None] & (column_L >= first_B[:, None])
     rows.tokens_BL = rows.tokens_BL.masked_fill(retract_BL, mask_id)
     rows.unmask_step_BL = rows.unmask_step_BL.masked_fill(retract_BL, NEVER)
     rows.tokens_BL[row_N, position_N] = ids_N.cpu()
     rows.unmask_step_BL[row_N, position_N] = rows.num_steps_B[row_N]
     rows.logprob_BL[row_N, position_N] = own_NV.log_softmax(-1).gather(-1, ids_N[:, None])[:, 0].cpu()
-    rows.committed_B = torch.where(vetoed_B, first_B, rows.committed_B)
-    rows.final_B = torch.where(vetoed_B, first_B + 1, rows.final_B)
-    return vetoed_B
+    rows.committed_B = torch.where(rejected_B, first_B, rows.committed_B)
+    rows.final_B = torch.where(rejected_B, first_B + 1, rows.final_B)
+    return rejected_B

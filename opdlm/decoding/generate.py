@@ -21,10 +21,10 @@ from ..modeling.cpu_linear import packed_weights
 from ..modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from ..modeling.kv_cache import DecodeCache
 from ..modeling.slots import Format, Grid
-from .decode_state import DecodeConfig, Request, Rows
-from .decode_state import Mode as Mode
+from .decode_config import DecodeConfig, Mode
+from .decode_state import DecodeState, Request
 from .denoise import denoise_step
-from .lossless import Economy, lossless_step
+from .lossless import DraftPolicy, lossless_step
 from .rollout import FinishReason, Rollout
 
 OnStep = Callable[[Tensor, Tensor, Tensor], None]
@@ -55,7 +55,7 @@ class Decoder:
         self.find_end: dict[int, FindEnd] = {}
         """Of the requests that have one."""
         self._start = partial(
-            Rows.start,
+            DecodeState.start,
             capacity=capacity,
             mask_token_id=spec.mask_token_id,
             draft_length=spec.block_size - 1,
@@ -135,10 +135,10 @@ def check_can_infill(model: DiffusionLM, config: DecodeConfig) -> None:
             f"a prompt holds mask tokens (id {model.spec.mask_token_id}), and mode {config.mode!r} writes "
             "from left to right only: fill gaps with static, threshold, entropy or left_to_right."
         )
-    if model.spec.format == "preserve" and config.veto_below > 0:
+    if model.spec.format == "preserve" and config.ar_accept_threshold > 0:
         raise ValueError(
-            f"a prompt holds mask tokens (id {model.spec.mask_token_id}), and the AR veto (veto_below "
-            f"{config.veto_below}) would take back the text after a gap: set veto_below=0."
+            f"a prompt holds mask tokens (id {model.spec.mask_token_id}), and ar_accept_threshold "
+            f"({config.ar_accept_threshold}) would take back the text after a gap: set ar_accept_threshold=0."
         )
 
 
@@ -160,21 +160,21 @@ def grid_of(mode: Mode, spec: DiffusionSpec) -> Grid:
 
 def step_of(
     model: DiffusionLM, cache: DecodeCache, config: DecodeConfig, grid: Grid
-) -> Callable[[Rows], None]:
+) -> Callable[[DecodeState], None]:
     """The function that advances the rows by one forward."""
     if config.mode == "lossless":
         assert model.spec.format == "preserve", "only preserve computes clean slots with the AR weights"
         overhead = config.forward_overhead
         if overhead is None:
             overhead = 32.0 if model.device.type == "cpu" else 512.0
-        economy = Economy(model.spec.block_size - 1, overhead)
-        return lambda rows: lossless_step(model, rows, cache, config, economy)
+        policy = DraftPolicy(model.spec.block_size - 1, overhead)
+        return lambda rows: lossless_step(model, rows, cache, config, policy)
     fmt: Format = "preserve" if config.mode == "ar" else model.spec.format
     return lambda rows: denoise_step(model, rows, cache, config, grid, fmt)
 
 
 def collect_finished(
-    rows: Rows,
+    rows: DecodeState,
     model: DiffusionLM,
     config: DecodeConfig,
     grid: Grid,
@@ -205,7 +205,7 @@ def collect_finished(
 
 
 def make_rollout(
-    rows: Rows, row: int, num_response: int, reason: FinishReason, grid: Grid, logprobs: bool
+    rows: DecodeState, row: int, num_response: int, reason: FinishReason, grid: Grid, logprobs: bool
 ) -> Rollout:
     num_prompt = int(rows.num_prompt_B[row])
     last = num_prompt + num_response

@@ -29,7 +29,8 @@ from torch import Tensor
 from ..modeling.diffusion_lm import DiffusionLM
 from ..modeling.kv_cache import DecodeCache, Packed
 from ..modeling.slots import CLEAN
-from .decode_state import DecodeConfig, Rows
+from .decode_config import DecodeConfig
+from .decode_state import DecodeState
 from .rollout import NEVER
 from .unmasking import choose_tokens, noise_keys
 
@@ -48,7 +49,7 @@ class Plan:
     """Masks of a group."""
 
 
-class Economy:
+class DraftPolicy:
     """Running averages over one call of `generate` that decide what a forward holds. Plain numbers: a tensor
     of a few elements costs more than they do.
     """
@@ -72,7 +73,7 @@ class Economy:
         place = confidence_bin(confidence)
         return self.accepted[place] / self.tried[place]
 
-    def plan(self, rows: Rows) -> list[Plan]:
+    def plan(self, rows: DecodeState) -> list[Plan]:
         """What the next forward verifies and drafts. Rows that start always draft, at full length."""
         survival = [survived / offered for survived, offered in zip(self.survived, self.offered, strict=True)]
         paying = list(takewhile(lambda chance: chance > 2 * self.rate, survival))
@@ -82,17 +83,17 @@ class Economy:
         plans = []
         for committed, confidences in zip(rows.committed_B.tolist(), drafted(rows), strict=True):
             chances = [self.chance(confidence) for confidence in confidences]
-            reach = list(accumulate(chances, mul, initial=1.0))
-            num_verified = sum(chance > self.rate for chance in reach[1:])
-            needed = [here - after for here, after in pairwise(reach[: num_verified + 1])]
-            needed.append(reach[num_verified])
+            reached = list(accumulate(chances, mul, initial=1.0))
+            num_verified = sum(chance > self.rate for chance in reached[1:])
+            needed = [here - after for here, after in pairwise(reached[: num_verified + 1])]
+            needed.append(reached[num_verified])
             groups = tuple(place for place, chance in enumerate(needed) if chance * value > cost)
             plans.append(
                 Plan(num_verified, groups, length) if committed else Plan(0, (0,), self.draft_length)
             )
         return plans
 
-    def learn(self, rows: Rows, plans: list[Plan], accepted: list[int], num_forwards: int) -> None:
+    def learn(self, rows: DecodeState, plans: list[Plan], accepted: list[int], num_forwards: int) -> None:
         """Count one forward's outcome."""
         for confidences, plan, num_accepted in zip(drafted(rows), plans, accepted, strict=True):
             for place, confidence in enumerate(confidences):
@@ -106,7 +107,7 @@ class Economy:
         self.cost += self.overhead * num_forwards
 
 
-def drafted(rows: Rows) -> list[list[float]]:
+def drafted(rows: DecodeState) -> list[list[float]]:
     """The confidences of each row's draft."""
     pairs = zip(rows.draft_confidence_BD.tolist(), rows.num_draft_B.tolist(), strict=True)
     return [confidences[:num_draft] for confidences, num_draft in pairs]
@@ -120,12 +121,12 @@ def confidence_bin(confidence: float) -> int:
 
 
 def lossless_step(
-    model: DiffusionLM, rows: Rows, cache: DecodeCache, config: DecodeConfig, economy: Economy
+    model: DiffusionLM, rows: DecodeState, cache: DecodeCache, config: DecodeConfig, policy: DraftPolicy
 ) -> None:
     """Accept each draft's valid prefix and one token more; leave the next draft in `rows`."""
-    mask_id, draft_length = model.spec.mask_token_id, economy.draft_length
+    mask_id, draft_length = model.spec.mask_token_id, policy.draft_length
     frontier_B = rows.frontier(mask_id)
-    plans = economy.plan(rows)
+    plans = policy.plan(rows)
     num_verified_B = torch.tensor([plan.num_verified for plan in plans])
     column_D = torch.arange(draft_length)
     is_verified_BD = column_D < num_verified_B[:, None]
@@ -149,7 +150,7 @@ def lossless_step(
     agrees_BD = is_verified_BD & (own_BK[:, :draft_length] == rows.draft_BD)
     accepted_B = agrees_BD.long().cumprod(1).sum(1)
     accepted = accepted_B.tolist()
-    economy.learn(rows, plans, accepted, num_forwards)
+    policy.learn(rows, plans, accepted, num_forwards)
     if config.logprobs:
         logprob_M = logits_MV.log_softmax(-1).gather(-1, chosen_M[:, None])[:, 0].cpu()
         rows.logprob_BL[row_M, position_M] = logprob_M
@@ -164,7 +165,7 @@ def pack_slots(
     token that follows k accepted ones. Also, per row, which packed slot judges the first draft token, and
     which is the first of the row's groups.
     """
-    clean: list[tuple[int, int, int, int]] = []  # row, position, reach, group
+    clean: list[tuple[int, int, int, int]] = []  # row, position, visible_until, group
     noised: list[tuple[int, int, int, int]] = []
     judge, draft = [], []
     for row, (first, known, plan) in enumerate(zip(clean_from, frontier, plans, strict=True)):
@@ -175,15 +176,15 @@ def pack_slots(
             anchor = known - 1 + k
             noised += [(row, anchor + 1 + i, anchor, k + 1) for i in range(plan.length)]
     num_clean = len(clean)
-    row_N, position_N, reach_N, group_N = torch.tensor(clean + noised).unbind(1)
+    row_N, position_N, visible_until_N, group_N = torch.tensor(clean + noised).unbind(1)
     ids_N = tokens_BL[row_N, position_N]
     ids_N[num_clean:] = mask_token_id
-    packed = Packed(num_clean, row_N, ids_N, position_N, reach_N, group_N)
+    packed = Packed(num_clean, row_N, ids_N, position_N, visible_until_N, group_N)
     return packed, judge, [num_clean + first for first in draft]
 
 
 def write_accepted(
-    rows: Rows, frontier_B: Tensor, own_BK: Tensor, accepted_B: Tensor, mask_token_id: int
+    rows: DecodeState, frontier_B: Tensor, own_BK: Tensor, accepted_B: Tensor, mask_token_id: int
 ) -> None:
     """The accepted tokens and the AR model's own after them; masks where the rest of the draft stood."""
     column_K = torch.arange(own_BK.shape[1])
@@ -198,7 +199,7 @@ def write_accepted(
 
 def draft_next(
     model: DiffusionLM,
-    rows: Rows,
+    rows: DecodeState,
     hidden_NH: Tensor,
     draft: list[int],
     plans: list[Plan],

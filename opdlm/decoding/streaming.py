@@ -73,7 +73,7 @@ class StopStrings:
         return text[: len(text) - max((len(half) for half in halves if text.endswith(half)), default=0)]
 
 
-class Settling:
+class StablePrefix:
     """The part of a response that no later step can change, step by step."""
 
     def __init__(self, stops: StopStrings, spec: DiffusionSpec, grid: Grid, shown: range) -> None:
@@ -87,13 +87,13 @@ class Settling:
         """
         mask_id = self.spec.mask_token_id
         frontier = tokens.index(mask_id)
-        num_settled, self.frontier = min(frontier, self.frontier), frontier
+        num_stable, self.frontier = min(frontier, self.frontier), frontier
         last_known = max(i for i, token in enumerate(tokens) if token != mask_id)
         end_of_block = self.grid.block_start(frontier, self.shown.start) + self.grid.block_size
         stop = (i for i in self.shown if tokens[i] in self.spec.stop_token_ids)
         end = next(stop, min(self.shown.stop, max(last_known + 1, end_of_block)))
-        settled = self.stops.text(tokens[self.shown.start : min(num_settled, end)])
-        return self.stops.settled(settled), tokens[num_settled:end]
+        settled = self.stops.text(tokens[self.shown.start : min(num_stable, end)])
+        return self.stops.settled(settled), tokens[num_stable:end]
 
     def whole(self, rollout: Rollout) -> str:
         """The text of the finished response."""
@@ -107,8 +107,8 @@ class Stream(AbstractContextManager["Stream"]):
     On a terminal also what is revealed beyond it, dim, with a dot for every position that is still open.
     """
 
-    def __init__(self, settling: Settling, console: Console) -> None:
-        self.settling, self.console, self.written = settling, console, 0
+    def __init__(self, stable_prefix: StablePrefix, console: Console) -> None:
+        self.stable_prefix, self.console, self.written = stable_prefix, console, 0
         self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._context: AbstractContextManager[Any] = self.live or nullcontext()
 
@@ -121,14 +121,14 @@ class Stream(AbstractContextManager["Stream"]):
 
     def on_step(self, index_B: Tensor, tokens_BL: Tensor, revealed_BL: Tensor) -> None:
         """After every step of a decoding of one prompt."""
-        settled, rest = self.settling.after_step(tokens_BL[0].tolist())
-        mask_id, text = self.settling.spec.mask_token_id, self.settling.stops.text
+        settled, rest = self.stable_prefix.after_step(tokens_BL[0].tolist())
+        mask_id, text = self.stable_prefix.spec.mask_token_id, self.stable_prefix.stops.text
         self._show(settled, "".join(UNRESOLVED if i == mask_id else text([i]) for i in rest))
 
     def finish(self, rollout: Rollout) -> None:
         """The rest, and the end of the line."""
         end = "" if self.live else "\n"  # rich ends the line that it leaves
-        self._show(self.settling.whole(rollout) + end, "")
+        self._show(self.stable_prefix.whole(rollout) + end, "")
 
     def _show(self, text: str, beyond: str) -> None:
         end = text.rfind("\n") + 1 if self.live else len(text)

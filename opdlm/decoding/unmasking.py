@@ -21,7 +21,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .decode_config import Mode
+
 Remasking = Literal["low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "left_to_right"]
+REMASKING: dict[Mode, Remasking] = {
+    "ar": "left_to_right",
+    "static": "low_confidence_static",
+    "threshold": "low_confidence_dynamic",
+    "entropy": "entropy_bounded",
+    "left_to_right": "left_to_right",
+}
+"""Which tokens a denoising step reveals in each mode."""
 
 UNIFORM_BITS = 23  # with half a step added, exact in float32 and never 0 or 1
 

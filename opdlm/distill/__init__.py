@@ -1,1 +1,1 @@
-"""distill."""
+"""`opdlm convert`: rollouts, training steps, the run from start to end."""

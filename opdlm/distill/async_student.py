@@ -39,7 +39,7 @@ def copy_trained(model: DiffusionLM) -> DiffusionLM:
     return twin
 
 
-class StudentCopy:
+class AsyncStudent:
     """A copy of the student that works beside it, with the weights of the last `follow`."""
 
     def __init__(self, model: DiffusionLM) -> None:
@@ -47,26 +47,28 @@ class StudentCopy:
         self.stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
 
     @torch.no_grad()
-    def follow(self, model: DiffusionLM) -> None:
+    def sync(self, model: DiffusionLM) -> None:
         """Take over the student's weights, in place."""
         own = dict(self.model.named_parameters())
         for name, weight in trainable_weights(model).items():
             own[name].copy_(weight)
 
     @contextmanager
-    def at_work(self, work: Callable[[DiffusionLM, Callable[..., None]], Result]) -> Iterator[Future[Result]]:
-        """`work(copy, go_on)` runs in a thread while the block does; leaving the block waits for it. If the
-        block fails, `go_on(...)` raises in the thread, so that nobody waits long.
+    def run_in_thread(
+        self, work: Callable[[DiffusionLM, Callable[..., None]], Result]
+    ) -> Iterator[Future[Result]]:
+        """`work(copy, check_cancelled)` runs in a thread while the block does; leaving the block waits for it. If
+        the block fails, `check_cancelled(...)` raises in the thread, so that nobody waits long.
         """
         stopped = Event()
 
-        def go_on(*_: object) -> None:
+        def check_cancelled(*_: object) -> None:
             if stopped.is_set():
                 raise CancelledError
 
         def run() -> Result:
             with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
-                return work(self.model, go_on)
+                return work(self.model, check_cancelled)
 
         if self.stream is not None:  # not before the weights have been taken over
             self.stream.wait_stream(torch.cuda.current_stream(self.model.device))

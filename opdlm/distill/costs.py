@@ -10,8 +10,8 @@ vocabulary, Q queries and K keys of a micro-batch's student pass, per layer:
     kept if checkpointed    Q * a * H
     at work, one layer      the first line once more, or the chunks of the loss if they are larger
     FLOPs                   2 * weights * Q + 4 A * Q * K; backward 2x that (LoRA 1x), checkpointed + 1x
-It does not know the kernels' own buffers or the allocator's slack: `tests/config/test_recipes.py` measures how far
-off it is on one step. Kernels with a dense mask compute all Q * K pairs, so they are counted.
+It does not know the kernels' own buffers or the allocator's slack: `tests/config/test_recipes.py` measures how
+far off it is on one step. Kernels with a dense mask compute all Q * K pairs, so they are counted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from opdlm.config.schedules import (
     selection_at,
 )
 from opdlm.config.sections import Config, resolve_path
-from opdlm.distill.generate_rollouts import length_cap
+from opdlm.distill.rollouts import length_cap
 from opdlm.errors import DataError
 from opdlm.objectives.losses import default_chunk_size, num_temporaries
 from opdlm.objectives.targets import needs_teacher
@@ -261,7 +261,7 @@ def step_flops(config: Config, sizes: Sizes, step: int) -> dict[str, float]:
     """Floating-point operations of one step, by purpose."""
     row, head = longest_row(config, sizes, step), sizes.vocabulary * sizes.hidden
     num_trained = step - first_reused_step(config, step) + 1
-    updates = config.rollout.prompts_per_step * num_trained * config.train.passes_per_rollout
+    updates = config.rollout.prompts_per_step * num_trained * config.train.epochs_per_rollout
     queries, keys = student_pass(config, row)
     forward = pass_flops(sizes, queries, keys)
     passes = 1 + (1 if config.lora.enabled else 2) + config.train.gradient_checkpointing

@@ -18,17 +18,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opdlm.checkpoints.convert import make_student
 from opdlm.checkpoints.export import write_model
 from opdlm.checkpoints.load import check_fits, load_causal_lm, load_tokenizer
-from opdlm.config.sections import CONFIG_COPY, Config
+from opdlm.config.sections import CONFIG_COPY, Config, EvalSection
 from opdlm.data.prompts import Task, load_prompts
 from opdlm.decoding.rollout import Prompt, Rollout
 from opdlm.distill.rollout_file import load_rollouts
 from opdlm.distill.rollouts import check_launch, check_source
 from opdlm.distill.self_prompts import self_prompts, user_turn
 from opdlm.distill.trainer import train
-from opdlm.distill.watch import Watch
 from opdlm.errors import ConfigError, require_package
+from opdlm.evaluation.evaluate import Outputs, evaluate
 from opdlm.evaluation.retention import MODEL_FOLDER, RESULTS_FILE, load_eval_tasks, measure_folder, versions
-from opdlm.modeling.attention import choose_backend, why_not
+from opdlm.files import atomic_folder, write_atomic
+from opdlm.modeling.attention import choose_backend, unsupported_reason
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.objectives.mask_theory import ngram_signal_weights, optimal_t
 from opdlm.objectives.masking import auto_window, needs_optimal_t, resolve_auto
@@ -36,12 +37,10 @@ from opdlm.reporting.card import model_card
 from opdlm.reporting.pages import read_retention
 from opdlm.reporting.plots import plot_metrics, plot_signal
 from opdlm.training.checkpoint import (
-    atomic_folder,
     find_checkpoints,
     load_average,
     load_weights,
     trainable_weights,
-    write_atomic,
 )
 from opdlm.training.devices import is_sharded, join_ranks
 from opdlm.training.loop import check_trackers, prepare_output
@@ -58,6 +57,31 @@ class Inputs:
     tasks: list[Task]
     recorded: Sequence[Rollout] = ()
     """Of `rollout.path`, instead of prompts."""
+
+
+@dataclass(slots=True)
+class RetentionCallback:
+    """Retention of a student while it trains, on a fixed subset of the evaluation prompts. The teacher
+    answers once.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    tasks: Sequence[Task]
+    section: EvalSection
+    teacher: Outputs | None = None
+
+    def __post_init__(self) -> None:
+        num = min(self.section.subset, len(self.tasks))
+        self.tasks = [self.tasks[i * len(self.tasks) // num] for i in range(num)]  # evenly spaced
+
+    def __call__(self, model: DiffusionLM) -> dict[str, float]:
+        """`retention` is that of the worst mode, and the score."""
+        report, outputs = evaluate(model, self.tokenizer, self.tasks, self.section, teacher=self.teacher)
+        self.teacher = outputs["teacher"]
+        retained = {f"retention_{mode.name}": report.retention(mode) for mode in report.student}
+        speeds = {f"tokens_per_forward_{mode.name}": mode.tokens_per_forward for mode in report.student}
+        worst = min(retained.values())
+        return {"score": worst, "retention": worst} | retained | speeds
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -100,7 +124,7 @@ def load_inputs(config: Config) -> Inputs:
 
 def check_attention(model: PreTrainedModel, config: Config) -> None:
     device = PartialState().device
-    reason = why_not(config.model.attention, device, model.config)
+    reason = unsupported_reason(config.model.attention, device, model.config)
     if reason:
         raise ConfigError(f"model.attention ({config.model.attention}) cannot run: {reason}.")
 
@@ -126,8 +150,10 @@ def convert_checkpoint(config: Config, console: Console) -> Path:
             add_self_prompts(inputs, config, output_dir)
     describe(inputs, config, console)
     with MetricsLog(output_dir, console) as log:
-        watch = Watch(inputs.tokenizer, inputs.tasks, config.eval) if config.eval.every else None
-        run = train(inputs.student, inputs.prompts, config, log, inputs.recorded, watch)
+        eval_callback = (
+            RetentionCallback(inputs.tokenizer, inputs.tasks, config.eval) if config.eval.every else None
+        )
+        run = train(inputs.student, inputs.prompts, config, log, inputs.recorded, eval_callback)
     folder = output_dir / MODEL_FOLDER
     if ranks.is_main_process:
         with atomic_folder(folder) as partial:

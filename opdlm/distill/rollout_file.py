@@ -26,8 +26,8 @@ from opdlm.config.sections import Config
 from opdlm.decoding.rollout import NEVER, Prompt, Rollout
 from opdlm.errors import ConfigError, DataError
 from opdlm.evaluation.generation_log import Generation, GenerationLog
+from opdlm.files import write_atomic
 from opdlm.modeling.diffusion_lm import DiffusionLM
-from opdlm.training.checkpoint import write_atomic
 
 Engine = Callable[[Sequence[Sequence[int]], Sequence[int]], list[Rollout]]
 """Prompts (token ids) and the seed of each -> their rollouts, in the same order."""

@@ -7,6 +7,7 @@ prompt, so the number of ranks changes no rollout.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -19,15 +20,17 @@ from accelerate import Accelerator, PartialState
 from torch import nn
 
 from opdlm.config.schedules import block_size_at, is_from_teacher
-from opdlm.config.sections import Config
+from opdlm.config.sections import Config, RolloutSection
 from opdlm.data.prompts import PromptStream
+from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.decode_state import DecodeStats
-from opdlm.decoding.generate import DecodeConfig, OnStep
+from opdlm.decoding.generate import OnStep, generate
 from opdlm.decoding.rollout import Prompt, Rollout
-from opdlm.distill.async_student import StudentCopy
-from opdlm.distill.generate_rollouts import decode_config, generate_rollouts
+from opdlm.distill.async_student import AsyncStudent
 from opdlm.errors import ConfigError
+from opdlm.modeling.compiled import compiled_decoding
 from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.seeds import seed_of
 from opdlm.training.deepspeed import zero_stage
 from opdlm.training.devices import gather_items, gathered_weights, launch_shards
 from opdlm.vllm.engine import (
@@ -38,6 +41,62 @@ from opdlm.vllm.engine import (
     start_student,
     start_teacher,
 )
+
+
+def length_cap(section: RolloutSection, step: int, block_size: int) -> int:
+    """Response tokens allowed in rollout step `step` (counted from 1), a multiple of the block size while it
+    grows.
+    """
+    if section.start_new_tokens is None or step >= section.ramp_steps:
+        return section.max_new_tokens
+    progress = step / section.ramp_steps
+    share = 1 - math.cos(math.pi / 2 * progress) if section.ramp == "cosine" else progress
+    length = section.start_new_tokens + share * (section.max_new_tokens - section.start_new_tokens)
+    return max(block_size, round(length / block_size) * block_size)
+
+
+def decode_config(section: RolloutSection, max_new_tokens: int, *, from_teacher: bool) -> DecodeConfig:
+    return DecodeConfig(
+        mode="ar" if from_teacher else section.remasking,
+        max_new_tokens=max_new_tokens,
+        batch_size=section.batch_size,
+        temperature=section.temperature,
+        top_k=section.top_k,
+        top_p=section.top_p,
+        denoising_steps=section.denoising_steps,
+        confidence_threshold=section.confidence_threshold,
+        ar_accept_threshold=0.0,  # states must be the student's own
+    )
+
+
+def generate_rollouts(
+    model: DiffusionLM,
+    prompts: Sequence[Prompt],
+    section: RolloutSection,
+    *,
+    step: int,
+    seed: int,
+    places: Sequence[int] | None = None,
+    from_teacher: bool = False,
+    vllm: VllmTeacher | VllmStudent | None = None,
+    on_step: OnStep | None = None,
+) -> list[Rollout]:
+    """One response per prompt, in the order of the prompts. `step` counts from 1; `places` of the prompts in
+    the step decide the random draws (None: they are the step's first). `vllm` generates, if given.
+    """
+    config = decode_config(
+        section, length_cap(section, step, model.spec.block_size), from_teacher=from_teacher
+    )
+    places = range(len(prompts)) if places is None else places
+    seeds = [seed_of(seed, step, place) for place in places]
+    ids = [prompt.ids for prompt in prompts]
+    match vllm:
+        case VllmTeacher():
+            return vllm.responses(ids, config, seeds)
+        case VllmStudent():
+            return vllm.rollouts(ids, config.max_new_tokens, seeds)
+    with compiled_decoding(model, section.compile):
+        return generate(model.teacher_decoder() if from_teacher else model, ids, config, seeds, on_step)
 
 
 def check_launch(config: Config) -> None:
@@ -107,7 +166,7 @@ class RolloutSource:
     recorded: PromptStream[Rollout] | None = None
     """Rollouts of `rollout.path`: none is generated then."""
     vllm: VllmTeacher | VllmStudent | None = None
-    copy: StudentCopy | None = None
+    copy: AsyncStudent | None = None
     tokens_per_second: float = 0.0
     """Of the newest rollouts: the tokens of all ranks over the seconds of this one."""
 
@@ -128,11 +187,11 @@ class RolloutSource:
         if not self.config.rollout.asynchronous or step == self.config.train.num_steps:
             yield Ahead()
             return
-        self.copy = self.copy or StudentCopy(self.model)
-        self.copy.follow(self.model)
+        self.copy = self.copy or AsyncStudent(self.model)
+        self.copy.sync(self.model)
         block_size = block_size_at(self.config.format, step)
         self.copy.model.spec = replace(self.model.spec, block_size=block_size)
-        with self.copy.at_work(partial(self.share_of, step)) as future:
+        with self.copy.run_in_thread(partial(self.share_of, step)) as future:
             yield Ahead(future)
 
     def share_of(self, step: int, model: DiffusionLM, on_step: OnStep | None = None) -> Share:

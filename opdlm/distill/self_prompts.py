@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlm.config.sections import Config
 from opdlm.data.prompts import load_prompts
-from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Prompt
 from opdlm.errors import DataError
+from opdlm.files import write_atomic
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.seeds import generator_for
-from opdlm.training.checkpoint import write_atomic
 
 SELF_PROMPTS_FILE = "self_prompts.jsonl"
 PLACEHOLDER = "PLACEHOLDER"

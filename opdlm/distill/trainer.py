@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opdlm.checkpoints.load import head_of
 from opdlm.config.schedules import (
     block_size_at,
     first_reused_step,
@@ -35,7 +34,15 @@ from opdlm.decoding.rollout import Prompt, Rollout, digest_of
 from opdlm.distill.rollouts import RolloutSource
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.modeling.slots import CLEAN
-from opdlm.objectives.losses import Head, HiddenTargets, LossOutput, Targets, TokenTargets, chunked_divergence
+from opdlm.objectives.losses import (
+    Head,
+    HiddenTargets,
+    LossOutput,
+    Targets,
+    TokenTargets,
+    chunked_divergence,
+    lm_head_of,
+)
 from opdlm.objectives.masking import ANY_RATE, MaskRates, rates_at
 from opdlm.objectives.states import (
     Selection,
@@ -47,9 +54,9 @@ from opdlm.objectives.states import (
 from opdlm.objectives.targets import needs_teacher, score_rows, targets_at_supervised
 from opdlm.seeds import generator_for
 from opdlm.training.loop import (
+    EvalCallback,
     Loop,
     UpdateSums,
-    Watcher,
     equally_many,
     finish,
     run_steps,
@@ -89,7 +96,7 @@ class StudentLoss(nn.Module):
     def head(self, *, of_teacher: bool = False) -> Head:
         model = self.model.teacher if of_teacher and self.model.teacher else self.model.student
         banned = torch.tensor(self.model.spec.banned_token_ids, dtype=torch.long, device=self.model.device)
-        return head_of(model, banned)
+        return lm_head_of(model, banned)
 
     def divergence(self, hidden_MH: Tensor, targets: Targets, weights_M: Tensor) -> LossOutput:
         section = self.section
@@ -146,13 +153,13 @@ def train(
     config: Config,
     log: MetricsLog,
     recorded: Sequence[Rollout] = (),
-    watcher: Watcher | None = None,
+    eval_callback: EvalCallback | None = None,
 ) -> Run:
     """Train to `train.num_steps`, or until retention stalls, continuing from the newest checkpoint in
     `output_dir` if there is one.
     """
     run = start_run(model, prompts, config, recorded)
-    run_steps(run, lambda step: train_step(run, step), log, watcher)
+    run_steps(run, lambda step: train_step(run, step), log, eval_callback)
     run.source.close()
     finish(run)
     return run
@@ -186,7 +193,7 @@ def ids_of(rollout: Rollout) -> tuple[int, ...]:
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
-    """One rollout step (0-based): generate, then `passes_per_rollout` passes of updates over the rollouts."""
+    """One rollout step (0-based): generate, then `epochs_per_rollout` passes of updates over the rollouts."""
     config, started = run.config, time.perf_counter()
     run.model.spec = replace(run.model.spec, block_size=block_size_at(config.format, step))
     rollouts = run.pool.get(step) or run.source.rollouts_of(step)  # there already, if asynchronous
@@ -216,7 +223,7 @@ def reusable(run: Run, step: int) -> dict[int, list[Rollout]]:
 def update_order(num_rollouts: int, config: Config, rng: torch.Generator) -> Iterator[list[int]]:
     """Which rollouts each optimiser update uses."""
     rows = config.train.rows_per_update
-    for _ in range(config.train.passes_per_rollout):
+    for _ in range(config.train.epochs_per_rollout):
         order = torch.randperm(num_rollouts, generator=rng).tolist()
         for first in range(0, num_rollouts, rows):
             yield order[first : first + rows]

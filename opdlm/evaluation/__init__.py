@@ -1,1 +1,1 @@
-"""evaluation."""
+"""`opdlm eval` and `opdlm bench`: scores, retention, likelihoods, speed."""

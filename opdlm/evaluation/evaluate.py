@@ -21,15 +21,16 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlm.config.sections import EvalSection
 from opdlm.data.prompts import Task
+from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.decode_state import DecodeStats
-from opdlm.decoding.generate import DecodeConfig, Mode, generate
+from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
 from opdlm.errors import ConfigError, DataError
 from opdlm.evaluation.generation_log import Generation, GenerationLog
 from opdlm.evaluation.intervals import Interval, PairedComparison, compare_paired, mean_of_shares, wilson
 from opdlm.evaluation.scoring import is_right, is_right_flexibly
+from opdlm.files import write_atomic
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
-from opdlm.training.checkpoint import write_atomic
 
 REPEATED_TOKENS = 4
 """Length of the pieces whose recurrence within a response counts as repetition."""
@@ -42,7 +43,7 @@ ACTS_IN: dict[str, tuple[str, ...]] = {
     "denoising_steps": ("static", "threshold", "left_to_right"),
     "confidence_threshold": ("threshold",),
     "entropy_bound": ("entropy",),
-    "veto_below": DENOISING_MODES,
+    "ar_accept_threshold": DENOISING_MODES,
     "forward_overhead": ("lossless",),
 }
 """Modes in which a decoding setting decides the response or its forwards; those not named act in all."""
@@ -135,7 +136,7 @@ def decode_tasks(
         batch_size=section.batch_size,
         temperature=section.temperature,
         confidence_threshold=section.confidence_threshold,
-        veto_below=section.veto_below,
+        ar_accept_threshold=section.ar_accept_threshold,
         forward_overhead=section.forward_overhead,
     )
     keys = [decoding_key(log, name or mode, config, task, seed) for task in tasks]

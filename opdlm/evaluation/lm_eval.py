@@ -4,7 +4,7 @@
 diffusion bound (`likelihood.nll_bound`), and a continuation counts as greedy where decoding it in that mode
 gives it back. Tokenisation, truncation, chat templates, batching and stop strings are the harness's own
 Hugging Face class, so scores compare with `lm_eval --model hf`. lm-eval 0.4 finds models by name in its own
-table only; `python -m opdlm.evaluation.lm_eval run --model opdlm --model_args pretrained=DIR,mode=threshold ...`
+table only; `python -m opdlm.evaluation.lm_eval run --model opdlm --model_args pretrained=DIR,mode=threshold`
 is its command with ours added. Needs the extra `eval`.
 """
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from opdlm.checkpoints.load import load
-from opdlm.decoding.generate import DecodeConfig, Mode, generate
+from opdlm.decoding.decode_config import DecodeConfig, Mode
+from opdlm.decoding.generate import generate
 from opdlm.errors import ConfigError
 from opdlm.evaluation.likelihood import nll_bound
 from opdlm.modeling.diffusion_lm import DiffusionLM
@@ -51,13 +52,13 @@ def harness_class() -> type:
             batch_size: int = 1,
             dtype: str = "float32",
             confidence_threshold: float | None = None,
-            veto_below: float | None = None,
+            ar_accept_threshold: float | None = None,
             likelihood_samples: int = 16,
             seed: int = 0,
             **options: Any,
         ) -> None:
             self.diffusion, tokenizer = load(pretrained, dtype)
-            self.decoding = decoding_of(self.diffusion, mode, confidence_threshold, veto_below)
+            self.decoding = decoding_of(self.diffusion, mode, confidence_threshold, ar_accept_threshold)
             self.likelihood_samples, self.seed = likelihood_samples, seed
             super().__init__(
                 pretrained=self.diffusion.student, tokenizer=tokenizer, batch_size=batch_size, **options
@@ -107,7 +108,7 @@ def harness_class() -> type:
 
 
 def decoding_of(
-    model: DiffusionLM, mode: Mode, confidence_threshold: float | None, veto_below: float | None
+    model: DiffusionLM, mode: Mode, confidence_threshold: float | None, ar_accept_threshold: float | None
 ) -> DecodeConfig:
     """Settings of one mode; what the mode or the checkpoint cannot use is refused."""
     if mode not in MODES:
@@ -117,12 +118,14 @@ def decoding_of(
             f"mode {mode} needs a preserve checkpoint; this one is sdar, whose AR model is the original "
             "checkpoint: measure that with lm_eval --model hf."
         )
-    given = {"confidence_threshold": confidence_threshold, "veto_below": veto_below}
+    given = {"confidence_threshold": confidence_threshold, "ar_accept_threshold": ar_accept_threshold}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if confidence_threshold is not None and mode != "threshold":
         raise ConfigError(f"confidence_threshold only acts in mode threshold, not {mode}: leave it out.")
-    if veto_below is not None and (mode in ("ar", "lossless") or model.spec.format == "sdar"):
-        raise ConfigError("veto_below only acts in modes static and threshold of preserve: leave it out.")
+    if ar_accept_threshold is not None and (mode in ("ar", "lossless") or model.spec.format == "sdar"):
+        raise ConfigError(
+            "ar_accept_threshold only acts in modes static and threshold of preserve: leave it out."
+        )
     return DecodeConfig(mode=mode, **chosen)
 
 

@@ -2,15 +2,20 @@
 and flexible-extract (the last number) exactly as lm-evaluation-harness 0.4 defines them for that task; its
 numbers are compared as text without commas, dollar signs and a final full stop. `math`: equal as mathematics
 (math-verify: LaTeX, fractions, percent; numbers to six decimals). `choice`: names the right letter. `code`:
-its code passes the tests that stand in `answer` (`code_tests`).
+its code passes the tests in `answer`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Literal
-
-from opdlm.evaluation.code_tests import passes
 
 Scoring = Literal["exact", "gsm8k", "math", "choice", "code"]
 
@@ -22,6 +27,10 @@ ANY_NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 NO_NUMBER = "[invalid]"
 NEXT_QUESTION = "Question:"
 """A model that goes on to ask itself the next question has answered before."""
+
+
+FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+MAX_FILE_BYTES = 2**20
 
 
 def is_right(response: str, answer: str, scoring: Scoring) -> bool:
@@ -71,3 +80,53 @@ def plain_number(text: str) -> str:
     for pattern in (",", r"\$", r"(?s).*#### ", r"\.$"):
         text = re.sub(pattern, "", text)
     return text.strip().lower()
+
+
+def code_of(response: str) -> str:
+    """The last fenced block of a response, else all of it."""
+    found = FENCE.findall(response)
+    return found[-1] if found else response
+
+
+def passes(response: str, tests: str, *, seconds: int = 10, megabytes: int = 512) -> bool:
+    """Whether the response's code followed by the tests ends without an error, within `seconds` of CPU and of
+    wall-clock time and `megabytes` of memory.
+
+    The process is Python in isolated mode, in an empty folder, without the environment of its parent. This
+    contains mistakes, not malice: the network is not cut off, so run unknown models in a container. It runs
+    only with `eval.run_code`, and on POSIX systems.
+    """
+
+    import resource  # POSIX only
+
+    def limit() -> None:
+        os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        resource.setrlimit(resource.RLIMIT_AS, (megabytes * 2**20, megabytes * 2**20))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
+
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "program.py"
+        program.write_text(f"{code_of(response)}\n\n{tests}\n", encoding="utf-8")
+        process = subprocess.Popen(
+            [sys.executable, "-I", str(program)],
+            cwd=folder,
+            env={},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=limit,
+        )
+        try:
+            return process.wait(seconds) == 0
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            end_group(process.pid)
+            process.wait()
+
+
+def end_group(pid: int) -> None:
+    """What the program started ends with it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)

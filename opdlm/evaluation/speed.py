@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.decode_state import DecodeStats
-from opdlm.decoding.generate import DecodeConfig, Mode, generate
+from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
 from opdlm.errors import ConfigError
 from opdlm.modeling.compiled import compiled_decoding

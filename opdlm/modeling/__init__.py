@@ -1,1 +1,1 @@
-"""modeling."""
+"""The model: slots, attention, caches. It travels with every result folder."""

@@ -28,8 +28,8 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .kv_cache import DecodeCache
-from .slots import CLEAN, Slots, join_slots, visible
+from .kv_cache import DecodeCache, SlotCache
+from .slots import Slots, join_slots, visible
 
 ATTENTION_NAME = "opdlm"
 CHUNK = 128
@@ -62,10 +62,10 @@ def choose_backend(choice: AttentionChoice, device: torch.device, config: PreTra
     """The backend that runs: `auto` is flex where it can run, else flash."""
     if choice != "auto":
         return choice
-    return "flash" if why_not("flex", device, config) else "flex"
+    return "flash" if unsupported_reason("flex", device, config) else "flex"
 
 
-def why_not(choice: AttentionChoice, device: torch.device, config: PreTrainedConfig) -> str | None:
+def unsupported_reason(choice: AttentionChoice, device: torch.device, config: PreTrainedConfig) -> str | None:
     """Why this backend cannot train this model on this device; None where it can."""
     text_config = config.get_text_config()
     head_dim = getattr(text_config, "head_dim", None)
@@ -262,41 +262,6 @@ def make_mask(
     return block_mask(queries, keys, window) if backend == "flex" else QueryChunks.plan(queries, keys, window)
 
 
-class SlotCache:
-    """Keys and values of clean slots, one buffer per layer, indexed by column (the position, unless a row is
-    packed): no cropping, no reallocation.
-
-    For training; decoding has `DecodeCache`. A forward pass writes its clean slots at their columns and reads
-    `[0, length)`; the mask decides who sees what (`keys_with_cache`). Tensors are `[B, kv heads, capacity,
-    head_dim]`.
-    """
-
-    def __init__(self, num_rows: int, capacity: int) -> None:
-        self.num_rows, self.capacity, self.length = num_rows, capacity, 0
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._write: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def begin(self, slots: Slots, length: int) -> None:
-        """Announce the next forward pass: which of its slots are written, how many columns it reads."""
-        assert length <= self.capacity
-        rows_N, slots_N = (slots.group_BS == CLEAN).nonzero(as_tuple=True)
-        self._write = (rows_N, slots_N, slots.key_columns_BS[rows_N, slots_N]) if len(rows_N) else None
-        self.length = length
-
-    def extend(self, layer: int, keys_BHSD: Tensor, values_BHSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this layer's clean slots; return buffer ++ current."""
-        if layer not in self._layers:
-            shape = (self.num_rows, keys_BHSD.shape[1], self.capacity, keys_BHSD.shape[3])
-            self._layers[layer] = (keys_BHSD.new_zeros(shape), values_BHSD.new_zeros(shape))
-        stored = self._layers[layer]
-        if self._write is not None:
-            rows_N, slots_N, columns_N = self._write
-            stored[0][rows_N, :, columns_N] = keys_BHSD[rows_N, :, slots_N]
-            stored[1][rows_N, :, columns_N] = values_BHSD[rows_N, :, slots_N]
-        keys_BHKD = torch.cat([stored[0][:, :, : self.length], keys_BHSD], 2)
-        return keys_BHKD, torch.cat([stored[1][:, :, : self.length], values_BHSD], 2)
-
-
 def keys_with_cache(slots: Slots, cache_length: int) -> Slots:
     """Keys of a cached forward: every buffer column as a clean slot, then the current slots.
 
@@ -332,8 +297,8 @@ def start_forward(
     """Masks for every layer of a forward pass over `slots`; its clean slots are written to the cache."""
     keys = slots
     if cache is not None:
-        reach = max(int((slots.start_BS + slots.reach_BS).max()), 0)
-        cache.begin(slots, min(reach + 1, cache.capacity))
+        last = max(int((slots.start_BS + slots.visible_until_BS).max()), 0)
+        cache.begin(slots, min(last + 1, cache.capacity))
         keys = keys_with_cache(slots, cache.length)
     masks = {window: make_mask(slots, keys, window, dtype, backend) for window in set(windows)}
     return SlotForward(masks, windows, cache)

@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from .attention import (
     AttentionChoice,
     Backend,
-    SlotCache,
     choose_backend,
     layer_windows,
     no_mask,
@@ -31,7 +30,7 @@ from .attention import (
     start_forward,
     use_slot_attention,
 )
-from .kv_cache import DecodeCache, Packed
+from .kv_cache import DecodeCache, Packed, SlotCache
 from .slots import Format, Grid, GridKind, Slots
 
 
@@ -225,7 +224,7 @@ class DiffusionLM(nn.Module):
         """The same for slots that are packed already: `[N, H]`."""
         is_one = self.is_one_forward or packed.num_clean == len(packed)
         parts = [packed] if is_one else packed.split()
-        length = max(int(packed.reach_N.max()), 0) + 1
+        length = max(int(packed.visible_until_N.max()), 0) + 1
         hidden = []
         for part in parts:
             cache.begin(part, num_rows, length)

@@ -3,8 +3,8 @@
 A forward pass is *packed*: the slots of all rows lie in one sequence, clean ones first, so that no linear
 layer ever computes padding; only attention pads, inside `attend`. Every forward writes its keys and values
 into the buffer (clean slots at their positions, noised ones behind the longest row) and attends to views of
-it: nothing is concatenated and grouped heads are not repeated. What lies beyond every `reach` is stale and
-unseen: rejected drafts, the noised slots of earlier forwards, rows that left.
+it: nothing is concatenated and grouped heads are not repeated. What lies beyond every `visible_until` is stale
+and unseen: rejected drafts, the noised slots of earlier forwards, rows that left.
 
 Shape suffixes: N packed slots, B rows, S padded slots, W padded queries of a row, K keys, J noised slots of a
 row, H heads (of keys, where queries come in groups G), D head dimension.
@@ -30,7 +30,7 @@ class Packed:
     row_N: Tensor
     ids_N: Tensor
     positions_N: Tensor
-    reach_N: Tensor
+    visible_until_N: Tensor
     group_N: Tensor
 
     @classmethod
@@ -38,14 +38,14 @@ class Packed:
         """What is not padding, and the column `[N]` where each slot came from."""
         clean_N = (slots.group_BS == CLEAN).flatten().nonzero()[:, 0]
         flat_N = torch.cat([clean_N, slots.is_noised_BS.flatten().nonzero()[:, 0]])
-        fields = (slots.ids_BS, slots.positions_BS, slots.reach_BS, slots.group_BS)
+        fields = (slots.ids_BS, slots.positions_BS, slots.visible_until_BS, slots.group_BS)
         width = slots.ids_BS.shape[1]
         packed = cls(len(clean_N), flat_N // width, *(field.flatten()[flat_N] for field in fields))
         return packed, flat_N % width
 
     def split(self) -> list[Packed]:
         """The clean slots and the noised ones, for models that compute them with different weights."""
-        fields = (self.row_N, self.ids_N, self.positions_N, self.reach_N, self.group_N)
+        fields = (self.row_N, self.ids_N, self.positions_N, self.visible_until_N, self.group_N)
         return [
             Packed(self.num_clean, *(field[: self.num_clean] for field in fields)),
             Packed(0, *(field[self.num_clean :] for field in fields)),
@@ -132,7 +132,7 @@ class DecodeCache:
         """Additive mask `[1, 1, N, K]` of the forward that was begun: who sees what of its own row."""
         packed = self.packed
         key_K = torch.arange(self._length)
-        seen_NK = key_K <= packed.reach_N[:, None]
+        seen_NK = key_K <= packed.visible_until_N[:, None]
         seen_NJ = self._noised_group_BJ[packed.row_N] == packed.group_N[:, None]
         if window is not None:
             seen_NK &= packed.positions_N[:, None] - key_K < window
@@ -220,3 +220,38 @@ def best_split(count_B: Tensor) -> list[int]:
     area_B = cut_B * before_B[:-1] + (num_rows - cut_B) * after_B[1:]
     best = int(area_B.argmin())
     return [best + 1] if int(area_B[best]) * 3 <= int(before_B[-1]) * num_rows * 2 else []
+
+
+class SlotCache:
+    """Keys and values of clean slots, one buffer per layer, indexed by column (the position, unless a row is
+    packed): no cropping, no reallocation.
+
+    For training; decoding has `DecodeCache`. A forward pass writes its clean slots at their columns and reads
+    `[0, length)`; the mask decides who sees what (`keys_with_cache`). Tensors are `[B, kv heads, capacity,
+    head_dim]`.
+    """
+
+    def __init__(self, num_rows: int, capacity: int) -> None:
+        self.num_rows, self.capacity, self.length = num_rows, capacity, 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._write: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def begin(self, slots: Slots, length: int) -> None:
+        """Announce the next forward pass: which of its slots are written, how many columns it reads."""
+        assert length <= self.capacity
+        rows_N, slots_N = (slots.group_BS == CLEAN).nonzero(as_tuple=True)
+        self._write = (rows_N, slots_N, slots.key_columns_BS[rows_N, slots_N]) if len(rows_N) else None
+        self.length = length
+
+    def extend(self, layer: int, keys_BHSD: Tensor, values_BHSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store this layer's clean slots; return buffer ++ current."""
+        if layer not in self._layers:
+            shape = (self.num_rows, keys_BHSD.shape[1], self.capacity, keys_BHSD.shape[3])
+            self._layers[layer] = (keys_BHSD.new_zeros(shape), values_BHSD.new_zeros(shape))
+        stored = self._layers[layer]
+        if self._write is not None:
+            rows_N, slots_N, columns_N = self._write
+            stored[0][rows_N, :, columns_N] = keys_BHSD[rows_N, :, slots_N]
+            stored[1][rows_N, :, columns_N] = values_BHSD[rows_N, :, slots_N]
+        keys_BHKD = torch.cat([stored[0][:, :, : self.length], keys_BHSD], 2)
+        return keys_BHKD, torch.cat([stored[1][:, :, : self.length], values_BHSD], 2)

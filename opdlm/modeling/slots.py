@@ -4,11 +4,11 @@ A *slot* is one column of a forward pass: a token id at a position. Clean slots 
 group 0. Noised slots carry a denoising state of one block; the slots of one state of one block form a group.
 Two numbers per slot decide every mask of the project (training rows, cached decoding, lossless drafting):
 
-    visible(q, k) = k is clean and position(k) <= reach(q)      or      group(k) == group(q) != 0
+    visible(q, k) = k is clean and position(k) <= visible_until(q)      or      group(k) == group(q) != 0
 
-`reach` of a clean slot is its own position (`preserve`: token-causal, exactly the teacher) or the end of its
-block (`sdar`: block-causal). `reach` of a noised slot is the group's *anchor*, the last clean token before
-it. METHOD parts 1, 2 and 5; layout of arXiv 2503.09573 (BD3LM).
+`visible_until` of a clean slot is its own position (`preserve`: token-causal, exactly the teacher) or the end of
+its block (`sdar`: block-causal). `visible_until` of a noised slot is the group's *anchor*, the last clean token
+before it. METHOD parts 1, 2 and 5; layout of arXiv 2503.09573 (BD3LM).
 
 Several documents may share a row. Each slot names the column where its document's clean text starts; a
 position counts from there, so clean slots of other documents are out of range and groups are never shared.
@@ -30,7 +30,7 @@ GridKind = Literal["absolute", "response"]
 Position = TypeVar("Position", int, Tensor)
 
 CLEAN = 0
-FAR = 2**30  # the position of a padding slot: beyond every reach
+FAR = 2**30  # the position of a padding slot: beyond every `visible_until`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ class Slots:
 
     ids_BS: Tensor
     positions_BS: Tensor
-    reach_BS: Tensor
+    visible_until_BS: Tensor
     group_BS: Tensor
     start_BS: Tensor
     """Column of the row of clean text at which the slot's document starts: 0 where a row holds only one."""
@@ -67,13 +67,13 @@ class Slots:
 
     @property
     def key_columns_BS(self) -> Tensor:
-        """Columns of the row of clean text; padding is out of everyone's reach."""
+        """Columns of the row of clean text; padding is visible to no slot."""
         return (self.start_BS + self.positions_BS).masked_fill(self.group_BS < CLEAN, FAR)
 
     def only(self, keep_BS: Tensor) -> Slots:
         """The same columns with everything outside `keep_BS` turned into padding."""
         keep_BS = keep_BS & (self.group_BS >= CLEAN)
-        slots = make_slots(self.ids_BS, self.positions_BS, self.reach_BS, self.group_BS, keep_BS)
+        slots = make_slots(self.ids_BS, self.positions_BS, self.visible_until_BS, self.group_BS, keep_BS)
         return replace(slots, start_BS=self.start_BS)
 
     def to(self, device: torch.device) -> Slots:
@@ -81,18 +81,18 @@ class Slots:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.ids_BS, self.positions_BS, self.reach_BS, self.group_BS, self.start_BS
+        return self.ids_BS, self.positions_BS, self.visible_until_BS, self.group_BS, self.start_BS
 
 
 def make_slots(
-    ids_BS: Tensor, positions_BS: Tensor, reach_BS: Tensor, group_BS: Tensor, valid_BS: Tensor
+    ids_BS: Tensor, positions_BS: Tensor, visible_until_BS: Tensor, group_BS: Tensor, valid_BS: Tensor
 ) -> Slots:
     """Slots of one document per row, with everything outside `valid_BS` turned into padding."""
     column_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
     return Slots(
         torch.where(valid_BS, ids_BS, 0),
         torch.where(valid_BS, positions_BS, 0),
-        torch.where(valid_BS, reach_BS, -1),
+        torch.where(valid_BS, visible_until_BS, -1),
         torch.where(valid_BS, group_BS, -1 - column_S),
         torch.zeros_like(ids_BS),
     )
@@ -121,7 +121,7 @@ def pack_slots(documents: Sequence[Slots], starts: Sequence[int], num_groups: in
     return Slots(*(torch.cat(parts, 1) for parts in zip(*moved, strict=True)))
 
 
-def clean_reach(positions: Tensor, num_prompt: Tensor, grid: Grid, fmt: Format) -> Tensor:
+def clean_visible_until(positions: Tensor, num_prompt: Tensor, grid: Grid, fmt: Format) -> Tensor:
     """The last position a clean slot sees: itself (`preserve`) or the end of its block (`sdar`)."""
     if fmt == "preserve":
         return positions
@@ -132,14 +132,14 @@ def clean_slots(ids_BL: Tensor, lengths_B: Tensor, num_prompt_B: Tensor, grid: G
     """Whole sequences as clean slots, right-padded; `lengths_B` counts the real tokens."""
     positions_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
     valid_BL = positions_BL < lengths_B[:, None]
-    reach_BL = clean_reach(positions_BL, num_prompt_B[:, None], grid, fmt)
-    return make_slots(ids_BL, positions_BL, reach_BL, torch.zeros_like(ids_BL), valid_BL)
+    visible_until_BL = clean_visible_until(positions_BL, num_prompt_B[:, None], grid, fmt)
+    return make_slots(ids_BL, positions_BL, visible_until_BL, torch.zeros_like(ids_BL), valid_BL)
 
 
 def visible(queries: Slots, keys: Slots, window: int | None = None) -> Tensor:
     """Which keys each query attends to: bool `[B, Q, K]`. `window` keeps the last `window` positions only."""
     position_BQK = keys.key_columns_BS[:, None, :] - queries.start_BS[:, :, None]  # in the query's document
-    keys_clean_BQK = (position_BQK >= 0) & (position_BQK <= queries.reach_BS[:, :, None])
+    keys_clean_BQK = (position_BQK >= 0) & (position_BQK <= queries.visible_until_BS[:, :, None])
     keys_clean_BQK &= (keys.group_BS == CLEAN)[:, None, :]
     same_group_BQK = queries.group_BS[:, :, None] == keys.group_BS[:, None, :]
     seen_BQK = keys_clean_BQK | (same_group_BQK & (queries.group_BS != CLEAN)[:, :, None])

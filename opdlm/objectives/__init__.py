@@ -1,1 +1,1 @@
-"""objectives."""
+"""What is learnt: states, targets, losses, masks."""

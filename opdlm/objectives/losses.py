@@ -21,8 +21,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
 from opdlm.modeling.cpu_linear import linear
+from opdlm.modeling.diffusion_lm import head_constants
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"]
 OutcomeDivergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -72,6 +74,15 @@ class Head:
         if self.scale != 1.0:
             grad_CV *= self.scale
         return grad_CV if self.banned is None else grad_CV.index_fill_(-1, self.banned, 0.0)
+
+
+def lm_head_of(model: PreTrainedModel, banned: Tensor | None = None) -> Head:
+    """The LM head as plain tensors, for the chunked loss."""
+    softcap, scale = head_constants(model)
+    linear = model.get_output_embeddings()
+    return Head(
+        weight=linear.weight, bias=getattr(linear, "bias", None), softcap=softcap, scale=scale, banned=banned
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

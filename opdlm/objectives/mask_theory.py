@@ -164,6 +164,6 @@ def crossover(
 
 def smoothed(values: Sequence[float], width: int) -> list[float]:
     """Mean over each point and its width // 2 neighbours on both sides, as far as there are any."""
-    reach = width // 2
-    near = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    half_width = width // 2
+    near = (values[max(0, i - half_width) : i + half_width + 1] for i in range(len(values)))
     return [math.fsum(part) / len(part) for part in near]

@@ -184,7 +184,7 @@ def clean_context(ids_BL: Tensor, noised: Slots, num_prompt_B: Tensor, spec: Dif
 
     In `sdar` the text before the last block that carries loss: nobody looks at the rest.
     """
-    lengths_B = noised.reach_BS.amax(1) + 1
+    lengths_B = noised.visible_until_BS.amax(1) + 1
     if spec.format == "preserve":
         lengths_B = torch.zeros_like(lengths_B)
     ids_BL = ids_BL[:, : int(lengths_B.max())]
@@ -250,7 +250,7 @@ def noised_slots(table: BlockTable, masked_BCNT: Tensor, spec: DiffusionSpec) ->
     fraction_BCNT = (learnable_BCNT.sum(-1, keepdim=True) / response_BCN1).expand_as(masked_BCNT)
 
     columns_BS, valid_BS = compact_columns(is_slot_BCNT.flatten(1))
-    ids_BS, positions_BS, reach_BS, group_BS, target_BS, fraction_BS = (
+    ids_BS, positions_BS, visible_until_BS, group_BS, target_BS, fraction_BS = (
         x.flatten(1).gather(1, columns_BS)
         for x in (
             ids_BCNT,
@@ -261,7 +261,7 @@ def noised_slots(table: BlockTable, masked_BCNT: Tensor, spec: DiffusionSpec) ->
             fraction_BCNT,
         )
     )
-    slots = make_slots(ids_BS, positions_BS, reach_BS, group_BS, valid_BS)
+    slots = make_slots(ids_BS, positions_BS, visible_until_BS, group_BS, valid_BS)
     return slots, torch.where(valid_BS, target_BS, -1), fraction_BS
 
 

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdlm.checkpoints.load import head_of
 from opdlm.config.sections import LossSection
-from opdlm.modeling.attention import SlotCache
 from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.modeling.kv_cache import SlotCache
 from opdlm.modeling.slots import Format, Slots
-from opdlm.objectives.losses import HiddenTargets, Targets, TokenTargets, top_k_targets
+from opdlm.objectives.losses import HiddenTargets, Targets, TokenTargets, lm_head_of, top_k_targets
 from opdlm.objectives.states import StateBatch
 
 
@@ -57,7 +56,7 @@ def targets_at_supervised(
     assert scored is not None
     hidden_MH = scored.hidden_BLH[row_M, target_M - 1]
     banned = torch.tensor(model.spec.banned_token_ids, dtype=torch.long, device=hidden_MH.device)
-    head = head_of(model.teacher or model.student, banned)
+    head = lm_head_of(model.teacher or model.student, banned)
     if section.top_k is None:
         return HiddenTargets(hidden_MH=hidden_MH, head=head)
     return top_k_targets(hidden_MH, head, section.top_k, tail=section.tail)

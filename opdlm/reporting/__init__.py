@@ -1,1 +1,1 @@
-"""reporting."""
+"""Tables, plots, pages and model cards."""

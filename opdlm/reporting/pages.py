@@ -17,6 +17,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from opdlm.errors import DataError
+from opdlm.files import write_atomic
 from opdlm.reporting.plots import (
     plot_comparison,
     plot_divergence,
@@ -32,7 +33,6 @@ from opdlm.reporting.tables import (
     report_tables,
     with_interval,
 )
-from opdlm.training.checkpoint import write_atomic
 from opdlm.training.metrics import read_metrics
 
 RETENTION_FILE, TIMING_FILE = "retention.json", "timing.json"

@@ -1,1 +1,1 @@
-"""serving."""
+"""`opdlm serve`: an OpenAI-compatible server."""

@@ -15,7 +15,8 @@ from threading import Event, Thread
 
 from torch import Tensor
 
-from opdlm.decoding.decode_state import DecodeConfig, Request
+from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.decode_state import Request
 from opdlm.decoding.generate import Decoder, FindEnd
 from opdlm.decoding.rollout import Rollout
 from opdlm.modeling.cpu_linear import packed_weights

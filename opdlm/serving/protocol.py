@@ -24,7 +24,7 @@ KNOWN = {
 }
 
 
-class Refused(OpdlmError):
+class InvalidRequest(OpdlmError):
     """A request that cannot be answered; the status goes to the client with the sentence."""
 
     def __init__(self, message: str, status: int = 400) -> None:
@@ -35,40 +35,42 @@ class Refused(OpdlmError):
 def check_body(body: Any, model: str) -> Body:
     """A JSON object of known keys, for this model."""
     if not isinstance(body, dict):
-        raise Refused("the body must be a JSON object.")
+        raise InvalidRequest("the body must be a JSON object.")
     unknown = sorted(key for key, value in body.items() if key not in KNOWN and value)
     if unknown:
-        raise Refused(f"{unknown[0]} is not supported: leave it out. Known: {', '.join(sorted(KNOWN))}.")
+        raise InvalidRequest(
+            f"{unknown[0]} is not supported: leave it out. Known: {', '.join(sorted(KNOWN))}."
+        )
     if body.get("model") not in (None, model):
-        raise Refused(f"model ({body['model']}) is not served here; {model} is.", status=404)
+        raise InvalidRequest(f"model ({body['model']}) is not served here; {model} is.", status=404)
     return body
 
 
 def number(body: Body, key: str, default: float, low: float, high: float) -> float:
     value = default if body.get(key) is None else body[key]
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise Refused(f"{key} ({value!r}) must be a number from {low:g} to {high:g}.")
+        raise InvalidRequest(f"{key} ({value!r}) must be a number from {low:g} to {high:g}.")
     return float(value)
 
 
 def whole(body: Body, key: str, default: int, low: int, high: int) -> int:
     value = default if body.get(key) is None else body[key]
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise Refused(f"{key} ({value!r}) must be a whole number from {low} to {high}.")
+        raise InvalidRequest(f"{key} ({value!r}) must be a whole number from {low} to {high}.")
     return value
 
 
 def switch(body: Body, key: str) -> bool:
     value = body.get(key) or False
     if not isinstance(value, bool):
-        raise Refused(f"{key} ({value!r}) must be true or false.")
+        raise InvalidRequest(f"{key} ({value!r}) must be true or false.")
     return value
 
 
 def asks_for_usage(body: Body) -> bool:
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
-        raise Refused(f"stream_options ({options!r}) must be an object.")
+        raise InvalidRequest(f"stream_options ({options!r}) must be an object.")
     return switch(options, "include_usage")
 
 
@@ -76,7 +78,7 @@ def asks_for_logprobs(body: Body, *, is_chat: bool) -> bool:
     """Those of the chosen tokens: `true` in a chat, 0 alternatives in a completion. There are no others."""
     value = body.get("logprobs")
     if body.get("top_logprobs") or not (value is None or isinstance(value, bool) or value == 0):
-        raise Refused(
+        raise InvalidRequest(
             f"logprobs ({value!r}) and top_logprobs ({body.get('top_logprobs')!r}): only those of the chosen "
             "tokens are computed. Ask a chat for logprobs true, a completion for logprobs 0."
         )
@@ -87,7 +89,7 @@ def strings(body: Body, key: str) -> tuple[str, ...]:
     value = body.get(key) or []
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, list) or not all(isinstance(text, str) and text for text in found):
-        raise Refused(f"{key} must be a text or a list of texts, none of them empty.")
+        raise InvalidRequest(f"{key} must be a text or a list of texts, none of them empty.")
     return tuple(found)
 
 
@@ -101,7 +103,7 @@ def with_plain_text(message: Any) -> Any:
     if not isinstance(content, list):
         return message
     if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        raise Refused("messages may hold text only: other parts of a content are not supported.")
+        raise InvalidRequest("messages may hold text only: other parts of a content are not supported.")
     return message | {"content": "".join(str(part.get("text", "")) for part in content)}
 
 

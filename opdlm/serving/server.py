@@ -21,20 +21,20 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from opdlm.checkpoints.load import room_of
+from opdlm.checkpoints.load import max_total_tokens
 from opdlm.cli.verbs import check_decoding, decode_config, load_decoder
 from opdlm.data.prompts import encode_prompt, messages_of
-from opdlm.decoding.decode_state import DecodeConfig
+from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import grid_of
 from opdlm.decoding.rollout import Rollout
-from opdlm.decoding.streaming import Settling, StopStrings
+from opdlm.decoding.streaming import StablePrefix, StopStrings
 from opdlm.errors import ConfigError, OpdlmError, require_package
 from opdlm.modeling.compiled import compiled_decoding
 from opdlm.seeds import seed_of
 from opdlm.serving.decode_thread import DecodeThread, Job
 from opdlm.serving.protocol import (
     Body,
-    Refused,
+    InvalidRequest,
     asks_for_logprobs,
     asks_for_usage,
     check_body,
@@ -58,20 +58,20 @@ API_KEY_VARIABLE = "OPDLM_API_KEY"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ParsedRequest:
     """A request as it was understood: its choices, prompt by prompt."""
 
-    jobs: tuple[Pending, ...]
+    jobs: tuple[PendingChoice, ...]
     is_streamed: bool
     with_usage: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Pending:
+class PendingChoice:
     """A choice while it is written: text as it settles, then the response or what went wrong."""
 
     job: Job
-    settling: Settling
+    stable_prefix: StablePrefix
     events: asyncio.Queue[str | Rollout | Exception]
 
 
@@ -90,10 +90,12 @@ class Server:
     def check_key(self, authorization: str) -> None:
         wanted = f"Bearer {self.api_key}".encode()
         if self.api_key and not hmac.compare_digest(authorization.encode(), wanted):
-            raise Refused("this server wants `Authorization: Bearer KEY` with its --api-key.", status=401)
+            raise InvalidRequest(
+                "this server wants `Authorization: Bearer KEY` with its --api-key.", status=401
+            )
 
-    def read(self, body: Any, *, is_chat: bool) -> Asked:
-        """Check a request and prepare its jobs; Refused says which key, which value, which rule."""
+    def read(self, body: Any, *, is_chat: bool) -> ParsedRequest:
+        """Check a request and prepare its jobs; InvalidRequest says which key, which value, which rule."""
         body = check_body(body, self.name)
         config = replace(
             self.config,
@@ -113,7 +115,7 @@ class Server:
             self.pending(ids, seed_of(seed, place), num_tokens, config, stops, is_streamed)
             for place, ids in enumerate(places)
         ]
-        return Asked(tuple(jobs), is_streamed, asks_for_usage(body))
+        return ParsedRequest(tuple(jobs), is_streamed, asks_for_usage(body))
 
     def chat_ids(self, body: Body) -> list[int]:
         messages = body.get("messages")
@@ -122,7 +124,7 @@ class Server:
         try:
             return encode_prompt(self.tokenizer, messages_of("the request", {"messages": messages}, ""))
         except TemplateError as error:
-            raise Refused(f"messages do not fit the model's chat template: {error}.") from error
+            raise InvalidRequest(f"messages do not fit the model's chat template: {error}.") from error
 
     def prompt_ids(self, body: Body) -> list[list[int]]:
         """One text, several, one list of token ids, or several."""
@@ -131,10 +133,10 @@ class Server:
         found = []
         for one in prompts:
             if not (isinstance(one, str) or is_ids(one)):
-                raise Refused("prompt must be text, a list of texts, or token ids.")
+                raise InvalidRequest("prompt must be text, a list of texts, or token ids.")
             ids = list(self.tokenizer(one)["input_ids"]) if isinstance(one, str) else one
             if not ids:
-                raise Refused("prompt is empty: give some text.")
+                raise InvalidRequest("prompt is empty: give some text.")
             found.append(ids)
         return found
 
@@ -145,9 +147,11 @@ class Server:
         spec, longest = self.thread.model.spec, max(len(ids) for ids in prompts)
         num_rows = len(self.tokenizer)
         if any(not 0 <= token < num_rows or token == spec.mask_token_id for ids in prompts for token in ids):
-            raise Refused(f"prompt has token ids beyond {num_rows - 1}, or the mask token: remove them.")
+            raise InvalidRequest(
+                f"prompt has token ids beyond {num_rows - 1}, or the mask token: remove them."
+            )
         if longest + num_tokens > self.thread.max_length:
-            raise Refused(
+            raise InvalidRequest(
                 f"the prompt ({longest} tokens) and {key} ({num_tokens}) exceed the {self.thread.max_length} "
                 "tokens of a request (--max-length)."
             )
@@ -161,9 +165,9 @@ class Server:
         config: DecodeConfig,
         stops: StopStrings,
         is_streamed: bool,
-    ) -> Pending:
+    ) -> PendingChoice:
         spec, shown = self.thread.model.spec, range(len(ids), len(ids) + num_tokens)
-        settling = Settling(stops, spec, grid_of(config.mode, spec), shown)
+        stable_prefix = StablePrefix(stops, spec, grid_of(config.mode, spec), shown)
         events: asyncio.Queue[str | Rollout | Exception] = asyncio.Queue()
         put = thread_safe(events.put_nowait)
         job = Job(
@@ -172,12 +176,12 @@ class Server:
             max_new_tokens=num_tokens,
             config=config,
             find_end=stops.find_end if stops.strings else None,
-            on_step=(lambda tokens: put(settling.after_step(tokens)[0])) if is_streamed else None,
+            on_step=(lambda tokens: put(stable_prefix.after_step(tokens)[0])) if is_streamed else None,
             on_end=put,
         )
-        return Pending(job, settling, events)
+        return PendingChoice(job, stable_prefix, events)
 
-    def with_logprobs(self, choice: Body, pending: Pending, rollout: Rollout, *, is_chat: bool) -> Body:
+    def with_logprobs(self, choice: Body, pending: PendingChoice, rollout: Rollout, *, is_chat: bool) -> Body:
         """The choice, and what it was asked to say about its tokens (the stop token left out)."""
         if not pending.job.config.logprobs:
             return choice
@@ -185,19 +189,19 @@ class Server:
         pieces = [str(self.tokenizer.decode([token])) for token in rollout.text_ids if token not in stops]
         return choice | {"logprobs": logprobs_of(rollout, pieces, is_chat=is_chat)}
 
-    async def whole_answer(self, asked: Asked, is_chat: bool) -> Body:
+    async def whole_answer(self, asked: ParsedRequest, is_chat: bool) -> Body:
         """Every choice when all are written."""
         rollouts = [await ending(pending) for pending in asked.jobs]
         choices = []
         for index, (pending, rollout) in enumerate(zip(asked.jobs, rollouts, strict=True)):
-            text = pending.settling.whole(rollout)
+            text = pending.stable_prefix.whole(rollout)
             answer = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
             choice = {"index": index, **answer, "finish_reason": rollout.finish_reason}
             choices.append(self.with_logprobs(choice, pending, rollout, is_chat=is_chat))
         kind = "chat.completion" if is_chat else "text_completion"
         return head(kind, self.name) | {"choices": choices, "usage": usage_of(rollouts)}
 
-    async def streamed_answer(self, asked: Asked, is_chat: bool) -> AsyncIterator[str]:
+    async def streamed_answer(self, asked: ParsedRequest, is_chat: bool) -> AsyncIterator[str]:
         """Server-sent events; the choices of a request are sent one after the other."""
         kind = "chat.completion.chunk" if is_chat else "text_completion"
         start = head(kind, self.name)
@@ -211,7 +215,7 @@ class Server:
                         yield sse({"error": {"message": str(event), "type": "server_error"}})
                         return
                     rollout = event if isinstance(event, Rollout) else None
-                    text = pending.settling.whole(event) if isinstance(event, Rollout) else event
+                    text = pending.stable_prefix.whole(event) if isinstance(event, Rollout) else event
                     reason = None if rollout is None else rollout.finish_reason
                     if len(text) > len(sent) or reason:
                         new = text[len(sent) :]
@@ -240,7 +244,7 @@ class Server:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             return JSONResponse(error_body(f"the body is not JSON: {error}."), 400)
         except OpdlmError as error:
-            status = error.status if isinstance(error, Refused) else 400
+            status = error.status if isinstance(error, InvalidRequest) else 400
             return JSONResponse(error_body(str(error)), status)
         for pending in asked.jobs:
             self.thread.arrivals.put(pending.job)
@@ -298,7 +302,7 @@ def thread_safe(call: Callable[[Any], object]) -> Callable[[Any], None]:
     return later
 
 
-async def ending(pending: Pending) -> Rollout:
+async def ending(pending: PendingChoice) -> Rollout:
     event = await pending.events.get()
     if isinstance(event, Exception):
         raise event
@@ -312,7 +316,7 @@ async def until_gone(request: Any) -> None:
         pass
 
 
-def cancel(asked: Asked) -> None:
+def cancel(asked: ParsedRequest) -> None:
     for pending in asked.jobs:
         pending.job.cancelled.set()
 
@@ -325,7 +329,7 @@ def serve_folder(options: argparse.Namespace) -> int:
     for package in ("starlette", "uvicorn"):
         require_package(package, "serve", "opdlm serve")
     model, tokenizer = load_decoder(options.folder, options.mode, options.dtype)
-    room = room_of(model)
+    room = max_total_tokens(model)
     max_length = options.max_length or int(min(room, DEFAULT_LENGTH))
     if not options.max_new_tokens < max_length <= room:
         raise ConfigError(

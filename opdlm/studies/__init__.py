@@ -1,1 +1,1 @@
-"""studies."""
+"""`opdlm study`: grids of small trainings that test published claims. Only `cli` imports it."""

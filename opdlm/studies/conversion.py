@@ -23,17 +23,17 @@ from opdlm.distill.pipeline import convert_checkpoint
 from opdlm.errors import ConfigError
 from opdlm.reporting.plots import DPI, new_figure
 from opdlm.reporting.tables import NOTHING, Table
-from opdlm.studies.grid import Cell, Values, chosen
-from opdlm.studies.verdicts import (
+from opdlm.studies.claims import (
     WORTH,
     WORTH_ACCURACY,
+    Claim,
     Findings,
-    Prediction,
     differences,
     interval_rule,
     is_below,
     over_seeds,
 )
+from opdlm.studies.grid import Cell, Values, chosen
 
 Measure = Callable[[Values], float]
 
@@ -140,10 +140,10 @@ def variant_table(records: Sequence[Values], grid: ConversionGrid, names: Sequen
     )
 
 
-def is_better(records: Sequence[Values], name: str, other: str, what: str, measure: Measure) -> Prediction:
+def is_better(records: Sequence[Values], name: str, other: str, what: str, measure: Measure) -> Claim:
     gaps = differences(of_variant(records, other), of_variant(records, name), measure)
     worth = WORTH_ACCURACY if what.endswith("accuracy") else WORTH
-    return Prediction(
+    return Claim(
         claim=f"{name} is better than {other} in {what}",
         rule=f"paired differences (baseline minus variant): {interval_rule(worth)}",
         verdict=is_below(gaps, worth=worth),

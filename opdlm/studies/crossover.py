@@ -19,13 +19,11 @@ from opdlm.errors import ConfigError
 from opdlm.objectives.mask_theory import crossover
 from opdlm.reporting.plots import DPI, new_figure
 from opdlm.reporting.tables import NOTHING, Table
-from opdlm.studies.grid import Cell, Values, chosen
-from opdlm.studies.text_study import AR, MD, best_loss, check_curves, final_loss, text_cell
-from opdlm.studies.verdicts import (
+from opdlm.studies.claims import (
     LIKELY_RULE,
     WORTH,
+    Claim,
     Findings,
-    Prediction,
     Verdict,
     all_of,
     by_regime,
@@ -36,6 +34,8 @@ from opdlm.studies.verdicts import (
     over_seeds,
     quantile,
 )
+from opdlm.studies.grid import Cell, Values, chosen
+from opdlm.studies.text_runs import AR, MD, best_loss, check_curves, final_loss, text_cell
 
 CONTROLS: dict[str, dict[str, Any]] = {
     "input_masking": {"objective.input_masking": [0.0, 0.5]},
@@ -174,9 +174,7 @@ def shown(epochs: Mapping[int, float]) -> str:
     return ", ".join(NOTHING if math.isinf(epoch) else f"{epoch:.1f}" for epoch in epochs.values()) or NOTHING
 
 
-def earlier(
-    claim: str, first_and_second: Mapping[str, tuple[dict[int, float], dict[int, float]]]
-) -> Prediction:
+def earlier(claim: str, first_and_second: Mapping[str, tuple[dict[int, float], dict[int, float]]]) -> Claim:
     """Whether the first crosses at an earlier epoch than the second; by regime."""
     verdicts, numbers = dict[str, Verdict](), dict[str, object]()
     for name, (first, second) in first_and_second.items():
@@ -184,7 +182,7 @@ def earlier(
         verdict, numbers[name] = is_sooner(pairs)
         if verdict is not None:
             verdicts[name] = verdict
-    return Prediction(
+    return Claim(
         claim=claim,
         rule=f"in two of three seeds: {LIKELY_RULE}; never is later than any epoch, and where neither ever "
         "crosses there is nothing to compare",
@@ -193,7 +191,7 @@ def earlier(
     )
 
 
-def less_data_earlier(records: Sequence[Values], grid: CrossoverGrid) -> Prediction:
+def less_data_earlier(records: Sequence[Values], grid: CrossoverGrid) -> Claim:
     neighbours = itertools.product(grid.sizes, itertools.pairwise(sorted(grid.unique_tokens)))
     return earlier(
         "Less unique data crosses at an earlier epoch",
@@ -207,7 +205,7 @@ def less_data_earlier(records: Sequence[Values], grid: CrossoverGrid) -> Predict
     )
 
 
-def larger_earlier(records: Sequence[Values], grid: CrossoverGrid) -> Prediction:
+def larger_earlier(records: Sequence[Values], grid: CrossoverGrid) -> Claim:
     neighbours = itertools.product(grid.unique_tokens, itertools.pairwise(grid.sizes))
     return earlier(
         "A larger model crosses at an earlier epoch",
@@ -226,7 +224,7 @@ def rises(runs: Mapping[int, Values], loss: str) -> list[float]:
     return [final_loss(loss)(run) - best_loss(loss)(run) for run in runs.values()]
 
 
-def turns_up(records: Sequence[Values], grid: CrossoverGrid) -> Prediction:
+def turns_up(records: Sequence[Values], grid: CrossoverGrid) -> Claim:
     verdicts, numbers = dict[str, Verdict](), dict[str, object]()
     for unique, size in itertools.product(grid.unique_tokens, grid.sizes):
         ar, md = (
@@ -235,7 +233,7 @@ def turns_up(records: Sequence[Values], grid: CrossoverGrid) -> Prediction:
         name = f"U {unique:,}, {size[0]} × {size[1]}"
         parts = {"AR": is_below([TURN - rise for rise in ar]), "MD": is_below(md, TURN)}
         verdicts[name], numbers[name] = all_of(parts), f"rise of AR {over_seeds(ar)}, of MD {over_seeds(md)}"
-    return Prediction(
+    return Claim(
         claim="The AR validation loss turns up while the diffusion bound falls",
         rule=f"rise from the lowest point to the end: AR above {TURN} nats and MD below it, 95 % intervals",
         verdict=combine(verdicts),
@@ -243,7 +241,7 @@ def turns_up(records: Sequence[Values], grid: CrossoverGrid) -> Prediction:
     )
 
 
-def controls_do_not_help(records: Sequence[Values], grid: CrossoverGrid) -> Prediction:
+def controls_do_not_help(records: Sequence[Values], grid: CrossoverGrid) -> Claim:
     ours = runs_of(records, "md", grid.control_tokens, grid.sizes[-1])
     verdicts, numbers = dict[str, Verdict](), dict[str, object]()
     for control in grid.controls:
@@ -251,7 +249,7 @@ def controls_do_not_help(records: Sequence[Values], grid: CrossoverGrid) -> Pred
         both = sorted(set(ours) & set(theirs))
         gaps = [final_loss(MD)(ours[seed]) - final_loss(AR)(theirs[seed]) for seed in both]
         verdicts[control], numbers[control] = is_below(gaps, worth=WORTH), over_seeds(gaps)
-    return Prediction(
+    return Claim(
         claim=f"Diffusion ends below regularised AR too (U = {grid.control_tokens:,})",
         rule=f"final MD bound minus final AR loss of the control, same seeds: {interval_rule(WORTH)}",
         verdict=combine(verdicts),

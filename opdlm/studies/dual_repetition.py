@@ -23,8 +23,22 @@ from opdlm.errors import require_package
 from opdlm.objectives.mask_theory import alpha_rule
 from opdlm.reporting.plots import DPI, new_figure
 from opdlm.reporting.tables import NOTHING, Table
+from opdlm.studies.claims import (
+    LIKELY_RULE,
+    WORTH,
+    Claim,
+    Findings,
+    Verdict,
+    by_regime,
+    combine,
+    differences,
+    is_below,
+    is_likely,
+    is_within,
+    over_seeds,
+)
 from opdlm.studies.grid import Cell, Values, chosen
-from opdlm.studies.text_study import (
+from opdlm.studies.text_runs import (
     AR,
     LOSS_NAMES,
     MD,
@@ -34,20 +48,6 @@ from opdlm.studies.text_study import (
     prepare_text,
     text_cell,
     text_config,
-)
-from opdlm.studies.verdicts import (
-    LIKELY_RULE,
-    WORTH,
-    Findings,
-    Prediction,
-    Verdict,
-    by_regime,
-    combine,
-    differences,
-    is_below,
-    is_likely,
-    is_within,
-    over_seeds,
 )
 
 HIGH = 32
@@ -194,7 +194,7 @@ def optimum_table(draws: Draws) -> Table:
     )
 
 
-def both_ends(records: Sequence[Values], grid: DualGrid) -> Prediction:
+def both_ends(records: Sequence[Values], grid: DualGrid) -> Claim:
     verdicts, numbers = dict[str, Verdict](), dict[str, object]()
     inner = [alpha for alpha in grid.alphas if 0 < alpha < 1]
     for r, loss in itertools.product([r for r in grid.repetitions if r >= HIGH], (AR, MD)):
@@ -212,7 +212,7 @@ def both_ends(records: Sequence[Values], grid: DualGrid) -> Prediction:
         best = min(inner, key=lambda alpha: max(over_seeds(d).mean for d in against[alpha]), default=None)
         gaps = [NOTHING] * 2 if best is None else [str(over_seeds(gap)) for gap in against[best]]
         numbers[name] = f"α {best or 0:.3g} minus α 0: {gaps[0]}, minus α 1: {gaps[1]}"
-    return Prediction(
+    return Claim(
         claim=f"Some 0 < α < 1 beats both ends for R ≥ {HIGH}",
         rule="holds where for some α both 95 % intervals of the paired difference to an end lie below 0, "
         f"does not where for every α one of them lies above -{WORTH}",
@@ -229,10 +229,10 @@ def some_beats_both(against: Sequence[Sequence[Sequence[float]]]) -> Verdict:
     return "does not hold" if found and all("does not hold" in ends for ends in found) else "undecided"
 
 
-def posterior_prediction(claim: str, rule: str, probabilities: Mapping[str, float]) -> Prediction:
+def posterior_prediction(claim: str, rule: str, probabilities: Mapping[str, float]) -> Claim:
     verdicts = {name: is_likely(probability) for name, probability in probabilities.items()}
     shown = {name: f"{probability:.2f}" for name, probability in probabilities.items()}
-    return Prediction(
+    return Claim(
         claim=claim,
         rule=f"{rule}: {LIKELY_RULE}",
         verdict=combine(verdicts),
@@ -244,7 +244,7 @@ def regime(repetitions: float, loss: str) -> str:
     return f"R {repetitions:g}, {'AR' if loss == AR else 'MD'}"
 
 
-def sixteen(draws: Draws) -> Prediction:
+def sixteen(draws: Draws) -> Claim:
     near = {
         regime(r, loss): float(((best * r >= 8) & (best * r <= 32)).mean())
         for (r, loss), best in draws.items()
@@ -253,14 +253,14 @@ def sixteen(draws: Draws) -> Prediction:
     return posterior_prediction(f"α R ≈ 16 at the optimum for R ≥ {HIGH}", "8 ≤ α R ≤ 32", near)
 
 
-def mostly_ar(draws: Draws) -> Prediction:
+def mostly_ar(draws: Draws) -> Claim:
     near = {
         regime(r, loss): float((best >= 0.9).mean()) for (r, loss), best in draws.items() if r <= HIGH / 2
     }
     return posterior_prediction(f"α ≈ 63/64 at the optimum for R ≤ {HIGH // 2}", "α ≥ 0.9", near)
 
 
-def same_optimum(records: Sequence[Values], grid: DualGrid) -> Prediction:
+def same_optimum(records: Sequence[Values], grid: DualGrid) -> Claim:
     """A flat optimum has no place: what counts is what the other mode's costs."""
     verdicts, numbers = dict[str, Verdict](), dict[str, object]()
     inner = [alpha for alpha in grid.alphas if 0 < alpha < 1]
@@ -275,7 +275,7 @@ def same_optimum(records: Sequence[Values], grid: DualGrid) -> Prediction:
             costs = differences(runs[best[AR]], runs[best[MD]], final_loss(MD))
             verdicts[f"R {r:g}"] = is_within(costs, -math.inf, WORTH)
             numbers[f"R {r:g}"] = f"α {best[AR]:.3g} costs {over_seeds(costs)} against α {best[MD]:.3g}"
-    return Prediction(
+    return Claim(
         claim="The optimum is nearly the same in AR and MD evaluation",
         rule="MD bound at the mixed α that is best for AR minus that at its own best one: 95 % interval "
         f"below {WORTH}, or above",
@@ -284,7 +284,7 @@ def same_optimum(records: Sequence[Values], grid: DualGrid) -> Prediction:
     )
 
 
-def early_stopping(records: Sequence[Values], grid: DualGrid) -> Prediction:
+def early_stopping(records: Sequence[Values], grid: DualGrid) -> Claim:
     """The caveat: what dual training wins in AR mode may be what early stopping gives as well."""
     verdicts, numbers = dict[str, Verdict](), dict[str, object]()
     for r in [r for r in grid.repetitions if r >= HIGH]:
@@ -295,7 +295,7 @@ def early_stopping(records: Sequence[Values], grid: DualGrid) -> Prediction:
             best_loss(AR)(pure[s]) - min(final_loss(AR)(runs[s]) for runs in inner) for s in seeds if inner
         ]
         verdicts[f"R {r:g}"], numbers[f"R {r:g}"] = is_within(gaps, -math.inf, WORTH), over_seeds(gaps)
-    return Prediction(
+    return Claim(
         claim=f"AR with early stopping equals dual training in AR mode, R ≥ {HIGH}",
         rule="best AR loss along the α = 1 run minus the best final one of 0 < α < 1: 95 % interval below "
         f"{WORTH}",

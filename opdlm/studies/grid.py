@@ -28,7 +28,7 @@ from rich.console import Console
 
 from opdlm.config.loader import plain
 from opdlm.errors import ConfigError
-from opdlm.training.checkpoint import write_atomic
+from opdlm.files import write_atomic
 from opdlm.training.metrics import progress_line
 
 Values = dict[str, Any]

@@ -17,12 +17,10 @@ from opdlm.data.documents import load_documents
 from opdlm.objectives.mask_theory import ngram_signal_weights, optimal_t
 from opdlm.reporting.plots import DPI, new_figure
 from opdlm.reporting.tables import NOTHING, Table
-from opdlm.studies.grid import Cell, Values, chosen
-from opdlm.studies.text_study import LOSS_NAMES, MD, final_loss, text_cell, text_config
-from opdlm.studies.verdicts import (
+from opdlm.studies.claims import (
     WORTH,
+    Claim,
     Findings,
-    Prediction,
     all_of,
     by_regime,
     differences,
@@ -31,6 +29,8 @@ from opdlm.studies.verdicts import (
     is_within,
     over_seeds,
 )
+from opdlm.studies.grid import Cell, Values, chosen
+from opdlm.studies.text_runs import LOSS_NAMES, MD, final_loss, text_cell, text_config
 
 Window = tuple[float, float]
 EVERYTHING = (0.0, 1.0)
@@ -124,7 +124,7 @@ def mean_bound(runs: Mapping[int, Values]) -> float:
     return fmean(final_loss(MD)(run) for run in runs.values())
 
 
-def u_shape(narrow: Mapping[Window, Mapping[int, Values]]) -> Prediction:
+def u_shape(narrow: Mapping[Window, Mapping[int, Values]]) -> Claim:
     windows = list(narrow)
     inner = windows[1:-1]
     verdicts, numbers = {}, {}
@@ -134,7 +134,7 @@ def u_shape(narrow: Mapping[Window, Mapping[int, Values]]) -> Prediction:
             name = f"{fmean(lowest):.2f} against {fmean(end):.2f}"
             gaps = differences(narrow[lowest], narrow[end], final_loss(MD))
             verdicts[name], numbers[name] = is_below(gaps, worth=WORTH), over_seeds(gaps)
-    return Prediction(
+    return Claim(
         claim="The bound is U-shaped in the window's midpoint",
         rule="the lowest inner midpoint is below both outermost ones, paired differences: each "
         f"{interval_rule(WORTH)}",
@@ -153,13 +153,13 @@ def lowest_midpoint(points: Sequence[tuple[float, float]]) -> float:
     return b - numerator / (2 * ((b - a) * (fb - fc) - (b - c) * (fb - fa)))
 
 
-def near_t_star(narrow: Mapping[Window, Mapping[int, Values]], t_star: float) -> Prediction:
+def near_t_star(narrow: Mapping[Window, Mapping[int, Values]], t_star: float) -> Claim:
     seeds = sorted(set.intersection(*[set(runs) for runs in narrow.values()])) if narrow else []
     lowest = [
         lowest_midpoint([(fmean(window), final_loss(MD)(runs[seed])) for window, runs in narrow.items()])
         for seed in seeds
     ]
-    return Prediction(
+    return Claim(
         claim=f"The minimum is near t* = {t_star:.3f} from n-gram statistics",
         rule="vertex of the parabola through the lowest three midpoints of each seed: 95 % interval within "
         f"t* ± {NEAR}",
@@ -170,11 +170,11 @@ def near_t_star(narrow: Mapping[Window, Mapping[int, Values]], t_star: float) ->
 
 def better_than_everything(
     narrow: Mapping[Window, Mapping[int, Values]], everything: Mapping[int, Values], t_star: float
-) -> Prediction:
+) -> Claim:
     """The window is chosen by t*, not by its result."""
     window = min(narrow, key=lambda w: abs(fmean(w) - t_star), default=EVERYTHING)
     gaps = differences(narrow.get(window, {}), everything, final_loss(MD))
-    return Prediction(
+    return Claim(
         claim="A window around t* is better than U[0, 1]",
         rule=f"bound of the window nearest to t* minus that of [0, 1], same seeds: {interval_rule(WORTH)}",
         verdict=is_below(gaps, worth=WORTH),

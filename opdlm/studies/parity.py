@@ -27,11 +27,10 @@ from opdlm.objectives.masking import MaskRates, draw_masks
 from opdlm.reporting.plots import DPI, new_figure
 from opdlm.reporting.tables import NOTHING, Table
 from opdlm.seeds import generator_for
-from opdlm.studies.grid import Cell, Values, chosen
-from opdlm.studies.verdicts import (
+from opdlm.studies.claims import (
     LIKELY_RULE,
+    Claim,
     Findings,
-    Prediction,
     Verdict,
     by_regime,
     combine,
@@ -41,6 +40,7 @@ from opdlm.studies.verdicts import (
     over_seeds,
     quantile,
 )
+from opdlm.studies.grid import Cell, Values, chosen
 
 MINUS, PLUS, MASK = 0, 1, 2
 BASELINE = "y"
@@ -260,7 +260,7 @@ def steps_table(records: Sequence[Values], grid: ParityGrid) -> Table:
     )
 
 
-def higher_signal_sooner(records: Sequence[Values], grid: ParityGrid) -> Prediction:
+def higher_signal_sooner(records: Sequence[Values], grid: ParityGrid) -> Claim:
     verdicts, numbers = dict[str, Verdict](), dict[str, object]()
     for task in grid.tasks:
         windows = [list(window) for window in grid.windows]
@@ -271,7 +271,7 @@ def higher_signal_sooner(records: Sequence[Values], grid: ParityGrid) -> Predict
         verdict, numbers[task_name(task)] = is_sooner([(-tau, 0) for tau in taus])
         if verdict is not None:
             verdicts[task_name(task)] = verdict
-    return Prediction(
+    return Claim(
         claim="Windows of higher P_S generalise sooner",
         rule="Kendall's τ between P_S and earliness over the windows of a seed is positive, in two of three "
         f"seeds that learnt with any: {LIKELY_RULE}",
@@ -280,7 +280,7 @@ def higher_signal_sooner(records: Sequence[Values], grid: ParityGrid) -> Predict
     )
 
 
-def sooner_than_baseline(records: Sequence[Values], grid: ParityGrid) -> Prediction:
+def sooner_than_baseline(records: Sequence[Values], grid: ParityGrid) -> Claim:
     verdicts, numbers = dict[str, Verdict](), dict[str, object]()
     for task in grid.tasks:
         best = max((list(window) for window in grid.windows), key=lambda window: signal_of(window, task[1]))
@@ -289,7 +289,7 @@ def sooner_than_baseline(records: Sequence[Values], grid: ParityGrid) -> Predict
         verdict, numbers[task_name(task)] = is_sooner(pairs)
         if verdict is not None:
             verdicts[task_name(task)] = verdict
-    return Prediction(
+    return Claim(
         claim="Masked diffusion with the window of the highest P_S generalises before the baseline",
         rule=f"in two of three seeds, both never left out: {LIKELY_RULE}",
         verdict=combine(verdicts),
@@ -297,14 +297,14 @@ def sooner_than_baseline(records: Sequence[Values], grid: ParityGrid) -> Predict
     )
 
 
-def memorises(records: Sequence[Values], grid: ParityGrid) -> Prediction:
+def memorises(records: Sequence[Values], grid: ParityGrid) -> Claim:
     verdicts, numbers = dict[str, Verdict](), dict[str, object]()
     for task in grid.tasks:
         runs = runs_of(records, task, BASELINE).values()
         stuck = [is_stuck(run) for run in runs]
         verdicts[task_name(task)] = is_usual(sum(stuck), len(stuck) - sum(stuck))
         numbers[task_name(task)] = f"{sum(stuck)} of {len(stuck)} seeds"
-    return Prediction(
+    return Claim(
         claim="The baseline memorises and does not generalise",
         rule="training inputs right, others not, when the steps are over, in two of three seeds: "
         f"{LIKELY_RULE}",

@@ -19,16 +19,16 @@ from rich.console import Console
 from opdlm.config.loader import apply_override, build_section, plain, read_recipe
 from opdlm.errors import ConfigError
 from opdlm.evaluation.retention import versions
+from opdlm.files import write_atomic
 from opdlm.studies import conversion as study_conversion
 from opdlm.studies import crossover as study_crossover
 from opdlm.studies import dual_repetition as study_dual
 from opdlm.studies import mask_window as study_window
 from opdlm.studies import parity as study_parity
 from opdlm.studies import window_sft as study_sft
+from opdlm.studies.claims import Findings, conclusion
 from opdlm.studies.grid import Cell, GridResult, RunCell, Values, run_grid
-from opdlm.studies.text_study import prepare_text, run_text
-from opdlm.studies.verdicts import Findings, conclusion
-from opdlm.training.checkpoint import write_atomic
+from opdlm.studies.text_runs import prepare_text, run_text
 
 TABLE_FILE, RESULTS_FILE, PICTURE_FILE = "table.md", "results.json", "study.png"
 

@@ -26,18 +26,18 @@ from opdlm.distill.pipeline import convert_checkpoint
 from opdlm.errors import DataError
 from opdlm.reporting.plots import DPI, new_figure
 from opdlm.reporting.tables import Table
-from opdlm.studies.grid import Cell, Values, chosen
-from opdlm.studies.verdicts import (
+from opdlm.studies.claims import (
     WORTH,
     WORTH_ACCURACY,
+    Claim,
     Findings,
-    Prediction,
     differences,
     interval_rule,
     is_below,
     kendall,
     over_seeds,
 )
+from opdlm.studies.grid import Cell, Values, chosen
 
 Window = tuple[float, float]
 Measure = Callable[[Values], float]
@@ -165,10 +165,10 @@ def window_table(records: Sequence[Values], grid: SftGrid, modes: Sequence[str])
 
 def better_window(
     records: Sequence[Values], window: Window, other: Window, measure: Measure, what: str, worth: float
-) -> Prediction:
+) -> Claim:
     """`measure`: lower is better."""
     gaps = differences(of_window(records, window), of_window(records, other), measure)
-    return Prediction(
+    return Claim(
         claim=f"[{window[0]:g}, {window[1]:g}] is better than [{other[0]:g}, {other[1]:g}] for {what}",
         rule=f"paired differences (negative is better): {interval_rule(worth)}",
         verdict=is_below(gaps, worth=worth),
@@ -176,14 +176,14 @@ def better_window(
     )
 
 
-def other_order(records: Sequence[Values], grid: SftGrid, mode: str) -> Prediction:
+def other_order(records: Sequence[Values], grid: SftGrid, mode: str) -> Claim:
     runs = [of_window(records, window) for window in grid.windows]
     seeds = sorted(set.intersection(*[set(found) for found in runs])) if runs else []
     taus = [
         kendall([-bound_of(f[seed]) for f in runs], [accuracy_of(mode)(f[seed]) for f in runs])
         for seed in seeds
     ]
-    return Prediction(
+    return Claim(
         claim=f"Likelihood does not rank windows as {mode} accuracy does",
         rule=f"Kendall's τ of the two rankings, one per seed: 95 % interval below {SAME_ORDER}",
         verdict=is_below(taus, SAME_ORDER),

@@ -1,1 +1,1 @@
-"""text."""
+"""`opdlm train` and `opdlm eval --text`: objectives on given text."""

@@ -1,7 +1,7 @@
 """Rows of text as slots, and what is learnt from them: causal, bidirectional, prefix and block-causal rows.
 
-The `reach` of a slot says which kind a row is: its own position (causal), the end of its document (masked
-diffusion), the end of a prefix, so rows of different kinds share one forward. Masked diffusion weighs a
+The `visible_until` of a slot says which kind a row is: its own position (causal), the end of its document
+(masked diffusion), the end of a prefix, so rows of different kinds share one forward. Masked diffusion weighs a
 masked token by 1 / P(masked | t): the sum over a row is an unbiased estimate of the bound, whatever the
 distribution of t. With `next_position`, input i predicts token i + 1 also in masked rows: masks are drawn
 over inputs, and the last token of a row, which is never an input, is always predicted (arXiv 2512.14549).
@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opdlm.data.documents import Columns, TextRow
+from opdlm.data.documents import RowBatch, TextRow
 from opdlm.decoding.rollout import Rollout
 from opdlm.modeling.diffusion_lm import DiffusionSpec
 from opdlm.modeling.slots import Slots, make_slots
@@ -60,25 +60,27 @@ class TextBatch:
         return replace(self, num_ar=0.0, num_masked=0.0, **places)
 
 
-def causal_slots(columns: Columns, ids_BL: Tensor | None = None) -> Slots:
+def causal_slots(columns: RowBatch, ids_BL: Tensor | None = None) -> Slots:
     """Every input sees its piece up to itself."""
-    return slots_with_reach(columns, columns.ids_BR[:, :-1] if ids_BL is None else ids_BL, positions(columns))
+    return slots_visible_until(
+        columns, columns.ids_BR[:, :-1] if ids_BL is None else ids_BL, positions(columns)
+    )
 
 
-def positions(columns: Columns) -> Tensor:
+def positions(columns: RowBatch) -> Tensor:
     start_BL = columns.start_BR[:, :-1]
     return torch.arange(start_BL.shape[1]) - start_BL
 
 
-def slots_with_reach(columns: Columns, ids_BL: Tensor, reach_BL: Tensor) -> Slots:
+def slots_visible_until(columns: RowBatch, ids_BL: Tensor, visible_until_BL: Tensor) -> Slots:
     """Clean slots; padding sees itself."""
     start_BL = columns.start_BR[:, :-1]
     zeros_BL = torch.zeros_like(start_BL)
-    slots = make_slots(ids_BL, positions(columns), reach_BL, zeros_BL, columns.is_text_BL)
+    slots = make_slots(ids_BL, positions(columns), visible_until_BL, zeros_BL, columns.is_text_BL)
     return replace(slots, start_BS=start_BL.clamp_min(0))
 
 
-def end_of_piece(columns: Columns) -> Tensor:
+def end_of_piece(columns: RowBatch) -> Tensor:
     """Position of the last input of each slot's piece: what a bidirectional row reaches, `[B, L]`."""
     start_BL = columns.start_BR[:, :-1].clamp_min(0)
     last_BL = torch.zeros_like(start_BL).scatter_reduce_(
@@ -87,7 +89,7 @@ def end_of_piece(columns: Columns) -> Tensor:
     return last_BL.gather(1, start_BL) - start_BL
 
 
-def can_mask(columns: Columns, prediction: Prediction) -> Tensor:
+def can_mask(columns: RowBatch, prediction: Prediction) -> Tensor:
     """Inputs that may be masked `[B, L]`: those that are learnt, and are predicted if they are."""
     can_BL = columns.is_learnt_BR[:, :-1].clone()
     if prediction == "next_position":  # nothing predicts the first token of a piece
@@ -96,7 +98,7 @@ def can_mask(columns: Columns, prediction: Prediction) -> Tensor:
 
 
 def mixed_rows(
-    columns: Columns,
+    columns: RowBatch,
     num_causal: int,
     masks: Masks,
     prediction: Prediction,
@@ -112,7 +114,7 @@ def mixed_rows(
     num_rows, length = columns.is_text_BL.shape
     is_ar_B1 = (torch.arange(num_rows) < num_causal)[:, None]
     hidden_BL = masks.is_masked & (~is_ar_B1 | masks_causal)
-    reach_BL = torch.where(is_ar_B1, positions(columns), end_of_piece(columns))
+    visible_until_BL = torch.where(is_ar_B1, positions(columns), end_of_piece(columns))
     ids_BL = columns.ids_BR[:, :-1].masked_fill(hidden_BL, mask_token_id)
 
     follows_BL = columns.follows_BL
@@ -132,7 +134,7 @@ def mixed_rows(
     is_own_M = is_own_B1[row_M, 0]
     has_teacher_M = ~is_own_M | (positions(columns)[row_M, column_M] > 0)
     return TextBatch(
-        slots=slots_with_reach(columns, ids_BL, reach_BL),
+        slots=slots_visible_until(columns, ids_BL, visible_until_BL),
         text=causal_slots(columns),
         row_M=row_M,
         column_M=column_M,

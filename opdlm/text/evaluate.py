@@ -12,14 +12,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from opdlm.data.documents import Rows, load_documents
+from opdlm.data.documents import PackedDataset, load_documents
 from opdlm.data.prompts import read_rows
 from opdlm.errors import ConfigError, DataError
 from opdlm.evaluation.retention import student_names, versions
 from opdlm.reporting.tables import NOTHING, Table, percent, with_interval
 from opdlm.text.likelihood import RowNats
+from opdlm.text.likelihood_models import METRICS, LikelihoodModel, LikelihoodOptions, load_subject
 from opdlm.text.options import rank_options, read_questions
-from opdlm.text.subjects import METRICS, Asked, Subject, load_subject
 
 OPTIONS = "options"
 """Named among the metrics: the file must hold questions."""
@@ -33,7 +33,7 @@ def evaluate_text(
     path: str,
     metrics: Sequence[str],
     limit: int | None,
-    asked: Asked,
+    asked: LikelihoodOptions,
     out: Path | None = None,
 ) -> Table:
     """Measure every folder on the file; all numbers also go to `out`.
@@ -59,7 +59,7 @@ def evaluate_text(
     return options_table(models) if is_questions else nats_table(models)
 
 
-def check_asked(metrics: Sequence[str], limit: int | None, asked: Asked) -> None:
+def check_asked(metrics: Sequence[str], limit: int | None, asked: LikelihoodOptions) -> None:
     """Raises ConfigError before any model is loaded."""
     known = (*METRICS, OPTIONS)
     for name in metrics:
@@ -78,11 +78,11 @@ def check_asked(metrics: Sequence[str], limit: int | None, asked: Asked) -> None
             )
 
 
-def measure_rows(subject: Subject, metrics: Sequence[str], path: str, limit: int | None) -> Values:
+def measure_rows(subject: LikelihoodModel, metrics: Sequence[str], path: str, limit: int | None) -> Values:
     """Nats of the text's rows, cut as the model was trained."""
     section = replace(subject.data, path=path)
     documents = load_documents(section, subject.tokenizer, subject.model.spec.mask_token_id, "--text")
-    rows = Rows(documents, section, 0, "--text").evenly(limit or DEFAULT_ROWS)
+    rows = PackedDataset(documents, section, 0, "--text").evenly(limit or DEFAULT_ROWS)
     found = {name: nats_values(subject.scores[name](rows, 0)) for name in metrics}
     return {"metrics": found, "num_rows": len(rows), "sequence_length": subject.data.sequence_length}
 
@@ -96,7 +96,9 @@ def nats_values(found: RowNats) -> Values:
     }
 
 
-def measure_questions(subject: Subject, metrics: Sequence[str], path: str, limit: int | None) -> Values:
+def measure_questions(
+    subject: LikelihoodModel, metrics: Sequence[str], path: str, limit: int | None
+) -> Values:
     """The ranking of options by every metric."""
     rows = read_rows(path)
     num = min(limit or len(rows), len(rows))

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from opdlm.data.documents import PADDING, Columns, TextRow
+from opdlm.data.documents import PADDING, RowBatch, TextRow
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.objectives.masking import MaskRates, Masks, draw_masks
 from opdlm.seeds import generator_for
@@ -32,7 +32,7 @@ from opdlm.text.batches import (
     can_mask,
     mixed_rows,
     positions,
-    slots_with_reach,
+    slots_visible_until,
 )
 
 ROWS_PER_FORWARD = 32
@@ -75,17 +75,17 @@ def row_sums(values_M: Tensor, batch: TextBatch, num_rows: int) -> Tensor:
     return torch.zeros(num_rows, dtype=torch.float64).index_add_(0, batch.row_M, values_M.double())
 
 
-def ar_nll(model: DiffusionLM, columns: Columns) -> RowNats:
+def ar_nll(model: DiffusionLM, columns: RowBatch) -> RowNats:
     """-log p of every learnt token given all before it in its piece; first tokens are not scored."""
     return next_token_nll(model, columns, torch.ones_like(positions(columns)))
 
 
-def prefix_nll(model: DiffusionLM, columns: Columns, share: float = 0.5) -> RowNats:
+def prefix_nll(model: DiffusionLM, columns: RowBatch, share: float = 0.5) -> RowNats:
     """-log p of every learnt token after the prefix of its piece: its prompt, or `share` of plain text."""
     return next_token_nll(model, columns, prefix_lengths(columns, share))
 
 
-def prefix_lengths(columns: Columns, share: float) -> Tensor:
+def prefix_lengths(columns: RowBatch, share: float) -> Tensor:
     """Tokens of each slot's piece that belong to its prefix, at least one: `[B, L]`."""
     start_BR = columns.start_BR.clamp_min(0)
     position_BR = torch.arange(start_BR.shape[1]) - start_BR
@@ -97,15 +97,15 @@ def prefix_lengths(columns: Columns, share: float) -> Tensor:
     return lengths_BR.gather(1, start_BR)[:, :-1]
 
 
-def next_token_nll(model: DiffusionLM, columns: Columns, prefix_BL: Tensor) -> RowNats:
+def next_token_nll(model: DiffusionLM, columns: RowBatch, prefix_BL: Tensor) -> RowNats:
     """Causal rows; the first `prefix_BL` tokens of a piece see each other, and what follows is scored."""
     nats, tokens = list[Tensor](), list[Tensor]()
     for index in torch.arange(len(columns.ids_BR)).split(ROWS_PER_FORWARD):
         part, prefix = columns.pick(index), prefix_BL[index]
         nothing = Masks(torch.zeros_like(part.is_text_BL), torch.zeros(part.is_text_BL.shape))
         batch = mixed_rows(part, len(index), nothing, "next_position", model.spec.mask_token_id)
-        reach_BL = positions(part).maximum(prefix - 1)
-        batch = replace(batch, slots=slots_with_reach(part, part.ids_BR[:, :-1], reach_BL))
+        visible_until_BL = positions(part).maximum(prefix - 1)
+        batch = replace(batch, slots=slots_visible_until(part, part.ids_BR[:, :-1], visible_until_BL))
         is_scored_M = (positions(part) + 1 >= prefix)[batch.row_M, batch.column_M]
         nats.append(row_sums(cross_entropy(model, batch) * is_scored_M, batch, len(index)))
         tokens.append(row_sums(is_scored_M, batch, len(index)))
@@ -135,7 +135,7 @@ def over_strata(nats_BK: Tensor, tokens_B: Tensor) -> RowNats:
 
 
 def md_bound(
-    model: DiffusionLM, columns: Columns, prediction: Prediction, num_rates: int, seed: int = 0
+    model: DiffusionLM, columns: RowBatch, prediction: Prediction, num_rates: int, seed: int = 0
 ) -> RowNats:
     """Bound on -log p of the learnt tokens, from `num_rates` stratified mask rates per row."""
     rng, can_BL = generator_for(seed), can_mask(columns, prediction)
@@ -164,7 +164,7 @@ def block_bound(model: DiffusionLM, rows: Sequence[TextRow], num_rates: int, see
     return over_strata(nats_BK, tokens_B)
 
 
-def pseudo_nll(model: DiffusionLM, columns: Columns, prediction: Prediction, num_right: int = 0) -> RowNats:
+def pseudo_nll(model: DiffusionLM, columns: RowBatch, prediction: Prediction, num_right: int = 0) -> RowNats:
     """-log p of every learnt token masked alone, with the `num_right` learnt tokens after it masked too.
 
     One copy of the row per token. No likelihood: its terms belong to no joint distribution.

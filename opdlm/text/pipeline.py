@@ -30,10 +30,11 @@ from opdlm.checkpoints.load import (
 )
 from opdlm.checkpoints.lora import merged
 from opdlm.config.text import TEXT_CONFIG_COPY, TextConfig
-from opdlm.data.documents import Columns, Rows, TextRow, keep_tokens, load_documents
+from opdlm.data.documents import PackedDataset, RowBatch, TextRow, keep_tokens, load_documents
 from opdlm.errors import ConfigError, DataError, require_package
 from opdlm.evaluation.retention import MODEL_FOLDER, RESULTS_FILE, versions
-from opdlm.modeling.attention import why_not
+from opdlm.files import atomic_folder
+from opdlm.modeling.attention import unsupported_reason
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.objectives.mask_theory import alpha_rule, ngram_signal_weights, optimal_t
 from opdlm.objectives.masking import auto_window, needs_optimal_t, resolve_auto
@@ -42,7 +43,6 @@ from opdlm.reporting.plots import plot_metrics, plot_signal
 from opdlm.text.likelihood import ar_nll, block_bound, md_bound
 from opdlm.text.trainer import in_order, train
 from opdlm.training.checkpoint import (
-    atomic_folder,
     find_checkpoints,
     load_average,
     load_weights,
@@ -60,7 +60,7 @@ class TextInputs:
 
     model: DiffusionLM
     tokenizer: PreTrainedTokenizerBase
-    rows: Rows
+    rows: PackedDataset
     held_out: list[TextRow]
     config: TextConfig
     """With every `auto` and `data.epochs` resolved."""
@@ -81,9 +81,9 @@ def train_text(config: TextConfig, console: Console) -> Path:
         if inputs.signal_weights:
             window = auto_window(optimal_t(inputs.signal_weights), config.masking.auto_width)
             plot_signal(inputs.signal_weights, window, output_dir / "mask_window.png")
-    watcher = held_out_loss(inputs) if config.eval.every else None
+    eval_callback = held_out_loss(inputs) if config.eval.every else None
     with MetricsLog(output_dir, console, "train") as log:
-        run = train(inputs.model, inputs.rows, config, log, watcher)
+        run = train(inputs.model, inputs.rows, config, log, eval_callback)
     folder = output_dir / MODEL_FOLDER
     if ranks.is_main_process:
         model = trained_model(run.model, config).eval()
@@ -125,12 +125,12 @@ def load_text_inputs(config: TextConfig) -> TextInputs:
             "data.document_mask (false) makes a row one text, and objective.name=block_diffusion must know "
             "where each response starts: set data.document_mask=true."
         )
-    rows = Rows(documents, config.data, config.train.seed)
+    rows = PackedDataset(documents, config.data, config.train.seed)
     held_out = []
     if config.eval.path:
         section = replace(config.data, path=config.eval.path)
         told = load_documents(section, tokenizer, model.spec.mask_token_id, "eval.path")
-        held_rows = Rows(told, section, 0, "eval.path")
+        held_rows = PackedDataset(told, section, 0, "eval.path")
         held_out = held_rows.evenly(config.eval.limit)
     weights: tuple[float, ...] = ()
     if needs_optimal_t(config.masking):
@@ -155,7 +155,7 @@ def build_text_model(config: TextConfig) -> tuple[DiffusionLM, PreTrainedTokeniz
         model = new_causal_lm(section.path, section.dtype, section.shape, config.train.seed)
     else:
         model = load_causal_lm(section.path, section.dtype, trust, load_in_4bit=section.load_in_4bit)
-    reason = why_not(section.attention, model.device, model.config)
+    reason = unsupported_reason(section.attention, model.device, model.config)
     if reason:
         raise ConfigError(f"model.attention ({section.attention}) cannot run: {reason}.")
     had_mask = config.format.mask_token in tokenizer.get_vocab()
@@ -202,7 +202,7 @@ def load_teacher(config: TextConfig, model: PreTrainedModel) -> PreTrainedModel 
 
 
 def resolve(
-    config: TextConfig, rows: Rows, signal_weights: tuple[float, ...]
+    config: TextConfig, rows: PackedDataset, signal_weights: tuple[float, ...]
 ) -> tuple[TextConfig, tuple[str, ...]]:
     """Numbers for what depends on the data: steps from epochs, the share of autoregressive rows, windows."""
     notes = []
@@ -250,7 +250,7 @@ def held_out_loss(inputs: TextInputs) -> Callable[[DiffusionLM], dict[str, float
 
     def measure(model: DiffusionLM) -> dict[str, float]:
         found, num_rates = {}, config.eval.num_rates
-        columns = in_order(Columns.of(inputs.held_out), section, config.train.seed)
+        columns = in_order(RowBatch.of(inputs.held_out), section, config.train.seed)
         if section.name in ("autoregressive", "dual"):
             found["heldout_ar_nll"] = ar_nll(model, columns).per_token
         if section.name in ("masked_diffusion", "dual"):

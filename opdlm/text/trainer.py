@@ -19,18 +19,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from opdlm.checkpoints.load import head_of
 from opdlm.config.text import ObjectiveSection, TextConfig
-from opdlm.data.documents import Columns, Rows, TextRow
+from opdlm.data.documents import PackedDataset, RowBatch, TextRow
 from opdlm.decoding.rollout import digest_of
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
-from opdlm.objectives.losses import HiddenTargets, LossOutput, TokenTargets, chunked_divergence
+from opdlm.objectives.losses import HiddenTargets, LossOutput, TokenTargets, chunked_divergence, lm_head_of
 from opdlm.objectives.masking import MaskRates, Masks, draw_masks, rates_at
 from opdlm.seeds import generator_for
 from opdlm.text.batches import TextBatch, block_batch, can_mask, mixed_rows
 from opdlm.training.devices import sum_over_ranks
 from opdlm.training.dropout import without_output_dropout
-from opdlm.training.loop import Loop, Watcher, equally_many, finish, run_steps, start, update_weights
+from opdlm.training.loop import EvalCallback, Loop, equally_many, finish, run_steps, start, update_weights
 from opdlm.training.metrics import MetricsLog
 
 
@@ -46,7 +45,7 @@ class TextLoss(nn.Module):
         share = self.section.distill_weight
         hidden_MH = self.model.student_hidden(batch.slots)[batch.row_M, batch.column_M]
         banned = torch.tensor(self.model.spec.banned_token_ids, dtype=torch.long, device=hidden_MH.device)
-        head = head_of(self.model.student, banned)
+        head = lm_head_of(self.model.student, banned)
         if share == 0:
             return chunked_divergence(
                 hidden_MH, head, TokenTargets(ids_M=batch.target_M), weight_M, divergence="cross_entropy"
@@ -57,7 +56,7 @@ class TextLoss(nn.Module):
             teacher_BLH = self.model.teacher_hidden(batch.text)
         targets = HiddenTargets(
             hidden_MH=teacher_BLH[row_T, column_T],
-            head=head_of(self.model.teacher or self.model.student, banned),
+            head=lm_head_of(self.model.teacher or self.model.student, banned),
         )
         distilled = chunked_divergence(hidden_MH[has_teacher_M], head, targets, weight_M[has_teacher_M])
         if share == 1:
@@ -76,22 +75,26 @@ class TextRun(Loop):
     """A training on text. `config.masking` and `config.objective.ar_share` hold no `auto` any more."""
 
     config: TextConfig
-    rows: Rows
+    rows: PackedDataset
 
 
 def train(
-    model: DiffusionLM, rows: Rows, config: TextConfig, log: MetricsLog, watcher: Watcher | None = None
+    model: DiffusionLM,
+    rows: PackedDataset,
+    config: TextConfig,
+    log: MetricsLog,
+    eval_callback: EvalCallback | None = None,
 ) -> TextRun:
     """Train to `train.num_steps`, or until the held-out loss stalls, continuing from the newest
     checkpoint.
     """
     run = start_run(model, rows, config)
-    run_steps(run, lambda step: train_step(run, step), log, watcher)
+    run_steps(run, lambda step: train_step(run, step), log, eval_callback)
     finish(run)
     return run
 
 
-def start_run(model: DiffusionLM, rows: Rows, config: TextConfig) -> TextRun:
+def start_run(model: DiffusionLM, rows: PackedDataset, config: TextConfig) -> TextRun:
     return TextRun(
         **start(model, TextLoss(model, config.objective), config),
         num_planned=config.train.num_steps,
@@ -181,10 +184,10 @@ def some_blocks(
 
 def masked_columns(
     rows: Sequence[TextRow], rates: MaskRates, config: TextConfig, step: int
-) -> tuple[Columns, Masks]:
+) -> tuple[RowBatch, Masks]:
     """The rows of an update and their masks; also those that autoregressive rows have not."""
     section, rng = config.objective, generator_for(config.train.seed, 5 * 10**6, step)
-    columns = in_order(Columns.of(rows), section, config.train.seed)
+    columns = in_order(RowBatch.of(rows), section, config.train.seed)
     if section.input_masking is not None:
         rates = MaskRates(windows=(section.input_masking,))
         return columns, draw_masks(columns.is_text_BL, rates, rng)
@@ -192,7 +195,7 @@ def masked_columns(
 
 
 def some_rows(
-    columns: Columns, masks: Masks, spec: DiffusionSpec, config: TextConfig, step: int, chosen: Sequence[int]
+    columns: RowBatch, masks: Masks, spec: DiffusionSpec, config: TextConfig, step: int, chosen: Sequence[int]
 ) -> TextBatch:
     """One micro-batch: the update's first rows are autoregressive."""
     section, picked = config.objective, torch.tensor(chosen)
@@ -224,9 +227,9 @@ def num_causal_rows(config: TextConfig, step: int) -> int:
     return math.floor((step + 1) * num_rows * share + 1e-9) - math.floor(step * num_rows * share + 1e-9)
 
 
-def in_order(columns: Columns, section: ObjectiveSection, seed: int) -> Columns:
+def in_order(columns: RowBatch, section: ObjectiveSection, seed: int) -> RowBatch:
     """The tokens of every row in the one order of the run (`objective.token_order`)."""
     if section.token_order == "left_to_right":
         return columns
     order_R = torch.randperm(columns.ids_BR.shape[1], generator=generator_for(seed, 6 * 10**6))
-    return Columns(columns.ids_BR[:, order_R], columns.start_BR, columns.is_given_BR[:, order_R])
+    return RowBatch(columns.ids_BR[:, order_R], columns.start_BR, columns.is_given_BR[:, order_R])

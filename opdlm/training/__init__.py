@@ -1,1 +1,1 @@
-"""training."""
+"""The training engine that conversion and text training share."""

@@ -10,56 +10,23 @@ however many ranks hold pieces of them: a run may continue on another number of 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opdlm.errors import DataError
+from opdlm.files import atomic_folder
 
 PREFIX = "checkpoint-"
 AVERAGE_FILE = "average.safetensors"
 SHARED = ("qmap1", "qmap2")
 """Tables that all 8-bit moments share; a safetensors file holds no tensor twice."""
-
-
-@contextmanager
-def atomic_folder(final: Path) -> Iterator[Path]:
-    """A folder that appears under `final` only when the block ends without an error."""
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            final.rename(old)
-        partial.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise DataError(
-            f"{final} cannot be written: {error}. Free some disk space; the same command then continues."
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """A text file that is either the old or the new one, never half."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def trainable_weights(model: nn.Module) -> dict[str, nn.Parameter]:

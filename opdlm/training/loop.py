@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from opdlm.config.loader import read_recipe
 from opdlm.config.sections import OptimizerSection, RunConfig
 from opdlm.errors import ConfigError, DataError
+from opdlm.files import write_atomic
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.objectives.losses import LossOutput
 from opdlm.seeds import generator_for
@@ -36,7 +37,6 @@ from opdlm.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
     trainable_weights,
-    write_atomic,
 )
 from opdlm.training.deepspeed import whole_weights, zero_stage
 from opdlm.training.devices import (
@@ -60,7 +60,7 @@ FREE_SETTINGS = (
 )
 """What may change when an interrupted run continues: it does not change what is trained."""
 
-Watcher = Callable[[DiffusionLM], dict[str, float]]
+EvalCallback = Callable[[DiffusionLM], dict[str, float]]
 """Measures a model; the same on every rank. Its `score` (higher is better) decides about `eval.patience`."""
 
 
@@ -164,7 +164,7 @@ def run_steps(
     loop: Loop,
     step: Callable[[int], dict[str, float]],
     log: MetricsLog,
-    watcher: Watcher | None = None,
+    eval_callback: EvalCallback | None = None,
 ) -> None:
     """Call `step` (0-based; returns metrics) until `train.num_steps`, or until the score stalls, continuing
     from the newest checkpoint in `output_dir` if there is one.
@@ -182,8 +182,8 @@ def run_steps(
                 )
                 break
             metrics = step(number)
-            if watcher is not None and config.eval.every and (number + 1) % config.eval.every == 0:
-                metrics |= measure(loop, watcher)
+            if eval_callback is not None and config.eval.every and (number + 1) % config.eval.every == 0:
+                metrics |= measure(loop, eval_callback)
             if is_main:
                 log.step(number + 1, metrics)
             loop.accelerator.log(metrics, step=number + 1)
@@ -306,14 +306,14 @@ def use_average(loop: Loop) -> None:
         weights[name].copy_(average)
 
 
-def measure(loop: Loop, watcher: Watcher) -> dict[str, float]:
+def measure(loop: Loop, eval_callback: EvalCallback) -> dict[str, float]:
     """Every rank measures the weights that the run would write now; ranks agree on the mean."""
     started = time.perf_counter()
     weights = trainable_weights(loop.model)
     trained = {name: weight.detach().clone() for name, weight in weights.items() if name in loop.average}
     use_average(loop)
     with gathered_weights(loop.loss):
-        found = watcher(loop.model)
+        found = eval_callback(loop.model)
     with torch.no_grad():
         for name, weight in trained.items():
             weights[name].copy_(weight)

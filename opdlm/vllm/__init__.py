@@ -1,1 +1,1 @@
-"""vllm."""
+"""vLLM: an engine for rollouts, and a plugin that serves students."""

@@ -29,7 +29,7 @@ from transformers import PretrainedConfig
 from opdlm.checkpoints.load import MASK_EMBEDDING_FILE
 from opdlm.checkpoints.lora import ADAPTER
 from opdlm.config.sections import resolve_path
-from opdlm.decoding.decode_state import DecodeConfig
+from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.rollout import NEVER, Prompt, Rollout
 from opdlm.errors import ConfigError
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
@@ -242,7 +242,7 @@ class VllmStudent:
         from vllm import SamplingParams, TokensPrompt
 
         if self.spec.format == "preserve" and self.spec.grid == "absolute":
-            assert all(len(ids) >= self.spec.block_size for ids in prompts), "a canvas needs a slot before it"
+            assert all(len(ids) >= self.spec.block_size for ids in prompts), "a block needs a slot before it"
         inputs = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
         params = [
             SamplingParams(
@@ -327,8 +327,8 @@ def load_adapter(worker: Any, adapter: Adapter) -> None:
 
 def take_committed(worker: Any) -> dict[int, list[tuple[int, int]]]:
     """Runs inside vLLM: the trajectories of the requests that have ended, by row."""
-    canvases = worker.model_runner.model_state.canvases
-    committed, canvases.committed = canvases.committed, {}
+    block_states = worker.model_runner.model_state.block_states
+    committed, block_states.committed = block_states.committed, {}
     return committed
 
 

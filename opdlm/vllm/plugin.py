@@ -1,14 +1,14 @@
 """Block-diffusion decoding in vLLM's diffusion path (0.32, Model Runner V2: CUDA).
 
-vLLM schedules a block ("canvas") as draft tokens. A denoising step accepts none of them, so its keys and
+vLLM schedules a block ("block") as draft tokens. A denoising step accepts none of them, so its keys and
 values are rolled back; a complete block is forwarded once more and accepted: that commits it. To the
 attention every block of a prompt is a query of its own, which makes the context block-causal; in `preserve`
 every clean slot is one, and the adapter is computed for the others (`vllm_gate`).
 
-Tokens of a prompt that a first canvas starts with (`vllm_canvases`) are taken back after the prefill:
+Tokens of a prompt that a first block starts with (`block_state`) are taken back after the prefill:
 reported as rejected, which vLLM's worker heeds and its scheduler does not, as it looks at drafts only. The
 first commit reports the new tokens, and the scheduler takes the others for rejected drafts: both agree again
-(in `preserve` but for one token, which every canvas computes again).
+(in `preserve` but for one token, which every block computes again).
 
 vLLM loads this room itself (entry point `vllm.general_plugins`); config.json says all it needs
 (`vllm_config_values`).
@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from opdlm.decoding.decode_state import DecodeConfig
+from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.errors import ConfigError
 from opdlm.modeling.attention import layer_windows
 from opdlm.modeling.diffusion_lm import DiffusionSpec
-from opdlm.vllm.canvases import Canvases, block_queries, slot_queries
+from opdlm.vllm.block_state import BlockStates, block_queries, slot_queries
 from opdlm.vllm.gate import SlotGate
 
 VERSION = "0.32.0"
@@ -63,9 +63,10 @@ def check_runs_in_vllm(config: PretrainedConfig, spec: DiffusionSpec, decode: De
             "preserve students without an adapter do not run in vLLM: they are two sets of weights, and it "
             "holds one. Use our own engine, or convert with lora.enabled=true."
         )
-    if spec.format == "preserve" and decode.veto_below:
+    if spec.format == "preserve" and decode.ar_accept_threshold:
         raise ConfigError(
-            f"veto_below ({decode.veto_below:g}) does not run in vLLM: a committed block stays. Set it to 0."
+            f"ar_accept_threshold ({decode.ar_accept_threshold:g}) does not run in vLLM: a committed block stays. "
+            "Set it to 0."
         )
     if config.model_type not in FAMILIES or any(window is not None for window in layer_windows(config)):
         raise ConfigError(
@@ -81,8 +82,8 @@ class Sampler:
 
     penalties_state = SimpleNamespace(output_bin_counts=None)
 
-    def __init__(self, canvases: Canvases, draft_tokens_RT: Tensor) -> None:
-        self.canvases, self.draft_tokens_RT = canvases, draft_tokens_RT
+    def __init__(self, block_states: BlockStates, draft_tokens_RT: Tensor) -> None:
+        self.block_states, self.draft_tokens_RT = block_states, draft_tokens_RT
 
     def add_request(self, place: int, params: Any) -> None:
         """The model state has seen the request already."""
@@ -93,27 +94,29 @@ class Sampler:
     def __call__(self, logits: Tensor, batch: Any, draft_logits: Tensor | None = None) -> Any:
         from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-        canvases, size = self.canvases, self.canvases.spec.block_size
+        block_states, size = self.block_states, self.block_states.spec.block_size
         place_B = batch.idx_mapping[: batch.num_reqs].long()
-        sampled = torch.full((batch.num_reqs, size), canvases.spec.mask_token_id, device=canvases.device)
-        num_sampled = torch.zeros(batch.num_reqs, dtype=torch.long, device=canvases.device)
+        sampled = torch.full(
+            (batch.num_reqs, size), block_states.spec.mask_token_id, device=block_states.device
+        )
+        num_sampled = torch.zeros(batch.num_reqs, dtype=torch.long, device=block_states.device)
         num_rejected = torch.zeros_like(num_sampled)
         if batch.num_draft_tokens:
             first_B = torch.from_numpy(batch.cu_num_logits_np[: batch.num_reqs + 1]).long()
-            width_B = first_B.diff().to(canvases.device)
+            width_B = first_B.diff().to(block_states.device)
             whole_D = (width_B == size).nonzero()[:, 0]
-            first_D = first_B.to(canvases.device)[whole_D]
-            sampled[whole_D], num_new_D = canvases.advance(place_B[whole_D], logits, first_D)
+            first_D = first_B.to(block_states.device)[whole_D]
+            sampled[whole_D], num_new_D = block_states.advance(place_B[whole_D], logits, first_D)
             num_sampled[whole_D] = num_new_D
             num_rejected[whole_D] = (num_new_D == 0).long() * size
-            self.draft_tokens_RT[place_B[whole_D], :size] = canvases.slots(place_B[whole_D])
+            self.draft_tokens_RT[place_B[whole_D], :size] = block_states.slots(place_B[whole_D])
             # the context ends inside this block: no token of it is known, and these masks are the last
             cut_B = (width_B > 0) & (width_B < size)
             num_sampled = torch.where(cut_B, width_B, num_sampled)
             prefilled_D = (width_B == 0).nonzero()[:, 0]
         else:
-            prefilled_D = torch.arange(batch.num_reqs, device=canvases.device)
-        num_rejected[prefilled_D] = canvases.take_back(place_B[prefilled_D])
+            prefilled_D = torch.arange(batch.num_reqs, device=block_states.device)
+        num_rejected[prefilled_D] = block_states.take_back(place_B[prefilled_D])
         return SamplerOutput(
             sampled_token_ids=sampled.int(),
             logprobs_tensors=None,
@@ -141,23 +144,25 @@ def state_class() -> type:
             spec = DiffusionSpec.from_dict(dict(config.block_diffusion))
             assert vllm_config.diffusion_config.canvas_length == spec.block_size
             decode = DecodeConfig(**config.opdlm_decode)
-            self.canvases = Canvases(spec, decode, self.max_num_reqs, device)
+            self.block_states = BlockStates(spec, decode, self.max_num_reqs, device)
             if spec.format == "preserve":
                 named = model.named_modules()
                 self.gate = SlotGate({name: m for name, m in named if isinstance(m, LinearBase)})
 
         def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
             self.draft_tokens_RT = sampler.req_states.draft_tokens
-            return Sampler(self.canvases, self.draft_tokens_RT), None
+            return Sampler(self.block_states, self.draft_tokens_RT), None
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
             extra = new_req_data.sampling_params.extra_args or {}
             seed = extra.get("opdlm_seed", zlib.crc32(new_req_data.req_id.encode()))
             row = extra.get("opdlm_row")
-            self.canvases.start(req_index, list(new_req_data.prefill_token_ids), seed, row)
+            self.block_states.start(req_index, list(new_req_data.prefill_token_ids), seed, row)
             place_1 = torch.tensor([req_index], device=self.device)
-            self.draft_tokens_RT[place_1, : self.canvases.spec.block_size] = self.canvases.slots(place_1)
+            self.draft_tokens_RT[place_1, : self.block_states.spec.block_size] = self.block_states.slots(
+                place_1
+            )
 
         def prepare_attn(
             self,
@@ -170,9 +175,9 @@ def state_class() -> type:
             for_capture: bool = False,
             ubatch_idx: int = 0,
         ) -> dict[str, Any]:
-            spec, num_tokens = self.canvases.spec, input_batch.num_scheduled_tokens
+            spec, num_tokens = self.block_states.spec, input_batch.num_scheduled_tokens
             if spec.format == "preserve":
-                num_clean = self.begin_canvases(input_batch)
+                num_clean = self.begin_blocks(input_batch)
                 rows, ends = slot_queries(num_tokens, num_clean)
             else:
                 rows, ends = block_queries(num_tokens, spec.block_size, spec.grid)
@@ -195,21 +200,21 @@ def state_class() -> type:
                 causal=False,
             )
 
-        def begin_canvases(self, batch: Any) -> list[int]:
+        def begin_blocks(self, batch: Any) -> list[int]:
             """`preserve`: how many slots of each request are clean; the gate opens for the others.
 
-            Writes the canvases' ids: to vLLM a first canvas may look like the rest of a prompt.
+            Writes the block_states' ids: to vLLM a first block may look like the rest of a prompt.
             """
             counts = torch.as_tensor(batch.num_scheduled_tokens).long()
             first_B = counts.cumsum(0) - counts
             width_B = torch.from_numpy(batch.cu_num_logits_np[: batch.num_reqs + 1]).diff()
             num_clean_B = counts.clone()
-            is_whole_B = width_B == self.canvases.spec.block_size
+            is_whole_B = width_B == self.block_states.spec.block_size
             place_D = batch.idx_mapping[: batch.num_reqs].long()[is_whole_B.to(self.device)]
-            num_clean_B[is_whole_B] = self.canvases.num_clean(place_D).cpu()
-            offset_T = torch.arange(self.canvases.spec.block_size)
+            num_clean_B[is_whole_B] = self.block_states.num_clean(place_D).cpu()
+            offset_T = torch.arange(self.block_states.spec.block_size)
             column_DT = first_B[is_whole_B, None] + offset_T
-            batch.input_ids[column_DT.to(self.device)] = self.canvases.slots(place_D).to(
+            batch.input_ids[column_DT.to(self.device)] = self.block_states.slots(place_D).to(
                 batch.input_ids.dtype
             )
             is_noised_DT = offset_T >= num_clean_B[is_whole_B, None]

@@ -14,7 +14,8 @@ from opdlm.checkpoints.load import load_causal_lm
 from opdlm.checkpoints.lora import add_lora
 from opdlm.cli.main import main
 from opdlm.config.rules import load_config
-from opdlm.decoding.generate import DecodeConfig, Mode, generate
+from opdlm.decoding.decode_config import DecodeConfig, Mode
+from opdlm.decoding.generate import generate
 from opdlm.errors import ConfigError, DataError
 from opdlm.modeling.diffusion_lm import DiffusionLM
 
@@ -34,7 +35,9 @@ def convert(folder: Path, family: str, *overrides: str) -> Path:
 
 
 def decode(model: DiffusionLM, mode: Mode, num_tokens: int = 12) -> list[tuple[int, ...]]:
-    rollouts = generate(model, PROMPTS, DecodeConfig(mode=mode, max_new_tokens=num_tokens, veto_below=0.0))
+    rollouts = generate(
+        model, PROMPTS, DecodeConfig(mode=mode, max_new_tokens=num_tokens, ar_accept_threshold=0.0)
+    )
     return [rollout.text_ids for rollout in rollouts]
 
 

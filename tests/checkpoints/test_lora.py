@@ -24,11 +24,11 @@ from opdlm.checkpoints.lora import adapted_layers, add_lora
 from opdlm.cli.main import main
 from opdlm.config.rules import load_config
 from opdlm.config.sections import LoraSection
-from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.generate import generate
 from opdlm.errors import ConfigError
-from opdlm.modeling.attention import SlotCache
 from opdlm.modeling.diffusion_lm import DiffusionLM
-from opdlm.modeling.kv_cache import DecodeCache
+from opdlm.modeling.kv_cache import DecodeCache, SlotCache
 from opdlm.modeling.slots import Slots, clean_slots, join_slots, make_slots
 from opdlm.training.dropout import training_dropout
 
@@ -224,7 +224,9 @@ def noised_logits(model: DiffusionLM) -> Tensor:
     slots = mixed_slots(model)
     slots = slots if model.spec.format == "preserve" else mixed_sdar(model)
     ids_BS = torch.where(slots.is_noised_BS, model.spec.mask_token_id, slots.ids_BS)
-    slots = make_slots(ids_BS, slots.positions_BS, slots.reach_BS, slots.group_BS, slots.group_BS >= 0)
+    slots = make_slots(
+        ids_BS, slots.positions_BS, slots.visible_until_BS, slots.group_BS, slots.group_BS >= 0
+    )
     hidden_BSH, _ = model.decode_hidden(slots, DecodeCache(2, 32, CPU))
     logits_BSV = model.logits(hidden_BSH)[slots.is_noised_BS]
     return logits_BSV[..., logits_BSV.isfinite().all(0)]

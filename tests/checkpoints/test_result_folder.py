@@ -17,7 +17,8 @@ import opdlm
 from opdlm.checkpoints.load import input_embedding
 from opdlm.cli.main import main
 from opdlm.config.rules import load_config
-from opdlm.decoding.generate import DecodeConfig, Mode, generate
+from opdlm.decoding.decode_config import DecodeConfig, Mode
+from opdlm.decoding.generate import generate
 
 ROOT = Path(__file__).parents[2]
 VARIANTS = {

@@ -797,7 +797,7 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     ),
     "patience where the AR model keeps retention up": (
         lambda p: p.convert("eval.patience=3", "eval.every=1", f"eval.path={p.root / 'eval.jsonl'}"),
-        ("eval.patience (3)", "near 100 %", "eval.veto_below=0"),
+        ("eval.patience (3)", "near 100 %", "eval.ar_accept_threshold=0"),
     ),
     "patience without measurements": (
         lambda p: p.convert("eval.patience=3"),
@@ -834,8 +834,8 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         ("--infill with --mode ar", "use threshold"),
     ),
     "infill with a veto": (
-        lambda p: fill(p, "a <gap>", "--infill", "--veto-below", "0.1"),
-        ("--veto-below 0.1", "Leave --veto-below out"),
+        lambda p: fill(p, "a <gap>", "--infill", "--ar-accept-threshold", "0.1"),
+        ("--ar-accept-threshold 0.1", "Leave --ar-accept-threshold out"),
     ),
     "infill with a stop string": (
         lambda p: fill(p, "a <gap>", "--infill", "--stop", "b"),

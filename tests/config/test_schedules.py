@@ -135,7 +135,7 @@ def test_rollouts_and_states_follow_the_growing_block(tmp_path: Path) -> None:
 def test_a_step_trains_on_every_rollout_of_its_pool_once_per_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = start(tmp_path, "train.max_staleness=1", "train.passes_per_rollout=2")
+    run = start(tmp_path, "train.max_staleness=1", "train.epochs_per_rollout=2")
     trained: list[tuple[int, ...]] = []
     update = trainer.update
 

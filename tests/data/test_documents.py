@@ -12,9 +12,9 @@ from tiny_checkpoints import tiny_tokenizer, write_rows
 from opdlm.config.text import TextSection
 from opdlm.data.documents import (
     PADDING,
-    Columns,
     Document,
-    Rows,
+    PackedDataset,
+    RowBatch,
     TextRow,
     fill_bins,
     keep_tokens,
@@ -35,8 +35,8 @@ def numbered(lengths: tuple[int, ...] = LENGTHS, num_prompt: int = 0) -> list[Do
     ]
 
 
-def make_rows(documents: list[Document], *, seed: int = 0, length: int = 6, **changes: Any) -> Rows:
-    return Rows(documents, TextSection(sequence_length=length, **changes), seed)
+def make_rows(documents: list[Document], *, seed: int = 0, length: int = 6, **changes: Any) -> PackedDataset:
+    return PackedDataset(documents, TextSection(sequence_length=length, **changes), seed)
 
 
 def pieces_of(row: TextRow) -> list[list[int]]:
@@ -92,7 +92,7 @@ def test_without_a_document_mask_a_row_is_one_piece() -> None:
 
 @pytest.mark.parametrize("packing", ["chunks", "whole"])
 def test_a_row_depends_on_seed_and_number_alone(packing: Any) -> None:
-    def ids(rows: Rows, number: int) -> list[int]:
+    def ids(rows: PackedDataset, number: int) -> list[int]:
         return rows.at(number).ids_R.tolist()
 
     rows = make_rows(numbered(), packing=packing, length=12)
@@ -148,7 +148,7 @@ def test_prompts_are_given_wherever_a_row_cuts_them() -> None:
 
 def test_columns_know_what_is_learnt_and_what_follows() -> None:
     rows = make_rows(numbered((3, 3), num_prompt=1), packing="whole", length=7)
-    columns = Columns.of([rows.at(0)])
+    columns = RowBatch.of([rows.at(0)])
     assert columns.is_text_BL.int().tolist() == [[1, 1, 1, 1, 1, 1, 0]]
     assert columns.is_learnt_BR.int().tolist() == [[0, 1, 1, 0, 1, 1, 0, 0]]
     assert columns.follows_BL.int().tolist() == [[1, 1, 0, 1, 1, 0, 0]]
@@ -246,6 +246,6 @@ def test_several_files_are_one_text(tmp_path: Path) -> None:
 
 def test_rows_are_tensors_of_one_width() -> None:
     rows = make_rows(numbered((2, 3, 7)), packing="whole")
-    columns = Columns.of([rows.at(0), rows.at(1)])
+    columns = RowBatch.of([rows.at(0), rows.at(1)])
     assert columns.ids_BR.shape == columns.start_BR.shape == columns.is_given_BR.shape == (2, 7)
     assert columns.ids_BR.dtype == torch.int64 and columns.is_given_BR.dtype == torch.bool

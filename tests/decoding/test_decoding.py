@@ -28,8 +28,9 @@ from tiny_models import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.decode_state import DecodeStats
-from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import NEVER, Rollout
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.modeling.kv_cache import DecodeCache
@@ -38,11 +39,17 @@ from opdlm.objectives.states import select_states
 from opdlm.objectives.targets import score_rows
 
 MODES = {
-    "static": DecodeConfig(mode="static", max_new_tokens=10, veto_below=0.0),
-    "two_steps": DecodeConfig(mode="static", max_new_tokens=10, denoising_steps=2, veto_below=0.0),
-    "threshold": DecodeConfig(mode="threshold", max_new_tokens=10, confidence_threshold=0.2, veto_below=0.0),
+    "static": DecodeConfig(mode="static", max_new_tokens=10, ar_accept_threshold=0.0),
+    "two_steps": DecodeConfig(mode="static", max_new_tokens=10, denoising_steps=2, ar_accept_threshold=0.0),
+    "threshold": DecodeConfig(
+        mode="threshold", max_new_tokens=10, confidence_threshold=0.2, ar_accept_threshold=0.0
+    ),
     "sampling": DecodeConfig(
-        mode="threshold", max_new_tokens=10, temperature=1.0, confidence_threshold=0.15, veto_below=0.0
+        mode="threshold",
+        max_new_tokens=10,
+        temperature=1.0,
+        confidence_threshold=0.15,
+        ar_accept_threshold=0.0,
     ),
 }
 
@@ -141,7 +148,7 @@ def test_a_ragged_batch_decodes_as_its_rows_do_alone(kind: str, mode: str) -> No
         mode=mode,
         max_new_tokens=12,
         confidence_threshold=0.2,
-        veto_below=0.0,
+        ar_accept_threshold=0.0,
         forward_overhead=1e9,  # every draft pays, so what is drafted depends on no running average
     )
     together = generate(model, prompts, config)

@@ -13,18 +13,19 @@ import torch
 from simple_loop import simple_ar, simple_denoise
 from tiny_models import GRIDS, KINDS, MASK, STOP, make_lm, make_prompts, qwen3
 
-from opdlm.decoding.decode_state import DecodeStats, Mode, Rows
-from opdlm.decoding.generate import DecodeConfig, generate, make_requests
-from opdlm.decoding.lossless import Economy, Plan
+from opdlm.decoding.decode_config import DecodeConfig, Mode
+from opdlm.decoding.decode_state import DecodeState, DecodeStats
+from opdlm.decoding.generate import generate, make_requests
+from opdlm.decoding.lossless import DraftPolicy, Plan
 from opdlm.decoding.unmasking import choose_tokens, choose_within_entropy, noise_keys
 from opdlm.modeling.slots import GridKind
 
 LENGTHS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 3, 20]
 MODES = {
-    "static": DecodeConfig(mode="static", denoising_steps=3, veto_below=0.0),
-    "threshold": DecodeConfig(mode="threshold", confidence_threshold=0.2, veto_below=0.0),
-    "entropy": DecodeConfig(mode="entropy", entropy_bound=2.0, veto_below=0.0),
-    "left_to_right": DecodeConfig(mode="left_to_right", denoising_steps=2, veto_below=0.0),
+    "static": DecodeConfig(mode="static", denoising_steps=3, ar_accept_threshold=0.0),
+    "threshold": DecodeConfig(mode="threshold", confidence_threshold=0.2, ar_accept_threshold=0.0),
+    "entropy": DecodeConfig(mode="entropy", entropy_bound=2.0, ar_accept_threshold=0.0),
+    "left_to_right": DecodeConfig(mode="left_to_right", denoising_steps=2, ar_accept_threshold=0.0),
 }
 
 
@@ -76,16 +77,16 @@ def test_lossless_output_does_not_depend_on_what_was_planned(
     config = DecodeConfig(mode="lossless", max_new_tokens=12, batch_size=5, temperature=1.0)
     dice = random.Random(0)
 
-    def random_plan(economy: Economy, rows: Rows) -> list[Plan]:
+    def random_plan(policy: DraftPolicy, rows: DecodeState) -> list[Plan]:
         plans = []
         for num_draft in rows.num_draft_B.tolist():
             num_verified = dice.randint(0, num_draft)
             groups = tuple(k for k in range(num_verified + 1) if dice.random() < 0.4)
-            plans.append(Plan(num_verified, groups, dice.randint(1, economy.draft_length)))
+            plans.append(Plan(num_verified, groups, dice.randint(1, policy.draft_length)))
         return plans
 
     expected = generate(model, prompts, replace(config, mode="ar"), torch.Generator().manual_seed(3))
-    monkeypatch.setattr(Economy, "plan", random_plan)
+    monkeypatch.setattr(DraftPolicy, "plan", random_plan)
     rollouts = generate(model, prompts, config, torch.Generator().manual_seed(3))
     assert [rollout.text_ids for rollout in rollouts] == [rollout.text_ids for rollout in expected]
 
@@ -130,7 +131,7 @@ def test_streaming_tells_of_every_token_once(kind: str) -> None:
             assert place not in seen
             seen[place] = int(tokens_BL[row, position])
 
-    config = DecodeConfig(mode="threshold", max_new_tokens=9, batch_size=2, veto_below=0.0)
+    config = DecodeConfig(mode="threshold", max_new_tokens=9, batch_size=2, ar_accept_threshold=0.0)
     rollouts = generate(model, prompts, config, on_step=on_step)
     for index, rollout in enumerate(rollouts):
         first = len(rollout.prompt_ids)
@@ -164,7 +165,7 @@ def test_a_response_ends_where_find_end_says() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_template_keeps_its_text_and_sdar_sees_what_follows_a_gap(kind: str) -> None:
     model = make_lm(kind)
-    config = DecodeConfig(mode="static", veto_below=0.0)
+    config = DecodeConfig(mode="static", ar_accept_threshold=0.0)
     template = (1, 2, 3, 4, 5, MASK, MASK, 7, 8, MASK, 9)
     other = (*template[:7], 6, *template[8:])  # differs in the gap's own block, after the gap
     first, second = (generate(model, [ids], config)[0] for ids in (template, other))

@@ -12,8 +12,9 @@ import torch
 from tiny_models import SLIDING, make_lm, make_prompts, qwen3
 from transformers import PreTrainedModel
 
+from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.decode_state import DecodeStats
-from opdlm.decoding.generate import DecodeConfig, Mode, generate
+from opdlm.decoding.generate import generate
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4])
@@ -55,10 +56,10 @@ def test_a_veto_of_everything_that_is_not_the_arg_max_makes_decoding_ar_decoding
 ) -> None:
     model = make_lm(kind, base=qwen3(vocabulary=6), block_size=4)
     prompts = make_prompts([1 + i % 9 for i in range(48)], vocabulary=6)
-    config = DecodeConfig(mode=mode, max_new_tokens=14, confidence_threshold=0.2, veto_below=1.0)
+    config = DecodeConfig(mode=mode, max_new_tokens=14, confidence_threshold=0.2, ar_accept_threshold=1.0)
     expected = generate(model, prompts, replace(config, mode="ar"))
     vetoed = generate(model, prompts, config)
-    free = generate(model, prompts, replace(config, veto_below=0.0))
+    free = generate(model, prompts, replace(config, ar_accept_threshold=0.0))
     assert [rollout.text_ids for rollout in vetoed] == [rollout.text_ids for rollout in expected]
     assert [rollout.text_ids for rollout in free] != [rollout.text_ids for rollout in expected]
     if mode == "threshold":  # drafts that were right stayed
@@ -72,7 +73,7 @@ def test_no_token_below_the_floor_survives_the_veto(floor: float, mode: Mode) ->
     base = qwen3(vocabulary=6)
     model = make_lm("lora", base=base, block_size=4)
     prompts = make_prompts([1 + i % 9 for i in range(24)], vocabulary=6)
-    config = DecodeConfig(mode=mode, max_new_tokens=14, confidence_threshold=0.2, veto_below=floor)
+    config = DecodeConfig(mode=mode, max_new_tokens=14, confidence_threshold=0.2, ar_accept_threshold=floor)
     for rollout in generate(model, prompts, config):
         ids = rollout.prompt_ids + rollout.text_ids
         with model.adapter_off(), torch.no_grad():

@@ -16,8 +16,9 @@ from tiny_checkpoints import convert_both, tiny_tokenizer
 
 from opdlm.checkpoints.load import load
 from opdlm.cli.main import MODES, main
-from opdlm.decoding.generate import DecodeConfig, generate
-from opdlm.decoding.streaming import GAP, Settling, StopStrings, Stream, encode_gaps
+from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.generate import generate
+from opdlm.decoding.streaming import GAP, StablePrefix, StopStrings, Stream, encode_gaps
 from opdlm.errors import ConfigError
 from opdlm.modeling.diffusion_lm import DiffusionSpec
 from opdlm.modeling.slots import Grid
@@ -99,8 +100,8 @@ def test_a_terminal_shows_open_positions_until_they_are_revealed(folders: dict[s
     ids = tokenizer("add 1 2")["input_ids"]
     config = DecodeConfig(mode="static", max_new_tokens=8)
     shown = range(len(ids), len(ids) + 8)
-    settling = Settling(StopStrings(tokenizer), model.spec, model.spec.block_grid, shown)
-    with Stream(settling, console) as view:
+    stable_prefix = StablePrefix(StopStrings(tokenizer), model.spec, model.spec.block_grid, shown)
+    with Stream(stable_prefix, console) as view:
         (rollout,) = generate(model, [ids], config, [1], view.on_step)
         view.finish(rollout)
     frames = screen.getvalue()
@@ -165,7 +166,7 @@ def test_ar_and_lossless_stream_token_by_token() -> None:
         stop_token_ids=(1,),
         banned_token_ids=(MASK,),
     )
-    view = Stream(Settling(StopStrings(TOKENIZER), spec, Grid(block_size=1), range(1, 9)), console)
+    view = Stream(StablePrefix(StopStrings(TOKENIZER), spec, Grid(block_size=1), range(1, 9)), console)
     ids = TOKENIZER("abcd")["input_ids"]
     for known in (2, 3, 4):
         tokens_BL = torch.tensor([[*ids[:known], *[MASK] * (10 - known)]])

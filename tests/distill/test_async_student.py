@@ -24,8 +24,8 @@ from opdlm.decoding import generate as generate_room
 from opdlm.decoding.rollout import Prompt, Rollout
 from opdlm.distill import generate_rollouts as rollout
 from opdlm.distill import trainer as trainer
-from opdlm.distill.async_student import StudentCopy
-from opdlm.distill.generate_rollouts import generate_rollouts
+from opdlm.distill.async_student import AsyncStudent
+from opdlm.distill.rollouts import generate_rollouts
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.objectives.masking import rates_at
 from opdlm.seeds import generator_for
@@ -46,7 +46,7 @@ CASES = {
     "plain": (),
     "curricula": CURRICULA,
     "average, two passes, recomputed": (
-        *("train.ema_decay=0.9", "train.passes_per_rollout=2", "train.gradient_checkpointing=true"),
+        *("train.ema_decay=0.9", "train.epochs_per_rollout=2", "train.gradient_checkpointing=true"),
         *("states.selection=one_per_block", "rollout.remasking=static", "rollout.denoising_steps=2"),
     ),
     "teacher": ("loss.objective=sft",),
@@ -94,7 +94,7 @@ def simple_loop(kind: str, folder: Path, *overrides: str) -> tuple[list[float], 
             from_teacher=is_from_teacher(config, step),
         )
         rng, found = generator_for(config.train.seed, step + 1, 10**6), []
-        for _ in range(config.train.passes_per_rollout):
+        for _ in range(config.train.epochs_per_rollout):
             order = torch.randperm(len(rollouts), generator=rng).tolist()
             for chosen in (order[:2], order[2:]):
                 selection, rates = selection_at(config, step), rates_at(config.masking, step)
@@ -207,7 +207,7 @@ def test_the_copy_holds_twice_what_is_trained_and_nothing_else(kind: str, tmp_pa
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_copy_decodes_as_the_student_and_neither_switches_the_other(kind: str) -> None:
     model = make_lm(kind)
-    twin = StudentCopy(model).model
+    twin = AsyncStudent(model).model
     config = rollout.DecodeConfig(max_new_tokens=9, batch_size=2)
     ids = [prompt.ids for prompt in PROMPTS]
     expected = generate_room.generate(model, ids, config, range(5))
@@ -251,7 +251,7 @@ def test_what_goes_wrong_in_the_thread_stops_training_at_the_next_update(
     monkeypatch.setattr(rollout, "generate", break_in_thread)
     monkeypatch.setattr(trainer, "update", slow_update)
     with pytest.raises(Broken) as raised:
-        trainer.train_step(start("lora", tmp_path, "train.passes_per_rollout=3"), 0)
+        trainer.train_step(start("lora", tmp_path, "train.epochs_per_rollout=3"), 0)
     assert raised.value is error
     assert len(updates) == 1
 

@@ -13,14 +13,15 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
-from test_resume import assert_same_run, metrics
+from finished_runs import assert_same_run, metrics
 from tiny_checkpoints import failing_after_a_save, tiny_overrides, write_checkpoint, write_rows
 
 from opdlm.checkpoints.load import load
 from opdlm.cli import verbs as verbs
 from opdlm.cli.main import main
 from opdlm.config.rules import load_config
-from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
 from opdlm.distill import rollouts as rollout_sources
 from opdlm.distill.rollout_file import COLUMNS, RolloutFile, log_path_of, write_rollouts
@@ -79,7 +80,7 @@ def test_the_file_holds_what_generate_returns_for_seeds_of_their_own(
         confidence_threshold=0.1 if mode == "threshold" else 0.9,
         top_k=5 if mode == "lossless" else None,
         top_p=0.9 if mode == "ar" else None,
-        veto_below=0.0,
+        ar_accept_threshold=0.0,
         logprobs=True,
     )
     prompts = [file[i].prompt_ids for i in range(NUM_PROMPTS)]
@@ -172,7 +173,7 @@ def test_another_model_does_not_continue_a_file(
 
 SETTINGS = {
     "preserve": ["states.selection=all"],
-    "sdar": ["format.name=sdar", "states.selection=one_per_block", "train.passes_per_rollout=2"],
+    "sdar": ["format.name=sdar", "states.selection=one_per_block", "train.epochs_per_rollout=2"],
     "stale": ["states.selection=all", "train.max_staleness=1", "format.grid=response"],
     "random": ["loss.objective=opd_random", "train.ema_decay=0.9"],
 }

@@ -181,9 +181,9 @@ def test_gsm8k_reports_strict_and_flexible_scores(folder: Path, tmp_path: Path) 
 def test_tasks_without_the_harness_say_what_to_install(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from opdlm import harness
+    from opdlm.evaluation import lm_eval
 
-    harness.harness_class.cache_clear()
+    lm_eval.harness_class.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
     assert main(["eval", str(folder), "--tasks", "gsm8k"]) == 2

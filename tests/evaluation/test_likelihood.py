@@ -10,7 +10,8 @@ import torch
 from tiny_models import BLOCK, GRIDS, KINDS, STOP, make_lm, make_prompts, make_rollout, qwen3, record_sampler
 from torch import Tensor
 
-from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.generate import generate
 from opdlm.evaluation.likelihood import (
     agreement_report,
     ar_nll,
@@ -80,7 +81,7 @@ def test_the_chain_in_the_samplers_order_is_what_the_sampler_saw(kind: str, grid
     prompts = make_prompts([8, 12])
     with record_sampler() as seen:
         rollouts = generate(
-            model, prompts, DecodeConfig(mode="static", max_new_tokens=2 * BLOCK, veto_below=0)
+            model, prompts, DecodeConfig(mode="static", max_new_tokens=2 * BLOCK, ar_accept_threshold=0)
         )
     expected = torch.zeros(len(prompts))
     for place in seen:

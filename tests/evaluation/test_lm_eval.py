@@ -20,7 +20,8 @@ from lm_eval.tasks import TaskManager
 from opdlm.cli.main import main
 from opdlm.config.sections import resolve_path
 from opdlm.data.prompts import read_jsonl
-from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.generate import generate
 from opdlm.errors import ConfigError
 from opdlm.evaluation import lm_eval as harness
 from opdlm.evaluation.likelihood import ar_nll, nll_bound
@@ -123,8 +124,8 @@ def test_a_continuation_is_greedy_where_the_mode_decodes_it(place: Path) -> None
 
 def test_settings_that_cannot_act_are_refused(place: Path) -> None:
     folder = str(place / "run" / "model")
-    with pytest.raises(ConfigError, match="veto_below only acts in modes static and threshold"):
-        harness.harness_class()(folder, mode="lossless", veto_below=0.5)
+    with pytest.raises(ConfigError, match="ar_accept_threshold only acts in modes static and threshold"):
+        harness.harness_class()(folder, mode="lossless", ar_accept_threshold=0.5)
     with pytest.raises(ConfigError, match="confidence_threshold only acts in mode threshold"):
         harness.harness_class()(folder, mode="static", confidence_threshold=0.5)
     with pytest.raises(ConfigError, match="must be one of"):

@@ -9,13 +9,13 @@ import pytest
 from tiny_checkpoints import tiny_tokenizer, write_rows
 
 from opdlm.data.prompts import load_tasks
-from opdlm.evaluation.code_tests import passes
 from opdlm.evaluation.scoring import (
     NEXT_QUESTION,
     chosen_letter,
     is_right,
     is_right_flexibly,
     last_number,
+    passes,
     strict_number,
 )
 

@@ -17,7 +17,8 @@ from tiny_models import CPU, KINDS, SLIDING, make_lm, make_prompts, make_rollout
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.generate import generate
 from opdlm.modeling import attention as attention
 from opdlm.modeling.attention import (
     Backend,
@@ -65,7 +66,7 @@ def make_states(fmt: Format, block_size: int = 4) -> StateBatch:
 def preserve_row() -> Layout:
     """Noised slots that read the clean keys from the cache."""
     noised = make_states("preserve").slots
-    return noised, keys_with_cache(noised, int(noised.reach_BS.max()) + 1)
+    return noised, keys_with_cache(noised, int(noised.visible_until_BS.max()) + 1)
 
 
 def sdar_row() -> Layout:
@@ -82,7 +83,7 @@ def padded_row() -> Layout:
     """A whole chunk of padding, which sees nothing of the cache."""
     noised = make_states("preserve").slots
     kept = noised.only(torch.arange(noised.ids_BS.shape[1]) < 13)
-    return kept, keys_with_cache(kept, int(kept.reach_BS.max()) + 1)
+    return kept, keys_with_cache(kept, int(kept.visible_until_BS.max()) + 1)
 
 
 def pack_all(fmt: Format) -> StateBatch:

@@ -14,10 +14,10 @@ from tiny_checkpoints import tiny_model
 from tiny_models import KINDS, SLIDING, make_lm, make_prompts, qwen3
 from torch._dynamo.utils import counters
 
-from opdlm.decoding.decode_state import Mode
-from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.decode_config import DecodeConfig, Mode
+from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
-from opdlm.distill.async_student import StudentCopy
+from opdlm.distill.async_student import AsyncStudent
 from opdlm.errors import ConfigError
 from opdlm.modeling.compiled import compiled_decoding, rounded
 from opdlm.modeling.diffusion_lm import DiffusionLM, PackedForward
@@ -133,7 +133,7 @@ def test_a_copy_of_the_student_compiles_for_itself() -> None:
     for name, weight in model.named_parameters():
         weight.requires_grad_("lora" in name)
     expected = decode(model)
-    twin = StudentCopy(model).model
+    twin = AsyncStudent(model).model
     with compiled_decoding(twin, backend="eager"):
         assert_same(decode(twin), expected)
 

@@ -40,8 +40,8 @@ def one_by_one(model: DiffusionLM, selection: Selection) -> list[StateBatch]:
 
 
 def slot_list(states: StateBatch, slots: Slots, document: int) -> list[tuple[int, ...]]:
-    """(document, position, reach, group) of every slot."""
-    fields = (slots.positions_BS, slots.reach_BS, slots.group_BS)
+    """(document, position, visible_until, group) of every slot."""
+    fields = (slots.positions_BS, slots.visible_until_BS, slots.group_BS)
     return [(document, *values) for values in zip(*(x_BS[0].tolist() for x_BS in fields), strict=True)]
 
 
@@ -67,7 +67,7 @@ def test_a_slot_sees_its_own_document_only_and_there_what_it_saw_alone(
 
 
 def sees(q: tuple[int, ...], k: tuple[int, ...], window: int | None) -> bool:
-    """The rule of METHOD part 5 for (document, position, reach, group), within one document."""
+    """The rule of METHOD part 5 for (document, position, visible_until, group), within one document."""
     if q[3] < CLEAN or k[3] < CLEAN:
         return q == k
     is_near = window is None or q[1] - k[1] < window

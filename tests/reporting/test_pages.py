@@ -70,7 +70,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i, (row, line) in enumerate(zip(rows, answered, strict=True)):
                 row |= {"answer": line["response"] if i % 6 else "no", "held_out": row["skill"] == HOSTILE}
             write_rows(root / "tasks.jsonl", rows)
-        assert main(["convert", str(root / "teacher"), *settings, *overrides, "eval.veto_below=0"]) == 0
+        assert (
+            main(["convert", str(root / "teacher"), *settings, *overrides, "eval.ar_accept_threshold=0"]) == 0
+        )
     return root
 
 

@@ -26,7 +26,8 @@ from opdlm.checkpoints.load import load
 from opdlm.cli.main import main
 from opdlm.data.prompts import encode_prompt
 from opdlm.decoding import generate as generate_room
-from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.generate import generate
 from opdlm.decoding.streaming import StopStrings
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.seeds import seed_of

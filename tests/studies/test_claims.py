@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from opdlm.studies.verdicts import (
+from opdlm.studies.claims import (
     all_of,
     combine,
     is_below,

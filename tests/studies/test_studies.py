@@ -24,7 +24,7 @@ from opdlm.studies import window_sft as study_sft
 from opdlm.studies.dual_repetition import DualGrid
 from opdlm.studies.parity import BASELINE, MASK, ParityGrid, ParityRun
 from opdlm.studies.run import STUDIES, read_plan, run_study
-from opdlm.studies.text_study import AR, MD, prepare_text, run_text, text_cell
+from opdlm.studies.text_runs import AR, MD, prepare_text, run_text, text_cell
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "studies"
 FILES = sorted(RECIPES.glob("*.yaml"))

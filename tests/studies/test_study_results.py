@@ -10,7 +10,7 @@ import pytest
 
 from opdlm.config.loader import plain
 from opdlm.studies.run import STUDIES, read_plan
-from opdlm.studies.text_study import prepare_text
+from opdlm.studies.text_runs import prepare_text
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "study"

@@ -1,6 +1,6 @@
 """Small real jobs for grids: a least-squares fit by gradient descent, and what goes wrong with jobs.
 
-python tests/support/grid_cells.py OUT NUM SECONDS      a grid of NUM fits that take SECONDS each, two at a time
+python tests/support/grid_cells.py OUT NUM SECONDS   a grid of NUM fits that take SECONDS each, two at a time
 """
 
 from __future__ import annotations

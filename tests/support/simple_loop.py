@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opdlm.decoding.generate import DecodeConfig
+from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.unmasking import choose_tokens, noise_keys
-from opdlm.modeling.attention import SlotCache
 from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.modeling.kv_cache import SlotCache
 from opdlm.modeling.slots import Slots, clean_slots, make_slots
 
 

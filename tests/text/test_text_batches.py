@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opdlm.config.text import ObjectiveSection, TextSection
-from opdlm.data.documents import PADDING, Columns, Document, Rows, TextRow
+from opdlm.data.documents import PADDING, Document, PackedDataset, RowBatch, TextRow
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.modeling.slots import GridKind
 from opdlm.objectives.masking import ANY_RATE, MaskRates, Masks, draw_masks
@@ -61,18 +61,18 @@ def text_rows(
     packing: Any = "chunks", *, num_prompt: int = 0, length: int = LENGTH, num: int = 3
 ) -> list[TextRow]:
     section = TextSection(sequence_length=length, packing=packing)
-    rows = Rows(documents(num_prompt=num_prompt), section, seed=0)
+    rows = PackedDataset(documents(num_prompt=num_prompt), section, seed=0)
     return [rows.at(i) for i in range(num)]
 
 
-def drawn(columns: Columns, prediction: Prediction, seed: int = 0, rates: MaskRates = ANY_RATE) -> Masks:
+def drawn(columns: RowBatch, prediction: Prediction, seed: int = 0, rates: MaskRates = ANY_RATE) -> Masks:
     return draw_masks(can_mask(columns, prediction), rates, generator_for(seed))
 
 
 def masked_batch(
     rows: Sequence[TextRow], prediction: Prediction, seed: int = 0, num_causal: int = 0
 ) -> TextBatch:
-    columns = Columns.of(rows)
+    columns = RowBatch.of(rows)
     return mixed_rows(columns, num_causal, drawn(columns, prediction, seed), prediction, MASK)
 
 
@@ -142,7 +142,7 @@ def test_masked_rows_equal_a_bidirectional_forward_of_each_piece_alone(
     prediction: Prediction, packing: str, num_prompt: int, both: Both
 ) -> None:
     rows = text_rows(packing, num_prompt=num_prompt)
-    columns = Columns.of(rows)
+    columns = RowBatch.of(rows)
     masks = drawn(columns, prediction, seed=3)
     batch = mixed_rows(columns, 0, masks, prediction, MASK)
     expected: dict[Place, float] = {}
@@ -168,7 +168,7 @@ def test_masked_rows_equal_a_bidirectional_forward_of_each_piece_alone(
 def test_mixed_rows_in_one_forward_equal_two_forwards(prediction: Prediction) -> None:
     model = make_lm("sdar")
     rows = text_rows("chunks", num=4)
-    columns = Columns.of(rows)
+    columns = RowBatch.of(rows)
     masks = drawn(columns, prediction)
     loss = TextLoss(model, ObjectiveSection())
 
@@ -176,7 +176,7 @@ def test_mixed_rows_in_one_forward_equal_two_forwards(prediction: Prediction) ->
         model.zero_grad()
         total = 0.0
         for part, num_causal in parts:
-            some = Columns(columns.ids_BR[part], columns.start_BR[part], columns.is_given_BR[part])
+            some = RowBatch(columns.ids_BR[part], columns.start_BR[part], columns.is_given_BR[part])
             chosen = Masks(masks.is_masked[part], masks.weight[part])
             batch = mixed_rows(some, num_causal, chosen, prediction, MASK)
             output = loss(batch, batch.weight_M / 40)
@@ -197,7 +197,7 @@ def test_weights_sum_to_the_learnt_tokens_on_average(prediction: Prediction, num
     rates = MaskRates(windows=((0.3, 0.9),))  # weights stay small, so the mean is sharp
     sums, num = [], 0.0
     for seed in range(600):
-        columns = Columns.of(rows)
+        columns = RowBatch.of(rows)
         batch = mixed_rows(columns, 0, drawn(columns, prediction, seed, rates), prediction, MASK)
         sums.append(float(batch.weight_M.sum()))
         num = batch.num_masked
@@ -210,7 +210,7 @@ def test_weights_sum_to_the_learnt_tokens_on_average(prediction: Prediction, num
 
 def test_next_position_predicts_the_last_token_always_and_a_first_token_never() -> None:
     rows = text_rows("chunks", num=4)
-    columns = Columns.of(rows)
+    columns = RowBatch.of(rows)
     for rates in (MaskRates(windows=((0.0, 0.0),)), MaskRates(windows=((1.0, 1.0),))):
         batch = mixed_rows(columns, 0, drawn(columns, "next_position", rates=rates), "next_position", MASK)
         ends = {(n, LENGTH - 1) for n, row in enumerate(rows) if row.start_R[-1] == row.start_R[-2]}
@@ -232,7 +232,7 @@ def places_before_tokens(rows: Sequence[TextRow]) -> set[Place]:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_prompts_and_padding_are_never_masked(prediction: Prediction) -> None:
     rows = text_rows("whole", num_prompt=3)
-    columns = Columns.of(rows)
+    columns = RowBatch.of(rows)
     everything = MaskRates(windows=((1.0, 1.0),))
     batch = mixed_rows(columns, 0, drawn(columns, prediction, rates=everything), prediction, MASK)
     is_masked_BL = batch.slots.ids_BS == MASK
@@ -259,7 +259,7 @@ def test_padding_is_invisible(prediction: Prediction, both: Both) -> None:
     for num_causal in (0, 1):
         found = []
         for width, filler in ((LENGTH, 0), (LENGTH, 7), (LENGTH + 9, 5)):
-            columns = Columns.of([padded(width, filler)])
+            columns = RowBatch.of([padded(width, filler)])
             is_masked = torch.zeros(1, width, dtype=torch.bool)
             is_masked[0, [1, 2, 4]] = can_mask(columns, prediction)[0, [1, 2, 4]]
             batch = mixed_rows(columns, num_causal, Masks(is_masked, is_masked * 2.0), prediction, MASK)
@@ -275,8 +275,8 @@ def test_long_rows_are_the_same_under_the_dense_mask_and_in_chunks(prediction: P
         Document((*torch.randint(STOP, (n,), generator=generator_for(n)).tolist(), STOP))
         for n in (400, 90, 140)
     ]
-    rows = Rows(long, TextSection(sequence_length=300), seed=0)
-    columns = Columns.of([rows.at(0), rows.at(1)])
+    rows = PackedDataset(long, TextSection(sequence_length=300), seed=0)
+    columns = RowBatch.of([rows.at(0), rows.at(1)])
     batch = mixed_rows(columns, 1, drawn(columns, prediction), prediction, MASK)
     found = []
     for model.attention in ("sdpa", "flash"):
@@ -364,7 +364,7 @@ def test_rows_of_nothing_but_prompts_teach_nothing() -> None:
     """A long prompt fills whole rows of `chunks`."""
     model = make_lm("sdar")
     text = Document((*([3, 4, 5] * 10), STOP), num_prompt=30)
-    rows = Rows([text], TextSection(sequence_length=LENGTH), seed=0)
+    rows = PackedDataset([text], TextSection(sequence_length=LENGTH), seed=0)
     assert rows.at(0).is_given_R.all()
     block = block_batch([rows.at(0)], model.spec, ANY_RATE, [generator_for(0)], complementary=False)
     for batch in (

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opdlm.cli.main import main
-from opdlm.data.documents import PADDING, Columns, TextRow
+from opdlm.data.documents import PADDING, RowBatch, TextRow
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from opdlm.objectives.masking import Masks
 from opdlm.text.batches import Prediction, can_mask, mixed_rows
@@ -38,17 +38,17 @@ def make_lm(base: PreTrainedModel | None = None, spec: DiffusionSpec = SPEC) -> 
     return DiffusionLM(base or qwen3(), spec).eval()
 
 
-def make_columns(*pieces: int, padding: int = 0, given: int = 0, rows: int = 1, seed: int = 0) -> Columns:
+def make_columns(*pieces: int, padding: int = 0, given: int = 0, rows: int = 1, seed: int = 0) -> RowBatch:
     """Rows of pieces of these lengths; the first `given` tokens of each are a prompt."""
     rng = torch.Generator().manual_seed(seed)
     start = [first for size, first in zip(pieces, itertools.accumulate((0, *pieces)), strict=False)]
     starts = [s for size, s in zip(pieces, start, strict=True) for _ in range(size)] + [PADDING] * padding
     is_given = [i < given for size in pieces for i in range(size)] + [False] * padding
     ids_BR = torch.randint(MASK - 1, (rows, len(starts)), generator=rng)
-    return Columns(ids_BR, torch.tensor(starts).expand(rows, -1), torch.tensor(is_given).expand(rows, -1))
+    return RowBatch(ids_BR, torch.tensor(starts).expand(rows, -1), torch.tensor(is_given).expand(rows, -1))
 
 
-def as_rows(columns: Columns) -> list[TextRow]:
+def as_rows(columns: RowBatch) -> list[TextRow]:
     return [
         TextRow(*parts) for parts in zip(columns.ids_BR, columns.start_BR, columns.is_given_BR, strict=True)
     ]
@@ -110,7 +110,7 @@ def test_ar_nll_is_the_loss_of_transformers() -> None:
 def test_documents_of_a_row_are_scored_alone_and_padding_is_not() -> None:
     model, columns = make_lm(), make_columns(4, 5, padding=3)
     alone = [
-        Columns(columns.ids_BR[:, a:b], torch.zeros(1, b - a).long(), torch.zeros(1, b - a).bool())
+        RowBatch(columns.ids_BR[:, a:b], torch.zeros(1, b - a).long(), torch.zeros(1, b - a).bool())
         for a, b in ((0, 4), (4, 9))
     ]
     for measure in (ar_nll, lambda *a: prefix_nll(*a, 0.5)):
@@ -205,8 +205,8 @@ def test_pseudo_nll_masks_nothing_of_the_next_document() -> None:
     model, columns = make_lm(), make_columns(3, 4, padding=1)
     other = columns.ids_BR.clone()
     other[0, 3:7] = (other[0, 3:7] + 1) % (MASK - 1)
-    alone = Columns(columns.ids_BR[:, :4], torch.tensor([[0, 0, 0, PADDING]]), torch.zeros(1, 4).bool())
-    second = Columns(
+    alone = RowBatch(columns.ids_BR[:, :4], torch.tensor([[0, 0, 0, PADDING]]), torch.zeros(1, 4).bool())
+    second = RowBatch(
         columns.ids_BR[:, 3:], columns.start_BR[:, 3:].sub(3).clamp_min(PADDING), torch.zeros(1, 5).bool()
     )
     both = pseudo_nll(model, columns, "same_position", 2).nats_B
@@ -237,7 +237,7 @@ def trained_to_answer(prediction: Prediction, *, causal: bool) -> DiffusionLM:
     """A model that saw the right options, read causally or all masked, for a few steps."""
     model = make_lm()
     optimizer = torch.optim.AdamW(model.student.parameters(), lr=1e-2)
-    columns = Columns.of([question.row(question.answer) for question in QUESTIONS])
+    columns = RowBatch.of([question.row(question.answer) for question in QUESTIONS])
     can_BL = can_mask(columns, prediction)
     masks = Masks(can_BL, can_BL.float())
     batch = mixed_rows(columns, len(QUESTIONS) if causal else 0, masks, prediction, MASK)
@@ -254,7 +254,7 @@ def trained_to_answer(prediction: Prediction, *, causal: bool) -> DiffusionLM:
 def test_a_model_trained_on_the_right_options_ranks_them_first(prediction: Prediction) -> None:
     model = trained_to_answer(prediction, causal=False)
     report = rank_options(
-        lambda rows, seed: md_bound(model, Columns.of(rows), prediction, 32, seed), QUESTIONS
+        lambda rows, seed: md_bound(model, RowBatch.of(rows), prediction, 32, seed), QUESTIONS
     )
     assert report.accuracy == report.accuracy_per_token == 1.0
     assert report.delta_nll > 1 and report.delta_nll_per_token > 0.5
@@ -264,7 +264,7 @@ def test_a_model_trained_on_the_right_options_ranks_them_first(prediction: Predi
 
 def test_autoregressive_ranking_and_its_figures() -> None:
     model = trained_to_answer("next_position", causal=True)
-    report = rank_options(lambda rows, _: ar_nll(model, Columns.of(rows)), QUESTIONS)
+    report = rank_options(lambda rows, _: ar_nll(model, RowBatch.of(rows)), QUESTIONS)
     assert report.accuracy == 1.0
     deltas, right = [], 0.0
     for question in QUESTIONS:
@@ -278,7 +278,7 @@ def test_autoregressive_ranking_and_its_figures() -> None:
     assert report.delta_nll == pytest.approx(sum(deltas) / 4, abs=1e-3)
     assert report.right_per_token == pytest.approx(right, abs=1e-4)
     wrong = [replace(question, answer=1) for question in QUESTIONS]
-    assert rank_options(lambda rows, _: ar_nll(model, Columns.of(rows)), wrong).accuracy == 0.0
+    assert rank_options(lambda rows, _: ar_nll(model, RowBatch.of(rows)), wrong).accuracy == 0.0
 
 
 def test_a_tie_is_shared() -> None:

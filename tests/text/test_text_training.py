@@ -17,7 +17,7 @@ from torch import Tensor
 from opdlm.checkpoints.load import copy_of
 from opdlm.config.sections import OptimizerSection
 from opdlm.config.text import ObjectiveSection, TextConfig, TextSection, TextTrainSection
-from opdlm.data.documents import Columns, Document, Rows
+from opdlm.data.documents import Document, PackedDataset, RowBatch
 from opdlm.errors import ConfigError, DataError
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.objectives.masking import ANY_RATE, Masks, draw_masks
@@ -53,7 +53,7 @@ def config_of(output: Path, train: dict[str, Any] | None = None, **objective: An
 
 
 def started(config: TextConfig, model: DiffusionLM | None = None) -> TextRun:
-    rows = Rows(documents(), config.data, config.train.seed)
+    rows = PackedDataset(documents(), config.data, config.train.seed)
     return start_run(make_lm("sdar") if model is None else model, rows, config)
 
 
@@ -109,14 +109,14 @@ def test_ar_weight_2_is_the_share_of_the_published_code(tmp_path: Path) -> None:
 
 def make_batch(share: float, seed: int = 0) -> TextBatch:
     section = TextSection(sequence_length=LENGTH)
-    rows = Rows(documents(num_prompt=2), section, seed=0)
-    columns = Columns.of([rows.at(i) for i in range(4)])
+    rows = PackedDataset(documents(num_prompt=2), section, seed=0)
+    columns = RowBatch.of([rows.at(i) for i in range(4)])
     masks = draw_masks(can_mask(columns, "next_position"), ANY_RATE, generator_for(seed))
     return mixed_rows(columns, round(4 * share), masks, "next_position", MASK, ar_weight=2.0)
 
 
 def block_rows() -> TextBatch:
-    rows = Rows(documents(num_prompt=2), TextSection(sequence_length=LENGTH), seed=0)
+    rows = PackedDataset(documents(num_prompt=2), TextSection(sequence_length=LENGTH), seed=0)
     spec = make_lm("sdar").spec
     return block_batch(
         [rows.at(0), rows.at(1)], spec, ANY_RATE, [generator_for(i) for i in (0, 1)], complementary=False
@@ -196,8 +196,8 @@ def test_a_deeper_teacher_and_another_family_can_be_distilled(tmp_path: Path) ->
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
     model = make_lm("sdar", noise=0.0)
-    rows = Rows(documents(), TextSection(sequence_length=LENGTH), seed=0)
-    columns = Columns.of([rows.at(0)])
+    rows = PackedDataset(documents(), TextSection(sequence_length=LENGTH), seed=0)
+    columns = RowBatch.of([rows.at(0)])
     nothing = Masks(torch.zeros_like(columns.is_text_BL), torch.zeros(columns.is_text_BL.shape))
     batch = mixed_rows(columns, 1, nothing, "next_position", MASK)
     output = TextLoss(model, ObjectiveSection(distill_weight=1.0))(batch, batch.weight_M)
@@ -247,8 +247,10 @@ def test_input_masking_hides_inputs_and_predicts_every_next_token(tmp_path: Path
 
 def test_a_random_order_is_one_permutation_that_prompts_follow() -> None:
     section = ObjectiveSection(name="autoregressive", token_order="random")
-    rows = Rows(documents(num_prompt=2), TextSection(sequence_length=LENGTH, document_mask=False), seed=0)
-    columns = Columns.of([rows.at(0), rows.at(1)])
+    rows = PackedDataset(
+        documents(num_prompt=2), TextSection(sequence_length=LENGTH, document_mask=False), seed=0
+    )
+    columns = RowBatch.of([rows.at(0), rows.at(1)])
     columns = replace(columns, ids_BR=torch.arange(LENGTH + 1) + 100 * columns.is_given_BR)
     mixed = text_trainer.in_order(columns, section, seed=3)
     order = mixed.ids_BR % 100
@@ -263,7 +265,7 @@ def test_dropout_acts_in_updates_alone_and_depends_on_the_seed(tmp_path: Path) -
         if p:
             add_output_dropout(model.student, p)
         config = config_of(tmp_path, {"seed": seed}, name="autoregressive", dropout=p)
-        run = start_run(model, Rows(documents(), config.data, 0), config)
+        run = start_run(model, PackedDataset(documents(), config.data, 0), config)
         hidden = run.model.student_hidden(make_batch(1.0).slots).detach()
         return train_step(run, 0)["loss"], hidden
 

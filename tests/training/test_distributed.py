@@ -32,10 +32,10 @@ from opdlm.config.sections import (
     TrainSection,
 )
 from opdlm.config.text import ObjectiveSection, TextConfig, TextSection, TextTrainSection
-from opdlm.data.documents import Document, Rows
+from opdlm.data.documents import Document, PackedDataset
 from opdlm.decoding.rollout import Prompt, Rollout
 from opdlm.decoding.unmasking import choose_tokens, noise_keys
-from opdlm.distill.generate_rollouts import generate_rollouts
+from opdlm.distill.rollouts import generate_rollouts
 from opdlm.distill.trainer import Run, start_run, train_step, update
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.seeds import seed_of
@@ -89,7 +89,7 @@ def start_text(output: Path, rows_per_update: int = 5) -> TextRun:
         train=TextTrainSection(rows_per_update=rows_per_update, micro_batch_rows=2, num_steps=4),
     )
     texts = [Document(ids, num_prompt=2) for ids in make_prompts([9, 7, 14, 5, 8, 12])]
-    return text_trainer.start_run(make_model("sdar"), Rows(texts, config.data, seed=0), config)
+    return text_trainer.start_run(make_model("sdar"), PackedDataset(texts, config.data, seed=0), config)
 
 
 def start(kind: str, output: Path) -> Run | TextRun:
@@ -328,7 +328,7 @@ def test_the_recipe_runs_under_accelerate_launch(mode: str, tmp_path: Path) -> N
         *settings[0].split("=")[1:],
         *settings[1:],
         f"eval.path={tmp_path / 'eval.jsonl'}",
-        *("eval.every=1", "eval.patience=2", "eval.veto_below=0", "train.ema_decay=0.9"),
+        *("eval.every=1", "eval.patience=2", "eval.ar_accept_threshold=0", "train.ema_decay=0.9"),
     ]
     file = f"--config_file=recipes/accelerate/{mode}.yaml"
     port = "--main_process_port=0"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
 import signal
@@ -11,10 +10,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from finished_runs import assert_same_run, metrics
 from tiny_checkpoints import failing_after_a_save, tiny_overrides, write_checkpoint, write_data
 
 from opdlm.cli.main import main
@@ -24,7 +23,6 @@ from opdlm.training.loop import changed_settings
 from opdlm.training.metrics import MetricsLog
 
 ROOT = Path(__file__).parents[2]
-TIMES = {"rollout_tokens_per_second", "rollout_wait_seconds", "rollout_share_of_time", "seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -53,25 +51,9 @@ def command(root: Path, output: Path, *overrides: str) -> list[str]:
     settings = tiny_overrides(root / "llama", root, output)[1:]
     return [
         *("convert", str(root / "llama"), *settings, "train.num_steps=4", "train.save_every=2"),
-        *("train.passes_per_rollout=2", "rollout.temperature=1.0", "rollout.start_new_tokens=4"),
+        *("train.epochs_per_rollout=2", "rollout.temperature=1.0", "rollout.start_new_tokens=4"),
         *("rollout.ramp_steps=3", "states.selection=one_per_block", "optimizer.warmup_steps=2", *overrides),
     ]
-
-
-def metrics(output: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl without what a clock measured."""
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-
-
-def assert_same_run(output: Path, whole: Path) -> None:
-    assert metrics(output) == metrics(whole)
-    for name in ("adapter/adapter_model.safetensors", "mask_embedding.safetensors", "model.safetensors"):
-        assert (output / "model" / name).read_bytes() == (whole / "model" / name).read_bytes(), name
-    for name in ("trainable.safetensors", "optimizer.safetensors"):
-        saved = [folder / "checkpoint-4" / name for folder in (output, whole)]
-        assert saved[0].read_bytes() == saved[1].read_bytes(), name
-    assert not [path for path in output.rglob("*") if "partial" in path.name or path.name.endswith(".old")]
 
 
 def checkpoints(output: Path) -> list[str]:

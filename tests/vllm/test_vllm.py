@@ -10,13 +10,15 @@ import pytest
 import torch
 from tiny_checkpoints import write_checkpoint, write_data
 from torch import Tensor
+from vllm_conversions import LLAMA
 
 from opdlm.checkpoints.convert import make_student
 from opdlm.checkpoints.load import load_causal_lm, load_tokenizer
 from opdlm.cli.main import main
 from opdlm.config.rules import load_config
 from opdlm.data.prompts import load_prompts
-from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
 from opdlm.decoding.unmasking import filter_logits
 from opdlm.errors import ConfigError
@@ -42,7 +44,6 @@ def test_rollout_files_of_vllm_hold_what_our_engine_writes(tmp_path: Path) -> No
         )
 
 
-LLAMA = {"head_dim": 32, "max_position_embeddings": 256}  # vLLM has no attention kernel for smaller heads
 TIE = 1e-3  # logits this close may change their order between two implementations
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 from interpreted_vllm import interpreter as interpreter
-from test_vllm import LLAMA
-from test_vllm_training import convert
 from tiny_checkpoints import write_checkpoint, write_data
+from vllm_conversions import LLAMA, convert
 
 GROWTH = ["format.block_size=4", "format.block_growth=[[0,2],[1,4]]"]
 

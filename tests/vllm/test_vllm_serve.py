@@ -24,7 +24,8 @@ from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
 from opdlm.checkpoints.load import load, read_spec
 from opdlm.cli.main import main
 from opdlm.data.prompts import encode_prompt
-from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
 from opdlm.modeling.slots import GridKind
 from opdlm.vllm.engine import prepare_environment

@@ -12,12 +12,13 @@ from torch import nn
 
 from opdlm.checkpoints.load import assemble
 from opdlm.config.sections import LoraSection
-from opdlm.decoding.generate import DecodeConfig, generate
+from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Prompt
 from opdlm.errors import ConfigError
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.modeling.slots import GridKind
-from opdlm.vllm.canvases import block_queries, slot_queries
+from opdlm.vllm.block_state import block_queries, slot_queries
 from opdlm.vllm.engine import VllmStudent, check_student, start_student
 from opdlm.vllm.gate import SlotGate
 
@@ -51,7 +52,7 @@ def test_students_and_prompts_that_vllm_cannot_run_are_named_beforehand(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     prompts = [Prompt(ids=tuple(ids), index=i) for i, ids in enumerate(make_prompts(lengths))]
     with pytest.raises(ConfigError, match=message):
-        check_student(model, DecodeConfig(veto_below=0.0), prompts)
+        check_student(model, DecodeConfig(ar_accept_threshold=0.0), prompts)
 
 
 def test_every_block_of_every_request_is_a_query() -> None:
@@ -83,9 +84,9 @@ def test_adapters_of_joined_layers_change_noised_slots_only() -> None:
         assert torch.equal(single(inputs_NI), plain["a.o_proj"])
 
 
-STATIC = DecodeConfig(mode="static", denoising_steps=2, max_new_tokens=NEW_TOKENS, veto_below=0.0)
+STATIC = DecodeConfig(mode="static", denoising_steps=2, max_new_tokens=NEW_TOKENS, ar_accept_threshold=0.0)
 SAMPLED = DecodeConfig(
-    confidence_threshold=0.3, temperature=1.0, top_p=0.9, max_new_tokens=NEW_TOKENS, veto_below=0.0
+    confidence_threshold=0.3, temperature=1.0, top_p=0.9, max_new_tokens=NEW_TOKENS, ar_accept_threshold=0.0
 )
 
 

@@ -6,17 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_vllm import LLAMA
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
+from vllm_conversions import LLAMA, convert
 
 from opdlm.cli.main import main
-from opdlm.training.metrics import read_metrics
-
-
-def convert(folder: Path, name: str, *overrides: str) -> list[dict[str, float]]:
-    arguments = tiny_overrides(folder / "model", folder, folder / name)
-    assert main(["convert", str(folder / "model"), *arguments[1:], "rollout.temperature=0", *overrides]) == 0
-    return read_metrics(folder / name / "metrics.jsonl")
 
 
 @pytest.mark.vllm

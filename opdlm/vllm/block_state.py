@@ -1,10 +1,10 @@
 """Blocks that denoise in vLLM: their tokens, the slots that predict them, and who sees whom.
 
 On the absolute grid the last P mod b tokens of a prompt lie in the block that the response starts in. They
-are prefilled like the others, then taken back, so that the first canvas starts with them; of that block only
+are prefilled like the others, then taken back, so that the first block starts with them; of that block only
 the response's tokens are new text.
 
-In `preserve` slot i - 1 predicts token i, so a canvas is the b slots before its tokens: one more token of
+In `preserve` slot i - 1 predicts token i, so a block is the b slots before its tokens: one more token of
 the prompt is taken back. What a block knows from its left edge on is clean.
 
 Proposals, draws and remasking are `unmasking`'s, so rollouts equal our decoder's. No vLLM here.
@@ -20,13 +20,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from opdlm.decoding.decode_state import REMASKING, DecodeConfig
-from opdlm.decoding.unmasking import choose_revealed, noise_keys, num_to_reveal, propose_tokens
+from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.unmasking import REMASKING, choose_revealed, noise_keys, num_to_reveal, propose_tokens
 from opdlm.modeling.diffusion_lm import DiffusionSpec
 from opdlm.modeling.slots import GridKind
 
 
-class Canvases:
+class BlockStates:
     """The block that every request is denoising, and the trajectories of what was committed."""
 
     def __init__(
@@ -76,7 +76,7 @@ class Canvases:
         return torch.where(masked_DT.any(1), masked_DT.long().argmax(1) + 1, size)
 
     def take_back(self, place_D: Tensor) -> Tensor:
-        """How many tokens of their prompts, now prefilled, the first canvases start with `[D]`."""
+        """How many tokens of their prompts, now prefilled, the first block_states start with `[D]`."""
         num_D = self.num_taken_back_R[place_D]
         self.num_taken_back_R[place_D] = 0
         return num_D

@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from opdlm.training.checkpoint import write_atomic
+from opdlm.files import write_atomic
 
 HELD_OUT_SHARE = 0.1
 LEFT_OUT = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3")

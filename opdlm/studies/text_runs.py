@@ -18,8 +18,8 @@ from rich.console import Console
 from opdlm.config.text import TextConfig, build_text_config
 from opdlm.errors import ConfigError
 from opdlm.evaluation.retention import MODEL_FOLDER, RESULTS_FILE
+from opdlm.studies.corpus import stdlib_corpus
 from opdlm.studies.grid import Cell, Values
-from opdlm.studies.stdlib_text import stdlib_corpus
 from opdlm.text.pipeline import train_text
 from opdlm.training.metrics import read_metrics
 

@@ -24,7 +24,7 @@ from opdlm.config.loader import apply_override, build_section
 from opdlm.config.rules import load_config
 from opdlm.config.sections import CONFIG_COPY
 from opdlm.config.text import TEXT_CONFIG_COPY, TextConfig, TextSection, load_text_config
-from opdlm.data.documents import Columns, TextRow
+from opdlm.data.documents import RowBatch, TextRow
 from opdlm.decoding.rollout import Rollout
 from opdlm.errors import ConfigError
 from opdlm.evaluation.likelihood import ar_nll as exact_nll
@@ -47,7 +47,7 @@ METRICS = (*FORWARD, *MASKED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class LikelihoodOptions:
     """What the user says about how models are asked."""
 
     num_rates: int = 32
@@ -59,7 +59,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
+class LikelihoodModel:
     """A model and the questions it can be asked."""
 
     model: DiffusionLM
@@ -84,7 +84,7 @@ class Subject:
         return tuple(metrics) or self.default
 
 
-def load_subject(folder: Path, asked: Asked) -> Subject:
+def load_subject(folder: Path, asked: LikelihoodOptions) -> LikelihoodModel:
     """The model of a folder, with what it can be asked."""
     is_trained = (folder / TEXT_CONFIG_COPY).is_file()
     if asked.prediction and (is_trained or is_converted(folder)):
@@ -99,7 +99,7 @@ def is_converted(folder: Path) -> bool:
     return file.is_file() and "block_diffusion" in json.loads(file.read_text())
 
 
-def trained_subject(folder: Path, asked: Asked) -> Subject:
+def trained_subject(folder: Path, asked: LikelihoodOptions) -> LikelihoodModel:
     """A folder of `opdlm train`."""
     config = load_text_config(folder / TEXT_CONFIG_COPY, asked.overrides)
     section = config.objective
@@ -111,13 +111,13 @@ def trained_subject(folder: Path, asked: Asked) -> Subject:
         spec = replace(make_spec(base, tokenizer, config, mask_token_id), adapter=False)
         model = DiffusionLM(base, spec).eval().requires_grad_(False)
 
-    def columns(rows: Sequence[TextRow]) -> Columns:
+    def columns(rows: Sequence[TextRow]) -> RowBatch:
         if section.token_order == "random" and len(rows[0].ids_R) != config.data.sequence_length + 1:
             raise ConfigError(
                 f"{folder} reads whole rows in one random order (objective.token_order): it cannot rank "
                 "options, nor read rows of another data.sequence_length."
             )
-        return in_order(Columns.of(rows), section, config.train.seed)
+        return in_order(RowBatch.of(rows), section, config.train.seed)
 
     scores = row_scores(model, section.prediction, asked.num_rates, columns)
     default: tuple[str, ...] = ("md_bound",)
@@ -135,7 +135,7 @@ def trained_subject(folder: Path, asked: Asked) -> Subject:
         case "dual":
             forward = FORWARD if section.prediction == "next_position" else FORWARD[:1]
             default = (*forward, "md_bound")
-    return Subject(
+    return LikelihoodModel(
         model=model,
         tokenizer=tokenizer,
         data=config.data,
@@ -146,7 +146,7 @@ def trained_subject(folder: Path, asked: Asked) -> Subject:
     )
 
 
-def converted_subject(folder: Path, asked: Asked) -> Subject:
+def converted_subject(folder: Path, asked: LikelihoodOptions) -> LikelihoodModel:
     """A folder of `opdlm convert`: its bound, and its AR model where it holds one."""
     model, tokenizer = load(folder)
     spec = model.spec
@@ -161,11 +161,11 @@ def converted_subject(folder: Path, asked: Asked) -> Subject:
     else:
         scores = {"md_bound": block_score(model, asked.num_rates)}
         if load_config(folder / CONFIG_COPY).loss.ar_weight:
-            scores["ar_nll"] = lambda rows, _: ar_nll(model, Columns.of(rows))
+            scores["ar_nll"] = lambda rows, _: ar_nll(model, RowBatch.of(rows))
     refused = {name: "a converted model sees no later block" for name in METRICS if name not in scores}
     if "ar_nll" not in scores:
         refused["ar_nll"] = "its autoregressive model is the checkpoint it was made from: measure that"
-    return Subject(
+    return LikelihoodModel(
         model=model,
         tokenizer=tokenizer,
         data=plain_section(model, asked),
@@ -176,7 +176,7 @@ def converted_subject(folder: Path, asked: Asked) -> Subject:
     )
 
 
-def plain_subject(folder: Path, asked: Asked) -> Subject:
+def plain_subject(folder: Path, asked: LikelihoodOptions) -> LikelihoodModel:
     """Any causal checkpoint; a masked one where its prediction is told."""
     base, tokenizer = load_causal_lm(str(folder), "float32"), load_tokenizer(str(folder))
     mask_token_id = tokenizer.mask_token_id
@@ -203,18 +203,18 @@ def plain_subject(folder: Path, asked: Asked) -> Subject:
         default, refused = ("md_bound",), dict.fromkeys(FORWARD, "its positions predict themselves")
     else:
         default = ("ar_nll", "md_bound")
-    return Subject(
+    return LikelihoodModel(
         model=model,
         tokenizer=tokenizer,
         data=plain_section(model, asked),
         trained="plain checkpoint",
-        scores=row_scores(model, asked.prediction or "next_position", asked.num_rates, Columns.of),
+        scores=row_scores(model, asked.prediction or "next_position", asked.num_rates, RowBatch.of),
         default=default,
         refused=refused,
     )
 
 
-def plain_section(model: DiffusionLM, asked: Asked) -> TextSection:
+def plain_section(model: DiffusionLM, asked: LikelihoodOptions) -> TextSection:
     """How text is cut for models that were not trained on rows."""
     context = getattr(model.student.config.get_text_config(), "max_position_embeddings", None)
     values: dict[str, Any] = {"data": {"sequence_length": min(TextSection().sequence_length, context or 512)}}
@@ -227,7 +227,7 @@ def row_scores(
     model: DiffusionLM,
     prediction: Prediction,
     num_rates: int,
-    columns: Callable[[Sequence[TextRow]], Columns],
+    columns: Callable[[Sequence[TextRow]], RowBatch],
 ) -> dict[str, Score]:
     """Every metric of a model that sees whole rows."""
 

@@ -56,7 +56,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction:
+class Claim:
     """A claim, the rule that decides it, what the data say, and the numbers behind that."""
 
     claim: str
@@ -70,7 +70,7 @@ class Findings:
     """What a study concludes: numbers as tables, and every prediction with its verdict."""
 
     tables: list[Table]
-    predictions: list[Prediction]
+    predictions: list[Claim]
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
@@ -187,7 +187,7 @@ def by_regime(verdicts: Mapping[str, Verdict], numbers: Mapping[str, object]) ->
     return "; ".join(f"{name}: {numbers[name]} ({verdict})" for name, verdict in verdicts.items())
 
 
-def conclusion(predictions: Sequence[Prediction]) -> str:
+def conclusion(predictions: Sequence[Claim]) -> str:
     """Every prediction with its verdict, in Markdown."""
     items = [
         f"- **{p.verdict}**: {p.claim}.\n  - Rule: {p.rule}.\n  - Data: {p.evidence}." for p in predictions

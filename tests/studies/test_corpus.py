@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from opdlm.studies.stdlib_text import (
+from opdlm.studies.corpus import (
     HELD_OUT_SHARE,
     PASSAGE_CHARACTERS,
     is_held_out,

@@ -1,0 +1,25 @@
+"""Finished runs, read and compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+TIMES = {"rollout_tokens_per_second", "rollout_wait_seconds", "rollout_share_of_time", "seconds"}
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl without what a clock measured."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def assert_same_run(output: Path, whole: Path) -> None:
+    assert metrics(output) == metrics(whole)
+    for name in ("adapter/adapter_model.safetensors", "mask_embedding.safetensors", "model.safetensors"):
+        assert (output / "model" / name).read_bytes() == (whole / "model" / name).read_bytes(), name
+    for name in ("trainable.safetensors", "optimizer.safetensors"):
+        saved = [folder / "checkpoint-4" / name for folder in (output, whole)]
+        assert saved[0].read_bytes() == saved[1].read_bytes(), name
+    assert not [path for path in output.rglob("*") if "partial" in path.name or path.name.endswith(".old")]
