@@ -1,7 +1,7 @@
-"""Pictures of the masks, drawn from `blocks.visible` of slots that the code itself builds.
+"""Draw the attention masks of docs/concepts.md with `modeling.slots.visible`.
 
-Training rows come from `select_states`, decoding steps from a real `generate` of a tiny random model:
-whatever it passes to `packed_hidden` is what is drawn.
+Training rows come from `select_states`. Decoding steps come from `generate` with a tiny random model; the
+slots that it passes to `packed_hidden` are recorded and drawn.
 
     python benchmarks/mask_pictures.py          writes docs/masks/*.png
 """
@@ -45,7 +45,7 @@ def make_spec(fmt: Format, grid: GridKind = "absolute", *, adapter: bool = False
 
 
 def make_rollout(num_prompt: int, num_response: int) -> Rollout:
-    """Revealed two tokens a step, in the order of a sampler that likes odd places."""
+    """Two tokens are revealed per step; in each group of four, odd offsets come first."""
     tokens = tuple(range(1, num_prompt + num_response + 1))
     steps = tuple(1 + i // 4 * 2 + (i % 2 == 0) for i in range(num_response))
     return Rollout(
@@ -60,7 +60,7 @@ def make_rollout(num_prompt: int, num_response: int) -> Rollout:
 def training_row(
     fmt: Format, prompts: tuple[int, ...], grid: GridKind = "absolute", selection: Selection = "one_per_block"
 ) -> Slots:
-    """Clean slots, then the noised ones; in `preserve` the two halves are two forward passes."""
+    """Clean slots, then noised ones; in `preserve` the two halves are separate forward passes."""
     spec = make_spec(fmt, grid)
     rollouts = [make_rollout(num_prompt, 16 - num_prompt) for num_prompt in prompts]
     rng = torch.Generator().manual_seed(3)
@@ -69,7 +69,7 @@ def training_row(
 
 
 class Recorder(DiffusionLM):
-    """Keeps the queries and keys of every decoding step."""
+    """Records the queries and keys of every decoding step."""
 
     steps: list[tuple[Slots, Slots]]
 
@@ -96,15 +96,15 @@ def decoding_step(mode: Any, step: int, prompts: list[tuple[int, ...]]) -> tuple
     model = Recorder(Qwen3ForCausalLM(shape).eval(), make_spec("preserve"))
     model.spec = type(model.spec)(
         **{**model.spec.to_dict(), "adapter": True}
-    )  # one set of weights, one forward
+    )  # shared weights: one forward per step
     model.steps = []
-    config = DecodeConfig(mode=mode, max_new_tokens=8, forward_overhead=1e9)  # every draft pays
+    config = DecodeConfig(mode=mode, max_new_tokens=8, forward_overhead=1e9)  # keep every draft
     generate(model, prompts, config)
     return model.steps[step]
 
 
 def kinds(queries: Slots, keys: Slots, window: int | None, row: int) -> torch.Tensor:
-    """What to paint at each place `[Q, K]`."""
+    """The colour index of each query and key `[Q, K]`."""
     seen_QK = visible(queries, keys, window)[row]
     is_clean_K = keys.group_BS[row] == CLEAN
     picture_QK = torch.where(seen_QK, torch.where(is_clean_K, SEEN_CLEAN, SEEN_GROUP), UNSEEN)
@@ -114,7 +114,7 @@ def kinds(queries: Slots, keys: Slots, window: int | None, row: int) -> torch.Te
 
 
 def labels(slots: Slots, row: int) -> list[str]:
-    """The position of a clean slot; a noised one names its group (a, b, ...) too; nothing for padding."""
+    """Tick labels: the position, plus the group letter of a noised slot; empty for padding."""
     pairs = zip(slots.positions_BS[row].tolist(), slots.group_BS[row].tolist(), strict=True)
     return [
         "" if group < CLEAN else str(position) if group == CLEAN else f"{position}{chr(96 + group)}"
@@ -123,7 +123,7 @@ def labels(slots: Slots, row: int) -> list[str]:
 
 
 def draw(name: str, queries: Slots, keys: Slots | None = None, window: int | None = None) -> None:
-    """One panel per row of the batch."""
+    """Write NAME.png with one panel per row of the batch."""
     keys = queries if keys is None else keys
     (num_rows, num_queries), num_keys = queries.ids_BS.shape, keys.ids_BS.shape[1]
     figure, axes = new_figure(num_rows, num_rows * (1 + 0.21 * num_keys), 1 + 0.21 * num_queries)

@@ -22,7 +22,7 @@ from opdlm.config.schedules import block_size_at, is_from_teacher, selection_at
 from opdlm.config.sections import Config
 from opdlm.decoding import generate as generate_room
 from opdlm.decoding.rollout import Prompt, Rollout
-from opdlm.distill import generate_rollouts as rollout
+from opdlm.distill import rollouts as rollout
 from opdlm.distill import trainer as trainer
 from opdlm.distill.async_student import AsyncStudent
 from opdlm.distill.rollouts import generate_rollouts

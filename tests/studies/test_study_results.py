@@ -18,12 +18,19 @@ NAMES = sorted(path.parent.name for path in RESULTS.glob("*/results.json"))
 PAGE = ROOT / "docs" / "studies.md"
 MINUTES = 60
 """Of one core: half an hour on two."""
-HEAD = """# What held in miniature
+HEAD = """# Studies: published claims on small models
 
-Published findings about training objectives, tested by `opdlm study NAME`: small models, several seeds,
-half an hour on two cores each. Every verdict is computed from the runs, by a rule that the linked page
-states with the numbers and the picture. A miniature says what happens at its size, not at the paper's:
-recipes for that, not run here, are `opdlm study NAME_paper`.
+`opdlm study NAME` tests published claims about training objectives on small models with several seeds.
+Each study takes about half an hour on two cores. A fixed rule computes every verdict from the runs; the
+table of each study, linked below, states the rule with the numbers and a plot.
+
+- `holds`: the data support the claim, usually by a 95 % interval over seeds.
+- `does not hold`: the data exclude an effect that would matter.
+- `undecided`: the data allow both.
+- `regime-dependent`: the claim holds in some settings of the study and not in others.
+
+A verdict is valid at the size of its study, not at the size of the publication. Recipes at published size
+are included as `opdlm study NAME_paper`; they were not run here.
 
 Written by `python tests/studies/test_study_results.py > docs/studies.md`."""
 
