@@ -1,8 +1,9 @@
 """Linear layers in float32 on CPUs where oneDNN multiplies faster than MKL, which torch calls.
 
 MKL, in every x86 build of torch, knows AVX-512 on Intel only. oneDNN, in the same build, has it everywhere:
-on an AMD EPYC of 2024 a product takes half the time, forward and backward (docs/lab.md). Small products stay
-with MKL, whose calls cost less; so does everything on other processors, in other dtypes and under autocast.
+on an AMD EPYC of 2024 a product takes half the time, forward and backward (docs/lab/cpu.md). Small products
+stay with MKL, whose calls cost less; so does everything on other processors, in other dtypes and under
+autocast.
 
 With few rows, as in a decoding step, most of a product's time goes into bringing the weights into oneDNN's
 layout. `packed_weights` keeps copies in that layout as long as a decode runs.

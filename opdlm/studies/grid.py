@@ -42,7 +42,7 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
 }
 """Of the processes: one thread each, and glibc keeps memory that was freed, for fresh memory is slow on some
-virtual machines (docs/lab.md)."""
+virtual machines (docs/lab/cpu.md)."""
 LOG_FILE = "log.txt"
 
 
