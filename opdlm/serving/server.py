@@ -6,7 +6,6 @@ does not say is as the command line has it. starlette and uvicorn are an extra.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import hmac
 import json
@@ -21,8 +20,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from opdlm.checkpoints.load import max_total_tokens
-from opdlm.cli.verbs import check_decoding, decode_config, load_decoder
+from opdlm.checkpoints.convert import load_decoder
+from opdlm.checkpoints.load import check_decode, max_total_tokens
 from opdlm.data.prompts import encode_prompt, messages_of
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import grid_of
@@ -321,38 +320,47 @@ def cancel(asked: ParsedRequest) -> None:
         pending.job.cancelled.set()
 
 
-def serve_folder(options: argparse.Namespace) -> int:
-    """`opdlm serve`: until Ctrl-C."""
-    check_decoding(options)
-    if options.max_rows < 1:
-        raise ConfigError(f"--max-rows ({options.max_rows}) must be at least 1.")
+def serve_folder(
+    folder: str,
+    *,
+    host: str,
+    port: int,
+    name: str | None,
+    api_key: str | None,
+    max_rows: int,
+    max_length: int | None,
+    decode: DecodeConfig,
+    dtype: str,
+    compile: bool,
+) -> None:
+    """Serve a folder until Ctrl-C; `opdlm.serve` documents the arguments."""
+    if max_rows < 1:
+        raise ConfigError(f"max_rows ({max_rows}) must be at least 1.")
     for package in ("starlette", "uvicorn"):
         require_package(package, "serve", "opdlm serve")
-    model, tokenizer = load_decoder(options.folder, options.mode, options.dtype)
-    room = max_total_tokens(model)
-    max_length = options.max_length or int(min(room, DEFAULT_LENGTH))
-    if not options.max_new_tokens < max_length <= room:
+    model, tokenizer = load_decoder(folder, dtype)
+    check_decode(decode, model.spec)
+    longest = max_total_tokens(model)
+    max_length = max_length or int(min(longest, DEFAULT_LENGTH))
+    if not decode.max_new_tokens < max_length <= longest:
         raise ConfigError(
-            f"--max-length ({max_length}) must be more than --max-new-tokens ({options.max_new_tokens}) "
-            f"and at most {room}, the model's context less two blocks of drafts."
+            f"max_length ({max_length}) must be more than max_new_tokens ({decode.max_new_tokens}) "
+            f"and at most {longest}, the model's context less two blocks of drafts."
         )
-    config = decode_config(options, model.spec)
     try:
-        listener = socket.create_server((options.host, options.port))
+        listener = socket.create_server((host, port))
     except OSError as error:
         raise ConfigError(
-            f"--host {options.host} --port {options.port} cannot be listened on: {error.strerror}. Choose "
-            "another --port (0: any free one)."
+            f"`host={host}` `port={port}` cannot be listened on: {error.strerror}. Choose another `port` "
+            "(0: any free one)."
         ) from error
-    thread = DecodeThread(model, options.max_rows, max_length)
+    thread = DecodeThread(model, max_rows, max_length)
     thread.start()
-    name = options.name or options.folder
+    name = name or folder
     host, port = listener.getsockname()[:2]
-    print(f"serving {name} ({options.mode}) at http://{host}:{port}/v1, until Ctrl-C", flush=True)
+    print(f"serving {name} ({decode.mode}) at http://{host}:{port}/v1, until Ctrl-C", flush=True)
     import uvicorn
 
-    api_key = options.api_key or os.environ.get(API_KEY_VARIABLE, "")
-    app = Server(thread, tokenizer, name, config, api_key).app()
-    with compiled_decoding(model, options.compile), suppress(KeyboardInterrupt):  # uvicorn raises it again
+    app = Server(thread, tokenizer, name, decode, api_key or os.environ.get(API_KEY_VARIABLE, "")).app()
+    with compiled_decoding(model, compile), suppress(KeyboardInterrupt):  # uvicorn raises it again
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
-    return 0
