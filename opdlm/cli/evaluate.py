@@ -145,8 +145,8 @@ def run_eval(options: argparse.Namespace) -> int:
 
 def settings_of_flags(options: argparse.Namespace) -> list[str]:
     """What the flags say, as `eval.key=value`."""
-    values = {name: vars(options)[name] for name in LISTED}
-    values |= given_decode(options)
+    listed = {name: vars(options)[name] for name in LISTED}
+    values = listed | {f"decode.{name}": value for name, value in given_decode(options).items()}
     return [
         f"eval.{name}={','.join(value) if isinstance(value, list) else value}"
         for name, value in values.items()

@@ -206,7 +206,7 @@ def evaluate_tasks(
         num_fewshot=num_fewshot,
         apply_chat_template=chat_template,
         limit=config.eval.limit,
-        batch_size=config.eval.batch_size,
+        batch_size=config.eval.decode.batch_size,
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
