@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
-import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -40,6 +40,14 @@ def help_of(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
+def timed(program: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """A program run by a new Python, and the seconds of processor time that it took."""
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    after = os.times()
+    return done, sum(after[2:4]) - sum(before[2:4])
+
+
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
@@ -65,11 +73,9 @@ def test_every_help_ends_with_commands_that_parse(verb: str, capsys: pytest.Capt
 
 def test_help_is_fast_and_does_without_torch_and_pydantic() -> None:
     program = "import sys; from opdlm.cli.main import main; main([]); print(*sys.modules, file=sys.stderr)"
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    seconds = time.perf_counter() - started
+    done, seconds = timed(program)
     assert not {"torch", "transformers", "pydantic", "rich"} & set(done.stderr.split())
-    assert seconds < 2  # 0.1 on an idle machine
+    assert seconds < 0.3
 
 
 @pytest.mark.parametrize("verb", REQUIRED)
@@ -247,11 +253,10 @@ def test_a_mistyped_folder_is_reported_before_torch_is_imported(verb: str) -> No
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'accelerate'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else status)\n"
     )
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    done, seconds = timed(program)
     assert done.returncode == 2, done.stderr
     assert "does not exist" in done.stderr and len(done.stderr.splitlines()) == 1
-    assert time.perf_counter() - started < 10  # 0.2 to 0.4 on an idle machine
+    assert seconds < 2
 
 
 def test_a_name_of_the_hub_is_left_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,14 +274,16 @@ def test_a_name_of_the_hub_is_left_to_the_hub(tmp_path: Path, monkeypatch: pytes
             check_can_decode(name, "static")
 
 
+UNUSED = ("peft", "datasets", "pyarrow", "matplotlib", "opdlm.distill", "opdlm.vllm", "opdlm.training")
+
+
 def test_answering_imports_neither_datasets_nor_other_verbs(teacher_folder: Path) -> None:
     command = ["generate", str(teacher_folder), "add 47 38", "--mode", "ar", "--max-new-tokens", "2"]
     program = (
         "import sys\n"
         "from opdlm.cli.main import main\n"
         f"assert main({command!r}) == 0\n"
-        "print(*(name for name in ('peft', 'datasets', 'pyarrow', 'matplotlib', 'opdlm.distill', 'opdlm.vllm')"
-        " if name in sys.modules))\n"
+        f"print(*(name for name in {UNUSED!r} if name in sys.modules))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
