@@ -15,6 +15,7 @@ def main(output_dir: str, num_steps: int = 3) -> None:
             "model.path=bundled:teacher",
             "data.path=bundled:prompts.jsonl",
             "rollout.prompts_per_step=32",
+            "rollout.decode.max_new_tokens=80",
             f"train.num_steps={num_steps}",
             f"output_dir={output_dir}",
         ],
