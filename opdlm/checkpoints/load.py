@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -30,6 +31,7 @@ from transformers import (
 
 from opdlm.checkpoints.lora import adapted_layers, add_lora, no_future_warnings
 from opdlm.config.sections import LoraSection, resolve_path
+from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.errors import ConfigError, DataError
 from opdlm.modeling.cpu_linear import use_faster_linear
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
@@ -220,6 +222,43 @@ def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> tup
         student = load_causal_lm(str(folder / STUDENT_FOLDER), dtype)
         model = assemble(student, spec, lora=None, teacher=base, mask_embedding=mask_embedding)
     return model.to(device).eval().requires_grad_(False), load_tokenizer(str(folder))
+
+
+def load_decoder(model: str, mode: Mode, dtype: str = "float32") -> tuple[DiffusionLM, Any]:
+    """A converted folder, or (mode ar) a checkpoint as it is, as (DiffusionLM, tokenizer) on the GPU if there
+    is one.
+    """
+    from opdlm.checkpoints.convert import plain_decoder  # `convert` imports this file
+
+    path, device = resolve_path(model), str(PartialState().device)
+    if is_converted(Path(path)):
+        return load(path, dtype, device)
+    tokenizer = load_tokenizer(path)
+    if mode != "ar":
+        raise ConfigError(
+            f"--mode {mode} needs a diffusion model, and {model} is not a folder written by opdlm convert: "
+            "give one, or use --mode ar."
+        )
+    return plain_decoder(load_causal_lm(path, dtype), tokenizer).to(device), tokenizer
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether `opdlm convert` wrote the folder."""
+    config = folder / "config.json"
+    return config.is_file() and "block_diffusion" in config.read_text()
+
+
+def check_decodable(spec: DiffusionSpec, config: DecodeConfig) -> None:
+    """Raises ConfigError for settings that a checkpoint of this format and block size does not have."""
+    if config.mode == "lossless" and spec.format == "sdar":
+        raise ConfigError(
+            "--mode lossless needs a preserve checkpoint; this one is sdar. Use static or threshold."
+        )
+    if config.denoising_steps is not None and config.denoising_steps > spec.block_size:
+        raise ConfigError(
+            f"--denoising-steps ({config.denoising_steps}) must lie between 1 and the block size "
+            f"({spec.block_size})."
+        )
 
 
 def set_embedding_row(model: PreTrainedModel, token_id: int, entering_H: Tensor) -> None:

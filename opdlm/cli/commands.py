@@ -100,9 +100,32 @@ def run_chat(options: argparse.Namespace) -> int:
 
 def run_serve(options: argparse.Namespace) -> int:
     quiet_libraries()
+    from opdlm.cli.verbs import check_decoding
+    from opdlm.decoding.decode_config import DecodeConfig
     from opdlm.serving.server import serve_folder
 
-    return serve_folder(options)
+    check_decoding(options)
+    decode = DecodeConfig(
+        mode=options.mode,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        denoising_steps=options.denoising_steps,
+        confidence_threshold=options.threshold,
+    )
+    return serve_folder(
+        options.folder,
+        host=options.host,
+        port=options.port,
+        name=options.name,
+        api_key=options.api_key,
+        max_rows=options.max_rows,
+        max_length=options.max_length,
+        decode=decode,
+        dtype=options.dtype,
+        compile=options.compile,
+    )
 
 
 def run_rollout(options: argparse.Namespace) -> int:
