@@ -107,16 +107,16 @@ class Server:
         config = request.decode_config(self.config, logprobs=request.wants_logprobs)
         stops = StopStrings(self.tokenizer, request.stop_strings)
         prompts = [self.chat_ids(request)] if isinstance(request, ChatRequest) else self.prompt_ids(request)
-        num_tokens, num_each = self.check_lengths(request, prompts), request.n or 1
-        if len(prompts) * num_each > MAX_CHOICES:
+        num_tokens, n = self.check_lengths(request, prompts), request.n or 1
+        if len(prompts) * n > MAX_CHOICES:
             raise InvalidRequest(
-                f"prompt ({len(prompts)} of them) and n ({num_each}) ask for {len(prompts) * num_each} choices: "
-                f"ask for at most {MAX_CHOICES} in a request."
+                f"{len(prompts)} prompts with n ({n}) are {len(prompts) * n} choices: ask for at most "
+                f"{MAX_CHOICES} in a request."
             )
         seed = random.getrandbits(62) if request.seed is None else request.seed
         choices = [
             self.pending_choice(ids, seed_of(seed, place), num_tokens, config, stops, is_streamed)
-            for place, ids in enumerate(ids for ids in prompts for _ in range(num_each))
+            for place, ids in enumerate(ids for ids in prompts for _ in range(n))
         ]
         return ParsedRequest(
             choices=tuple(choices),
