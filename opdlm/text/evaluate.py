@@ -120,8 +120,8 @@ def nats_table(models: Sequence[Values]) -> Table:
         title="Nats per token",
         head=["model", "trained", *names, "tokens"],
         rows=rows,
-        note="md_bound is an upper bound of the negative log-likelihood at t ~ U(0, 1), whatever mask rates were "
-        "trained; ± is the standard error from drawing masks.",
+        note="md_bound is an upper bound of the negative log-likelihood at t ~ U(0, 1), whatever mask rates "
+        "were trained; ± is the standard error from drawing masks.",
     )
 
 
