@@ -64,7 +64,7 @@ def test_verdicts_are_those_of_the_present_rules(name: str, tmp_path: Path) -> N
             pytest.skip("another standard library")
         prepare_text(tmp_path)
     findings = plan.study.conclude(list(found["cells"].values()), plan.grid, tmp_path)
-    assert [asdict(prediction) for prediction in findings.predictions] == found["predictions"]
+    assert [asdict(claim) for claim in findings.claims] == found["predictions"]
 
 
 def test_the_page_of_studies_is_true() -> None:
