@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from opdlm.config.loader import apply_override, build_section, plain, read_recipe
+from opdlm.config.loader import apply_override, build_section, plain, read_recipe, rename_old_keys
 from opdlm.errors import ConfigError
 from opdlm.evaluation.retention import versions
 from opdlm.files import write_atomic
@@ -98,6 +98,7 @@ class StudyPlan:
 def read_plan(recipe: Path, overrides: Sequence[str], num_seeds: int | None = None) -> StudyPlan:
     """Read a recipe and overrides `section.key=value`. Raises ConfigError for any setting of any cell."""
     values = read_recipe(recipe)
+    rename_old_keys(values.get("run", {}))
     for override in overrides:
         apply_override(values, override)
     name = values.pop("study", None)
