@@ -2,8 +2,8 @@
 
 Rollouts of the student equal those of our decoder (`plugin`). An engine runs in this process and holds a
 second copy of the weights (the teacher's come from its checkpoint folder) and a KV cache for
-`rollout.decode.batch_size` rows. Banned ids (`DiffusionSpec.banned_token_ids`) occur neither in responses nor in
-targets. Only this package imports vLLM, which is an extra.
+`rollout.decode.batch_size` rows. Banned ids (`DiffusionSpec.banned_token_ids`) occur neither in responses nor
+in targets. Only this package imports vLLM, which is an extra.
 
 Shape suffixes: R response, K top-k.
 """

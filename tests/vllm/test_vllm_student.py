@@ -22,7 +22,7 @@ from opdlm.vllm.block_state import block_queries, slot_queries
 from opdlm.vllm.engine import VllmStudent, check_student, start_student
 from opdlm.vllm.gate import SlotGate
 
-LENGTHS = [1, 3, 4, 5, 6, 7, 8, 13, 22, 30]  # every remainder of the block size; more prompts than engine rows
+LENGTHS = [1, 3, 4, 5, 6, 7, 8, 13, 22, 30]  # all remainders of the block size; more prompts than engine rows
 NEW_TOKENS = 14
 
 
