@@ -18,7 +18,7 @@ folder or hub id (then give data.path)."""
 CONVERT_EXAMPLE = """examples:
   opdlm convert tiny                                        the bundled teacher, minutes on a laptop
   opdlm convert tiny output_dir=runs/b8 format.block_size=8
-  opdlm convert qwen3_0.6b_lora_24gb --dry-run              what it would need and write
+  opdlm convert preserve_lora --dry-run                     what it would need and write
   opdlm convert ./my-model data.path=prompts.jsonl format.name=sdar lora.enabled=false"""
 
 TRAIN_HELP = """Train on given text: autoregressive, masked diffusion, block diffusion, or both at once.

@@ -67,10 +67,10 @@ class Claim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """What a study concludes: numbers as tables, and every prediction with its verdict."""
+    """What a study concludes: tables, and every claim with its verdict."""
 
     tables: list[Table]
-    predictions: list[Claim]
+    claims: list[Claim]
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
