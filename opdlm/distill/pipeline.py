@@ -42,9 +42,9 @@ from opdlm.training.checkpoint import (
     load_weights,
     trainable_weights,
 )
-from opdlm.training.devices import is_sharded, join_ranks
-from opdlm.training.loop import check_trackers, prepare_output
+from opdlm.training.devices import check_trackers, is_sharded, join_ranks
 from opdlm.training.metrics import MetricsLog, read_metrics
+from opdlm.training.run_folder import prepare_output
 
 
 @dataclass(frozen=True, slots=True)

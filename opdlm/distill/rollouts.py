@@ -32,7 +32,7 @@ from opdlm.modeling.compiled import compiled_decoding
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.seeds import seed_of
 from opdlm.training.deepspeed import zero_stage
-from opdlm.training.devices import gather_items, gathered_weights, launch_shards
+from opdlm.training.devices import gather_items, gathered_weights, is_fsdp_launch
 from opdlm.vllm.engine import (
     VllmStudent,
     VllmTeacher,
@@ -109,12 +109,12 @@ def check_launch(config: Config) -> None:
                 f"rollout.engine (vllm) runs on one device, and this run has {num_processes} processes: use "
                 "rollout.engine=own."
             )
-    if config.rollout.compile and (zero_stage() or launch_shards(num_processes)):
+    if config.rollout.compile and (zero_stage() or is_fsdp_launch(num_processes)):
         raise ConfigError(
             "rollout.compile (true) reads whole weights, and this launch cuts them into pieces (FSDP2, "
             "ZeRO): launch with recipes/accelerate/ddp.yaml, or set rollout.compile=false."
         )
-    if config.rollout.asynchronous and (zero_stage() or launch_shards(num_processes)):
+    if config.rollout.asynchronous and (zero_stage() or is_fsdp_launch(num_processes)):
         # a thread that generates must not wait for other ranks
         raise ConfigError(
             "rollout.asynchronous (true) copies what is trained on every device, and this launch cuts it "

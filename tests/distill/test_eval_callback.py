@@ -110,7 +110,7 @@ def test_training_stops_when_retention_does_not_rise_and_stays_stopped(
         assert main(stopping) == 0
         assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
         assert (tmp_path / "checkpoint-2").is_dir() and (tmp_path / "model" / "retention.json").is_file()
-    assert "no better in 1 measurements (eval.patience): stopped at step 2" in capsys.readouterr().out
+    assert "no improvement in 1 evaluations (eval.patience): stopped at step 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
