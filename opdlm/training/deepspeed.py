@@ -97,7 +97,9 @@ def start_zero(
 
 
 def parameters_outside_layers(module: nn.Module) -> list[nn.Parameter]:
-    """Parameters of embeddings, norms and head. The loss reads some of them outside their module's forward."""
+    """Parameters of embeddings, norms and head. The loss reads some of them outside their module's
+    forward.
+    """
     layers = [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
     inside = {p for layer in layers for p in layer.parameters()}
     return [p for p in module.parameters() if p not in inside]

@@ -130,7 +130,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def gathered_weights(student_loss: nn.Module) -> Iterator[None]:
-    """All weights on every rank and no communication inside, since ranks decode different numbers of steps."""
+    """All weights on every rank and no communication inside, since ranks decode different numbers
+    of steps.
+    """
     if zero_stage() == 3:
         with gathered_for_rollouts(student_loss):
             yield
@@ -164,7 +166,9 @@ def without_sync(module: nn.Module, *, is_last: bool) -> AbstractContextManager[
 def clip_and_step(
     student_loss: nn.Module, optimizer: Optimizer, accelerator: Accelerator, max_norm: float
 ) -> float:
-    """One optimiser update on clipped gradients, which are then cleared; returns their norm before clipping."""
+    """One optimiser update on clipped gradients, which are then cleared; returns their norm before
+    clipping.
+    """
     if isinstance(optimizer, ZeroOptimizer):
         return optimizer.clip_and_step()
     norm = accelerator.clip_grad_norm_(student_loss.parameters(), max_norm)
