@@ -22,14 +22,11 @@ from opdlm.modeling.kv_cache import SlotCache
 from opdlm.modeling.slots import clean_slots
 
 PROBE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
-"""Relative to the largest value: above the rounding of reordered sums, far below the effect of a
-wrong mask.
-"""
+"""Relative to the largest value: above rounding, far below the effect of a wrong mask."""
 
 
 def make_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> DiffusionLM:
-    """The student at step 0, determined by `train.seed`. `model` becomes its base; [MASK] is added to
-    `tokenizer`.
+    """The student at step 0, determined by `train.seed`. `model` becomes its base, `tokenizer` gains [MASK].
 
     DataError if model, tokenizer and settings do not fit together.
     """
@@ -106,9 +103,7 @@ def make_spec(
 
 
 def plain_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> DiffusionLM:
-    """An unconverted checkpoint for `generate` in mode `ar`, restricted to the tokens of its own
-    vocabulary.
-    """
+    """An unconverted checkpoint for `generate` in mode `ar`, restricted to its own tokens."""
     mask_token_id = vocabulary_rows(model)  # masked positions need an id, which no forward reads
     spec = make_spec(model, tokenizer, Config(), mask_token_id)
     own_mask = {tokenizer.mask_token_id} - {None}  # the [MASK] of `opdlm train`

@@ -86,9 +86,7 @@ def write_model(folder: Path, model: DiffusionLM, tokenizer: PreTrainedTokenizer
 
 
 def write_student(folder: Path, model: DiffusionLM) -> PreTrainedModel:
-    """Write the adapter or the student's own weights into their subfolder, if there are any; return
-    the base.
-    """
+    """Write the adapter or the student's own weights, if any, into a subfolder; return the base."""
     peft_model: Any = vars(model).get("peft_model")
     if model.spec.adapter:
         peft_model.save_pretrained(str(folder / ADAPTER_FOLDER))

@@ -56,9 +56,7 @@ def load_tokenizer(
 def load_causal_lm(
     path: str, dtype: str, trust_remote_code: bool = False, *, load_in_4bit: bool = False
 ) -> PreTrainedModel:
-    """An autoregressive checkpoint, in 4-bit NF4 with `load_in_4bit`. DataError if it is incomplete or not
-    finite.
-    """
+    """An autoregressive checkpoint, optionally in 4-bit NF4; DataError if it is incomplete or not finite."""
     path = resolve_path(path)
     check_is_checkpoint(path)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
@@ -110,11 +108,7 @@ def make_savable(model: Any) -> None:
 
 
 def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) -> PreTrainedModel:
-    """A randomly initialised model with the config.json of `path`, overridden by `shape`. `seed` determines
-    it.
-
-    ConfigError if `shape` is invalid.
-    """
+    """A random model with the config.json of `path` changed by `shape`; ConfigError if that is invalid."""
     path = resolve_path(path)
     check_is_checkpoint(path, needs_weights=False)
     try:
@@ -219,9 +213,7 @@ def is_converted(folder: str | Path) -> bool:
 
 
 def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> tuple[DiffusionLM, Any]:
-    """A converted folder as (DiffusionLM, tokenizer), in evaluation mode. DataError if it cannot be
-    loaded.
-    """
+    """A converted folder as (DiffusionLM, tokenizer), in evaluation mode; DataError if it is none."""
     folder = Path(folder)
     spec = read_spec(folder)
     base = load_causal_lm(str(folder), dtype)
@@ -241,9 +233,7 @@ def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> tup
 
 
 def set_embedding_row(model: PreTrainedModel, token_id: int, entering_H: Tensor) -> None:
-    """Set a row of the embedding such that the layer returns `entering_H` for it; some families scale their
-    rows.
-    """
+    """Make the embedding layer, which may scale its rows, return `entering_H` for a token."""
     embedding = input_embedding(model)
     with torch.no_grad():
         embedding.weight[token_id] = 1.0
@@ -252,9 +242,7 @@ def set_embedding_row(model: PreTrainedModel, token_id: int, entering_H: Tensor)
 
 
 def check_fits(model: DiffusionLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, key: str) -> None:
-    """DataError if prompt, response and drafts beyond its end exceed the model's context. `key`: the setting
-    that limits the response.
-    """
+    """DataError if prompts, responses (limited by setting `key`) and drafts exceed the model's context."""
     longest = max(len(ids) for ids in prompts)
     if longest + max_new_tokens > max_total_tokens(model):
         raise DataError(

@@ -82,9 +82,7 @@ def check_targets(peft_model: PeftModel, section: LoraSection) -> None:
 
 
 def attention_layers(model: PreTrainedModel) -> tuple[str, ...]:
-    """The meaning of all-linear for a mixture of experts, whose stacked expert *weights* PEFT would change
-    without a gate.
-    """
+    """all-linear for a mixture of experts, without stacked expert *weights*, which have no gate."""
     linear = [
         name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and "att" in name
     ]

@@ -37,9 +37,7 @@ from ..modeling.slots import Grid as Grid
 
 
 class LowRank(nn.Module):
-    """The delta of one layer's adapter: s B A x, or (f - 1) W x + f s B A x with the row factors f
-    of DoRA.
-    """
+    """The adapter's delta in one layer: s B A x, or (f - 1) W x + f s B A x with DoRA's row factors f."""
 
     down_RI: Tensor
     up_OR: Tensor
@@ -119,9 +117,7 @@ class OpdlmForCausalLM(nn.Module):
     def from_pretrained(
         cls, name: str, *_: Any, config: PreTrainedConfig, **options: Any
     ) -> OpdlmForCausalLM:
-        """Load a folder or hub id written by `opdlm convert`. `dtype`, `revision` and `token` as in
-        transformers.
-        """
+        """Load a folder or hub id. `dtype`, `revision` and `token` as in transformers."""
         loading = {
             key: options[key] for key in ("dtype", "torch_dtype", "revision", "token") if key in options
         }

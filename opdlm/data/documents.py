@@ -119,9 +119,7 @@ def read_document(place: str, row: Row, tokenizer: PreTrainedTokenizerBase, colu
 
 
 def response_of(place: str, row: Row, column: str) -> Any:
-    """The text after the prompt that `messages_of` reads; like there, `messages` take precedence over
-    `prompt`.
-    """
+    """The text after the prompt of `messages_of`; `messages` take precedence over `prompt`, as there."""
     if "messages" in row:
         messages = row["messages"]
         last: Any = messages[-1] if isinstance(messages, list) and messages else None
@@ -152,9 +150,7 @@ def keep_tokens(documents: Sequence[Document], num_tokens: int, seed: int) -> li
 
 
 class PackedDataset:
-    """An endless sequence of rows of documents. Row r depends on (seed, r) alone, so resuming needs
-    no state.
-    """
+    """An endless sequence of rows; row r depends on (seed, r) alone, so resuming needs no state."""
 
     def __init__(
         self, documents: Sequence[Document], section: TextSection, seed: int, key: str = "data.path"
@@ -215,9 +211,7 @@ class PackedDataset:
 
 
 def fill_bins(documents: Sequence[Document], capacity: int, key: str = "data.path") -> list[list[int]]:
-    """Indices of the documents that share each row, in the order of the documents. DataError if one exceeds a
-    row.
-    """
+    """Indices of the documents in each row, in order; DataError if a document exceeds a row."""
     bins, free = list[list[int]](), 0
     for index, document in enumerate(documents):
         size = len(document.ids)

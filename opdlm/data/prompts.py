@@ -42,9 +42,7 @@ class Task:
 
 
 def read_rows(path: str, split: str = "train", config: str = "") -> list[tuple[str, Row]]:
-    """(place, row) pairs; `place` names file and line of the row in messages. DataError if they cannot be
-    read.
-    """
+    """(place, row) pairs, where `place` names file and line; DataError if they cannot be read."""
     file = Path(resolve_path(path))
     if file.suffix == ".jsonl":
         return read_jsonl(file)
@@ -143,9 +141,7 @@ def is_message(value: Any) -> bool:
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], enable_thinking: bool | None = None
 ) -> list[int]:
-    """Token ids up to the start of the response. `enable_thinking` is passed to the chat template unless it
-    is None.
-    """
+    """Token ids up to the start of the response; `enable_thinking` is for the chat template."""
     if tokenizer.chat_template:
         options: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         ids = tokenizer.apply_chat_template(

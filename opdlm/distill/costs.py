@@ -145,9 +145,7 @@ def response_cap(config: Config, step: int) -> int:
 
 
 def longest_row(config: Config, sizes: ModelSizes, step: int) -> LongestRow:
-    """The longest row of step `step` (0-based); slots and supervised positions are means over random reveal
-    orders.
-    """
+    """The longest row of step `step` (0-based); slots are means over random reveal orders."""
     size, response = block_size_at(config.format, step), response_cap(config, step)
     steps = config.rollout.denoising_steps or size
     states = {"one_per_block": 1, "random_mask": 1, "complementary": 2, "all": steps}
@@ -177,9 +175,7 @@ def slots_of_state(config: Config, size: int, masked: float) -> tuple[float, flo
 
 
 def student_pass(config: Config, row: LongestRow) -> tuple[float, float]:
-    """(queries, keys) of one row. `sdar` also computes the clean half, `preserve` reads it from the teacher's
-    cache.
-    """
+    """(queries, keys) of one row; only `sdar` computes the clean half in this pass."""
     keys = row.length + row.noised
     return (keys if config.format.name == "sdar" else row.noised), keys
 
@@ -212,9 +208,8 @@ def rollout_memory(config: Config, sizes: ModelSizes, row: LongestRow) -> dict[s
     rows, a = min(config.rollout.batch_size, config.rollout.prompts_per_step), weight_element(config)
     tokens = rows * (row.length + 2 * row.block_size + 1)
     prefill = rows * row.prompt * (3 * sizes.feed_forward + 4 * sizes.hidden) * a
-    layer = (
-        2 * tokens * (sizes.query_width + sizes.key_width) * a
-    )  # cached and current keys, repeated for every head
+    # The keys and values of one layer, repeated for every head, in the cache and concatenated.
+    layer = 2 * tokens * (sizes.query_width + sizes.key_width) * a
     logits = 3 * 4 * rows * row.block_size * sizes.vocabulary
     return {
         "rollout: cache": 2.0 * tokens * sizes.layers * sizes.key_width * a,
@@ -223,9 +218,7 @@ def rollout_memory(config: Config, sizes: ModelSizes, row: LongestRow) -> dict[s
 
 
 def training_memory(config: Config, sizes: ModelSizes, row: LongestRow) -> dict[str, float]:
-    """Memory of training, in bytes. Gradients accumulate over micro-batches, so they coexist with all other
-    parts.
-    """
+    """Memory of training, in bytes. Gradients coexist with all other parts."""
     rows, a = config.train.micro_batch_rows, weight_element(config)
     teacher = rows * row.length * sizes.hidden * a
     if config.format.name == "preserve":
@@ -251,9 +244,7 @@ def layer_bytes(config: Config, sizes: ModelSizes, row: LongestRow) -> float:
 
 
 def kept_bytes(config: Config, sizes: ModelSizes, row: LongestRow, is_checkpointed: bool) -> float:
-    """Activations of the student's forward for its backward, in bytes: layers or their inputs, and
-    the mask.
-    """
+    """Activations for the backward, in bytes: those of all layers, or their inputs, and the mask."""
     a, (queries, keys) = element_bytes(config), student_pass(config, row)
     masks = config.train.micro_batch_rows * queries * keys * (1 + a)
     if is_checkpointed:

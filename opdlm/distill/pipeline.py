@@ -84,9 +84,7 @@ class RetentionCallback:
 
 
 def load_inputs(config: Config) -> Inputs:
-    """Load and check model, prompts and evaluation tasks. ConfigError or DataError before anything is
-    written.
-    """
+    """Load and check model, prompts and evaluation tasks; ConfigError or DataError. Writes nothing."""
     if not config.model.path:
         raise ConfigError("model.path is empty: give a recipe or a checkpoint folder as the target.")
     check_trackers(config)

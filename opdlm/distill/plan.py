@@ -128,9 +128,7 @@ def schedule_lines(config: Config) -> list[str]:
 
 
 def file_lines(config: Config, sizes: ModelSizes) -> list[str]:
-    """Files that the run writes, with the sizes of large ones, and the checkpoint that it would
-    resume from.
-    """
+    """Files that the run writes, and the checkpoint that it would resume from."""
     folder = Path(config.output_dir)
     average = 0 if config.train.ema_decay is None else 4 * sizes.trained
     checkpoint = 3 * sizes.trained_bytes + average

@@ -136,9 +136,7 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str
 
 
 def read_table(path: Path, key: str) -> pa.Table:
-    """The columns of a rollout file and its metadata. DataError names `key`, the setting that holds
-    the path.
-    """
+    """Columns and metadata of a rollout file. DataError names `key`, the setting of the path."""
     try:
         file = pq.ParquetFile(path)
         missing = [name for name in COLUMNS.names if name not in file.schema_arrow.names]
@@ -187,9 +185,7 @@ class RolloutFile(Sequence[Rollout]):
 
 
 def load_rollouts(config: Config, model: DiffusionLM, tokenizer: PreTrainedTokenizerBase) -> RolloutFile:
-    """The rollouts of `rollout.path`. DataError names the first row that this student cannot be
-    trained on.
-    """
+    """The rollouts of `rollout.path`; DataError names the first row that this student cannot use."""
     file = RolloutFile(Path(config.rollout.path))
     if not len(file):
         raise DataError(f"rollout.path ({file.path}) holds no rollouts. Write some with opdlm rollout.")
@@ -229,9 +225,7 @@ def check_trajectory(file: RolloutFile, config: Config) -> None:
 
 
 def problem_of(rollout: Rollout, model: DiffusionLM, known: set[int]) -> str | None:
-    """Why this student cannot be trained on a rollout, as the end of a sentence. `known`: ids that
-    it uses.
-    """
+    """Why this student cannot use a rollout, as the end of a sentence. `known`: its token ids."""
     ids, mask_id = rollout.prompt_ids + rollout.text_ids, model.spec.mask_token_id
     is_whole = 0 < rollout.num_response <= len(rollout.response_ids) == len(rollout.unmask_step)
     if not is_whole or not rollout.prompt_ids:

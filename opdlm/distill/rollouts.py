@@ -175,9 +175,7 @@ class RolloutSource:
     """Of the newest rollouts: tokens of all ranks divided by the seconds of this rank."""
 
     def rollouts_at(self, step: int) -> list[Rollout]:
-        """The rollouts of step `step` (0-based) by the present weights, for all its prompts, on
-        every rank.
-        """
+        """The rollouts of all prompts of step `step` (0-based) by the present weights, on every rank."""
         if self.recorded is not None:
             return self.recorded.at(step)
         self.prepare_vllm(step)

@@ -196,9 +196,7 @@ def ids_of(rollout: Rollout) -> tuple[int, ...]:
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
-    """Training step `step` (0-based): decode rollouts, then update for `epochs_per_rollout` epochs. Returns
-    metrics.
-    """
+    """Step `step` (0-based): decode rollouts, then update for `epochs_per_rollout` epochs; its metrics."""
     config, started = run.config, time.perf_counter()
     run.model.spec = replace(run.model.spec, block_size=block_size_at(config.format, step))
     rollouts = run.pool.get(step) or run.source.rollouts_at(step)  # in the pool if asynchronous
@@ -260,9 +258,7 @@ def update(
 
 
 def micro_batches(run: Run, states: list[StateBatch]) -> list[list[int]]:
-    """Indices of the states that share a packed row, which has at most as many columns as `micro_batch_rows`
-    of the longest.
-    """
+    """Indices of the states that share a packed row of at most `micro_batch_rows` * longest columns."""
     sizes = [one.num_columns for one in states]
     return first_fit(sizes, run.config.train.micro_batch_rows * max(sizes, default=0))
 
@@ -270,9 +266,7 @@ def micro_batches(run: Run, states: list[StateBatch]) -> list[list[int]]:
 def states_of(
     run: Run, rollouts: Sequence[Rollout], index: int, selection: Selection, rates: MaskRates
 ) -> StateBatch:
-    """Denoising states of one rollout. The random draws depend on the update and the index of the rollout
-    only.
-    """
+    """Denoising states of one rollout, with draws that depend on (update, index) only."""
     rng = generator_for(run.config.train.seed, 10**6 + run.num_updates, index)
     return select_states([rollouts[index]], run.model.spec, selection, rng, rates)
 
@@ -307,9 +301,7 @@ def step_metrics(
     waited: float,
     seconds: float,
 ) -> dict[str, float]:
-    """Metrics of one step; `run.totals` accumulate over the run. `waited`: seconds spent waiting for
-    rollouts.
-    """
+    """Metrics of a step; adds to `run.totals`. `waited`: seconds spent waiting for rollouts."""
     decoding = DecodeStats.of(rollouts)
     run.totals["rollout_tokens"] += decoding.num_tokens
     run.totals["loss_tokens"] += sums.positions

@@ -45,9 +45,7 @@ MODES_OF_SETTING: dict[str, tuple[str, ...]] = {
     "ar_accept_threshold": DENOISING_MODES,
     "forward_overhead": ("lossless",),
 }
-"""Modes in which a decoding setting affects the response or its forwards; settings not listed affect all
-modes.
-"""
+"""Modes whose responses or forwards a decode setting affects; all modes if it is not listed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,8 +183,8 @@ def evaluate(
     seed: int = 0,
     teacher: Outputs | None = None,
 ) -> tuple[RetentionReport, dict[str, Outputs]]:
-    """The retention report and the outputs by mode. `teacher`: its outputs in mode `ar`, decoded here if not
-    given.
+    """The retention report and the outputs by mode. `teacher`: its outputs in mode `ar`, decoded here if
+    None.
 
     ConfigError or DataError if checkpoint, tasks and settings do not fit together.
     """
@@ -210,9 +208,7 @@ def evaluate(
 
 
 def check_modes(spec: DiffusionSpec, tasks: Sequence[Task], section: EvalSection) -> None:
-    """ConfigError or DataError if checkpoint or prompts do not support the settings; called before
-    decoding.
-    """
+    """ConfigError or DataError if checkpoint or prompts do not support the settings of `eval`."""
     if spec.format == "sdar" and "lossless" in section.modes:
         raise ConfigError(
             "mode lossless needs format preserve; this checkpoint is sdar. Drop it from eval.modes."
@@ -301,9 +297,7 @@ def accuracy_of(pairs: Sequence[tuple[bool, bool]]) -> float:
 
 
 def mean_over_skills(pairs: dict[str, list[tuple[bool, bool]]]) -> tuple[float, Interval]:
-    """Accuracy averaged over skills, and its interval. `pairs`: (reference, response) correctness
-    by skill.
-    """
+    """Accuracy averaged over skills, and its interval, from (reference, response) correctness."""
     counts = [(sum(right for _, right in p), len(p)) for p in pairs.values()]
     return sum(map(accuracy_of, pairs.values())) / len(pairs), mean_of_shares(counts)
 
@@ -331,9 +325,7 @@ def differing_examples(
     tokenizer: PreTrainedTokenizerBase,
     per_mode: int = NUM_EXAMPLES,
 ) -> list[dict[str, Any]]:
-    """Up to `per_mode` responses per mode that differ from the teacher's; first those where exactly one of
-    the two is correct.
-    """
+    """Up to `per_mode` differing responses per mode; first those of which exactly one is correct."""
     texts = {name: [response_text(r, tokenizer) for r in out.rollouts] for name, out in outputs.items()}
     references = texts.pop("teacher")
     teacher_right = score_responses(tasks, references, references)
@@ -360,9 +352,7 @@ def differing_examples(
 def write_outputs(
     path: Path, tasks: Sequence[Task], outputs: dict[str, Outputs], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Write every response as a JSON line. This replaces the log of the evaluation, which can read these
-    lines.
-    """
+    """Write every response as a JSON line, in place of the log, which can read these lines."""
     lines = []
     for name, output in outputs.items():
         for task, generation, key in zip(tasks, output.generations, output.keys, strict=True):

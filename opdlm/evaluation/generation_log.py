@@ -69,8 +69,6 @@ def read_finished(path: Path) -> dict[str, Generation]:
 
 
 def fingerprint(folder: str) -> str:
-    """Identifies the weights in a folder by the sizes and modification times of its files; a hub id by its
-    name.
-    """
+    """Identifies weights: sizes and modification times of the files in a folder, or the hub id."""
     files = sorted(Path(folder).rglob("*.safetensors"))
     return json.dumps([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]) if files else folder

@@ -75,9 +75,7 @@ def ar_response_nll(model: DiffusionLM, rows: Sequence[Rollout]) -> Tensor:
 
 @torch.no_grad()
 def chain_nll(model: DiffusionLM, rows: Sequence[Rollout], order: Order) -> Tensor:
-    """Exact negative log-likelihood of revealing each block one token at a time in the given order, in nats:
-    `[B]`.
-    """
+    """Exact negative log-likelihood of revealing one token at a time in this order, in nats: `[B]`."""
     given = score_text(model, rows)
     masks_BCNT, next_BCNT = masks_of_order(given.table, order(given.table))
     return (masked_cross_entropy(model, given, masks_BCNT) * next_BCNT).sum((1, 2, 3))
@@ -147,9 +145,7 @@ def cross_entropy_of(logits_MV: Tensor, ids_M: Tensor) -> Tensor:
 
 
 def masked_cross_entropy(model: DiffusionLM, given: ScoredText, masks_BCNT: Tensor) -> Tensor:
-    """-log p of every masked response token given the unmasked tokens of its copy: `[B, C, N, T]`, 0
-    elsewhere.
-    """
+    """-log p of every masked response token given the rest of its copy: `[B, C, N, T]`, else 0."""
     table = given.table
     is_rest_BNT = table.is_inside_BNT & (table.step_BNT >= 0) & ~table.is_response_BNT
     all_masks_BCNT = masks_BCNT | (is_rest_BNT[:, None] & masks_BCNT.any(-1, keepdim=True))

@@ -95,9 +95,7 @@ def harness_class() -> type:
             return [score for batch in batches for score in self._bounds(batch)]
 
         def _bounds(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-            """(lower bound on the log-likelihood, whether this mode decodes the continuation) of
-            each pair.
-            """
+            """(lower bound on the log-likelihood, whether decoding returns the continuation) of each pair."""
             rows = [as_rollout(context, text, self.diffusion.spec) for context, text in pairs]
             bound = nll_bound(self.diffusion, rows, self.likelihood_samples, self.seed)
             longest = max(len(text) for _, text in pairs)

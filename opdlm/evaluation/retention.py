@@ -69,9 +69,7 @@ def read_config_of(folder: Path) -> Config:
 
 
 def load_for_evaluation(folder: Path, teacher_path: str, dtype: str) -> tuple[DiffusionLM, Any]:
-    """Load a converted folder, and the teacher from `teacher_path` if the folder does not contain it (`sdar`
-    without an adapter).
-    """
+    """Load a converted folder, and its teacher from `teacher_path` if the folder lacks it."""
     model, tokenizer = load(folder, dtype)
     if model.spec.format == "sdar" and not model.spec.adapter:
         teacher = load_causal_lm(teacher_path, dtype)
@@ -183,9 +181,7 @@ def trade_off(
 
 
 def spread_over_seeds(reports: Sequence[RetentionReport]) -> dict[str, dict[str, Any]]:
-    """Mean and sample standard deviation per mode and metric; None for a metric that the prompts do
-    not have.
-    """
+    """Mean and sample standard deviation per mode and metric; None for missing metrics."""
     measured: dict[str, list[dict[str, Any]]] = {}
     for report in reports:
         for mode in (report.teacher, *report.student):
@@ -247,9 +243,7 @@ def compare_folders(
 
 
 def check_comparable(folders: Sequence[Path], configs: Sequence[Config]) -> None:
-    """Check all students before the first is evaluated: the same prompts, and modes that their formats
-    support.
-    """
+    """ConfigError or DataError if the students are not comparable; called before evaluation."""
     for folder, config in zip(folders, configs, strict=True):
         if len([f for f in folders if f.resolve() == folder.resolve()]) > 1:
             raise ConfigError(f"{folder} is named twice: give every student once.")

@@ -54,9 +54,7 @@ def is_right(response: str, answer: str, scoring: Scoring) -> bool:
 
 
 def chosen_letter(response: str) -> str:
-    """The letter after `answer is`, else the first standalone letter of A to J without I; empty if there is
-    none.
-    """
+    """The letter after `answer is`, else the first standalone letter A to J but I, else empty."""
     found = STATED_CHOICE.findall(response) or ANY_CHOICE.findall(response)
     return found[0].upper() if found else ""
 

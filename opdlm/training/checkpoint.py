@@ -35,9 +35,7 @@ def trainable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Moments and counters as `index.name` -> tensor. bitsandbytes nests its state and shares some
-    tensors.
-    """
+    """Moments and counters as `index.name` -> tensor; bitsandbytes nests and shares some."""
     state = flat_state(optimizer.state_dict()["state"])
     return {key: value.clone() if key.endswith(SHARED_TABLES) else value for key, value in state}
 
@@ -126,9 +124,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 
 @torch.no_grad()
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Copy the trained weights of a checkpoint into a model, sharded or not; DataError if they do
-    not match.
-    """
+    """Copy the trained weights of a checkpoint into a model; DataError if they do not match."""
     weights = load_file(folder / "trainable.safetensors")
     parameters = trainable_weights(model)
     if set(weights) != set(parameters) or any(weights[n].shape != p.shape for n, p in parameters.items()):

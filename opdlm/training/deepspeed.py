@@ -36,9 +36,7 @@ def zero_stage() -> int:
 
 
 def check_zero(config: RunConfig) -> None:
-    """ConfigError if the settings cannot run under the requested ZeRO stage; called before anything is
-    loaded.
-    """
+    """ConfigError if the settings cannot run under the ZeRO stage of the launch."""
     stage = zero_stage()
     if stage not in (0, 2, 3):
         raise ConfigError(f"zero_stage of the launch ({stage}) must be 2 or 3: see recipes/accelerate.")
@@ -97,9 +95,7 @@ def start_zero(
 
 
 def parameters_outside_layers(module: nn.Module) -> list[nn.Parameter]:
-    """Parameters of embeddings, norms and head. The loss reads some of them outside their module's
-    forward.
-    """
+    """Embeddings, norms and head; the loss reads some of them outside their module's forward."""
     layers = [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
     inside = {p for layer in layers for p in layer.parameters()}
     return [p for p in module.parameters() if p not in inside]
@@ -116,9 +112,7 @@ def gathered_for_rollouts(engine: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def whole_weights(parameters: Iterable[nn.Parameter], *, changed: bool = False) -> Iterator[None]:
-    """Stage 3: gather these weights on every rank, to be read or, if `changed`, written. Other stages: no
-    effect.
-    """
+    """Stage 3: gather these weights on every rank, to be read or, if `changed`, written."""
     if zero_stage() != 3:
         yield
         return

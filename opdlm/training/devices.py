@@ -108,9 +108,7 @@ def place(model: DiffusionLM, accelerator: Accelerator) -> None:
 def wrap(
     student_loss: nn.Module, optimizer: Optimizer, accelerator: Accelerator, config: RunConfig
 ) -> tuple[nn.Module, Optimizer]:
-    """Loss and optimiser whose gradients are reduced over the ranks: by ZeRO's engine, FSDP (see `place`) or
-    DDP.
-    """
+    """Loss and optimiser whose gradients are reduced over the ranks (ZeRO, FSDP, DDP)."""
     if zero_stage():
         return start_zero(student_loss, optimizer, config)
     if any(isinstance(module, FSDPModule) for module in student_loss.modules()):
@@ -130,9 +128,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def gathered_weights(student_loss: nn.Module) -> Iterator[None]:
-    """All weights on every rank and no communication inside, since ranks decode different numbers
-    of steps.
-    """
+    """All weights on every rank without communication: ranks decode different numbers of steps."""
     if zero_stage() == 3:
         with gathered_for_rollouts(student_loss):
             yield
@@ -166,9 +162,7 @@ def without_sync(module: nn.Module, *, is_last: bool) -> AbstractContextManager[
 def clip_and_step(
     student_loss: nn.Module, optimizer: Optimizer, accelerator: Accelerator, max_norm: float
 ) -> float:
-    """One optimiser update on clipped gradients, which are then cleared; returns their norm before
-    clipping.
-    """
+    """One optimiser update on clipped gradients, then cleared; returns the norm before clipping."""
     if isinstance(optimizer, ZeroOptimizer):
         return optimizer.clip_and_step()
     norm = accelerator.clip_grad_norm_(student_loss.parameters(), max_norm)

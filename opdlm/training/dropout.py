@@ -51,9 +51,7 @@ def add_output_dropout(model: PreTrainedModel, p: float) -> None:
 
 @contextmanager
 def without_output_dropout(model: nn.Module) -> Iterator[None]:
-    """Disable output dropout inside an update, for the pass of a teacher that shares the student's
-    weights.
-    """
+    """Disable output dropout inside an update, for a teacher that shares the student's weights."""
     active: list[nn.Module] = [m for m in model.modules() if isinstance(m, OutputDropout) and m.training]
     switch_training_mode(active, False)
     try:

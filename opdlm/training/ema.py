@@ -1,6 +1,4 @@
-"""Exponential moving average (EMA) of the trained weights, float32, by name; empty without
-`train.ema_decay`.
-"""
+"""Exponential moving average (EMA) of the trained weights, float32 by name; `train.ema_decay`."""
 
 from __future__ import annotations
 

@@ -236,9 +236,7 @@ def equally_many(accelerator: Accelerator, batches: Sequence[list[int]]) -> list
 
 
 def measure(loop: Loop, eval_callback: EvalCallback) -> dict[str, float]:
-    """Evaluate the weights that the run would write now (the average, if there is one); metrics are means
-    over ranks.
-    """
+    """Evaluate the weights that the run would write now; metrics are means over ranks."""
     started = time.perf_counter()
     with averaged_weights(loop.average, loop.model), gathered_weights(loop.loss):
         found = eval_callback(loop.model)
@@ -273,9 +271,7 @@ def set_learning_rate(loop: Loop) -> None:
 
 
 def save(loop: Loop, step: int) -> None:
-    """Write a checkpoint. Every rank must call this, since sharded weights are gathered; the main rank
-    writes.
-    """
+    """Write a checkpoint. All ranks must call this, since it gathers sharded weights."""
     with whole_weights(trainable_weights(loop.model).values()):
         save_checkpoint(
             Path(loop.config.output_dir),

@@ -51,9 +51,7 @@ class MetricsLog:
         self.progress.stop()
 
     def start(self, num_steps: int, first_step: int) -> None:
-        """Begin at `first_step`. Lines of later steps, left by an interrupted run, are dropped, since those
-        steps run again.
-        """
+        """Begin at `first_step`; lines of later steps, which run again, are dropped."""
         keep = [row for row in read_metrics(self.path) if row["step"] <= first_step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in keep))
         self.num_steps, self.first_step, self.started = num_steps, first_step, time.monotonic()
@@ -129,9 +127,7 @@ class DecodingProgress:
         self.progress.update(task, completed=finished, status=f"{self.tokens_per_second:.0f} tok/s")
 
     def on_piece(self, rollouts: Sequence[Rollout], seconds: float) -> None:
-        """Callback after a chunk of rollouts was saved; `seconds` is 0 if it had been saved by an earlier
-        run.
-        """
+        """Callback after a chunk was saved; `seconds` is 0 if an earlier run had saved it."""
         if seconds and self.task is None:  # an engine that reports no steps
             self.begin(time.monotonic() - seconds)
         if not self.seen and seconds:

@@ -61,7 +61,7 @@ def remote_config(folder: Path) -> PretrainedConfig:
 
 
 @pytest.mark.usefixtures("known_mask")
-def test_the_folder_says_what_the_engines_read_and_computes_what_the_student_does(
+def test_the_folder_holds_what_the_engines_read_and_computes_what_the_student_does(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"

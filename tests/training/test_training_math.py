@@ -308,7 +308,7 @@ def test_sft_loss_is_the_weighted_cross_entropy_of_the_response_tokens() -> None
 @pytest.mark.parametrize(
     ("kind", "section", "passes"), [("sdar", {}, 0), ("sdar", {"ar_weight": 0.5}, 1), ("preserve", {}, 1)]
 )
-def test_sft_asks_the_teacher_only_for_what_it_needs(
+def test_sft_runs_the_teacher_only_where_it_is_needed(
     kind: str, section: dict[str, Any], passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In `preserve` its pass makes the keys and values that the student reads."""
