@@ -147,7 +147,7 @@ def response_cap(config: Config, step: int) -> int:
 def longest_row(config: Config, sizes: ModelSizes, step: int) -> LongestRow:
     """The longest row of step `step` (0-based); slots are means over random reveal orders."""
     size, response = block_size_at(config.format, step), response_cap(config, step)
-    steps = config.rollout.denoising_steps or size
+    steps = config.rollout.decode.denoising_steps or size
     states = {"one_per_block": 1, "random_mask": 1, "complementary": 2, "all": steps}
     num_states = states[selection_at(config, step)]
     counts = [slots_of_state(config, size, size * k / steps) for k in range(1, steps + 1)]
@@ -205,7 +205,7 @@ def rollout_memory(config: Config, sizes: ModelSizes, row: LongestRow) -> dict[s
     """Key-value cache and largest layer of decoding, in bytes; empty if rollouts come from a file."""
     if config.rollout.path:
         return {}
-    rows, a = min(config.rollout.batch_size, config.rollout.prompts_per_step), weight_element(config)
+    rows, a = min(config.rollout.decode.batch_size, config.rollout.prompts_per_step), weight_element(config)
     tokens = rows * (row.length + 2 * row.block_size + 1)
     prefill = rows * row.prompt * (3 * sizes.feed_forward + 4 * sizes.hidden) * a
     # The keys and values of one layer, repeated for every head, in the cache and concatenated.
