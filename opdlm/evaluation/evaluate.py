@@ -128,8 +128,7 @@ def decode_tasks(
     name: str = "",
     seed: int = 0,
 ) -> Outputs:
-    """Responses to all tasks, in batches of prompts of similar length. Responses in the log are not decoded
-    again.
+    """Responses to all tasks, in batches of prompts of similar length; those in the log are decoded once.
 
     `name`, and `seed` at a temperature above 0, are part of a response's key in the log.
     """
@@ -175,8 +174,7 @@ def evaluate(
     seed: int = 0,
     teacher: Outputs | None = None,
 ) -> tuple[RetentionReport, dict[str, Outputs]]:
-    """The retention report and the outputs by mode. `teacher`: its outputs in mode `ar`, decoded here if
-    None.
+    """The retention report, and the outputs by mode. `teacher`: its outputs in mode `ar`, if decoded already.
 
     ConfigError or DataError if checkpoint, tasks and settings do not fit together.
     """
@@ -229,10 +227,8 @@ def report_mode(
     """Metrics of the outputs of one mode; `teacher`: the reference outputs of the same tasks."""
     texts = [response_text(rollout, tokenizer) for rollout in output.rollouts]
     references = [response_text(rollout, tokenizer) for rollout in teacher.rollouts]
-    right, reference = (
-        score_responses(tasks, texts, references),
-        score_responses(tasks, references, references),
-    )
+    right = score_responses(tasks, texts, references)
+    reference = score_responses(tasks, references, references)
     pairs: dict[str, list[tuple[bool, bool]]] = {}
     for task, pair in sorted(zip(tasks, zip(reference, right, strict=True), strict=True), key=skill_of):
         pairs.setdefault(task.skill, []).append(pair)
@@ -276,7 +272,7 @@ def report_mode(
 
 
 def score_responses(tasks: Sequence[Task], texts: Sequence[str], references: Sequence[str]) -> list[bool]:
-    """Whether each response is correct; the reference is the answer of a task that has none."""
+    """Whether each response is correct; the reference is the answer of a task without one."""
     expected = [r if t.answer is None else t.answer for t, r in zip(tasks, references, strict=True)]
     return [is_right(x, e, t.scoring) for x, e, t in zip(texts, expected, tasks, strict=True)]
 

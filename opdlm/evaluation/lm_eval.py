@@ -3,9 +3,10 @@
 `ar` and `lossless` score text with the AR model's exact likelihood, `static` and `threshold` with the
 diffusion bound (`likelihood.nll_bound`); in these modes a continuation is greedy if decoding returns it.
 Tokenisation, truncation, chat templates, batching and stop strings are those of the harness's Hugging Face
-class, so scores are comparable with `lm_eval --model hf`. lm-eval 0.4 only finds registered models; `python
--m opdlm.evaluation.lm_eval run --model opdlm --model_args pretrained=DIR,mode=threshold` is its command with
-this model registered. Needs the extra `eval`.
+class, so scores are comparable with `lm_eval --model hf`. Needs the extra `eval`. The harness's own command,
+with this model registered:
+
+    python -m opdlm.evaluation.lm_eval run --model opdlm --model_args pretrained=DIR,mode=threshold
 """
 
 from __future__ import annotations
@@ -58,9 +59,7 @@ def harness_class() -> type:
             **options: Any,
         ) -> None:
             self.diffusion, tokenizer = load(pretrained, dtype)
-            self.decoding = mode_decode_config(
-                self.diffusion, mode, confidence_threshold, ar_accept_threshold
-            )
+            self.decoding = mode_settings(self.diffusion, mode, confidence_threshold, ar_accept_threshold)
             self.likelihood_samples, self.seed = likelihood_samples, seed
             super().__init__(
                 pretrained=self.diffusion.student, tokenizer=tokenizer, batch_size=batch_size, **options
@@ -109,7 +108,7 @@ def harness_class() -> type:
     return OpdlmLM
 
 
-def mode_decode_config(
+def mode_settings(
     model: DiffusionLM, mode: Mode, confidence_threshold: float | None, ar_accept_threshold: float | None
 ) -> DecodeConfig:
     """Decode settings of one mode. ConfigError if the mode or the checkpoint does not use one of them."""

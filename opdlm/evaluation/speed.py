@@ -1,5 +1,4 @@
-"""Decoding speed of a converted checkpoint, relative to `transformers.generate` on the AR model in its
-folder.
+"""Decoding speed of a converted checkpoint, relative to `transformers.generate` on its AR model.
 
 Greedy decoding of the same prompts. Every repeat runs all decoders in turn, so that other load affects them
 equally, and the median over repeats counts. `transformers.generate` decodes left-padded batches in the given
