@@ -15,8 +15,8 @@ from opdlm.distill.rollouts import generate_rollouts
 from opdlm.distill.trainer import train
 from opdlm.objectives.states import select_states
 from opdlm.seeds import generator_for
-from opdlm.training.loop import prepare_output
 from opdlm.training.metrics import MetricsLog
+from opdlm.training.run_folder import prepare_output
 
 
 def main(output_dir: str) -> None:

@@ -1,8 +1,7 @@
-"""Load what a run needs: tokenizer, teacher, student, adapter; and converted folders back as a `DiffusionLM`.
+"""Load tokenizers, causal LMs and converted folders, and assemble a `DiffusionLM` from them.
 
-LoRA goes through PEFT. In `preserve` the student is the teacher plus a gated adapter: one set of weights.
-Anything a checkpoint can be wrong about (missing, not causal, broken numbers, wrong vocabulary) is one
-`DataError` here.
+LoRA uses PEFT. In `preserve` the student is the teacher plus a gated adapter, with one set of weights. A
+checkpoint that is missing, damaged or not a causal LM raises a `DataError` that names the fix.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ MASK_EMBEDDING_FILE = "mask_embedding.safetensors"
 def load_tokenizer(
     path: str, trust_remote_code: bool = False, *, needs_weights: bool = True
 ) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder or hub id; DataError if there is none."""
     path = resolve_path(path)
     check_is_checkpoint(path, needs_weights=needs_weights)
     try:
@@ -58,7 +58,7 @@ def load_tokenizer(
 def load_causal_lm(
     path: str, dtype: str, trust_remote_code: bool = False, *, load_in_4bit: bool = False
 ) -> PreTrainedModel:
-    """An autoregressive checkpoint, checked for finite weights; its linear layers in 4 bits if asked."""
+    """An autoregressive checkpoint, optionally in 4-bit NF4; DataError if it is incomplete or not finite."""
     path = resolve_path(path)
     check_is_checkpoint(path)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
@@ -98,8 +98,8 @@ def load_causal_lm(
 
 
 def make_savable(model: Any) -> None:
-    """Let a 4-bit model be written as it was read: transformers cannot reverse how it reads 4-bit files, and
-    the packed CPU kernel of bitsandbytes rounds the scales of a weight when it is unpacked again.
+    """Make a 4-bit model save the weights that were loaded: transformers cannot reverse its conversion of
+    4-bit files, and the packed CPU kernel of bitsandbytes rounds the scales when it unpacks a weight.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -110,7 +110,7 @@ def make_savable(model: Any) -> None:
 
 
 def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) -> PreTrainedModel:
-    """Random weights for the config.json of `path`, changed by `shape`; one seed, one model."""
+    """A random model with the config.json of `path` changed by `shape`; ConfigError if that is invalid."""
     path = resolve_path(path)
     check_is_checkpoint(path, needs_weights=False)
     try:
@@ -121,7 +121,7 @@ def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) ->
     if unknown:
         raise ConfigError(f"model.shape.{unknown[0]} is no entry of {path}/config.json. Correct its name.")
     if "num_hidden_layers" in shape:
-        values.pop("layer_types", None)  # one entry per layer, filled in again
+        values.pop("layer_types", None)  # one entry per layer; transformers recreates it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -134,7 +134,7 @@ def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) ->
 
 
 def check_is_checkpoint(path: str, *, needs_weights: bool = True) -> None:
-    """A path that looks local must exist and hold a config; anything else is left to the hub."""
+    """DataError if a path that looks local is no checkpoint folder; other paths are left to the hub."""
     folder = Path(path)
     if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise DataError(f"model.path ({path}) does not exist. Give a checkpoint folder or a hub id.")
@@ -158,6 +158,7 @@ def check_is_checkpoint(path: str, *, needs_weights: bool = True) -> None:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
@@ -169,8 +170,8 @@ def assemble(
     teacher: PreTrainedModel | None = None,
     mask_embedding: Tensor | None = None,
 ) -> DiffusionLM:
-    """A trainable student. With LoRA the base is shared with the teacher, else the student is a copy of
-    it.
+    """A trainable student. With LoRA it shares the base with the teacher; otherwise `base` is the student,
+    and `teacher` a separate copy.
     """
     if lora is None:
         return DiffusionLM(base, spec, teacher=teacher, mask_embedding=mask_embedding)
@@ -193,7 +194,7 @@ def copy_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def read_spec(folder: str | Path) -> DiffusionSpec:
-    """`block_diffusion` of a converted folder."""
+    """`block_diffusion` in the config.json of a converted folder; DataError if it is none."""
     try:
         values = json.loads((Path(folder) / "config.json").read_text())["block_diffusion"]
     except (OSError, ValueError, KeyError) as error:
@@ -204,8 +205,17 @@ def read_spec(folder: str | Path) -> DiffusionSpec:
     return DiffusionSpec.from_dict(values)
 
 
+def is_converted(folder: str | Path) -> bool:
+    """Whether `opdlm convert` wrote the folder: its config.json has an entry `block_diffusion`."""
+    file = Path(folder) / "config.json"
+    try:
+        return file.is_file() and "block_diffusion" in json.loads(file.read_text())
+    except ValueError:  # not JSON: loading the folder reports it
+        return False
+
+
 def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> tuple[DiffusionLM, Any]:
-    """A converted folder as (DiffusionLM, tokenizer), ready for `opdlm.generate`."""
+    """A converted folder as (DiffusionLM, tokenizer), in evaluation mode; DataError if it is none."""
     folder = Path(folder)
     spec = read_spec(folder)
     base = load_causal_lm(str(folder), dtype)
@@ -242,12 +252,6 @@ def load_decoder(model: str, mode: Mode, dtype: str = "float32") -> tuple[Diffus
     return plain_decoder(load_causal_lm(path, dtype), tokenizer).to(device), tokenizer
 
 
-def is_converted(folder: Path) -> bool:
-    """Whether `opdlm convert` wrote the folder."""
-    config = folder / "config.json"
-    return config.is_file() and "block_diffusion" in config.read_text()
-
-
 def check_decodable(spec: DiffusionSpec, config: DecodeConfig) -> None:
     """Raises ConfigError for settings that a checkpoint of this format and block size does not have."""
     if config.mode == "lossless" and spec.format == "sdar":
@@ -262,7 +266,7 @@ def check_decodable(spec: DiffusionSpec, config: DecodeConfig) -> None:
 
 
 def set_embedding_row(model: PreTrainedModel, token_id: int, entering_H: Tensor) -> None:
-    """Make the embedding layer return `entering_H` for a token; some families scale what it holds."""
+    """Make the embedding layer, which may scale its rows, return `entering_H` for a token."""
     embedding = input_embedding(model)
     with torch.no_grad():
         embedding.weight[token_id] = 1.0
@@ -271,7 +275,7 @@ def set_embedding_row(model: PreTrainedModel, token_id: int, entering_H: Tensor)
 
 
 def check_fits(model: DiffusionLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, key: str) -> None:
-    """Prompt, response and the drafts past its end must lie within the positions the model knows."""
+    """DataError if prompts, responses (limited by setting `key`) and drafts exceed the model's context."""
     longest = max(len(ids) for ids in prompts)
     if longest + max_new_tokens > max_total_tokens(model):
         raise DataError(
@@ -281,20 +285,22 @@ def check_fits(model: DiffusionLM, prompts: Sequence[Sequence[int]], max_new_tok
 
 
 def context_length(model: DiffusionLM) -> float:
-    """Positions that the model knows; infinite where its config names none."""
+    """Positions of the model; infinite if its config has no `max_position_embeddings`."""
     return getattr(model.student.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def max_total_tokens(model: DiffusionLM) -> float:
-    """Tokens of prompt and response together: the context without two blocks, where drafts may end."""
+    """Maximum tokens of prompt and response together: the context minus two blocks for drafts."""
     return context_length(model) - 2 * model.spec.block_size
 
 
 def input_embedding(model: PreTrainedModel) -> nn.Embedding:
+    """The embedding layer of the tokens."""
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     return embedding
 
 
 def vocabulary_rows(model: PreTrainedModel) -> int:
+    """Rows of the embedding, used or not."""
     return input_embedding(model).weight.shape[0]

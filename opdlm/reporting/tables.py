@@ -63,7 +63,7 @@ def retention_table(report: Values) -> Table:
                 speed(report, mode["name"]),
             ]
         )
-    sampling = report["settings"]["config"]["eval"]
+    sampling = report["settings"]["config"]["eval"]["decode"]
     how = (
         f"sampled at temperature {sampling['temperature']:g}, seed 0" if sampling["temperature"] else "greedy"
     )

@@ -7,7 +7,6 @@ diffusion if the user says what its masked positions predict.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.checkpoints.convert import make_spec, probe, stop_token_ids
-from opdlm.checkpoints.load import load, load_causal_lm, load_tokenizer, vocabulary_rows
+from opdlm.checkpoints.load import is_converted, load, load_causal_lm, load_tokenizer, vocabulary_rows
 from opdlm.config.loader import apply_override, build_section
 from opdlm.config.rules import load_config
 from opdlm.config.sections import CONFIG_COPY
@@ -27,7 +26,7 @@ from opdlm.config.text import TEXT_CONFIG_COPY, TextConfig, TextSection, load_te
 from opdlm.data.documents import RowBatch, TextRow
 from opdlm.decoding.rollout import Rollout
 from opdlm.errors import ConfigError
-from opdlm.evaluation.likelihood import ar_nll, nll_bound
+from opdlm.evaluation.likelihood import ar_response_nll, nll_bound
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from opdlm.text.batches import Prediction, pieces
 from opdlm.text.likelihood import (
@@ -97,11 +96,6 @@ def load_likelihood_model(folder: Path, options: LikelihoodOptions) -> Likelihoo
     if is_converted(folder):
         return from_convert_folder(folder, options)
     return from_plain_folder(folder, options)
-
-
-def is_converted(folder: Path) -> bool:
-    file = folder / "config.json"
-    return file.is_file() and "block_diffusion" in json.loads(file.read_text())
 
 
 def from_train_folder(folder: Path, options: LikelihoodOptions) -> LikelihoodModel:
@@ -270,7 +264,7 @@ def over_pieces(
 
 
 def ar_parts(model: DiffusionLM, parts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
-    nats_P = ar_nll(model, parts)
+    nats_P = ar_response_nll(model, parts)
     return nats_P, torch.zeros_like(nats_P)
 
 

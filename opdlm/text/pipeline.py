@@ -28,7 +28,7 @@ from opdlm.checkpoints.load import (
     set_embedding_row,
     vocabulary_rows,
 )
-from opdlm.checkpoints.lora import merged
+from opdlm.checkpoints.lora import merge_adapter
 from opdlm.config.text import TEXT_CONFIG_COPY, TextConfig
 from opdlm.data.documents import PackedDataset, RowBatch, TextRow, keep_tokens, load_documents
 from opdlm.errors import ConfigError, DataError, require_package
@@ -48,10 +48,10 @@ from opdlm.training.checkpoint import (
     load_weights,
     trainable_weights,
 )
-from opdlm.training.devices import is_sharded, join_ranks
+from opdlm.training.devices import check_trackers, is_sharded, join_ranks
 from opdlm.training.dropout import add_output_dropout
-from opdlm.training.loop import check_trackers, prepare_output
 from opdlm.training.metrics import MetricsLog, read_metrics
+from opdlm.training.run_folder import prepare_output
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +286,7 @@ def write_result(
         write_model(folder, model, tokenizer)
         return
     peft_model = vars(model).get("peft_model")
-    base = model.student if peft_model is None else merged(peft_model)
+    base = model.student if peft_model is None else merge_adapter(peft_model)
     if model.mask_embedding is not None:
         set_embedding_row(base, model.spec.mask_token_id, model.mask_embedding)
     for name in ("block_diffusion", "auto_map"):  # of the diffusion folder that the run started from

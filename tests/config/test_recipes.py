@@ -24,7 +24,7 @@ from opdlm.config.schedules import num_updates_of
 from opdlm.decoding.rollout import Prompt, Rollout
 from opdlm.distill import costs as costs
 from opdlm.distill import trainer as trainer
-from opdlm.distill.plan import GIB, Plan, file_lines, make_plan
+from opdlm.distill.plan import GIB, ConversionPlan, file_lines, make_plan
 from opdlm.modeling import cpu_linear as cpu_linear
 
 RECIPES = {name: path for name, path in bundled_recipes().items() if not name.startswith("tiny")}
@@ -211,7 +211,7 @@ def test_every_former_name_leads_to_a_recipe_and_a_model() -> None:
 PROMPT, RESPONSE, ROWS = 24, 40, 4
 
 
-def one_step(folder: Path, kind: str, *overrides: str) -> tuple[trainer.Run, list[Rollout], Plan]:
+def one_step(folder: Path, kind: str, *overrides: str) -> tuple[trainer.Run, list[Rollout], ConversionPlan]:
     """A run over a random model, full-length rollouts for one update, and the plan of that step."""
     base = qwen3(512, hidden_size=64, intermediate_size=192, num_hidden_layers=4, head_dim=16)
     base = base.to(torch.bfloat16 if "model.dtype=bfloat16" in overrides else torch.float32)
@@ -255,7 +255,7 @@ def test_the_memory_estimate_of_training_holds_for_a_real_update(
     trainer.update(run, rollouts, chosen, "one_per_block")  # makes the moments
     with LiveBytes() as live:
         trainer.update(run, rollouts, chosen, "one_per_block")
-    parts = ("gradients", "teacher states and cache", "activations", "layer at work or loss chunks")
+    parts = ("gradients", "teacher states and cache", "activations", "one layer or loss chunks")
     planned = sum(plan.memory[part] for part in parts)
     print(kind, checkpointing, live.peak, planned / live.peak)
     assert live.peak / MEMORY_FACTOR < planned < live.peak * MEMORY_FACTOR
@@ -313,7 +313,7 @@ def test_asynchronous_rollouts_take_a_copy_of_what_is_trained_and_their_cache_st
     one, two = (
         make_plan(load_config(None, [*options, f"rollout.asynchronous={x}"])) for x in ("false", "true")
     )
-    assert dict(two.memory.items() - one.memory.items()) == {"copy that generates": one.sizes.trained_bytes}
+    assert dict(two.memory.items() - one.memory.items()) == {"asynchronous student": one.sizes.trained_bytes}
     assert two.peak == pytest.approx(sum(two.memory.values()))
     assert one.peak < sum(one.memory.values())
 

@@ -14,7 +14,7 @@ from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
 from opdlm.evaluation.likelihood import (
     agreement_report,
-    ar_nll,
+    ar_response_nll,
     chain_nll,
     left_to_right,
     likelihood_report,
@@ -60,7 +60,7 @@ def test_the_ar_likelihood_is_the_stock_models(kind: str, grid: GridKind) -> Non
     model, base = make_lm(kind, grid), qwen3()
     rollouts = [make_rollout(p, r, grid, stop=True) for p, r in ((5, 6), (4, 9), (7, 1))]
     rows = [as_rollout(r.prompt_ids, r.text_ids, model.spec) for r in rollouts]
-    nll_B = ar_nll(model, rows)
+    nll_B = ar_response_nll(model, rows)
     for row, nll in zip(rows, nll_B, strict=True):
         ids_L = torch.tensor(row.prompt_ids + row.text_ids)
         logits_LV = base(ids_L[None]).logits[0].detach()
@@ -112,7 +112,9 @@ def test_the_likelihood_report_is_per_token_and_reproducible(kind: str) -> None:
     rollouts = generate(model, make_prompts([3, 6, 9]), DecodeConfig(mode="static", max_new_tokens=10))
     report = likelihood_report(model, rollouts, num_samples=4, batch_size=2)
     assert report == likelihood_report(model, rollouts, num_samples=4, batch_size=2)
-    nll = sum(float(ar_nll(model, [as_rollout(r.prompt_ids, r.text_ids, model.spec)])) for r in rollouts)
+    nll = sum(
+        float(ar_response_nll(model, [as_rollout(r.prompt_ids, r.text_ids, model.spec)])) for r in rollouts
+    )
     assert report["num_tokens"] == sum(r.num_response for r in rollouts)
     assert report["teacher_nll_per_token"] == pytest.approx(nll / report["num_tokens"], rel=1e-4)
 
