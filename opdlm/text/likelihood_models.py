@@ -180,20 +180,19 @@ def plain_subject(folder: Path, asked: LikelihoodOptions) -> LikelihoodModel:
     """Any causal checkpoint; a masked one where its prediction is told."""
     base, tokenizer = load_causal_lm(str(folder), "float32"), load_tokenizer(str(folder))
     mask_token_id = tokenizer.mask_token_id
-    unknown = vocabulary_rows(base)  # an id that no forward ever sees
+    is_masked = asked.prediction is not None and mask_token_id is not None
     spec = DiffusionSpec(
         format="sdar",
         block_size=1,
         grid="absolute",
-        mask_token_id=unknown if mask_token_id is None else mask_token_id,
+        mask_token_id=mask_token_id if is_masked else vocabulary_rows(base),  # or an id that no forward sees
         stop_token_ids=stop_token_ids(base, tokenizer),
-        banned_token_ids=() if asked.prediction is None or mask_token_id is None else (mask_token_id,),
     )
     probe(base, spec)
     model = DiffusionLM(base, spec).eval().requires_grad_(False)
     refused: dict[str, str] = {}
     default: tuple[str, ...] = ("ar_nll",)
-    if asked.prediction is None or mask_token_id is None:
+    if not is_masked:
         why = "it has no mask token" if mask_token_id is None else "say what its masked positions predict"
         refused = dict.fromkeys(
             MASKED,

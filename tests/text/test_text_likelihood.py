@@ -98,7 +98,7 @@ def exact_bound(
 
 def test_ar_nll_is_the_loss_of_transformers() -> None:
     base = qwen3()
-    model = make_lm(base, replace(SPEC, banned_token_ids=()))
+    model = make_lm(base, replace(SPEC, mask_token_id=V, banned_token_ids=()))  # as a checkpoint without one
     columns = make_columns(12, rows=40)
     found = ar_nll(model, columns)
     with torch.no_grad():
