@@ -1,11 +1,11 @@
 """Lossless decoding: speculative decoding in which one forward pass verifies a draft and computes the next.
 
-Clean slots [u, d_1 .. d_m] hold the last known token u and the draft; each predicts the AR model's next token,
-and the longest prefix of the draft that equals these predictions is accepted. Groups of masks follow: group k
-drafts the tokens after k accepted ones. If the group of the actual number is absent, the next forward
-verifies no draft. The output is that of AR decoding, token for token, whatever is drafted: a token is the
-arg-max, or with temperature the arg-max of logits plus the Gumbel noise of its position, which draft and AR
-model share (docs/concepts.md, "Lossless decoding"; speculative sampling, arXiv 2211.17192; shared noise,
+Clean slots [u, d_1 .. d_m] hold the last known token u and the draft. Each gives the AR model's prediction of
+the next token, and the longest prefix of the draft that equals these predictions is accepted. Groups of masks
+follow: group k drafts the tokens after k accepted ones. If the group of the actual number is absent, the next
+forward verifies no draft. The output is that of AR decoding, token for token, whatever is drafted: a token is
+the arg-max, or with temperature the arg-max of logits plus the Gumbel noise of its position, which draft and
+AR model share (docs/concepts.md, "Lossless decoding"; speculative sampling, arXiv 2211.17192; shared noise,
 arXiv 2408.07978).
 
 `DraftPolicy` decides what a forward contains. A forward costs `forward_overhead` + its slots; the throughput

@@ -23,7 +23,7 @@ from opdlm.decoding.generate import generate
 def test_lossless_decoding_equals_ar_decoding_token_for_token(
     kind: str, overhead: float, block_size: int
 ) -> None:
-    """A tiny vocabulary, so that drafts are often right by luck and acceptance is exercised."""
+    """The vocabulary is tiny, so that drafts are often accepted."""
     base = qwen3(vocabulary=6)
     model = make_lm(kind, base=base, block_size=block_size)
     prompts = make_prompts([1 + i % 9 for i in range(48)], vocabulary=6)
