@@ -202,7 +202,12 @@ def read_spec(folder: str | Path) -> DiffusionSpec:
             f"{folder} is not a folder written by opdlm convert (no block_diffusion in config.json). Give "
             "the folder `model` of a run's output_dir."
         ) from error
-    return DiffusionSpec.from_dict(values)
+    try:
+        return DiffusionSpec.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{folder}/config.json: block_diffusion is not valid: {error} Convert the checkpoint again."
+        ) from error
 
 
 def is_converted(folder: str | Path) -> bool:

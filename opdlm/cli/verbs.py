@@ -28,7 +28,7 @@ from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.generate import OnStep, generate, grid_of
 from opdlm.decoding.rollout import Prompt, Rollout, digest_of
-from opdlm.decoding.streaming import StablePrefix, StopStrings, Stream, encode_gaps
+from opdlm.decoding.streaming import ResponseView, StablePrefix, StopStrings, encode_gaps
 from opdlm.distill.rollout_file import Engine, decode_resumably, is_finished, write_rollouts
 from opdlm.errors import ConfigError
 from opdlm.evaluation.generation_log import fingerprint
@@ -172,7 +172,7 @@ def stream(
     shown = range(len(ids)) if infill else range(len(ids), len(ids) + config.max_new_tokens)
     stable_prefix = StablePrefix(stops, model.spec, grid_of(config.mode, model.spec), shown)
     find_end = stops.find_end if stops.strings else None
-    with Stream(stable_prefix, Console(highlight=False)) as view:
+    with ResponseView(stable_prefix, Console(highlight=False)) as view:
         (rollout,) = generate(model, [ids], config, [seed], view.on_step, find_end)
         view.finish(rollout)
     return rollout

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from opdlm.config.text import TextSection
 from opdlm.data.prompts import Row, encode_prompt, is_message, messages_of, read_rows
 from opdlm.errors import DataError
-from opdlm.seeds import generator_for
+from opdlm.seeds import Stream, generator_for
 
 PADDING = -1
 """`start` of a padding token."""
@@ -136,7 +136,7 @@ def response_of(place: str, row: Row, column: str) -> Any:
 
 def keep_tokens(documents: Sequence[Document], num_tokens: int, seed: int) -> list[Document]:
     """The first `num_tokens` tokens of the shuffled documents. The last document is cut."""
-    order = torch.randperm(len(documents), generator=generator_for(seed, 3 * 10**6)).tolist()
+    order = torch.randperm(len(documents), generator=generator_for(seed, Stream.UNIQUE_TOKENS)).tolist()
     kept, left = list[Document](), num_tokens
     for index in order:
         document = documents[index]
@@ -175,7 +175,10 @@ class PackedDataset:
         """Row `index` of the run."""
         epoch, number = divmod(index, self.per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._rows = epoch, list(self._cut(generator_for(self.seed, 4 * 10**6, epoch)))
+            self._epoch, self._rows = (
+                epoch,
+                list(self._cut(generator_for(self.seed, Stream.DOCUMENT_ORDER, epoch))),
+            )
         return self._rows[number]
 
     def evenly(self, limit: int) -> list[TextRow]:

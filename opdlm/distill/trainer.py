@@ -52,7 +52,7 @@ from opdlm.objectives.states import (
     select_states,
 )
 from opdlm.objectives.targets import needs_teacher, score_rows, targets_at_supervised
-from opdlm.seeds import generator_for
+from opdlm.seeds import Stream, generator_for
 from opdlm.training.loop import (
     EvalCallback,
     Loop,
@@ -201,7 +201,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     run.model.spec = replace(run.model.spec, block_size=block_size_at(config.format, step))
     rollouts = run.pool.get(step) or run.source.rollouts_at(step)  # in the pool if asynchronous
     waited = time.perf_counter() - started
-    rng = generator_for(config.train.seed, step + 1, 10**6)
+    rng = generator_for(config.train.seed, step + 1, Stream.UPDATE_ORDER)
     run.pool = reusable(run, step) | {step: rollouts}
     pool = [rollout for made in run.pool.values() for rollout in made]
     selection, rates = selection_at(config, step), rates_at(config.masking, step)
@@ -267,7 +267,7 @@ def states_of(
     run: Run, rollouts: Sequence[Rollout], index: int, selection: Selection, rates: MaskRates
 ) -> StateBatch:
     """Denoising states of one rollout, with draws that depend on (update, index) only."""
-    rng = generator_for(run.config.train.seed, 10**6 + run.num_updates, index)
+    rng = generator_for(run.config.train.seed, Stream.STATES + run.num_updates, index)
     return select_states([rollouts[index]], run.model.spec, selection, rng, rates)
 
 

@@ -30,10 +30,10 @@ from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.objectives.states import (
     BlockTable,
     StateBatch,
-    as_rollout,
     block_table,
     make_states,
     select_states,
+    text_to_rollout,
 )
 from opdlm.objectives.targets import TeacherPass, score_rows
 from opdlm.seeds import generator_for
@@ -173,7 +173,7 @@ def likelihood_report(
     """Nats per token of the responses: exact for the AR model, a bound for the student."""
     nll, bound, variance, num_tokens = 0.0, 0.0, 0.0, 0
     for rows in batches(rollouts, batch_size):
-        rows = [as_rollout(r.prompt_ids, r.text_ids, model.spec) for r in rows]
+        rows = [text_to_rollout(r.prompt_ids, r.text_ids, model.spec) for r in rows]
         nll += float(ar_response_nll(model, rows).sum())
         bounds = nll_bound(model, rows, num_samples, seed=num_tokens)
         bound += float(bounds.nats_B.sum())

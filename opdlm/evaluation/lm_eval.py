@@ -26,7 +26,7 @@ from opdlm.errors import ConfigError
 from opdlm.evaluation.likelihood import nll_bound
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.modeling.slots import clean_slots
-from opdlm.objectives.states import as_rollout
+from opdlm.objectives.states import text_to_rollout
 from opdlm.seeds import generator_for
 
 MODES: tuple[Mode, ...] = ("ar", "static", "threshold", "lossless")
@@ -95,7 +95,7 @@ def harness_class() -> type:
 
         def _bounds(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
             """(lower bound on the log-likelihood, whether decoding returns the continuation) of each pair."""
-            rows = [as_rollout(context, text, self.diffusion.spec) for context, text in pairs]
+            rows = [text_to_rollout(context, text, self.diffusion.spec) for context, text in pairs]
             bound = nll_bound(self.diffusion, rows, self.likelihood_samples, self.seed)
             longest = max(len(text) for _, text in pairs)
             decoding = replace(self.decoding, max_new_tokens=longest)

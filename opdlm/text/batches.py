@@ -24,7 +24,7 @@ from opdlm.decoding.rollout import Rollout
 from opdlm.modeling.diffusion_lm import DiffusionSpec
 from opdlm.modeling.slots import Slots, make_slots
 from opdlm.objectives.masking import MaskRates, Masks, draw_masks
-from opdlm.objectives.states import StateBatch, as_rollout, block_table, make_states, pack_states
+from opdlm.objectives.states import StateBatch, block_table, make_states, pack_states, text_to_rollout
 
 Prediction = Literal["same_position", "next_position"]
 
@@ -198,4 +198,4 @@ def pieces(row: TextRow, spec: DiffusionSpec) -> Iterator[Rollout]:
         ids = row.ids_R[inside_R].tolist()
         num_prompt = max(1, int(row.is_given_R[inside_R].sum()))
         if len(ids) > num_prompt:
-            yield as_rollout(ids[:num_prompt], ids[num_prompt:], spec)
+            yield text_to_rollout(ids[:num_prompt], ids[num_prompt:], spec)

@@ -181,20 +181,19 @@ def from_plain_folder(folder: Path, options: LikelihoodOptions) -> LikelihoodMod
     """Any causal checkpoint; also masked diffusion if the user names its prediction."""
     base, tokenizer = load_causal_lm(str(folder), "float32"), load_tokenizer(str(folder))
     mask_token_id = tokenizer.mask_token_id
-    unused_id = vocabulary_rows(base)  # never in an input
+    is_masked = options.prediction is not None and mask_token_id is not None
     spec = DiffusionSpec(
         format="sdar",
         block_size=1,
         grid="absolute",
-        mask_token_id=unused_id if mask_token_id is None else mask_token_id,
+        mask_token_id=mask_token_id if is_masked else vocabulary_rows(base),  # or an id that no forward sees
         stop_token_ids=stop_token_ids(base, tokenizer),
-        banned_token_ids=() if options.prediction is None or mask_token_id is None else (mask_token_id,),
     )
     probe(base, spec)
     model = DiffusionLM(base, spec).eval().requires_grad_(False)
     unsupported: dict[str, str] = {}
     default: tuple[str, ...] = ("ar_nll",)
-    if options.prediction is None or mask_token_id is None:
+    if not is_masked:
         why = "it has no mask token" if mask_token_id is None else "what its masks predict is unknown"
         unsupported = dict.fromkeys(
             MASKED,

@@ -25,7 +25,7 @@ from opdlm.decoding.rollout import digest_of
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from opdlm.objectives.losses import HiddenTargets, LossOutput, TokenTargets, chunked_divergence, lm_head_of
 from opdlm.objectives.masking import MaskRates, Masks, draw_masks, rates_at
-from opdlm.seeds import generator_for
+from opdlm.seeds import Stream, generator_for
 from opdlm.text.batches import TextBatch, block_batch, can_mask, mixed_rows
 from opdlm.training.devices import sum_over_ranks
 from opdlm.training.dropout import without_output_dropout
@@ -165,7 +165,7 @@ def make_batches(run: TextRun, step: int) -> list[TextBatch]:
     chosen = equally_many(accelerator, [mine[first : first + size] for first in range(0, len(mine), size)])
     rates = rates_at(config.masking, step)
     if config.objective.name == "block_diffusion":
-        seeds = [generator_for(config.train.seed, 5 * 10**6, step, place) for place in range(num_rows)]
+        seeds = [generator_for(config.train.seed, Stream.MASKS, step, place) for place in range(num_rows)]
         make = partial(block_micro_batch, rows, run.model.spec, rates, seeds, config.objective)
     else:
         make = partial(
@@ -190,7 +190,7 @@ def rows_and_masks(
     rows: Sequence[TextRow], rates: MaskRates, config: TextConfig, step: int
 ) -> tuple[RowBatch, Masks]:
     """The rows of an update with masks; autoregressive rows use theirs under `objective.input_masking`."""
-    section, rng = config.objective, generator_for(config.train.seed, 5 * 10**6, step)
+    section, rng = config.objective, generator_for(config.train.seed, Stream.MASKS, step)
     row_batch = in_order(RowBatch.of(rows), section, config.train.seed)
     if section.input_masking is not None:
         rates = MaskRates(windows=(section.input_masking,))
@@ -240,5 +240,5 @@ def in_order(row_batch: RowBatch, section: ObjectiveSection, seed: int) -> RowBa
     """The tokens of every row in the order of the run (`objective.token_order`)."""
     if section.token_order == "left_to_right":
         return row_batch
-    order_R = torch.randperm(row_batch.ids_BR.shape[1], generator=generator_for(seed, 6 * 10**6))
+    order_R = torch.randperm(row_batch.ids_BR.shape[1], generator=generator_for(seed, Stream.TOKEN_ORDER))
     return RowBatch(row_batch.ids_BR[:, order_R], row_batch.start_BR, row_batch.is_given_BR[:, order_R])

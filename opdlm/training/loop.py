@@ -27,7 +27,7 @@ from opdlm.config.sections import OptimizerSection, RunConfig
 from opdlm.errors import DataError
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.objectives.losses import LossOutput
-from opdlm.seeds import generator_for
+from opdlm.seeds import Stream, generator_for
 from opdlm.training.checkpoint import (
     find_checkpoints,
     load_average,
@@ -202,7 +202,7 @@ def update_weights(
     """
     config, rank = loop.config, loop.accelerator.process_index
     loss = divergence = num_positions = 0.0
-    dropout_seed = generator_for(config.train.seed, 2 * 10**6 + loop.num_updates, rank).initial_seed()
+    dropout_seed = generator_for(config.train.seed, Stream.DROPOUT + loop.num_updates, rank).initial_seed()
     with training_dropout(loop.model, dropout_seed):
         for number, (batch, weights_M) in enumerate(batches):
             with without_sync(loop.loss, is_last=number == num_batches - 1), loop.accelerator.autocast():

@@ -72,8 +72,8 @@ def load_lm(grid: str, head_scale: float = 1.0) -> DiffusionLM:
         grid=grid,
         mask_token_id=MASK,
         stop_token_ids=(special["im_end"],),
-        banned_token_ids=(),
     )
+    object.__setattr__(spec, "banned_token_ids", ())  # the published code does not even ban [MASK]
     student = load("student.")
     student.lm_head.weight.data *= head_scale
     return DiffusionLM(student, spec, teacher=load("teacher.").requires_grad_(False))
