@@ -41,6 +41,10 @@ class Rollout:
     """Forward passes that decoding took, prefill included; 0 where it was not this package's."""
     num_steps: int = 0
     """Denoising steps among them."""
+    text: str = ""
+    """The response as text, where `opdlm.generate` was given a tokenizer: without special tokens, cut before
+    a stop string; with `infill` the filled prompt.
+    """
 
     @property
     def text_ids(self) -> tuple[int, ...]:
@@ -48,12 +52,14 @@ class Rollout:
         return self.response_ids[: self.num_response]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it, but for tuples."""
-        return asdict(self)
+        """As JSON has it, but for tuples; an empty `text` is left out."""
+        values = asdict(self)
+        return values if self.text else {name: value for name, value in values.items() if name != "text"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Rollout:
-        """From what JSON made of `to_dict`; other keys are not looked at."""
+        """From what JSON made of `to_dict`; other keys are ignored, and `text` may be missing."""
+        values = {"text": ""} | values
         known: dict[str, Any] = {
             name: tuple(values[name]) if isinstance(values[name], list) else values[name]
             for name in cls.__dataclass_fields__

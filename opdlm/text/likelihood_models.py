@@ -7,7 +7,6 @@ the user says what its masked positions predict.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.checkpoints.convert import make_spec, probe, stop_token_ids
+from opdlm.checkpoints.folders import is_converted
 from opdlm.checkpoints.load import load, load_causal_lm, load_tokenizer, vocabulary_rows
 from opdlm.config.loader import apply_override, build_section
 from opdlm.config.rules import load_config
@@ -92,11 +92,6 @@ def load_subject(folder: Path, asked: LikelihoodOptions) -> LikelihoodModel:
     if is_trained:
         return trained_subject(folder, asked)
     return converted_subject(folder, asked) if is_converted(folder) else plain_subject(folder, asked)
-
-
-def is_converted(folder: Path) -> bool:
-    file = folder / "config.json"
-    return file.is_file() and "block_diffusion" in json.loads(file.read_text())
 
 
 def trained_subject(folder: Path, asked: LikelihoodOptions) -> LikelihoodModel:
