@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from opdlm.cli.commands import quiet_libraries
 from opdlm.config.rules import load_config
 from opdlm.distill.pipeline import convert_checkpoint, versions
+from opdlm.environment import quiet_libraries
 from opdlm.files import write_atomic
 from opdlm.reporting.plots import new_figure
 

@@ -22,9 +22,9 @@ from statistics import median
 
 import torch
 
-from opdlm.cli.commands import quiet_libraries
 from opdlm.config.text import load_text_config
 from opdlm.data.documents import RowBatch
+from opdlm.environment import quiet_libraries
 from opdlm.evaluation.retention import versions
 from opdlm.objectives.masking import rates_at
 from opdlm.text.pipeline import load_text_inputs

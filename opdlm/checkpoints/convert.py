@@ -10,11 +10,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opdlm.checkpoints.load import assemble, copy_of, set_embedding_row, vocabulary_rows
-from opdlm.config.sections import Config, FormatSection, RunConfig
+from opdlm.checkpoints.folders import is_converted
+from opdlm.checkpoints.load import (
+    assemble,
+    copy_of,
+    load,
+    load_causal_lm,
+    load_tokenizer,
+    set_embedding_row,
+    vocabulary_rows,
+)
+from opdlm.config.sections import Config, FormatSection, RunConfig, resolve_path
 from opdlm.errors import DataError
 from opdlm.modeling.attention import layer_kinds
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec, head_logits
@@ -111,6 +121,20 @@ def plain_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     spec = replace(spec, block_size=1, banned_token_ids=banned, adapter=False)
     probe(model, spec)
     return DiffusionLM(model, spec).eval().requires_grad_(False)
+
+
+def load_decoder(
+    path: str, dtype: str = "float32", device: str | None = None
+) -> tuple[DiffusionLM, PreTrainedTokenizerBase]:
+    """A converted folder, or any other checkpoint as the AR model that it is, and its tokenizer.
+
+    device: None is this process's GPU, or the CPU where there is none.
+    """
+    path, device = resolve_path(path), device or str(PartialState().device)
+    if is_converted(path):
+        return load(path, dtype, device)
+    tokenizer = load_tokenizer(path)
+    return plain_decoder(load_causal_lm(path, dtype), tokenizer).to(device), tokenizer
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

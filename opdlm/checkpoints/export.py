@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -92,7 +91,7 @@ def write_student(folder: Path, model: DiffusionLM) -> PreTrainedModel:
         peft_model.save_pretrained(str(folder / ADAPTER_FOLDER))
         (folder / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)
         return peft_model.unload()
-    if isinstance(peft_model, PeftModel):
+    if peft_model is not None:
         return merge_adapter(peft_model)
     if model.spec.format == "sdar":
         return model.student

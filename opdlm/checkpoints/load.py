@@ -11,11 +11,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
-from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -28,12 +26,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from opdlm.checkpoints.folders import check_is_checkpoint, check_is_converted
 from opdlm.checkpoints.lora import adapted_layers, add_lora, no_future_warnings
 from opdlm.config.sections import LoraSection, resolve_path
-from opdlm.decoding.decode_config import DecodeConfig, Mode
+from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.errors import ConfigError, DataError
 from opdlm.modeling.cpu_linear import use_faster_linear
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ADAPTER_FOLDER = "adapter"
 STUDENT_FOLDER = "student"
@@ -133,30 +135,6 @@ def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) ->
     return model.eval()
 
 
-def check_is_checkpoint(path: str, *, needs_weights: bool = True) -> None:
-    """DataError if a path that looks local is no checkpoint folder; other paths are left to the hub."""
-    folder = Path(path)
-    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise DataError(f"model.path ({path}) does not exist. Give a checkpoint folder or a hub id.")
-    if folder.is_file():
-        raise DataError(f"model.path ({path}) is a file. Give the folder that holds config.json.")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise DataError(
-            f"model.path ({path}) has no config.json, so it is not a Hugging Face checkpoint folder."
-        )
-    if needs_weights and folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise DataError(
-            f"model.path ({path}) holds no .safetensors weights, and pickle files are not read. Load it once "
-            "where you trust it and write it with save_pretrained; `opdlm train` needs none with "
-            "model.from_scratch=true."
-        )
-    if folder.is_dir():
-        try:
-            json.loads((folder / "config.json").read_text())
-        except ValueError as error:
-            raise DataError(f"{folder / 'config.json'} is not valid JSON. Download it again.") from error
-
-
 def first_line(error: Exception) -> str:
     """The first line of an error's message."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -175,7 +153,7 @@ def assemble(
     """
     if lora is None:
         return DiffusionLM(base, spec, teacher=teacher, mask_embedding=mask_embedding)
-    peft_model = lora if isinstance(lora, PeftModel) else add_lora(base, lora)
+    peft_model = add_lora(base, lora) if isinstance(lora, LoraSection) else lora
     student: Any = peft_model.get_base_model()
     model = DiffusionLM(
         student,
@@ -195,28 +173,14 @@ def copy_of(model: PreTrainedModel) -> PreTrainedModel:
 
 def read_spec(folder: str | Path) -> DiffusionSpec:
     """`block_diffusion` in the config.json of a converted folder; DataError if it is none."""
-    try:
-        values = json.loads((Path(folder) / "config.json").read_text())["block_diffusion"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{folder} is not a folder written by opdlm convert (no block_diffusion in config.json). Give "
-            "the folder `model` of a run's output_dir."
-        ) from error
+    check_is_converted(folder)
+    values = json.loads((Path(folder) / "config.json").read_text())["block_diffusion"]
     try:
         return DiffusionSpec.from_dict(values)
     except (TypeError, ValueError) as error:
         raise DataError(
             f"{folder}/config.json: block_diffusion is not valid: {error} Convert the checkpoint again."
         ) from error
-
-
-def is_converted(folder: str | Path) -> bool:
-    """Whether `opdlm convert` wrote the folder: its config.json has an entry `block_diffusion`."""
-    file = Path(folder) / "config.json"
-    try:
-        return file.is_file() and "block_diffusion" in json.loads(file.read_text())
-    except ValueError:  # not JSON: loading the folder reports it
-        return False
 
 
 def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> tuple[DiffusionLM, Any]:
@@ -228,6 +192,8 @@ def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> tup
     if (folder / MASK_EMBEDDING_FILE).is_file():
         mask_embedding = load_file(folder / MASK_EMBEDDING_FILE)["mask_embedding"]
     if spec.adapter:
+        from peft import PeftModel
+
         with no_future_warnings():
             peft_model = PeftModel.from_pretrained(base, str(folder / ADAPTER_FOLDER))
         model = assemble(base, spec, lora=peft_model, mask_embedding=mask_embedding)
@@ -237,37 +203,6 @@ def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> tup
         student = load_causal_lm(str(folder / STUDENT_FOLDER), dtype)
         model = assemble(student, spec, lora=None, teacher=base, mask_embedding=mask_embedding)
     return model.to(device).eval().requires_grad_(False), load_tokenizer(str(folder))
-
-
-def load_decoder(model: str, mode: Mode, dtype: str = "float32") -> tuple[DiffusionLM, Any]:
-    """A converted folder, or (mode ar) a checkpoint as it is, as (DiffusionLM, tokenizer) on the GPU if there
-    is one.
-    """
-    from opdlm.checkpoints.convert import plain_decoder  # `convert` imports this file
-
-    path, device = resolve_path(model), str(PartialState().device)
-    if is_converted(Path(path)):
-        return load(path, dtype, device)
-    tokenizer = load_tokenizer(path)
-    if mode != "ar":
-        raise ConfigError(
-            f"--mode {mode} needs a diffusion model, and {model} is not a folder written by opdlm convert: "
-            "give one, or use --mode ar."
-        )
-    return plain_decoder(load_causal_lm(path, dtype), tokenizer).to(device), tokenizer
-
-
-def check_decodable(spec: DiffusionSpec, config: DecodeConfig) -> None:
-    """Raises ConfigError for settings that a checkpoint of this format and block size does not have."""
-    if config.mode == "lossless" and spec.format == "sdar":
-        raise ConfigError(
-            "--mode lossless needs a preserve checkpoint; this one is sdar. Use static or threshold."
-        )
-    if config.denoising_steps is not None and config.denoising_steps > spec.block_size:
-        raise ConfigError(
-            f"--denoising-steps ({config.denoising_steps}) must lie between 1 and the block size "
-            f"({spec.block_size})."
-        )
 
 
 def set_embedding_row(model: PreTrainedModel, token_id: int, entering_H: Tensor) -> None:
@@ -286,6 +221,19 @@ def check_fits(model: DiffusionLM, prompts: Sequence[Sequence[int]], max_new_tok
         raise DataError(
             f"the longest prompt ({longest} tokens) plus {key} ({max_new_tokens}) and two blocks of drafts "
             f"exceeds the model's context ({context_length(model)}). Lower {key} or shorten the prompt."
+        )
+
+
+def check_decode(config: DecodeConfig, spec: DiffusionSpec) -> None:
+    """Raises ConfigError for settings by which the checkpoint cannot decode."""
+    if config.mode == "lossless" and spec.format == "sdar":
+        raise ConfigError(
+            "`mode=lossless` needs a preserve checkpoint; this one is sdar. Use static or threshold."
+        )
+    if config.denoising_steps is not None and config.denoising_steps > spec.block_size:
+        raise ConfigError(
+            f"denoising_steps ({config.denoising_steps}) must lie between 1 and the block size "
+            f"({spec.block_size})."
         )
 
 

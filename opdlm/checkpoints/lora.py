@@ -14,11 +14,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -28,6 +25,9 @@ from opdlm.config.sections import LoraSection
 from opdlm.errors import ConfigError
 from opdlm.modeling.diffusion_lm import Adapted
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 ADAPTER = "default"
 """PEFT's name of the adapter."""
 
@@ -36,6 +36,8 @@ def add_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
     """Add a new float32 adapter to the model and freeze the base, whose output is unchanged while the adapter
     is disabled. ConfigError if `lora.target_modules` matches no layer, or one without a gate.
     """
+    from peft import LoraConfig, get_peft_model
+
     target = section.target_modules
     if target == "all-linear" and any(p.dim() == 3 for p in model.parameters()):
         target = attention_layers(model)
@@ -68,6 +70,9 @@ def no_future_warnings() -> Iterator[None]:
 
 def check_targets(peft_model: PeftModel, section: LoraSection) -> None:
     """ConfigError if a layer is adapted whose output cannot be gated."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
     base: Any = peft_model.get_base_model()
     if any(isinstance(m, ParamWrapper) for m in peft_model.modules()):
         raise ConfigError(
@@ -91,6 +96,8 @@ def attention_layers(model: PreTrainedModel) -> tuple[str, ...]:
 
 def adapted_layers(peft_model: PeftModel) -> list[Adapted]:
     """The layers with an adapter, which the gate controls."""
+    from peft.tuners.lora import LoraLayer
+
     layers: list[Any] = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
     return [Adapted(layer, layer.base_layer.forward, adapter_delta(layer)) for layer in layers]
 
@@ -125,6 +132,8 @@ def merge_adapter(peft_model: PeftModel) -> PreTrainedModel:
     """Merge the adapter into the weights of the base, in place, and return it. A 4-bit base is dequantised
     first, since rounding the sum to 4 bits would lose most of the adapter.
     """
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
     base = peft_model.get_base_model()
     if getattr(base, "is_loaded_in_4bit", False):
         weights, config = get_peft_model_state_dict(peft_model), peft_model.peft_config[ADAPTER]

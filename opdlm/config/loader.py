@@ -135,6 +135,10 @@ def build_section(
     """A section from plain values. ConfigError names the first wrong key; unknown keys are looked for in the
     tree `root` of `verb`.
     """
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:  # pydantic ignores those that a plain dataclass, such as a study's grid, lacks
+            raise ConfigError(unknown_key(f"{prefix}{key}", cls, prefix, root or cls, verb))
     try:
         return TypeAdapter(cls).validate_python(prepare(cls, values, prefix))
     except ValidationError as error:

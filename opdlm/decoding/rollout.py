@@ -43,6 +43,10 @@ class Rollout:
     """Forward passes of the decoding, prefill included; 0 if another engine decoded."""
     num_steps: int = 0
     """Denoising steps of the decoding."""
+    text: str = ""
+    """The response as text, where `opdlm.generate` was given a tokenizer: without special tokens, cut before
+    a stop string; with `infill` the filled prompt.
+    """
 
     @property
     def text_ids(self) -> tuple[int, ...]:
@@ -50,12 +54,14 @@ class Rollout:
         return self.response_ids[: self.num_response]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a dictionary that can be written as JSON."""
-        return asdict(self)
+        """The fields as a dictionary that can be written as JSON, without an empty `text`."""
+        values = asdict(self)
+        return values if self.text else {name: value for name, value in values.items() if name != "text"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Rollout:
         """The inverse of `to_dict`, also after JSON has turned tuples into lists. Other keys are ignored."""
+        values = {"text": ""} | values
         known: dict[str, Any] = {
             name: tuple(values[name]) if isinstance(values[name], list) else values[name]
             for name in cls.__dataclass_fields__

@@ -17,7 +17,6 @@ from threading import Event
 from typing import Any, TypeVar
 
 import torch
-from peft.tuners.lora import LoraLayer
 
 from opdlm.checkpoints.lora import adapted_layers
 from opdlm.modeling.diffusion_lm import DiffusionLM
@@ -28,6 +27,8 @@ Result = TypeVar("Result")
 
 def copy_trained(model: DiffusionLM) -> DiffusionLM:
     """A copy for inference with its own trained weights; frozen tensors are shared."""
+    from peft.tuners.lora import LoraLayer
+
     shared = [x for x in chain(model.parameters(), model.buffers()) if not x.requires_grad]
     copied = copy.deepcopy(model, {id(x): x for x in shared}).requires_grad_(False).eval()
     peft_model: Any = vars(copied).get("peft_model")

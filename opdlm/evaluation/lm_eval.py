@@ -12,14 +12,17 @@ with this model registered:
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opdlm.checkpoints.load import load
+from opdlm.checkpoints.load import load, read_spec
+from opdlm.config.sections import Config
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.generate import generate
 from opdlm.errors import ConfigError
@@ -180,6 +183,40 @@ def run_tasks(
         evaluated = simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, **options)
         assert evaluated is not None  # None on other ranks only
         results[mode] = evaluated["results"]
+    return results
+
+
+def evaluate_tasks(
+    folder: Path,
+    config: Config,
+    tasks: Sequence[str],
+    *,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    chat_template: bool = False,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Results per mode of a converted folder (`run_tasks`), in the modes of `eval.modes` or all that the
+    format has; written to lm_eval.json in `out`.
+    """
+    modes: tuple[Mode, ...] = config.eval.modes
+    if not modes:
+        preserves = read_spec(folder).format == "preserve"
+        modes = ("ar", "static", "threshold") if preserves else ("static", "threshold")
+    results = run_tasks(
+        str(folder),
+        tasks,
+        modes,
+        include_path=include_path,
+        num_fewshot=num_fewshot,
+        apply_chat_template=chat_template,
+        limit=config.eval.limit,
+        batch_size=config.eval.decode.batch_size,
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        record = {"folder": str(folder), "eval": config.to_dict()["eval"], "results": results}
+        (out / "lm_eval.json").write_text(json.dumps(record, indent=2, default=str))
     return results
 
 

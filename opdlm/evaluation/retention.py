@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlm import __version__
 from opdlm.checkpoints.load import check_fits, load, load_causal_lm, read_spec, vocabulary_rows
-from opdlm.config.rules import load_config
+from opdlm.config.loader import apply_override, build_section
+from opdlm.config.rules import check_config, load_config
 from opdlm.config.sections import CONFIG_COPY, Config, EvalSection, resolve_path
 from opdlm.data.prompts import Task, load_tasks
 from opdlm.errors import ConfigError, DataError, require_package
@@ -66,6 +67,19 @@ def read_config_of(folder: Path) -> Config:
     if not path.is_file():
         raise DataError(f"{folder} has no {CONFIG_COPY}: it was not written by opdlm convert.")
     return load_config(path)
+
+
+def eval_config(folder: Path, overrides: Sequence[str]) -> Config:
+    """The settings of the run that made the folder, with other `eval.*` keys."""
+    record = read_config_of(folder)
+    values = {"eval": record.to_dict()["eval"]}
+    for override in overrides:
+        if not override.startswith("eval."):
+            raise ConfigError(f"{override}: only eval.* keys matter here, for example eval.limit=10.")
+        apply_override(values, override)
+    config = replace(record, eval=build_section(Config, values).eval)
+    check_config(config)
+    return config
 
 
 def load_for_evaluation(folder: Path, teacher_path: str, dtype: str) -> tuple[DiffusionLM, Any]:

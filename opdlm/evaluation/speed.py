@@ -17,19 +17,30 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
+from rich.console import Console
 from transformers import PreTrainedModel
 
+from opdlm.checkpoints.load import check_decode, check_fits, load, load_causal_lm
+from opdlm.data.prompts import load_tasks
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
 from opdlm.errors import ConfigError
+from opdlm.evaluation.retention import read_config_of, versions
 from opdlm.modeling.compiled import compiled_decoding
 from opdlm.modeling.diffusion_lm import DiffusionLM
-from opdlm.vllm.engine import VllmTeacher, start_teacher
+from opdlm.vllm.engine import (
+    VllmTeacher,
+    check_vllm,
+    installed_version,
+    is_tested_version,
+    start_teacher,
+)
 
 AR_NAME = "transformers.generate"
 VLLM_NAME = "vllm"
@@ -85,6 +96,64 @@ def cut_after_stop(ids: Sequence[int], stops: Sequence[int]) -> tuple[int, ...]:
     return tuple(ids[:end])
 
 
+def bench_folder(
+    folder: Path,
+    config: DecodeConfig,
+    *,
+    prompts: str | None,
+    modes: Sequence[Mode],
+    batch_sizes: Sequence[int],
+    limit: int,
+    repeats: int,
+    compiles: bool,
+    vllm: Literal["auto", "always", "never"],
+    out: Path | None,
+    console: Console,
+) -> list[Speed]:
+    """Measure a converted folder and print the table; `opdlm.bench` documents the arguments."""
+    if vllm == "always":
+        check_vllm("`vllm=always`")
+    with_vllm = vllm != "never" and is_tested_version(installed_version())
+    model, tokenizer = load(folder, device=str(PartialState().device))
+    is_preserve = model.spec.format == "preserve"
+    if not is_preserve and {"ar", "lossless"} & set(modes):
+        raise ConfigError("`modes` ar and lossless need a preserve checkpoint; this one is sdar.")
+    check_decode(config, model.spec)
+    path = prompts or read_config_of(folder).eval.path
+    if not path:
+        raise ConfigError("the run had no evaluation set: `prompts` must name a JSONL file.")
+    tasks = load_tasks(path, tokenizer, model.spec.mask_token_id, limit=None)
+    ids = [task.prompt.ids for task in tasks][:: max(1, len(tasks) // limit)][:limit]
+    check_fits(model, ids, config.max_new_tokens, "max_new_tokens")
+    ar_model = load_causal_lm(str(folder), "float32")
+    ar_model.to(model.device)  # type: ignore[arg-type]
+    rows = measure_speed(
+        model,
+        ar_model,
+        ids,
+        modes or default_modes(is_preserve),
+        batch_sizes,
+        config=config,
+        repeats=repeats,
+        compiles=compiles,
+        vllm_folder=str(folder) if with_vllm else None,
+        on_row=lambda row: console.print(
+            f"batch {row.batch_size}: {row.name} {row.tokens_per_second:.0f} tokens/s", soft_wrap=True
+        ),
+    )
+    console.print(speed_table(rows), markup=False, soft_wrap=True)
+    if out is not None:
+        settings: dict[str, Any] = {"prompts": len(ids), "file": path, "repeats": repeats}
+        settings |= {"vllm": installed_version()} if with_vllm else {}
+        write_speed(rows, out, settings | versions())
+    return rows
+
+
+def default_modes(is_preserve: bool) -> tuple[Mode, ...]:
+    """All that the format has."""
+    return ("ar", "lossless", "static", "threshold") if is_preserve else ("static", "threshold")
+
+
 def measure_speed(
     model: DiffusionLM,
     ar_model: PreTrainedModel,
@@ -92,7 +161,7 @@ def measure_speed(
     modes: Sequence[Mode],
     batch_sizes: Sequence[int],
     *,
-    max_new_tokens: int,
+    config: DecodeConfig,
     repeats: int,
     compiles: bool = False,
     vllm_folder: str | None = None,
@@ -100,12 +169,14 @@ def measure_speed(
 ) -> list[Speed]:
     """One row per batch size and decoder, `transformers.generate` first.
 
-    `compiles` adds every mode with a compiled forward, `vllm_folder` adds vLLM. `on_row` is called with each
-    row. ConfigError if vLLM cannot run the folder.
+    Mode, batch size and sampling of `config` are replaced. `compiles` adds every mode with a compiled
+    forward, `vllm_folder` adds vLLM. `on_row` is called with each row. ConfigError if vLLM cannot run the folder.
     """
     rows = []
     for batch_size in batch_sizes:
-        plain = DecodeConfig(max_new_tokens=max_new_tokens, batch_size=batch_size)
+        plain = replace(
+            config, batch_size=batch_size, temperature=0.0, top_k=None, top_p=None, logprobs=False
+        )
         with running_vllm(vllm_folder, model, prompts, plain) as vllm:
             decoders = make_decoders(model, ar_model, prompts, modes, plain, compiles, vllm)
             rows += time_decoders(decoders, batch_size, repeats, on_row)

@@ -18,7 +18,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from opdlm.checkpoints.load import check_decodable, load_decoder, max_total_tokens
+from opdlm.checkpoints.convert import load_decoder
+from opdlm.checkpoints.load import check_decode, max_total_tokens
 from opdlm.data.prompts import encode_prompt
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import grid_of
@@ -255,13 +256,13 @@ def listen(host: str, port: int) -> socket.socket:
     headers, or an event of a stream, waits up to 40 ms for the client's acknowledgement.
     """
     if not 0 <= port < 2**16:
-        raise ConfigError(f"--port ({port}) must lie between 0 (any free one) and {2**16 - 1}.")
+        raise ConfigError(f"port ({port}) must lie between 0 (any free one) and {2**16 - 1}.")
     try:
         listener = socket.create_server((host, port))
     except OSError as error:
         raise ConfigError(
-            f"--host {host} --port {port} cannot be listened on: {error.strerror}. Choose another --port (0: "
-            "any free one)."
+            f"`host={host}` `port={port}` cannot be listened on: {error.strerror}. Choose another `port` "
+            "(0: any free one)."
         ) from error
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
@@ -279,8 +280,8 @@ def serve_folder(
     decode: DecodeConfig = DEFAULT_DECODE,
     dtype: str = "float32",
     compile: bool = False,
-) -> int:
-    """Serve a converted folder (mode ar: any checkpoint) until Ctrl-C; return 0.
+) -> None:
+    """Serve a converted folder (mode ar: any checkpoint) until Ctrl-C.
 
     `name`: of the model in requests, by default `folder`. `port` 0: any free one. `max_rows`: responses
     decoded at once. `max_length`: tokens of prompt and response together, by default the model's context, at
@@ -288,16 +289,16 @@ def serve_folder(
     ConfigError for settings that do not fit the model or the machine.
     """
     if max_rows < 1:
-        raise ConfigError(f"--max-rows ({max_rows}) must be at least 1.")
+        raise ConfigError(f"max_rows ({max_rows}) must be at least 1.")
     for package in ("fastapi", "uvicorn"):
         require_package(package, "serve", "opdlm serve")
-    model, tokenizer = load_decoder(folder, decode.mode, dtype)
-    check_decodable(model.spec, decode)
+    model, tokenizer = load_decoder(folder, dtype)
+    check_decode(decode, model.spec)
     longest = max_total_tokens(model)
     max_length = max_length or int(min(longest, DEFAULT_LENGTH))
     if not decode.max_new_tokens < max_length <= longest:
         raise ConfigError(
-            f"--max-length ({max_length}) must be more than --max-new-tokens ({decode.max_new_tokens}) "
+            f"max_length ({max_length}) must be more than max_new_tokens ({decode.max_new_tokens}) "
             f"and at most {longest}, the model's context less two blocks of drafts."
         )
     listener = listen(host, port)
@@ -311,4 +312,3 @@ def serve_folder(
 
     with compiled_decoding(model, compile), suppress(KeyboardInterrupt):  # uvicorn raises it again
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
-    return 0

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.checkpoints.convert import make_spec, probe, stop_token_ids
-from opdlm.checkpoints.load import is_converted, load, load_causal_lm, load_tokenizer, vocabulary_rows
+from opdlm.checkpoints.folders import is_converted
+from opdlm.checkpoints.load import load, load_causal_lm, load_tokenizer, vocabulary_rows
 from opdlm.config.loader import apply_override, build_section
 from opdlm.config.rules import load_config
 from opdlm.config.sections import CONFIG_COPY

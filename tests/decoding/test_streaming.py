@@ -15,7 +15,8 @@ from rich.console import Console
 from tiny_checkpoints import convert_both, tiny_tokenizer
 
 from opdlm.checkpoints.load import load
-from opdlm.cli.main import MODES, main
+from opdlm.cli.flags import MODES
+from opdlm.cli.main import main
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
 from opdlm.decoding.streaming import GAP, ResponseView, StablePrefix, StopStrings, encode_gaps

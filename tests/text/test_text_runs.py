@@ -12,9 +12,9 @@ import torch
 from tiny_checkpoints import failing_after_a_save, write_checkpoint, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import opdlm
 from opdlm.checkpoints.load import load
 from opdlm.cli.main import main
-from opdlm.cli.verbs import load_decoder
 from opdlm.config.text import build_text_config
 from opdlm.text.pipeline import load_text_inputs
 
@@ -90,7 +90,7 @@ def test_neither_transformers_nor_we_write_the_mask_token(text: Path) -> None:
     """Its logit was never trained, so it may be the highest."""
     folder = text / "plain" / "model"
     assert AutoModelForCausalLM.from_pretrained(folder).generation_config.suppress_tokens == [258]
-    decoder, tokenizer = load_decoder(str(folder), "ar")
+    decoder, tokenizer = opdlm.load(folder, mode="ar")
     assert tokenizer.mask_token_id == 258 and 258 in decoder.spec.banned_token_ids
 
 
