@@ -42,6 +42,7 @@ REMOTE_FILES = (
     "decoding/decode_config.py",
     "decoding/decode_state.py",
     "modeling/diffusion_lm.py",
+    "modeling/gate.py",
     "modeling/attention.py",
     "modeling/kv_cache.py",
     "decoding/unmasking.py",

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from opdlm.config.sections import LoraSection
 from opdlm.errors import ConfigError
-from opdlm.modeling.diffusion_lm import Adapted
+from opdlm.modeling.gate import Adapted
 
 if TYPE_CHECKING:
     from peft import PeftModel

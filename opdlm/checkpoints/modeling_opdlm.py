@@ -31,7 +31,8 @@ from ..decoding.rollout import Rollout as Rollout
 from ..decoding.unmasking import Remasking as Remasking
 from ..modeling.attention import choose_backend as choose_backend
 from ..modeling.cpu_linear import use_faster_linear
-from ..modeling.diffusion_lm import Adapted, DiffusionLM, DiffusionSpec
+from ..modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+from ..modeling.gate import Adapted
 from ..modeling.kv_cache import DecodeCache as DecodeCache
 from ..modeling.slots import Grid as Grid
 

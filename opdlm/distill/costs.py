@@ -28,10 +28,10 @@ from opdlm.config.schedules import (
     block_size_at,
     first_reused_step,
     is_from_teacher,
+    length_cap,
     selection_at,
 )
 from opdlm.config.sections import Config, resolve_path
-from opdlm.distill.rollouts import length_cap
 from opdlm.errors import DataError
 from opdlm.objectives.losses import default_chunk_size, num_temporaries
 from opdlm.objectives.targets import needs_teacher

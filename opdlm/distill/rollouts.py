@@ -7,7 +7,6 @@ prompt, so rollouts do not depend on the number of ranks.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -19,7 +18,7 @@ from typing import Any
 from accelerate import Accelerator, PartialState
 from torch import nn
 
-from opdlm.config.schedules import block_size_at, is_from_teacher
+from opdlm.config.schedules import block_size_at, is_from_teacher, length_cap
 from opdlm.config.sections import Config, RolloutSection
 from opdlm.data.prompts import PromptStream
 from opdlm.decoding.decode_config import DecodeConfig
@@ -41,18 +40,6 @@ from opdlm.vllm.engine import (
     start_student,
     start_teacher,
 )
-
-
-def length_cap(section: RolloutSection, step: int, block_size: int) -> int:
-    """Maximum response tokens in rollout step `step` (counted from 1). During the ramp it is a multiple of
-    the block size.
-    """
-    if section.start_new_tokens is None or step >= section.ramp_steps:
-        return section.decode.max_new_tokens
-    progress = step / section.ramp_steps
-    share = 1 - math.cos(math.pi / 2 * progress) if section.ramp == "cosine" else progress
-    length = section.start_new_tokens + share * (section.decode.max_new_tokens - section.start_new_tokens)
-    return max(block_size, round(length / block_size) * block_size)
 
 
 def rollout_decode_config(

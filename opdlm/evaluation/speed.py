@@ -170,7 +170,8 @@ def measure_speed(
     """One row per batch size and decoder, `transformers.generate` first.
 
     Mode, batch size and sampling of `config` are replaced. `compiles` adds every mode with a compiled
-    forward, `vllm_folder` adds vLLM. `on_row` is called with each row. ConfigError if vLLM cannot run the folder.
+    forward, `vllm_folder` adds vLLM. `on_row` is called with each row. ConfigError
+    if vLLM cannot run the folder.
     """
     rows = []
     for batch_size in batch_sizes:

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 
 from opdlm.errors import ConfigError
 from opdlm.modeling.attention import SlotForward, no_mask
-from opdlm.modeling.diffusion_lm import DiffusionLM, Gate, PackedForward, backbone
+from opdlm.modeling.diffusion_lm import DiffusionLM, PackedForward, backbone
+from opdlm.modeling.gate import Gate
 from opdlm.modeling.kv_cache import DecodeCache, attend_rows, store
 
 WIDE = 4

@@ -28,6 +28,7 @@ from opdlm.errors import DataError
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.objectives.losses import LossOutput
 from opdlm.seeds import Stream, generator_for
+from opdlm.training.activation_checkpointing import checkpoint_layers
 from opdlm.training.checkpoint import (
     find_checkpoints,
     load_average,
@@ -49,7 +50,7 @@ from opdlm.training.devices import (
 from opdlm.training.dropout import training_dropout
 from opdlm.training.ema import Average, averaged_weights, start_average, update_average, use_average
 from opdlm.training.metrics import MetricsLog
-from opdlm.training.optimizer import checkpoint_layers, make_optimizer
+from opdlm.training.optimizer import make_optimizer
 
 EvalCallback = Callable[[DiffusionLM], dict[str, float]]
 """Evaluates a model, identically on every rank. `eval.patience` compares its `score`; higher is better."""

@@ -25,8 +25,8 @@ from opdlm.seeds import generator_for
 from opdlm.text import trainer as text_trainer
 from opdlm.text.batches import TextBatch, block_batch, can_mask, mixed_rows
 from opdlm.text.trainer import TextLoss, TextRun, num_causal_rows, start_run, train_step
+from opdlm.training.activation_checkpointing import checkpoint_layers
 from opdlm.training.dropout import add_output_dropout, training_dropout
-from opdlm.training.optimizer import checkpoint_layers
 
 LENGTH = 12
 COMPARED = ("loss", "ar_loss", "md_loss", "grad_norm", "learning_rate", "tokens", "epoch")
