@@ -20,6 +20,6 @@ class DataError(OpdlmError):
 
 
 def require_package(package: str, extra: str, setting: str) -> None:
-    """ConfigError if a setting needs an optional package that is not installed. It is not imported."""
+    """ConfigError if a setting needs an optional package that is not installed. Nothing is imported."""
     if find_spec(package) is None:
         raise ConfigError(f"{setting} needs {package}, which is not installed: pip install 'opdlm[{extra}]'.")
