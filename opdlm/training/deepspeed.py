@@ -142,8 +142,11 @@ class ZeroOptimizer(Optimizer):
         """One update on clipped gradients; their norm before."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.param_groups[0]["lr"]
-        self.engine.step()
+        self.step()
         return float(self.engine.get_global_grad_norm())
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.engine.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Whole tensors on rank 0's CPU; the other ranks only send their pieces."""

@@ -1,8 +1,8 @@
-"""The training loop without what is trained: steps, updates, checkpoints, averages, measurements.
+"""The training loop that both trainers share: steps, updates, checkpoints, averaged weights, measurements.
 
-`trainer` (rollouts) and `text_trainer` (given text) say what one step does; both run, stop, save and continue
-here. The loss of an update is normalised over the whole update, so micro-batching and the number of ranks
-change no gradient. Not here: models, data, losses.
+`distill.trainer` (rollouts) and `text.trainer` (given text) define one step. Running, stopping, saving and
+resuming are here. The loss of an update is normalised over the whole update, so micro-batching and the number
+of ranks change no gradient. Not here: models, data, losses.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from opdlm.config.loader import read_recipe
-from opdlm.config.sections import OptimizerSection, RunConfig
+from opdlm.config.sections import RunConfig
 from opdlm.errors import ConfigError, DataError
 from opdlm.files import write_atomic
 from opdlm.modeling.diffusion_lm import DiffusionLM
@@ -51,7 +52,7 @@ from opdlm.training.devices import (
 )
 from opdlm.training.dropout import training_dropout
 from opdlm.training.metrics import MetricsLog
-from opdlm.training.optimizer import checkpoint_layers, make_optimizer
+from opdlm.training.optimizer import checkpoint_layers, make_optimizer, make_scheduler
 
 CONFIG_FILE = "config.yaml"
 FREE_SETTINGS = (
@@ -75,7 +76,7 @@ class Loop:
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
     num_planned: int
-    """Updates in the whole run: what the learning rate follows."""
+    """Updates in the whole run, over which the learning rate falls."""
     num_updates: int = 0
     totals: dict[str, float] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
@@ -83,7 +84,11 @@ class Loop:
     data_digest: str = ""
     """`digest_of` what is trained on: a run does not continue on other data."""
     scores: list[float] = field(default_factory=list)
-    """What the measurements during training found so far."""
+    """Scores of the measurements so far."""
+    scheduler: LambdaLR = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scheduler = make_scheduler(self.optimizer, self.config.optimizer, self.num_planned)
 
     def progress(self, step: int) -> dict[str, Any]:
         """What a checkpoint after `step` steps holds beside tensors."""
@@ -93,6 +98,9 @@ class Loop:
     def restore(self, progress: dict[str, Any]) -> None:
         self.num_updates, self.totals = progress["num_updates"], progress["totals"]
         self.scores = progress["scores"]
+        self.scheduler = make_scheduler(
+            self.optimizer, self.config.optimizer, self.num_planned, self.num_updates
+        )
 
 
 def prepare_output(config: RunConfig, *, writes: bool = True) -> Path:
@@ -228,6 +236,8 @@ class UpdateSums:
     """Sums over updates for the step's metrics."""
 
     loss: float = 0.0
+    learning_rate: float = 0.0
+    """Of the last update."""
     grad_norm: float = 0.0
     num_updates: int = 0
     positions: int = 0
@@ -235,6 +245,7 @@ class UpdateSums:
 
     def __iadd__(self, other: UpdateSums) -> UpdateSums:
         self.loss += other.loss
+        self.learning_rate = other.learning_rate
         self.grad_norm += other.grad_norm
         self.num_updates += other.num_updates
         self.positions += other.positions
@@ -265,15 +276,21 @@ def update_weights(
             divergence += float(output.per_position_M.sum())
             num_positions += len(weights_M)
     loss, divergence, positions = sum_over_ranks(loop.accelerator, loss, divergence, num_positions)
-    sums = UpdateSums(loss / loop.accelerator.num_processes, 0.0, 1, int(positions), divergence)
+    sums = UpdateSums(
+        loss=loss / loop.accelerator.num_processes,
+        learning_rate=float(loop.scheduler.get_last_lr()[0]),
+        num_updates=1,
+        positions=int(positions),
+        divergence=divergence,
+    )
     if not math.isfinite(sums.loss):
         raise DataError(
             f"the loss became {sums.loss} at update {loop.num_updates + 1}. Lower optimizer.learning_rate "
             f"({config.optimizer.learning_rate:g}) and start again from the last checkpoint."
         )
-    set_learning_rate(loop)
     max_norm = config.optimizer.max_grad_norm
     sums.grad_norm = clip_and_step(loop.loss, loop.optimizer, loop.accelerator, max_norm)
+    loop.scheduler.step()
     loop.num_updates += 1
     update_average(loop)
     return sums
@@ -330,21 +347,6 @@ def has_stalled(loop: Loop) -> bool:
         return False
     best = loop.scores.index(max(loop.scores))
     return len(loop.scores) - 1 - best >= patience
-
-
-def learning_rate_scale(update_index: int, total: int, section: OptimizerSection) -> float:
-    """Linear warm-up, then a cosine to `min_learning_rate_ratio`."""
-    if update_index < section.warmup_steps:
-        return update_index / section.warmup_steps
-    progress = (update_index - section.warmup_steps) / max(1, total - section.warmup_steps)
-    floor = section.min_learning_rate_ratio
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def set_learning_rate(loop: Loop) -> None:
-    scale = learning_rate_scale(loop.num_updates, loop.num_planned, loop.config.optimizer)
-    for group in loop.optimizer.param_groups:
-        group["lr"] = loop.config.optimizer.learning_rate * scale
 
 
 def save(loop: Loop, step: int) -> None:
