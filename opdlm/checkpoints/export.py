@@ -47,7 +47,6 @@ REMOTE_FILES = (
     "decoding/unmasking.py",
     "modeling/slots.py",
     "decoding/rollout.py",
-    "modeling/cpu_linear.py",
 )
 PACKAGE_IMPORT = re.compile(r"^from \.\.?(?:\w+\.)?(\w+) import", re.MULTILINE)
 """An import of a sibling sub-package: transformers reads remote code from one flat folder."""

@@ -29,6 +29,7 @@ from opdlm.decoding.rollout import Rollout
 from opdlm.errors import ConfigError
 from opdlm.modeling.compiled import compiled_decoding
 from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.reporting.tables import Table, count, percent
 from opdlm.vllm.engine import VllmTeacher, start_teacher
 
 AR_NAME = "transformers.generate"
@@ -208,15 +209,25 @@ def summarise(
     )
 
 
-def speed_table(rows: Sequence[Speed]) -> str:
-    lines = ["| batch | decoding | tokens/s | × AR | tokens/forward | = AR |", "|---:|---|" + "---:|" * 4]
-    for row in rows:
-        per_forward = "–" if row.tokens_per_forward is None else f"{row.tokens_per_forward:.2f}"
-        lines.append(
-            f"| {row.batch_size} | {row.name} | {row.tokens_per_second:.0f} | {row.speedup:.2f} "
-            f"| {per_forward} | {100 * row.identical:.1f} % |"
-        )
-    return "\n".join(lines)
+def speed_table(rows: Sequence[Speed]) -> Table:
+    """A row per way of decoding and batch size."""
+    return Table(
+        title="Decoding speed",
+        head=["decoding", "batch", "tokens/s", "× AR", "tokens/forward", "= AR"],
+        rows=[
+            [
+                row.name,
+                str(row.batch_size),
+                f"{row.tokens_per_second:.0f}",
+                f"{row.speedup:.2f}",
+                count(row.tokens_per_forward),
+                percent(row.identical),
+            ]
+            for row in rows
+        ],
+        note="× AR: speed over `transformers.generate`. = AR: responses equal to those of "
+        "`transformers.generate`.",
+    )
 
 
 def write_speed(rows: Sequence[Speed], folder: Path, settings: dict[str, Any]) -> None:

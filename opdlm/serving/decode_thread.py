@@ -19,7 +19,6 @@ from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.decode_state import Request
 from opdlm.decoding.generate import Decoder, FindEnd
 from opdlm.decoding.rollout import Rollout
-from opdlm.modeling.cpu_linear import packed_weights
 from opdlm.modeling.diffusion_lm import DiffusionLM
 
 
@@ -55,10 +54,9 @@ class DecodeThread(Thread):
         self._count = itertools.count()
 
     def run(self) -> None:
-        with packed_weights(self.model):
-            while True:
-                self._receive()
-                self._advance()
+        while True:
+            self._receive()
+            self._advance()
 
     def _advance(self) -> None:
         """One forward; who is through or has failed hears of it."""
