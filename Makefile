@@ -33,7 +33,8 @@ test-vllm:
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy opdlm
+	$(BIN)/mypy opdlm examples benchmarks
+	$(BIN)/lint-imports
 
 wheel: env
 	rm -rf dist

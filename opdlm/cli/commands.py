@@ -240,7 +240,7 @@ def run_harness(options: argparse.Namespace, folders: Sequence[Path], config: Co
         num_fewshot=options.num_fewshot,
         apply_chat_template=options.chat_template,
         limit=config.eval.limit,
-        batch_size=config.eval.batch_size,
+        batch_size=config.eval.decode.batch_size,
     )
     for mode, tasks in results.items():
         for task, numbers in tasks.items():

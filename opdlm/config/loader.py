@@ -1,7 +1,7 @@
-"""Dataclasses from YAML files and `section.key=value` strings, with every mistake explained.
+"""Settings from YAML files and `section.key=value` strings, with every mistake explained in one sentence.
 
-Nothing here knows which settings exist: a tree of dataclasses says that, its types are checked, and the
-docstring under a field is its help text.
+Nothing here knows which settings exist: pydantic validates a tree of dataclasses, and the docstring under a
+field is its help text.
 """
 
 from __future__ import annotations
@@ -10,18 +10,38 @@ import ast
 import difflib
 import inspect
 import itertools
+import logging
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from opdlm.errors import ConfigError
 
 Section = TypeVar("Section")
+
+logger = logging.getLogger(__name__)
+
+DECODE_KEYS = {
+    **{key: key for key in ("max_new_tokens", "batch_size", "temperature", "confidence_threshold")},
+    "veto_below": "ar_accept_threshold",
+}
+OLD_KEYS = {
+    "train.passes_per_rollout": "train.epochs_per_rollout",
+    "rollout.remasking": "rollout.decode.mode",
+    **{f"rollout.{key}": f"rollout.decode.{key}" for key in ("top_k", "top_p", "denoising_steps")},
+    **{f"rollout.{old}": f"rollout.decode.{new}" for old, new in DECODE_KEYS.items()},
+    **{f"eval.{old}": f"eval.decode.{new}" for old, new in DECODE_KEYS.items()},
+    "eval.forward_overhead": "eval.decode.forward_overhead",
+}
+"""Earlier names of settings, which recipes and result folders may still use."""
 
 
 def plain(value: Any) -> Any:
@@ -31,7 +51,16 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings by dotted key."""
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
+    """The tree of a YAML file, old names replaced. ConfigError where it is not one."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -43,10 +72,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise ConfigError(f"recipe {path} is not valid YAML: {first_line}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {path} must be a mapping of sections, not {type(values).__name__}.")
+    rename_old_keys(values)
     return values
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
+    """Enter `section.key=value` into a tree. The value is read as YAML; an old name is replaced."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(
@@ -56,12 +87,42 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
         value = text
+    if key in OLD_KEYS:
+        tell_renamed(key)
+    set_value(values, OLD_KEYS.get(key, key), value)
+
+
+def set_value(values: dict[str, Any], key: str, value: Any) -> None:
     *sections, name = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ConfigError(f"{key}: {section} is a value, not a section.")
     values[name] = value
+
+
+def read_settings(recipe: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """A recipe changed by overrides."""
+    values = read_recipe(recipe) if recipe is not None else {}
+    for override in overrides:
+        apply_override(values, override)
+    return values
+
+
+def rename_old_keys(values: dict[str, Any]) -> None:
+    """Replace old names of settings, in place."""
+    for old, new in OLD_KEYS.items():
+        section, key = old.split(".")
+        tree = values.get(section)
+        if isinstance(tree, dict) and key in tree:
+            set_value(values, new, tree.pop(key))
+            tell_renamed(old)
+
+
+@cache
+def tell_renamed(old: str) -> None:
+    """One notice per name and process: the settings of a result folder are read several times."""
+    logger.warning("opdlm: %s is now called %s.", old, OLD_KEYS[old])
 
 
 def build_section(
@@ -71,26 +132,124 @@ def build_section(
     root: type | None = None,
     verb: str = "convert",
 ) -> Section:
-    """A dataclass from plain values; unknown keys (of the tree `root` of `verb`) and wrong types are
-    explained.
+    """A section from plain values. ConfigError names the first wrong key; unknown keys are looked for in the
+    tree `root` of `verb`.
     """
+    try:
+        return TypeAdapter(cls).validate_python(prepare(cls, values, prefix))
+    except ValidationError as error:
+        raise ConfigError(explain(error, cls, prefix, root or cls, verb)) from None
+
+
+def prepare(cls: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """What YAML and command lines write differently from Python: `a,b` for a list, a bare `no` for a word."""
     hints = typing.get_type_hints(cls)
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in known:
-            raise ConfigError(unknown_key(f"{prefix}{key}", cls, prefix, root or cls, verb))
-    built = {}
+    prepared: dict[str, Any] = {}
     for key, value in values.items():
-        name = f"{prefix}{key}"
-        if is_dataclass(hints[key]):
+        hint = hints.get(key)
+        if isinstance(hint, type) and is_dataclass(hint):
             if not isinstance(value, Mapping):
-                raise ConfigError(
-                    f"{name} is a section: set its keys, for example {name}.{fields(hints[key])[0].name}."
-                )
-            built[key] = build_section(hints[key], value, f"{name}.", root or cls, verb)
+                example = f"{prefix}{key}.{fields(hint)[0].name}"
+                raise ConfigError(f"{prefix}{key} is a section: set its keys, for example {example}.")
+            prepared[key] = prepare(hint, value, f"{prefix}{key}.")
         else:
-            built[key] = convert_value(name, value, hints[key])
-    return cls(**built)
+            prepared[key] = prepare_value(value, hint)
+    return prepared
+
+
+def prepare_value(value: Any, hint: Any) -> Any:
+    options = members(hint)
+    if any(typing.get_origin(option) is tuple for option in options) and not isinstance(value, list | tuple):
+        is_word = any(typing.get_origin(option) is Literal for option in options)
+        if value is None or is_word or (str in options and "," not in str(value)):
+            return value
+        return [part for part in str(value).split(",") if part]
+    if isinstance(value, bool) and bool not in options:
+        choices = [word for option in options for word in typing.get_args(option)]
+        words = ("yes", "on") if value else ("no", "off")  # YAML reads a bare `no` as false
+        return next((word for word in words if word in choices), str(value).lower())
+    return value
+
+
+def members(hint: Any) -> list[Any]:
+    """The types of a union, without their bounds."""
+    if typing.get_origin(hint) is Annotated:
+        return members(typing.get_args(hint)[0])
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return [member for option in typing.get_args(hint) for member in members(option)]
+    return [hint]
+
+
+def explain(error: ValidationError, cls: type, prefix: str, root: type, verb: str) -> str:
+    """The first wrong key as one sentence: name, value, rule."""
+    errors = error.errors()
+    path, owner = field_path(cls, errors[0]["loc"])
+    name = prefix + ".".join(path)
+    if errors[0]["type"] == "unexpected_keyword_argument":
+        return unknown_key(name, owner, name.removesuffix(path[-1]), root, verb)
+    if errors[0]["type"] == "value_error":  # of a section that checks itself, which names its key
+        return f"{name}.{errors[0]['ctx']['error']}"
+    found = most_telling([other for other in errors if field_path(cls, other["loc"])[0] == path])
+    hint = typing.get_type_hints(owner, include_extras=True)[path[-1]]
+    return f"{name} ({found['input']!r}) {rule_of(found, hint, name)}"
+
+
+def field_path(cls: type, loc: Sequence[int | str]) -> tuple[list[str], type]:
+    """Names of the sections and of the key that an error lies in, and the section that has the key."""
+    path: list[str] = []
+    for part in loc:
+        path.append(str(part))
+        hint = typing.get_type_hints(cls).get(str(part))
+        if not (isinstance(hint, type) and is_dataclass(hint)):
+            break
+        cls = hint
+    return path, cls
+
+
+def most_telling(errors: list[ErrorDetails]) -> ErrorDetails:
+    """Every member of a union has its own error: that of the words for a word, else the innermost other."""
+    words = [error for error in errors if error["type"] == "literal_error"]
+    others = [error for error in errors if error["type"] != "literal_error"]
+    if words and (not others or isinstance(words[0]["input"], str)):
+        return words[0]
+    return max(others, key=lambda error: len(error["loc"]))
+
+
+def rule_of(error: ErrorDetails, hint: Any, name: str) -> str:
+    """What a value must be, as the end of a sentence that starts with its key."""
+    kind, value = error["type"], error["input"]
+    match kind:
+        case "literal_error":
+            choices = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+            near = difflib.get_close_matches(str(value), choices.split(", "), n=1)
+            others = ", or float" if float in members(hint) else ""
+            return f"must be one of {choices}{others}." + (f" Did you mean {near[0]}?" if near else "")
+        case "finite_number":
+            return "must be finite."
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            return f"must {bounds_of(hint)}."
+        case "tuple_type" | "too_long" | "too_short" | "missing":
+            return "needs 2 values." if isinstance(error["loc"][-1], int) else "must be a list."
+        case "dict_type":
+            return f"must be a mapping: {name}.KEY=VALUE."
+    wanted = kind.split("_")[0]
+    return f"must be {WORDS.get(wanted, wanted)}, not {type(value).__name__}."
+
+
+WORDS = {"string": "str"}
+"""Names of types where pydantic's errors have others."""
+
+
+def bounds_of(hint: Any) -> str:
+    """The range of a number: its ends, or the one that it has."""
+    ends: dict[str, Any] = {}
+    for option in [hint, *typing.get_args(hint)]:
+        for info in typing.get_args(option)[1:] if typing.get_origin(option) is Annotated else ():
+            ends |= {name: bound for item in info.metadata for name, bound in asdict(item).items()}
+    low, high = ends.get("ge", ends.get("gt")), ends.get("le", ends.get("lt"))
+    if high is not None:
+        return f"lie between {low} and {high}"
+    return f"be greater than {low}" if "gt" in ends else f"be at least {low}"
 
 
 def unknown_key(name: str, cls: type, prefix: str, root: type, verb: str) -> str:
@@ -106,80 +265,13 @@ def unknown_key(name: str, cls: type, prefix: str, root: type, verb: str) -> str
     return f"unknown key {name}.{hint} `opdlm {verb} --list-keys` shows all."
 
 
-def convert_value(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`, or a ConfigError naming key, value and rule."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        options = [a for a in arguments if a is not type(None)]
-        return convert_value(name, value, fitting(value, options))
-    if origin is Literal:
-        if isinstance(value, bool):  # YAML reads a bare `no` as false
-            words = ("yes", "on") if value else ("no", "off")
-            value = next((word for word in words if word in arguments), value)
-        if value not in arguments:
-            near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
-            hint_text = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigError(
-                f"{name} ({value!r}) must be one of {', '.join(map(str, arguments))}.{hint_text}"
-            )
-        return value
-    if origin is tuple:
-        items = items_of(value, int in arguments)
-        kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else list(arguments)
-        if len(items) != len(kinds):
-            raise ConfigError(f"{name} ({value!r}) needs {len(kinds)} values.")
-        return tuple(convert_value(name, item, kind) for item, kind in zip(items, kinds, strict=True))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{name} ({value!r}) must be a mapping: {name}.KEY=VALUE.")
-        return {str(k): convert_value(f"{name}.{k}", v, arguments[1]) for k, v in value.items()}
-    return convert_scalar(name, value, hint)
-
-
-def items_of(value: Any, are_whole_numbers: bool) -> Any:
-    """A list, or `a,b` as overrides give it; a single value is a list of one."""
-    if isinstance(value, list | tuple):
-        return value
-    parts = [part for part in str(value).split(",") if part]
-    return [yaml.safe_load(part) for part in parts] if are_whole_numbers else parts
-
-
-def fitting(value: Any, options: list[Any]) -> Any:
-    """The member of a union that a value is meant for: a known word, a list, or anything else."""
-    is_list = isinstance(value, list | tuple) or "," in str(value)
-    for option in options:
-        origin = typing.get_origin(option)
-        if (origin is tuple and is_list) or (origin is Literal and str(value) in typing.get_args(option)):
-            return option
-    scalars = [option for option in options if typing.get_origin(option) is None]
-    return (scalars or options)[0]
-
-
-def convert_scalar(name: str, value: Any, kind: type) -> Any:
-    is_bool = isinstance(value, bool)
-    if kind is bool and is_bool:
-        return value
-    if kind is int and isinstance(value, int) and not is_bool:
-        return value
-    if kind is float and not is_bool and isinstance(value, int | float | str):
-        try:
-            return float(value)  # YAML reads 1e-5 as text
-        except ValueError:
-            pass
-    if kind is str and isinstance(value, str | int | float) and not is_bool:
-        return str(value)
-    raise ConfigError(f"{name} ({value!r}) must be {kind.__name__}, not {type(value).__name__}.")
-
-
 def describe_fields(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """(dotted key, default, help text) of every setting."""
     hints = typing.get_type_hints(cls)
     docs = field_docstrings(cls)
     default = cls()
     for f in fields(cls):
-        if is_dataclass(hints[f.name]):
+        if isinstance(hints[f.name], type) and is_dataclass(hints[f.name]):
             yield from describe_fields(hints[f.name], f"{prefix}{f.name}.")
         else:
             yield f"{prefix}{f.name}", getattr(default, f.name), docs.get(f.name, "")

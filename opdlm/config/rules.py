@@ -11,41 +11,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from opdlm.config.loader import apply_override, build_section, plain, read_recipe
+from opdlm.config.loader import build_section, plain, read_settings
 from opdlm.config.sections import Config, MaskSection, RunConfig
 from opdlm.errors import ConfigError
 
 
 def load_config(recipe: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Defaults, then the recipe, then `section.key=value` strings; checked as a whole."""
-    values: dict[str, Any] = {}
-    if recipe is not None:
-        values = read_recipe(recipe)
-    for override in overrides:
-        apply_override(values, override)
-    config = build_section(Config, values)
+    config = build_section(Config, read_settings(recipe, overrides))
     check_config(config)
     return config
 
 
 def check_config(config: Config) -> None:
     """Rules across keys. Raises ConfigError for the first that does not hold."""
-    check_ranges(config)
     check_schedule("format.block_growth", config.format.block_growth, "format.block_size", config)
     check_schedule("states.selection_schedule", config.states.selection_schedule, "states.selection", config)
     check_curricula(config)
     check_masking(config)
+    check_decode_groups(config)
     rollout = config.rollout
     b = min([size for _, size in config.format.block_growth], default=config.format.block_size)
-    if rollout.denoising_steps is not None and rollout.denoising_steps > b:
+    if rollout.decode.denoising_steps is not None and rollout.decode.denoising_steps > b:
         raise ConfigError(
-            f"rollout.denoising_steps ({rollout.denoising_steps}) exceeds format.block_size ({b}): "
-            "each step reveals at least one token, so use at most block_size steps."
+            f"rollout.decode.denoising_steps ({rollout.decode.denoising_steps}) exceeds format.block_size "
+            f"({b}): each step reveals at least one token, so use at most block_size steps."
         )
-    if rollout.start_new_tokens is not None and rollout.start_new_tokens > rollout.max_new_tokens:
+    if rollout.start_new_tokens is not None and rollout.start_new_tokens > rollout.decode.max_new_tokens:
         raise ConfigError(
-            f"rollout.start_new_tokens ({rollout.start_new_tokens}) exceeds rollout.max_new_tokens "
-            f"({rollout.max_new_tokens}): the curriculum only grows. Lower the start."
+            f"rollout.start_new_tokens ({rollout.start_new_tokens}) exceeds rollout.decode.max_new_tokens "
+            f"({rollout.decode.max_new_tokens}): the curriculum only grows. Lower the start."
         )
     if config.train.rows_per_update > rollout.prompts_per_step:
         raise ConfigError(
@@ -78,6 +73,25 @@ def check_config(config: Config) -> None:
     check_engine(config)
 
 
+WITHOUT_EFFECT = {
+    "eval.decode.mode": "eval.modes lists the modes",
+    **{
+        f"{name}.decode.entropy_bound": "mode entropy is for `opdlm generate`" for name in ("eval", "rollout")
+    },
+    **{f"{name}.decode.logprobs": "`opdlm generate --logprobs` shows them" for name in ("eval", "rollout")},
+    "rollout.decode.forward_overhead": "rollouts are not drafted",
+}
+"""Settings of a decode group that the section does not read, and why."""
+
+
+def check_decode_groups(config: Config) -> None:
+    """A setting that would not be read is refused."""
+    given, defaults = config.flat(), Config().flat()
+    for key, reason in WITHOUT_EFFECT.items():
+        if given[key] != defaults[key]:
+            raise ConfigError(f"{key} ({given[key]}) has no effect: {reason}. Leave it out.")
+
+
 def check_evaluation(config: Config) -> None:
     """Rules between the settings of the measurement."""
     if config.eval.scoring == "code" and not config.eval.run_code:
@@ -94,10 +108,10 @@ def check_evaluation(config: Config) -> None:
         raise ConfigError(
             "eval.likelihood_samples (1) leaves the error of the bound unknown: use 0 (off) or at least 2."
         )
-    if config.eval.seeds > 1 and not config.eval.temperature:
+    if config.eval.seeds > 1 and not config.eval.decode.temperature:
         raise ConfigError(
-            f"eval.seeds ({config.eval.seeds}) repeats what is always the same: eval.temperature is 0, which "
-            "draws nothing. Use one seed, or a temperature above 0."
+            f"eval.seeds ({config.eval.seeds}) repeats what is always the same: eval.decode.temperature is "
+            "0, which draws nothing. Use one seed, or a temperature above 0."
         )
     if config.eval.every and not config.eval.path:
         raise ConfigError(
@@ -112,12 +126,12 @@ def check_evaluation(config: Config) -> None:
     if (
         config.eval.patience is not None
         and config.format.name == "preserve"
-        and config.eval.ar_accept_threshold
+        and config.eval.decode.ar_accept_threshold
     ):
         raise ConfigError(
             f"eval.patience ({config.eval.patience}) would stop a preserve student that still learns: with "
-            f"eval.ar_accept_threshold ({config.eval.ar_accept_threshold:g}) the AR model keeps retention "
-            "near 100 % from the first step. Set eval.ar_accept_threshold=0."
+            f"eval.decode.ar_accept_threshold ({config.eval.decode.ar_accept_threshold:g}) the AR model "
+            "keeps retention near 100 % from the first step. Set eval.decode.ar_accept_threshold=0."
         )
     if any(not 0 <= threshold <= 1 for threshold in config.eval.thresholds):
         raise ConfigError(f"eval.thresholds ({config.eval.thresholds}) must lie between 0 and 1.")
@@ -175,10 +189,10 @@ def check_engine(config: Config) -> None:
             "rollouts. Set rollout.engine=own."
         )
     asks_teacher = config.loss.objective in ("off_policy", "sft") or config.rollout.warm_start_steps > 0
-    if config.rollout.temperature > 2 and asks_teacher:
+    if config.rollout.decode.temperature > 2 and asks_teacher:
         raise ConfigError(
-            f"rollout.temperature ({config.rollout.temperature}) must not exceed 2 with rollout.engine=vllm: "
-            "vLLM refuses it. Use rollout.engine=own."
+            f"rollout.decode.temperature ({config.rollout.decode.temperature}) must not exceed 2 with "
+            "rollout.engine=vllm: vLLM refuses it. Use rollout.engine=own."
         )
     if config.model.load_in_4bit:
         raise ConfigError(
@@ -284,86 +298,8 @@ def check_windows(masking: MaskSection, windows: tuple[tuple[float, float], ...]
         )
 
 
-# Of conversion and of text training; a run has those of its own tree.
-POSITIVE = (
-    "format.block_size",
-    "lora.r",
-    "lora.alpha",
-    "data.max_prompt_tokens",
-    "data.limit",
-    "data.unique_tokens",
-    "data.epochs",
-    "objective.ar_weight",
-    "rollout.prompts_per_step",
-    "rollout.batch_size",
-    "rollout.max_new_tokens",
-    "rollout.start_new_tokens",
-    "rollout.ramp_steps",
-    "rollout.denoising_steps",
-    "rollout.top_k",
-    "loss.top_k",
-    "optimizer.learning_rate",
-    "optimizer.max_grad_norm",
-    "train.num_steps",
-    "train.rows_per_update",
-    "train.micro_batch_rows",
-    "train.epochs_per_rollout",
-    "train.gradient_checkpointing_every",
-    "train.save_every",
-    "train.save_total_limit",
-    "eval.max_new_tokens",
-    "eval.batch_size",
-    "eval.limit",
-    "eval.seeds",
-    "eval.subset",
-    "eval.patience",
-    "eval.num_rates",
-)
-INTERVALS = {
-    "rollout.temperature": (0.0, 100.0),
-    "rollout.confidence_threshold": (0.0, 1.0),
-    "rollout.top_p": (1e-6, 1.0),
-    "loss.jsd_beta": (1e-6, 1 - 1e-6),
-    "loss.reverse_weight": (0.0, 1.0),
-    "loss.ar_weight": (0.0, 1e6),
-    "lora.dropout": (0.0, 0.99),
-    "optimizer.min_learning_rate_ratio": (0.0, 1.0),
-    "optimizer.weight_decay": (0.0, 10.0),
-    "optimizer.warmup_steps": (0, 10**9),
-    "rollout.warm_start_steps": (0, 10**9),
-    "data.self_prompts": (0, 10**9),
-    "data.sequence_length": (2, 10**9),
-    "objective.ar_share": (0.0, 1.0),
-    "objective.distill_weight": (0.0, 1.0),
-    "objective.dropout": (0.0, 0.99),
-    "masking.auto_width": (0.0, 1.0),
-    "masking.floor": (0.0, 1 - 1e-6),
-    "masking.ramp_steps": (0, 10**9),
-    "train.max_staleness": (0, 10**9),
-    "train.ema_decay": (0.0, 1 - 1e-9),
-    "eval.temperature": (0.0, 100.0),
-    "eval.every": (0, 10**9),
-    "eval.confidence_threshold": (0.0, 1.0),
-    "eval.ar_accept_threshold": (0.0, 1.0),
-    "eval.forward_overhead": (0.0, 1e12),
-    "eval.likelihood_samples": (0, 10**6),
-}
-
-
-def check_ranges(config: RunConfig) -> None:
-    """Numbers that must be positive, or lie in an interval; None and words are no numbers."""
-    numbers = {name: value for name, value in config.flat().items() if isinstance(value, int | float)}
-    for name in [name for name in POSITIVE if name in numbers]:
-        value = numbers[name]
-        if not value > 0:
-            raise ConfigError(f"{name} ({value}) must be greater than 0.")
-        if value == math.inf:
-            raise ConfigError(f"{name} ({value}) must be finite.")
-    for name, (low, high) in INTERVALS.items():
-        if name in numbers and not low <= numbers[name] <= high:
-            raise ConfigError(f"{name} ({numbers[name]}) must lie between {low} and {high}.")
-
-
 def lookup(config: RunConfig, dotted: str) -> Any:
-    section, key = dotted.split(".")
-    return getattr(getattr(config, section), key)
+    value: Any = config
+    for name in dotted.split("."):
+        value = getattr(value, name)
+    return value

@@ -1,31 +1,43 @@
-"""One tree of settings for a conversion: what can be set, what it means, its default.
+"""The settings of a conversion: names, meanings, defaults and bounds.
 
-Every section is one dataclass and belongs to one room. The docstring under a field is its help text. A recipe
-is a complete YAML file: no includes, no interpolation. The resolved tree is saved beside the checkpoint and
-is itself a recipe. Not here: anything that needs torch, so that `opdlm --help` stays fast.
+Every section is one pydantic dataclass: it is validated wherever it is made, also by `dataclasses.replace`.
+The docstring under a field is its help text. A recipe is a complete YAML file: no includes, no interpolation.
+The resolved tree is saved beside the checkpoint and is itself a recipe. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
-from opdlm.config.loader import plain
+from opdlm.config.loader import flat, plain
+from opdlm.decoding.decode_config import DecodeConfig
 
 Selection = Literal["one_per_block", "all", "complementary", "random_mask"]
 Windows = Literal["auto"] | tuple[tuple[float, float], ...]
 Value = TypeVar("Value")
 
+Count = Annotated[int, Field(gt=0)]
+OptionalCount = Annotated[int, Field(gt=0)] | None
+Steps = Annotated[int, Field(ge=0, le=10**9)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, use_attribute_docstrings=True)
+"""Unknown keys are errors; a number may stand for a text."""
 
 CONFIG_COPY = "opdlm_config.yaml"
 """The settings of a conversion, beside the weights it wrote."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class ModelSection:
     path: str = ""
     """Folder or hub id of the autoregressive checkpoint to convert; `bundled:teacher` is the one that
@@ -45,11 +57,11 @@ class ModelSection:
     """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class FormatSection:
     name: Literal["preserve", "sdar"] = "preserve"
     """preserve: clean tokens stay the AR model's, drafts can be verified. sdar: servable by SDAR engines."""
-    block_size: int = 4
+    block_size: Count = 4
     """Tokens per diffusion block."""
     block_growth: tuple[tuple[int, int], ...] = ()
     """Pairs (first step, block size) ending in block_size: [[0, 4], [100, 8]]. Empty: one size throughout."""
@@ -61,15 +73,15 @@ class FormatSection:
     """Start of the mask embedding: zero, the mean embedding, the mean plus noise, or the stop token's."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class LoraSection:
     enabled: bool = True
     """Train a LoRA adapter (gated in preserve) instead of a full copy of the weights."""
-    r: int = 32
+    r: Count = 32
     """Rank."""
-    alpha: int = 64
+    alpha: Count = 64
     """Scale: the adapter's output is multiplied by alpha / r."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Field(ge=0, le=0.99)] = 0.0
     """On the adapter's input, in updates only: rollouts and targets are computed without it."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Which linear layers get an adapter, as PEFT reads it: all-linear, a list of names, or a regular
@@ -87,11 +99,11 @@ class LoraSection:
     """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class DataSection:
     path: str | tuple[str, ...] = ""
     """Prompts: .jsonl, .parquet or a `datasets` name, one or a list. Rows need `prompt` or `messages`."""
-    self_prompts: int = 0
+    self_prompts: Steps = 0
     """Prompts that the model writes itself before training, beside those of path, which may be empty."""
     config: str = ""
     """Configuration of a `datasets` name that has several, for example main."""
@@ -101,47 +113,44 @@ class DataSection:
     """Column that holds the prompt as text; empty: `prompt` or `messages`."""
     enable_thinking: bool | None = None
     """Passed to the chat templates that know it (Qwen3, SmolLM3); None = the template's default."""
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: Count = 1024
     """Longer prompts are an error, never cut."""
     drop_long_prompts: bool = False
     """Leave longer prompts out and say how many, instead."""
     system_prompt: str = ""
     """Put before every prompt through the chat template."""
-    limit: int | None = None
+    limit: OptionalCount = None
     """Use the first so many prompts."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@plain_dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutDecode(DecodeConfig):
+    """How rollouts are decoded. The states are the student's own, so the AR model replaces nothing."""
+
+    mode: Literal["static", "threshold"] = "threshold"
+    """How many tokens a denoising step reveals: a fixed number, or all that exceed confidence_threshold."""
+    temperature: float = 1.0
+    """0 = arg-max."""
+    ar_accept_threshold: Literal[0] = 0
+    """Always 0: rollouts keep every token that the student revealed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class RolloutSection:
     engine: Literal["own", "vllm"] = "own"
     """Who decodes: ours, or vLLM, an extra, for the teacher's responses (sft, off_policy, warm start) and
     for the student's rollouts alike (Qwen3 and Llama, on a GPU); a second copy of the weights lies there.
     """
-    prompts_per_step: int = 64
+    prompts_per_step: Count = 64
     """Prompts that get a response in each step, over all devices."""
-    batch_size: int = 64
-    """Rows decoded at once on one device."""
-    max_new_tokens: int = 256
-    """Length cap of a response at the end of the curriculum."""
-    start_new_tokens: int | None = None
+    decode: RolloutDecode = Field(default_factory=RolloutDecode)
+    start_new_tokens: OptionalCount = None
     """Length cap at step 0; None = no curriculum."""
-    ramp_steps: int = 100
+    ramp_steps: Count = 100
     """Steps from the first cap to the last."""
     ramp: Literal["cosine", "linear"] = "cosine"
     """Shape of the length curriculum."""
-    temperature: float = 1.0
-    """0 = arg-max."""
-    top_k: int | None = None
-    """Sample among the k most likely tokens."""
-    top_p: float | None = None
-    """Sample within the smallest set of this probability mass."""
-    remasking: Literal["static", "threshold"] = "threshold"
-    """How many tokens a denoising step reveals: a fixed number, or all that are confident."""
-    denoising_steps: int | None = None
-    """Steps per block at most; None = block_size."""
-    confidence_threshold: float = 0.9
-    """threshold remasking reveals every token whose probability exceeds this."""
-    warm_start_steps: int = 0
+    warm_start_steps: Steps = 0
     """Steps at the start that train on randomly masked teacher responses: a new student cannot write yet."""
     path: str = ""
     """Train on the rollouts in this file of `opdlm rollout` instead of generating any; of this section only
@@ -158,7 +167,7 @@ class RolloutSection:
     """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class StatesSection:
     selection: Selection = "all"
     """Which denoising states of a rollout are trained on (objective opd)."""
@@ -168,7 +177,7 @@ class StatesSection:
     """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class MaskSection:
     """Random masks: of sft, off_policy, opd_random, random_mask and complementary states, and of text."""
 
@@ -180,9 +189,9 @@ class MaskSection:
     """
     window_weights: tuple[float, ...] = ()
     """How often each of several windows is used, relative to the others. Empty: equally often."""
-    auto_width: float = 0.1
+    auto_width: Share = 0.1
     """Width of the window that auto chooses."""
-    floor: float = 0.0
+    floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """ε of p = (1 - ε) t + ε: no token is masked less often."""
     position_rates: tuple[float, ...] = ()
     """Multipliers of t from the first to the last token that can be masked, linear in between: [0.5, 1.5].
@@ -194,76 +203,76 @@ class MaskSection:
     """
     schedule: tuple[tuple[int, Windows], ...] = ()
     """Pairs (first step, windows) ending in windows: [[0, [[0, 1]]], [500, auto]]. Empty: always the same."""
-    ramp_steps: int = 0
+    ramp_steps: Steps = 0
     """Steps over which the upper end of every window grows from the lower one: few masks first."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class LossSection:
     objective: Literal["opd", "opd_random", "off_policy", "sft"] = "opd"
     """opd: own rollouts and their states; opd_random: own rollouts, random masks; off_policy: teacher
     responses; sft: teacher responses, cross-entropy weighted 1/t."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """Between teacher and student token distributions."""
-    jsd_beta: float = 0.5
+    jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Weight of the teacher in the mixture of the Jensen-Shannon divergence."""
-    reverse_weight: float = 0.0
+    reverse_weight: Share = 0.0
     """Share of reverse KL mixed into forward_kl."""
-    top_k: int | None = None
+    top_k: OptionalCount = None
     """Use the teacher's k most likely tokens only; None = full vocabulary."""
     tail: bool = True
     """With top_k: the rest of the mass is one more outcome, so the loss stays a divergence."""
     normalization: Literal["row", "token"] = "token"
     """Mean over rows of the row mean (the paper), or mean over all supervised positions."""
-    ar_weight: float = 0.0
+    ar_weight: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """sdar: also keep the student autoregressive. The divergence from the teacher at every token of the clean
     text, read causally, is added with this weight, for one more forward pass.
     """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class OptimizerSection:
     name: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw is torch's, fused. adamw8bit keeps its moments in 8 bits (bitsandbytes: 'opdlm[quant]')."""
-    learning_rate: float = 1e-5
+    learning_rate: Positive = 1e-5
     """Peak learning rate."""
-    min_learning_rate_ratio: float = 0.1
+    min_learning_rate_ratio: Share = 0.1
     """The cosine ends at this share of the peak."""
-    warmup_steps: int = 0
+    warmup_steps: Steps = 0
     """Optimiser updates of linear warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     """AdamW."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class LoopSection:
     """What every kind of training has."""
 
-    num_steps: int = 100
+    num_steps: Count = 100
     """Rollout steps. Each generates responses, then makes the updates below."""
-    rows_per_update: int = 8
+    rows_per_update: Count = 8
     """Rollouts per optimiser update, over all devices."""
-    micro_batch_rows: int = 8
+    micro_batch_rows: Count = 8
     """Memory of a forward and backward on one device, in rollouts as long as the update's longest; shorter
     ones are packed, more of them. Changes no result.
     """
-    ema_decay: float | None = None
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Write the running average of the trained weights, with this decay per update; None = the last ones."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
-    gradient_checkpointing_every: int = 1
+    gradient_checkpointing_every: Count = 1
     """With gradient_checkpointing: every so many layers are recomputed, the others keep their activations."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 runs the forward under autocast."""
     seed: int = 0
     """Every random draw derives from (seed, step, prompt): the number of devices changes none."""
-    save_every: int = 50
+    save_every: Count = 50
     """Steps between checkpoints."""
-    save_total_limit: int = 2
+    save_total_limit: Count = 2
     """Older checkpoints are deleted."""
     resume_from_checkpoint: bool = True
     """Continue an interrupted run found in output_dir; false starts over and deletes its checkpoints."""
@@ -271,29 +280,29 @@ class LoopSection:
     """Trackers beside metrics.jsonl."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class TrainSection(LoopSection):
     """Training on rollouts."""
 
-    epochs_per_rollout: int = 1
+    epochs_per_rollout: Count = 1
     """How often a step trains on each rollout."""
-    max_staleness: int = 0
+    max_staleness: Steps = 0
     """Later steps that train on a rollout again, beside their own; 0 = none."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class MeasureSection:
     """Measurements during training."""
 
-    every: int = 0
+    every: Steps = 0
     """Also measure every so many training steps, into metrics.jsonl; 0 = only at the end."""
-    patience: int | None = None
+    patience: OptionalCount = None
     """Stop when so many measurements found nothing better than an earlier one; None = never. The result is
     the last step.
     """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class EvalSection(MeasureSection):
     path: str = ""
     """JSONL with `prompt`, and optionally `answer`, `skill`, `held_out`. Empty: no evaluation."""
@@ -308,45 +317,34 @@ class EvalSection(MeasureSection):
     """
     modes: tuple[Literal["ar", "static", "threshold", "lossless"], ...] = ()
     """Decodings to measure. Empty: static, threshold and, where the format can do it, lossless."""
-    max_new_tokens: int = 256
-    """Length cap of a response."""
-    batch_size: int = 64
-    """Rows decoded at once."""
-    temperature: float = 0.0
-    """0 = arg-max, every answer once. Above: teacher and student are sampled; prompts need answers."""
-    seeds: int = 1
+    decode: DecodeConfig = Field(default_factory=DecodeConfig)
+    seeds: Count = 1
     """At a temperature above 0: repeat with so many seeds and report mean and spread."""
-    confidence_threshold: float = 0.9
-    """For the threshold mode."""
     thresholds: tuple[float, ...] = ()
     """Also draw accuracy against tokens per forward over these confidence thresholds; each is a decoding."""
-    ar_accept_threshold: float = 0.1
-    """Static and threshold in preserve: the AR model replaces tokens it finds less likely; 0 = never."""
-    forward_overhead: float | None = None
-    """lossless: what a forward costs beside its slots, in slots. Large: fewest forwards; None: fastest."""
-    limit: int | None = None
+    limit: OptionalCount = None
     """Prompts per skill; None = all."""
-    subset: int = 40
+    subset: Count = 40
     """Prompts whose retention (of the worst mode) is measured during training, evenly spaced over all."""
     agreement: bool = True
     """Also report how far responses and visited states are from the teacher."""
-    likelihood_samples: int = 0
+    likelihood_samples: Annotated[int, Field(ge=0, le=10**6)] = 0
     """Also report the likelihood of the teacher's responses: so many pairs of orders bound the student's;
     0 = no.
     """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class RunConfig:
     """What conversion and text training share."""
 
-    model: ModelSection = field(default_factory=ModelSection)
-    format: FormatSection = field(default_factory=FormatSection)
-    lora: LoraSection = field(default_factory=LoraSection)
-    masking: MaskSection = field(default_factory=MaskSection)
-    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
-    train: LoopSection = field(default_factory=LoopSection)
-    eval: MeasureSection = field(default_factory=MeasureSection)
+    model: ModelSection = Field(default_factory=ModelSection)
+    format: FormatSection = Field(default_factory=FormatSection)
+    lora: LoraSection = Field(default_factory=LoraSection)
+    masking: MaskSection = Field(default_factory=MaskSection)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    train: LoopSection = Field(default_factory=LoopSection)
+    eval: MeasureSection = Field(default_factory=MeasureSection)
     output_dir: str = "runs/opdlm"
     """The model and everything about the run."""
 
@@ -355,23 +353,22 @@ class RunConfig:
 
     def flat(self) -> dict[str, Any]:
         """Dotted key -> value."""
-        sections = ((s, v) for s, v in self.to_dict().items() if isinstance(v, dict))
-        return {f"{section}.{key}": value for section, values in sections for key, value in values.items()}
+        return flat(self.to_dict())
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class Config(RunConfig):
     """A conversion."""
 
-    data: DataSection = field(default_factory=DataSection)
-    rollout: RolloutSection = field(default_factory=RolloutSection)
-    states: StatesSection = field(default_factory=StatesSection)
-    loss: LossSection = field(default_factory=LossSection)
-    train: TrainSection = field(default_factory=TrainSection)
-    eval: EvalSection = field(default_factory=EvalSection)
+    data: DataSection = Field(default_factory=DataSection)
+    rollout: RolloutSection = Field(default_factory=RolloutSection)
+    states: StatesSection = Field(default_factory=StatesSection)
+    loss: LossSection = Field(default_factory=LossSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    eval: EvalSection = Field(default_factory=EvalSection)
 
 
 BUNDLED = "bundled:"

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from opdlm.config.loader import apply_override, build_section, read_recipe
-from opdlm.config.rules import check_adapter, check_masking, check_ranges
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from opdlm.config.loader import build_section, read_settings
+from opdlm.config.rules import check_adapter, check_masking
 from opdlm.config.sections import (
+    STRICT,
+    Count,
     FormatSection,
     LoopSection,
     LoraSection,
     MaskSection,
     MeasureSection,
     ModelSection,
+    OptionalCount,
+    Positive,
     RunConfig,
+    Share,
 )
 from opdlm.errors import ConfigError
 
@@ -24,29 +31,29 @@ TEXT_CONFIG_COPY = "opdlm_train.yaml"
 """The settings of a training, beside the weights it wrote."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class TextModelSection(ModelSection):
     from_scratch: bool = False
     """Start from random weights: of `path` only config.json and the tokenizer are read. `bundled:byte` is a
     small byte-level one.
     """
-    shape: dict[str, int] = field(default_factory=dict)
+    shape: dict[str, int] = Field(default_factory=dict)
     """With from_scratch: entries of config.json to change, as model.shape.hidden_size=256."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class TextFormatSection(FormatSection):
     name: Literal["preserve", "sdar"] = "sdar"
     """sdar: one set of weights, which is trained. preserve is for `opdlm convert`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class TextLoraSection(LoraSection):
     enabled: bool = False
     """Train a LoRA adapter instead of all weights."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class TextSection:
     path: str | tuple[str, ...] = ""
     """.jsonl, .parquet or a `datasets` name, one or a list. Rows need `text`, or `prompt` and `response`, or
@@ -58,7 +65,7 @@ class TextSection:
     """Configuration of a `datasets` name that has several."""
     split: str = "train"
     """Split of a `datasets` name."""
-    sequence_length: int = 512
+    sequence_length: Annotated[int, Field(ge=2, le=10**9)] = 512
     """Tokens of a row."""
     packing: Literal["chunks", "whole"] = "chunks"
     """chunks: documents are joined and cut into full rows. whole: no document is cut; a row holds as many as
@@ -66,13 +73,13 @@ class TextSection:
     """
     document_mask: bool = True
     """Tokens see their own document only. false: a row is one text."""
-    unique_tokens: int | None = None
+    unique_tokens: OptionalCount = None
     """Use the first so many tokens of the shuffled documents; None = all."""
-    epochs: float | None = None
+    epochs: Positive | None = None
     """Passes over the data; sets train.num_steps. Documents are shuffled and cut anew in each."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class ObjectiveSection:
     name: Literal["autoregressive", "masked_diffusion", "block_diffusion", "dual"] = "masked_diffusion"
     """masked_diffusion sees the whole row; block_diffusion its block and all before it; dual trains
@@ -82,15 +89,15 @@ class ObjectiveSection:
     """What a masked position predicts: its own token, or (as autoregressive models do) position i the token
     i + 1.
     """
-    ar_share: Literal["auto"] | float = 0.5
+    ar_share: Literal["auto"] | Share = 0.5
     """dual: share of autoregressive rows (alpha); auto: 63/64 up to 16 passes over the data, 16 / passes
     beyond.
     """
-    ar_weight: float = 1.0
+    ar_weight: Positive = 1.0
     """dual: weight of an autoregressive token against one of diffusion."""
     complementary: bool = False
     """Each row trains twice: with its masks, and with exactly the other tokens masked."""
-    distill_weight: float = 0.0
+    distill_weight: Share = 0.0
     """Share of the loss that is the KL divergence from a frozen autoregressive teacher; the rest is the
     text's.
     """
@@ -98,54 +105,51 @@ class ObjectiveSection:
     """Checkpoint of the teacher; empty: the model as it is before training."""
     input_masking: tuple[float, float] | None = None
     """autoregressive: mask inputs at a rate t ~ U(low, high) per row; every next token is still predicted."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Field(ge=0, le=0.99)] = 0.0
     """On the output of every attention and MLP layer."""
     token_order: Literal["left_to_right", "random"] = "left_to_right"
     """random: every row's tokens in one fixed random order, a control for autoregressive models."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class TextTrainSection(LoopSection):
-    num_steps: int = 1000
+    num_steps: Count = 1000
     """Optimiser updates."""
-    rows_per_update: int = 16
+    rows_per_update: Count = 16
     """Rows per update, over all devices."""
-    micro_batch_rows: int = 16
+    micro_batch_rows: Count = 16
     """Rows per forward and backward on one device. Changes no result."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class TextEvalSection(MeasureSection):
     path: str = ""
     """Held-out text in the form of data.path; its loss is measured at the end, and during training with
     `every`. Empty: none.
     """
-    num_rates: int = 32
+    num_rates: Count = 32
     """Stratified mask rates per row of the diffusion bound, which is always on t ~ U(0, 1)."""
-    limit: int = 64
+    limit: Count = 64
     """Rows that are measured, evenly spaced."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class TextConfig(RunConfig):
     """A training on text."""
 
-    model: TextModelSection = field(default_factory=TextModelSection)
-    format: TextFormatSection = field(default_factory=TextFormatSection)
-    lora: TextLoraSection = field(default_factory=TextLoraSection)
-    data: TextSection = field(default_factory=TextSection)
-    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
-    train: TextTrainSection = field(default_factory=TextTrainSection)
-    eval: TextEvalSection = field(default_factory=TextEvalSection)
+    model: TextModelSection = Field(default_factory=TextModelSection)
+    format: TextFormatSection = Field(default_factory=TextFormatSection)
+    lora: TextLoraSection = Field(default_factory=TextLoraSection)
+    data: TextSection = Field(default_factory=TextSection)
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
+    train: TextTrainSection = Field(default_factory=TextTrainSection)
+    eval: TextEvalSection = Field(default_factory=TextEvalSection)
     output_dir: str = "runs/text"
 
 
 def load_text_config(recipe: Path | None, overrides: Sequence[str] = ()) -> TextConfig:
     """Defaults, then the recipe, then `section.key=value` strings; checked as a whole."""
-    values: dict[str, Any] = read_recipe(recipe) if recipe is not None else {}
-    for override in overrides:
-        apply_override(values, override)
-    return build_text_config(values)
+    return build_text_config(read_settings(recipe, overrides))
 
 
 def build_text_config(values: dict[str, Any]) -> TextConfig:
@@ -162,7 +166,6 @@ def refuse(is_wrong: bool, sentence: str) -> None:
 
 def check_text_config(config: TextConfig) -> None:
     """Rules across keys. Raises ConfigError for the first that does not hold."""
-    check_ranges(config)
     check_masking(config)
     check_adapter(config)
     check_objective(config.objective)

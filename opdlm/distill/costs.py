@@ -140,7 +140,7 @@ def response_cap(config: Config, step: int) -> int:
 def longest_row(config: Config, sizes: Sizes, step: int) -> Row:
     """The row of step `step` at its caps; slots and supervised positions in the mean over random orders."""
     size, response = block_size_at(config.format, step), response_cap(config, step)
-    steps = config.rollout.denoising_steps or size
+    steps = config.rollout.decode.denoising_steps or size
     states = {"one_per_block": 1, "random_mask": 1, "complementary": 2, "all": steps}
     num_states = states[selection_at(config, step)]
     counts = [slots_of_state(config, size, size * k / steps) for k in range(1, steps + 1)]
@@ -195,7 +195,7 @@ def rollout_memory(config: Config, sizes: Sizes, row: Row) -> dict[str, float]:
     """The key-value cache and the working layer of decoding, bytes; none where rollouts come from a file."""
     if config.rollout.path:
         return {}
-    rows, a = min(config.rollout.batch_size, config.rollout.prompts_per_step), weight_element(config)
+    rows, a = min(config.rollout.decode.batch_size, config.rollout.prompts_per_step), weight_element(config)
     tokens = rows * (row.length + 2 * row.block_size + 1)
     prefill = rows * row.prompt * (3 * sizes.inner + 4 * sizes.hidden) * a
     layer = 2 * tokens * (sizes.heads + sizes.kv_heads) * a  # cache ++ current, repeated for every head

@@ -114,7 +114,12 @@ def load_inputs(config: Config) -> Inputs:
         recorded = load_rollouts(config, student, tokenizer)
     elif config.data.path or not config.data.self_prompts:
         prompts = load_prompts(config.data, tokenizer, student.spec.mask_token_id)
-        check_fits(student, [p.ids for p in prompts], config.rollout.max_new_tokens, "rollout.max_new_tokens")
+        check_fits(
+            student,
+            [p.ids for p in prompts],
+            config.rollout.decode.max_new_tokens,
+            "rollout.decode.max_new_tokens",
+        )
     check_source(student, prompts, config)
     if config.data.self_prompts:
         user_turn(tokenizer, config.data.system_prompt)
@@ -177,7 +182,7 @@ def add_self_prompts(inputs: Inputs, config: Config, output_dir: Path) -> None:
     evaluated = {task.text for task in inputs.tasks}
     added = self_prompts(inputs.student, inputs.tokenizer, config, output_dir, evaluated)
     check_fits(
-        inputs.student, [p.ids for p in added], config.rollout.max_new_tokens, "data.max_prompt_tokens"
+        inputs.student, [p.ids for p in added], config.rollout.decode.max_new_tokens, "data.max_prompt_tokens"
     )
     check_source(inputs.student, added, config)
     inputs.prompts.extend(replace(p, index=len(inputs.prompts) + p.index) for p in added)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -48,25 +48,16 @@ def length_cap(section: RolloutSection, step: int, block_size: int) -> int:
     grows.
     """
     if section.start_new_tokens is None or step >= section.ramp_steps:
-        return section.max_new_tokens
+        return section.decode.max_new_tokens
     progress = step / section.ramp_steps
     share = 1 - math.cos(math.pi / 2 * progress) if section.ramp == "cosine" else progress
-    length = section.start_new_tokens + share * (section.max_new_tokens - section.start_new_tokens)
+    length = section.start_new_tokens + share * (section.decode.max_new_tokens - section.start_new_tokens)
     return max(block_size, round(length / block_size) * block_size)
 
 
 def decode_config(section: RolloutSection, max_new_tokens: int, *, from_teacher: bool) -> DecodeConfig:
-    return DecodeConfig(
-        mode="ar" if from_teacher else section.remasking,
-        max_new_tokens=max_new_tokens,
-        batch_size=section.batch_size,
-        temperature=section.temperature,
-        top_k=section.top_k,
-        top_p=section.top_p,
-        denoising_steps=section.denoising_steps,
-        confidence_threshold=section.confidence_threshold,
-        ar_accept_threshold=0.0,  # states must be the student's own
-    )
+    settings: dict[str, Any] = asdict(section.decode) | {"max_new_tokens": max_new_tokens}
+    return DecodeConfig(**settings | ({"mode": "ar"} if from_teacher else {}))
 
 
 def generate_rollouts(
@@ -130,7 +121,7 @@ def check_source(student: DiffusionLM, prompts: Sequence[Prompt], config: Config
 
 
 def student_decoding(config: Config) -> DecodeConfig:
-    return decode_config(config.rollout, config.rollout.max_new_tokens, from_teacher=False)
+    return decode_config(config.rollout, config.rollout.decode.max_new_tokens, from_teacher=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +235,8 @@ class RolloutSource:
         longest = max(len(prompt.ids) for prompt in self.prompts.prompts)
         return {
             "dtype": self.config.model.dtype,
-            "max_rows": self.config.rollout.batch_size,
-            "max_tokens": longest + self.config.rollout.max_new_tokens,
+            "max_rows": self.config.rollout.decode.batch_size,
+            "max_tokens": longest + self.config.rollout.decode.max_new_tokens,
         }
 
     def close(self) -> None:

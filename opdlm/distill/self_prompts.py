@@ -78,7 +78,7 @@ def write_prompts(
 ) -> list[str]:
     """Sample user turns at temperature 1 until enough have ended by themselves; what is asked twice stays."""
     start, end = user_turn(tokenizer, config.data.system_prompt)
-    wanted, rows = config.data.self_prompts, config.rollout.batch_size
+    wanted, rows = config.data.self_prompts, config.rollout.decode.batch_size
     decoder = model.teacher_decoder(stop_token_ids=(end,))
     decoding = DecodeConfig(
         mode="ar",

@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,20 +130,12 @@ def decode_tasks(
     """Responses for every task, prompts of similar length together. What the log holds is not decoded again;
     `name` tells decodings of one mode apart there, and at a temperature above 0 so does `seed`.
     """
-    config = DecodeConfig(
-        mode=mode,
-        max_new_tokens=section.max_new_tokens,
-        batch_size=section.batch_size,
-        temperature=section.temperature,
-        confidence_threshold=section.confidence_threshold,
-        ar_accept_threshold=section.ar_accept_threshold,
-        forward_overhead=section.forward_overhead,
-    )
+    config = replace(section.decode, mode=mode)
     keys = [decoding_key(log, name or mode, config, task, seed) for task in tasks]
     done = dict(log.finished) if log else {}
     order = sorted(range(len(tasks)), key=lambda i: (tasks[i].held_out, len(tasks[i].prompt.ids)))
-    for first in range(0, len(order), section.batch_size):
-        chosen = [i for i in order[first : first + section.batch_size] if keys[i] not in done]
+    for first in range(0, len(order), config.batch_size):
+        chosen = [i for i in order[first : first + config.batch_size] if keys[i] not in done]
         prompts = [tasks[i].prompt.ids for i in chosen]
         started = time.perf_counter()
         batch = generate(model, prompts, config, [prompt_seed(seed, ids) for ids in prompts])
@@ -208,10 +200,11 @@ def check_modes(spec: DiffusionSpec, tasks: Sequence[Task], section: EvalSection
         raise ConfigError(
             "mode lossless needs format preserve; this checkpoint is sdar. Drop it from eval.modes."
         )
-    if section.temperature and any(task.answer is None for task in tasks):
+    if section.decode.temperature and any(task.answer is None for task in tasks):
         raise DataError(
             f"{section.path} has prompts without `answer`, whose reference is the teacher's greedy response; "
-            f"at eval.temperature ({section.temperature:g}) there is none. Give answers or use temperature 0."
+            f"at eval.decode.temperature ({section.decode.temperature:g}) there is none. Give answers or "
+            "use temperature 0."
         )
 
 

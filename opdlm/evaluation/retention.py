@@ -10,7 +10,7 @@ import json
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from opdlm.reporting.pages import write_comparison, write_retention
 
 MODEL_FOLDER = "model"
 RESULTS_FILE = "all_results.json"
-SAME_FOR_ALL = ("path", "scoring", "limit", "max_new_tokens", "temperature", "seeds")
+SAME_FOR_ALL = ("path", "scoring", "limit", "decode.max_new_tokens", "decode.temperature", "seeds")
 """What students must share to be comparable."""
 
 
@@ -94,7 +94,12 @@ def load_eval_tasks(model: DiffusionLM, tokenizer: PreTrainedTokenizerBase, conf
             f"{unanswered[0]!r:.60} has none. Add it, or set eval.scoring=exact."
         )
     check_modes(model.spec, tasks, config.eval)
-    check_fits(model, [task.prompt.ids for task in tasks], config.eval.max_new_tokens, "eval.max_new_tokens")
+    check_fits(
+        model,
+        [task.prompt.ids for task in tasks],
+        config.eval.decode.max_new_tokens,
+        "eval.decode.max_new_tokens",
+    )
     return tasks
 
 
@@ -169,7 +174,7 @@ def trade_off(
     """Threshold decoding at every one of `eval.thresholds`: how much accuracy a larger step costs."""
     points = {}
     for threshold in section.thresholds:
-        at = replace(section, confidence_threshold=threshold)
+        at = replace(section, decode=replace(section.decode, confidence_threshold=threshold))
         output = decode_tasks(model, tasks, "threshold", at, log)
         points[threshold] = (report_mode("threshold", output, teacher, tasks, tokenizer), output)
     return points
@@ -202,14 +207,14 @@ def text_measures(model: DiffusionLM, outputs: dict[str, Outputs], section: Eval
     measures: dict[str, Any] = {}
     if section.agreement:
         measures["agreement"] = {
-            name: agreement_report(model, output.rollouts, section.batch_size)
+            name: agreement_report(model, output.rollouts, section.decode.batch_size)
             for name, output in outputs.items()
             if name != "teacher"
         }
     if section.likelihood_samples:
         texts = outputs["teacher"].rollouts
         measures["likelihood"] = likelihood_report(
-            model, texts, section.likelihood_samples, section.batch_size
+            model, texts, section.likelihood_samples, section.decode.batch_size
         )
     return measures
 
@@ -246,7 +251,7 @@ def check_comparable(folders: Sequence[Path], configs: Sequence[Config]) -> None
             raise DataError(f"{folder} has no {RESULTS_FILE}: it was not written by opdlm convert.")
         check_modes(read_spec(folder), [], config.eval)
         for key in SAME_FOR_ALL:
-            ours, first = asdict(config.eval)[key], asdict(configs[0].eval)[key]
+            ours, first = config.flat()[f"eval.{key}"], configs[0].flat()[f"eval.{key}"]
             if ours != first:
                 raise ConfigError(
                     f"eval.{key} is {first!r} for {folders[0]} and {ours!r} for {folder}, which would not be "

@@ -92,8 +92,8 @@ def prepare(grid: SftGrid, base: Values, out: Path) -> None:
     options = {
         "mode": "ar",
         "limit": grid.num_prompts,
-        "max-new-tokens": config.rollout.max_new_tokens,
-        "temperature": config.rollout.temperature,
+        "max-new-tokens": config.rollout.decode.max_new_tokens,
+        "temperature": config.rollout.decode.temperature,
         "out": out / "data" / ROLLOUTS,
     }
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]

@@ -2,7 +2,7 @@
 the student's rollouts as our decoder makes them (`vllm_plugin`).
 
 The `vllm_*` rooms alone import vLLM, which is an extra. An engine runs in this process, holds a second copy
-of the weights (the teacher's are read from its checkpoint folder) and room for `rollout.batch_size` rows, no
+of the weights (the teacher's are read from its checkpoint folder) and room for `rollout.decode.batch_size` rows, no
 more. Ids that cannot be produced (`DiffusionSpec.banned_token_ids`) are excluded from responses and from
 targets.
 

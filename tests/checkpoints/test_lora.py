@@ -320,7 +320,7 @@ def test_eval_of_an_unmerged_sdar_folder_needs_no_other_teacher(
 ) -> None:
     folder = runs / "sdar-apart" / "model"
     arguments = [str(folder), f"eval.path={runs / 'eval.jsonl'}", "eval.modes=static"]
-    assert main(["eval", *arguments, "eval.max_new_tokens=10", "--teacher", "/no/such"]) == 0
+    assert main(["eval", *arguments, "eval.decode.max_new_tokens=10", "--teacher", "/no/such"]) == 0
     assert "| teacher | " in capsys.readouterr().out
 
 

@@ -117,8 +117,13 @@ def test_a_recipe_runs_two_steps_on_a_tiny_model_of_its_family(
     family = REAL[load_config(RECIPES[name]).model.path][0]
     overrides = [
         *(f"model.path={place / family}", f"data.path={place / 'prompts.jsonl'}", f"output_dir={tmp_path}"),
-        *("data.config=", "data.prompt_column=prompt", "rollout.prompts_per_step=4", "rollout.batch_size=4"),
-        *("rollout.max_new_tokens=8", "train.rows_per_update=2", "train.num_steps=2"),
+        *(
+            "data.config=",
+            "data.prompt_column=prompt",
+            "rollout.prompts_per_step=4",
+            "rollout.decode.batch_size=4",
+        ),
+        *("rollout.decode.max_new_tokens=8", "train.rows_per_update=2", "train.num_steps=2"),
     ]
     if load_config(RECIPES[name]).rollout.start_new_tokens is not None:
         overrides += ["rollout.start_new_tokens=4", "rollout.ramp_steps=2"]
@@ -131,7 +136,7 @@ def test_a_recipe_runs_two_steps_on_a_tiny_model_of_its_family(
 
 def test_recipes_of_a_kind_differ_only_where_sizes_do() -> None:
     """Copies drift apart; these may differ in these keys and in no other."""
-    may_differ = {"model.path", "output_dir", "rollout.batch_size", "loss.top_k", "loss.tail"}
+    may_differ = {"model.path", "output_dir", "rollout.decode.batch_size", "loss.top_k", "loss.tail"}
     for kind in ("general", "math", "math_thinking", "lora_24gb"):
         flat = [load_config(RECIPES[f"qwen3_{size}_{kind}"]) for size in ("0.6b", "1.7b", "4b", "8b")]
         first = flat[0].flat() | {"output_dir": flat[0].output_dir}
@@ -158,7 +163,11 @@ def one_step(folder: Path, kind: str, *overrides: str) -> tuple[trainer.Run, lis
     base.config.save_pretrained(folder / "model")
     options = [
         *(f"model.path={folder / 'model'}", f"output_dir={folder / 'run'}", "lora.r=4", "lora.alpha=8"),
-        *(f"rollout.prompts_per_step={ROWS}", f"rollout.max_new_tokens={RESPONSE}", "train.num_steps=1"),
+        *(
+            f"rollout.prompts_per_step={ROWS}",
+            f"rollout.decode.max_new_tokens={RESPONSE}",
+            "train.num_steps=1",
+        ),
         *(
             f"train.rows_per_update={ROWS}",
             f"train.micro_batch_rows={ROWS // 2}",
@@ -234,7 +243,7 @@ def test_tokens_and_updates_follow_the_schedule_by_hand(place: Path) -> None:
         RECIPES["qwen3_0.6b_math"],
         [
             *(f"model.path={place / 'Qwen/Qwen3-0.6B'}", "train.num_steps=3", "rollout.prompts_per_step=8"),
-            *("rollout.start_new_tokens=8", "rollout.max_new_tokens=24", "rollout.ramp_steps=2"),
+            *("rollout.start_new_tokens=8", "rollout.decode.max_new_tokens=24", "rollout.ramp_steps=2"),
             "rollout.ramp=linear",
         ],
     )
@@ -266,7 +275,11 @@ def test_a_dry_run_prints_everything_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = str(RECIPES["qwen3_8b_math"])
-    growth = ["format.block_size=8", "format.block_growth=[[0,4],[50,8]]", "rollout.denoising_steps=null"]
+    growth = [
+        "format.block_size=8",
+        "format.block_growth=[[0,4],[50,8]]",
+        "rollout.decode.denoising_steps=null",
+    ]
     overrides = [f"model.path={place / 'Qwen/Qwen3-8B'}", *growth, "rollout.warm_start_steps=10"]
     assert main(["convert", recipe, "--dry-run", *overrides]) == 0
     printed = capsys.readouterr().out
@@ -293,7 +306,7 @@ def test_what_a_run_writes_was_planned(place: Path, tmp_path: Path) -> None:
     """The planned sizes of checkpoint and result, against the files of a real run."""
     options = [
         *(f"model.path={place / 'qwen3'}", f"data.path={place / 'prompts.jsonl'}", f"output_dir={tmp_path}"),
-        *("rollout.prompts_per_step=4", "rollout.max_new_tokens=8", "train.rows_per_update=4"),
+        *("rollout.prompts_per_step=4", "rollout.decode.max_new_tokens=8", "train.rows_per_update=4"),
         *("train.num_steps=1", "train.ema_decay=0.9", "data.max_prompt_tokens=64"),
     ]
     config = load_config(None, options)

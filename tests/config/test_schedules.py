@@ -34,7 +34,12 @@ from opdlm.training.metrics import MetricsLog
 
 BLOCKS = "format.block_growth=[[0,2],[1,4],[3,8]]"
 TINY = (
-    *("train.num_steps=4", "train.save_every=2", "rollout.prompts_per_step=4", "rollout.max_new_tokens=8"),
+    *(
+        "train.num_steps=4",
+        "train.save_every=2",
+        "rollout.prompts_per_step=4",
+        "rollout.decode.max_new_tokens=8",
+    ),
     *("train.rows_per_update=2", "train.micro_batch_rows=2", "optimizer.learning_rate=1e-2"),
 )
 

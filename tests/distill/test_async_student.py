@@ -34,9 +34,9 @@ from opdlm.training import loop as loop
 NUM_STEPS = 4
 PROMPTS = [Prompt(ids=ids, index=i) for i, ids in enumerate(make_prompts([3, 5, 4, 6, 7]))]
 TINY = (
-    *(f"train.num_steps={NUM_STEPS}", "rollout.prompts_per_step=4", "rollout.max_new_tokens=8"),
+    *(f"train.num_steps={NUM_STEPS}", "rollout.prompts_per_step=4", "rollout.decode.max_new_tokens=8"),
     *("train.rows_per_update=2", "train.micro_batch_rows=2", "optimizer.learning_rate=1e-2"),
-    *("rollout.temperature=1.0", "rollout.batch_size=3", "train.save_every=100"),
+    *("rollout.decode.temperature=1.0", "rollout.decode.batch_size=3", "train.save_every=100"),
 )
 CURRICULA = (
     *("format.block_growth=[[0,2],[2,4]]", "rollout.warm_start_steps=2", "rollout.start_new_tokens=4"),
@@ -47,7 +47,7 @@ CASES = {
     "curricula": CURRICULA,
     "average, two passes, recomputed": (
         *("train.ema_decay=0.9", "train.epochs_per_rollout=2", "train.gradient_checkpointing=true"),
-        *("states.selection=one_per_block", "rollout.remasking=static", "rollout.denoising_steps=2"),
+        *("states.selection=one_per_block", "rollout.decode.mode=static", "rollout.decode.denoising_steps=2"),
     ),
     "teacher": ("loss.objective=sft",),
     "dropout": ("lora.dropout=0.5",),
@@ -223,7 +223,7 @@ def test_the_copy_decodes_as_the_student_and_neither_switches_the_other(kind: st
 
 def test_decoding_leaves_the_global_generator_alone() -> None:
     model, before = make_lm("copy"), torch.get_rng_state()
-    section = load_config(None, ["rollout.top_p=0.9", "rollout.max_new_tokens=9"]).rollout
+    section = load_config(None, ["rollout.decode.top_p=0.9", "rollout.decode.max_new_tokens=9"]).rollout
     for from_teacher in (False, True):
         generate_rollouts(model, PROMPTS, section, step=1, seed=0, from_teacher=from_teacher)
     assert torch.equal(torch.get_rng_state(), before)
@@ -277,7 +277,7 @@ def test_what_goes_wrong_in_training_stops_the_thread(
     monkeypatch.setattr(generate_room, "denoise_step", slow_step)
     monkeypatch.setattr(trainer, "update", fail)
     with pytest.raises(error):
-        trainer.train_step(start("lora", tmp_path, "rollout.max_new_tokens=64"), 0)
+        trainer.train_step(start("lora", tmp_path, "rollout.decode.max_new_tokens=64"), 0)
     assert len(steps) < 8  # of 16 at least
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rollouts")]
 

@@ -38,8 +38,12 @@ def command(root: Path, output: Path, *overrides: str) -> list[str]:
     settings = tiny_overrides(root / "teacher", root, output)[1:]
     return [
         *("convert", str(root / "teacher"), *settings, "train.num_steps=4", "train.save_every=2"),
-        *(f"eval.path={root / 'tasks.jsonl'}", "eval.modes=[static,threshold]", "eval.ar_accept_threshold=0"),
-        *("eval.agreement=false", "eval.confidence_threshold=0.08", *overrides),
+        *(
+            f"eval.path={root / 'tasks.jsonl'}",
+            "eval.modes=[static,threshold]",
+            "eval.decode.ar_accept_threshold=0",
+        ),
+        *("eval.agreement=false", "eval.decode.confidence_threshold=0.08", *overrides),
     ]
 
 

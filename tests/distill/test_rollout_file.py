@@ -222,7 +222,7 @@ def test_teacher_responses_from_the_command_train_as_live_ones(place: Path, tmp_
     file, prompts = tmp_path / "teacher.parquet", str(place / "prompts.jsonl")
     command = ["rollout", str(place / "teacher"), prompts, "--out", str(file), "--mode", "ar"]
     assert main([*command, "--temperature", "0", "--max-new-tokens", "10"]) == 0
-    settings = ["loss.objective=off_policy", "rollout.temperature=0"]
+    settings = ["loss.objective=off_policy", "rollout.decode.temperature=0"]
     assert main(convert(place, tmp_path / "live", *settings)) == 0
     assert main(convert(place, tmp_path / "offline", *settings, f"rollout.path={file}")) == 0
     assert metrics(tmp_path / "offline") == metrics(tmp_path / "live")

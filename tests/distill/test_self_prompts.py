@@ -27,7 +27,11 @@ def tokenizer(teacher_folder: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    settings = [f"data.self_prompts={NUM_PROMPTS}", "data.max_prompt_tokens=48", "rollout.batch_size=16"]
+    settings = [
+        f"data.self_prompts={NUM_PROMPTS}",
+        "data.max_prompt_tokens=48",
+        "rollout.decode.batch_size=16",
+    ]
     return load_config(None, ["model.path=bundled:teacher", *settings])
 
 

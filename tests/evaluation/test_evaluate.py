@@ -40,7 +40,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def eval_command(folder: Path, out: Path, *overrides: str) -> list[str]:
     tasks = folder.parent.parent / "tasks.jsonl"
-    return ["eval", str(folder), f"eval.path={tasks}", "eval.batch_size=1", *overrides, "--out", str(out)]
+    return [
+        "eval",
+        str(folder),
+        f"eval.path={tasks}",
+        "eval.decode.batch_size=1",
+        *overrides,
+        "--out",
+        str(out),
+    ]
 
 
 def without_timing(value: Any) -> Any:
@@ -134,7 +142,9 @@ def test_a_killed_evaluation_continues_without_repeating_a_prompt(
     decoded.clear()
     assert main(eval_command(folder, out, "eval.limit=2", "eval.modes=static")) == 0
     assert not decoded  # a part of what is there
-    assert main(eval_command(folder, out, "eval.confidence_threshold=0.5", "eval.modes=threshold")) == 0
+    assert (
+        main(eval_command(folder, out, "eval.decode.confidence_threshold=0.5", "eval.modes=threshold")) == 0
+    )
     assert len(decoded) > 0  # another decoding is not taken for the one that is there
 
 
@@ -156,7 +166,7 @@ def test_the_log_tells_checkpoints_decodings_and_prompts_apart(tmp_path: Path) -
 def test_the_report_holds_agreement_and_likelihood_and_reads_as_markdown(
     folder: Path, tmp_path: Path
 ) -> None:
-    settings = ["eval.modes=static,lossless", "eval.likelihood_samples=2", "eval.batch_size=8"]
+    settings = ["eval.modes=static,lossless", "eval.likelihood_samples=2", "eval.decode.batch_size=8"]
     assert main(eval_command(folder, tmp_path, *settings)) == 0
     report = read_report(tmp_path)
     assert set(report["agreement"]) == {"static", "lossless"}

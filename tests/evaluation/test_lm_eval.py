@@ -137,7 +137,7 @@ def test_settings_that_cannot_act_are_refused(place: Path) -> None:
 
 
 def test_the_command_writes_the_harness_results(place: Path, tmp_path: Path) -> None:
-    overrides = ["eval.modes=static", "eval.limit=3", "eval.batch_size=4"]
+    overrides = ["eval.modes=static", "eval.limit=3", "eval.decode.batch_size=4"]
     options = ["--tasks", ",".join(TASKS), "--include-path", str(place / "tasks"), "--out", str(tmp_path)]
     assert main(["eval", str(place / "run" / "model"), *overrides, *options]) == 0
     results = json.loads((tmp_path / "lm_eval.json").read_text())

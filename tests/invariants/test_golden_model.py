@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opdlm.config.sections import LossSection, OptimizerSection, RolloutSection
+from opdlm.config.sections import LossSection, OptimizerSection, RolloutDecode, RolloutSection
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
@@ -249,7 +249,7 @@ def test_greedy_decoding_reveals_what_the_published_sampler_reveals(run: dict[st
 
 
 def test_the_length_curriculum_is_the_published_one() -> None:
-    section = RolloutSection(start_new_tokens=100, max_new_tokens=4000, ramp_steps=100)
+    section = RolloutSection(start_new_tokens=100, decode=RolloutDecode(max_new_tokens=4000), ramp_steps=100)
     expected = NUMBERS["schedules"]["max_token_cos(start100,end4000,ramp100)"]
     assert {step: length_cap(section, int(step), 4) for step in expected} == expected
 

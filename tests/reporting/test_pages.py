@@ -73,7 +73,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 row |= {"answer": line["response"] if i % 6 else "no", "held_out": row["skill"] == HOSTILE}
             write_rows(root / "tasks.jsonl", rows)
         assert (
-            main(["convert", str(root / "teacher"), *settings, *overrides, "eval.ar_accept_threshold=0"]) == 0
+            main(
+                ["convert", str(root / "teacher"), *settings, *overrides, "eval.decode.ar_accept_threshold=0"]
+            )
+            == 0
         )
     return root
 
@@ -218,7 +221,9 @@ def test_seeds_are_independent_samples_and_their_spread_is_that_of_the_raw_respo
 
 def test_what_a_seed_draws_for_a_prompt_does_not_depend_on_the_others(root: Path) -> None:
     model, tokenizer = load(root / "preserve" / "model")
-    config = load_config(root / "preserve" / "config.yaml", ["eval.temperature=1", "eval.batch_size=1"])
+    config = load_config(
+        root / "preserve" / "config.yaml", ["eval.decode.temperature=1", "eval.decode.batch_size=1"]
+    )
     tasks = load_tasks(config.eval.path, tokenizer, model.spec.mask_token_id)
     forwards = decode_tasks(model, tasks, "threshold", config.eval, seed=5).rollouts
     backwards = decode_tasks(model, tasks[::-1], "threshold", config.eval, seed=5).rollouts

@@ -138,7 +138,11 @@ def test_a_study_of_text_runs_from_start_to_end(name: str, overrides: list[str],
 @pytest.mark.slow
 def test_a_study_of_conversions_runs_from_start_to_end(tmp_path: Path) -> None:
     overrides = ["run.train.num_steps=1", "run.train.rows_per_update=4", "run.rollout.prompts_per_step=4"]
-    overrides += ["run.rollout.max_new_tokens=16", "run.eval.max_new_tokens=8", "run.eval.limit=1"]
+    overrides += [
+        "run.rollout.decode.max_new_tokens=16",
+        "run.eval.decode.max_new_tokens=8",
+        "run.eval.limit=1",
+    ]
     overrides += ["grid.num_prompts=8", "grid.windows=[[0.45,0.55],[0.5,1]]", "run.eval.likelihood_samples=2"]
     check_outputs("window_sft", overrides, tmp_path)
 

@@ -110,12 +110,12 @@ def tiny_overrides(model: Path, data: Path, output_dir: Path) -> list[str]:
         "lora.r=4",
         "lora.alpha=8",
         "rollout.prompts_per_step=4",
-        "rollout.max_new_tokens=10",
+        "rollout.decode.max_new_tokens=10",
         "train.rows_per_update=2",
         "train.micro_batch_rows=2",
         "train.num_steps=2",
         "optimizer.learning_rate=1e-2",
-        "eval.max_new_tokens=10",
+        "eval.decode.max_new_tokens=10",
     ]
 
 

@@ -14,5 +14,8 @@ LLAMA = {"head_dim": 32, "max_position_embeddings": 256}  # vLLM has no attentio
 
 def convert(folder: Path, name: str, *overrides: str) -> list[dict[str, float]]:
     arguments = tiny_overrides(folder / "model", folder, folder / name)
-    assert main(["convert", str(folder / "model"), *arguments[1:], "rollout.temperature=0", *overrides]) == 0
+    assert (
+        main(["convert", str(folder / "model"), *arguments[1:], "rollout.decode.temperature=0", *overrides])
+        == 0
+    )
     return read_metrics(folder / name / "metrics.jsonl")

@@ -249,10 +249,10 @@ def test_from_an_empty_folder_to_an_evaluated_student(
     assert main(["train", *SCRATCH, *small, *first]) == 0
     assert main(["train", "first/model", *small, *DUAL, "output_dir=second"]) == 0
     convert = ["data.path=prompts.jsonl", "output_dir=third", "rollout.prompts_per_step=2", "lora.r=4"]
-    convert += ["rollout.max_new_tokens=8", "train.rows_per_update=2", "train.num_steps=1"]
+    convert += ["rollout.decode.max_new_tokens=8", "train.rows_per_update=2", "train.num_steps=1"]
     assert main(["convert", "second/model", *convert]) == 0
     capsys.readouterr()
-    assert main(["eval", "third/model", "eval.path=tasks.jsonl", "eval.max_new_tokens=8"]) == 0
+    assert main(["eval", "third/model", "eval.path=tasks.jsonl", "eval.decode.max_new_tokens=8"]) == 0
     assert "sum" in capsys.readouterr().out
 
 

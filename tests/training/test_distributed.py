@@ -27,6 +27,7 @@ from opdlm.config.sections import (
     Config,
     LossSection,
     OptimizerSection,
+    RolloutDecode,
     RolloutSection,
     StatesSection,
     TrainSection,
@@ -98,7 +99,9 @@ def start(kind: str, output: Path) -> Run | TextRun:
     config = Config(
         output_dir=str(output),
         rollout=RolloutSection(
-            prompts_per_step=5, batch_size=2, max_new_tokens=6, temperature=1.0, asynchronous=kind == "next"
+            prompts_per_step=5,
+            decode=RolloutDecode(batch_size=2, max_new_tokens=6),
+            asynchronous=kind == "next",
         ),
         states=StatesSection(selection="one_per_block"),
         loss=LossSection(normalization="row" if kind == "sdar" else "token"),
@@ -291,7 +294,7 @@ def test_without_deepspeed_a_zero_launch_says_what_to_install(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rollout_depends_on_its_place_and_not_on_its_neighbours(kind: str) -> None:
     model = make_model(kind)
-    section = RolloutSection(max_new_tokens=9, temperature=1.0, confidence_threshold=0.3)
+    section = RolloutSection(decode=RolloutDecode(max_new_tokens=9, confidence_threshold=0.3))
 
     def roll_out(places: range) -> list[Rollout]:
         prompts = [PROMPTS[i] for i in places]
@@ -328,7 +331,7 @@ def test_the_recipe_runs_under_accelerate_launch(mode: str, tmp_path: Path) -> N
         *settings[0].split("=")[1:],
         *settings[1:],
         f"eval.path={tmp_path / 'eval.jsonl'}",
-        *("eval.every=1", "eval.patience=2", "eval.ar_accept_threshold=0", "train.ema_decay=0.9"),
+        *("eval.every=1", "eval.patience=2", "eval.decode.ar_accept_threshold=0", "train.ema_decay=0.9"),
     ]
     file = f"--config_file=recipes/accelerate/{mode}.yaml"
     port = "--main_process_port=0"

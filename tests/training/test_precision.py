@@ -12,11 +12,11 @@ from opdlm.cli.main import main
 SMALL_RUN = [
     "train.num_steps=2",
     "rollout.prompts_per_step=8",
-    "rollout.max_new_tokens=16",
+    "rollout.decode.max_new_tokens=16",
     "train.rows_per_update=8",
     "data.limit=16",
     "eval.limit=1",
-    "eval.max_new_tokens=24",
+    "eval.decode.max_new_tokens=24",
 ]
 
 

@@ -51,7 +51,7 @@ def command(root: Path, output: Path, *overrides: str) -> list[str]:
     settings = tiny_overrides(root / "llama", root, output)[1:]
     return [
         *("convert", str(root / "llama"), *settings, "train.num_steps=4", "train.save_every=2"),
-        *("train.epochs_per_rollout=2", "rollout.temperature=1.0", "rollout.start_new_tokens=4"),
+        *("train.epochs_per_rollout=2", "rollout.decode.temperature=1.0", "rollout.start_new_tokens=4"),
         *("rollout.ramp_steps=3", "states.selection=one_per_block", "optimizer.warmup_steps=2", *overrides),
     ]
 
@@ -177,7 +177,7 @@ def test_a_finished_run_is_not_trained_again(
 
 def test_settings_that_do_not_train_may_change_when_a_run_continues(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "whole", tmp_path / "run")
-    overrides = [f"eval.path={place / 'eval.jsonl'}", "eval.batch_size=1", "train.save_every=3"]
+    overrides = [f"eval.path={place / 'eval.jsonl'}", "eval.decode.batch_size=1", "train.save_every=3"]
     assert main(command(place, tmp_path / "run", *overrides)) == 0
     assert (tmp_path / "run" / "model" / "retention.json").is_file()
     assert main(command(place, tmp_path / "run", "train.seed=1")) == 2

@@ -16,8 +16,8 @@ GROWTH = ["format.block_size=4", "format.block_growth=[[0,2],[1,4]]"]
 @pytest.mark.parametrize(
     "settings",
     [
-        ["format.name=sdar", "rollout.temperature=0.8", *GROWTH],
-        ["format.name=preserve", "format.grid=response", "rollout.temperature=0.8"],
+        ["format.name=sdar", "rollout.decode.temperature=0.8", *GROWTH],
+        ["format.name=preserve", "format.grid=response", "rollout.decode.temperature=0.8"],
     ],
     ids=["sdar, growing blocks", "preserve"],
 )
