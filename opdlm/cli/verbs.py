@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlm import __version__
 from opdlm.checkpoints.convert import plain_decoder
-from opdlm.checkpoints.export import export_to_sdar, export_to_vllm
+from opdlm.checkpoints.export import export_to_sdar
 from opdlm.checkpoints.load import check_fits, load, load_causal_lm, load_tokenizer, read_spec
 from opdlm.config.loader import apply_override, build_section
 from opdlm.config.rules import check_config
@@ -37,6 +37,7 @@ from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from opdlm.seeds import seed_of
 from opdlm.training.metrics import DecodingProgress
 from opdlm.vllm.engine import VllmTeacher, check_vllm, start_teacher
+from opdlm.vllm.export import export_to_vllm
 
 BATCHES_PER_PIECE = 4
 """`opdlm rollout` keeps so many batches on disk at a time: rows of one piece make room for each other."""

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from opdlm.config.sections import DataSection, resolve_path
 from opdlm.decoding.rollout import Prompt
 from opdlm.errors import DataError
-from opdlm.evaluation.scoring import Scoring
 
 Row = dict[str, Any]
+Scoring = Literal["exact", "gsm8k", "math", "choice", "code"]
+"""How responses are scored: `eval.scoring`, implemented in `evaluation.scoring`."""
 Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 

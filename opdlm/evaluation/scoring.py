@@ -15,9 +15,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Literal
 
-Scoring = Literal["exact", "gsm8k", "math", "choice", "code"]
+from opdlm.data.prompts import Scoring
 
 STATED_CHOICE = re.compile(r"answer(?: is|:)?\s*\(?\**([A-Z])\b", re.IGNORECASE)
 ANY_CHOICE = re.compile(r"\b([A-HJ])\b")

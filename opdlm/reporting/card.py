@@ -71,7 +71,7 @@ def rendered(data: ModelCardData, template: str, results: dict[str, Any], **valu
 
 def card_data(base: str | None, relation: str, tags: list[str], **measured: Any) -> ModelCardData:
     """Metadata of a model made from `base`: a Hub id or a folder; None for random weights."""
-    origin = {} if base is None else base_license(base)
+    origin: dict[str, Any] = {} if base is None else base_license(base)
     if base is not None and is_on_hub(base):
         origin |= {"base_model": base, "base_model_relation": relation}
     return ModelCardData(

@@ -90,10 +90,9 @@ def retention_table(report: Values) -> Table:
                 speed(report, mode["name"]),
             ]
         )
-    sampling = report["settings"]["config"]["eval"]
-    how = (
-        f"sampled at temperature {sampling['temperature']:g}, seed 0" if sampling["temperature"] else "greedy"
-    )
+    section = report["settings"]["config"]["eval"]
+    temperature = section.get("decode", section)["temperature"]  # earlier reports have no section `decode`
+    how = f"sampled at temperature {temperature:g}, seed 0" if temperature else "greedy"
     return Table(
         title="Retention",
         head=[

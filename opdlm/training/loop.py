@@ -1,8 +1,8 @@
-"""The training loop that both trainers share: steps, updates, checkpoints, averaged weights, measurements.
+"""The training loop without what is trained: steps, updates, checkpoints, averages, measurements.
 
-`distill.trainer` (rollouts) and `text.trainer` (given text) define one step. Running, stopping, saving and
-resuming are here. The loss of an update is normalised over the whole update, so micro-batching and the number
-of ranks change no gradient. Not here: models, data, losses.
+`trainer` (rollouts) and `text_trainer` (given text) say what one step does; both run, stop, save and continue
+here. The loss of an update is normalised over the whole update, so micro-batching and the number of ranks
+change no gradient. Not here: models, data, losses.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Loop:
     data_digest: str = ""
     """`digest_of` what is trained on: a run does not continue on other data."""
     scores: list[float] = field(default_factory=list)
-    """Scores of the measurements so far."""
+    """What the measurements during training found so far."""
     scheduler: LambdaLR = field(init=False)
 
     def __post_init__(self) -> None:
