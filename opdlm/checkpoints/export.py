@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlm.checkpoints.load import (
     ADAPTER_FOLDER,
@@ -28,11 +28,9 @@ from opdlm.checkpoints.load import (
     set_embedding_row,
 )
 from opdlm.checkpoints.lora import merge_adapter
-from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.errors import ConfigError
 from opdlm.files import atomic_folder
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
-from opdlm.vllm.plugin import vllm_config_values
 
 REMOTE_FILES = (
     "checkpoints/modeling_opdlm.py",
@@ -48,7 +46,6 @@ REMOTE_FILES = (
     "decoding/unmasking.py",
     "modeling/slots.py",
     "decoding/rollout.py",
-    "modeling/cpu_linear.py",
 )
 PACKAGE_IMPORT = re.compile(r"^from \.\.?(?:\w+\.)?(\w+) import", re.MULTILINE)
 """An import from a sub-package, which is flattened: transformers reads remote code from one flat folder."""
@@ -199,29 +196,3 @@ def export_to_sdar(folder: Path, out: Path) -> None:
             "mask_token_id": spec.mask_token_id,
         }
         config_file.write_text(json.dumps(values, indent=2))
-
-
-def export_to_vllm(folder: Path, out: Path, decode: DecodeConfig) -> None:
-    """Write an `sdar` folder for `vllm serve OUT`, in an environment that has this package installed.
-
-    It holds complete weights, our architecture's name, block size and decode settings in config.json, and all
-    stop tokens in generation_config.json. Sampling parameters are left out, because vLLM would apply them to
-    every request and then refuse it for diffusion. ConfigError if vLLM cannot run the student.
-    """
-    spec = read_spec(folder)
-    if spec.format != "sdar":
-        raise ConfigError(
-            f"{folder} is a preserve student, whose adapter acts on noised slots only: it cannot be exported "
-            "to vLLM. Use `opdlm generate`, or convert with format.name=sdar."
-        )
-    values = vllm_config_values(AutoConfig.from_pretrained(folder), spec, decode)
-    check_free(out)
-    plain, tokenizer = complete_student(folder, spec)
-    with atomic_folder(out) as partial:
-        write_model(partial, plain, tokenizer)
-        values["block_diffusion"] = plain.spec.to_dict()
-        config_file = partial / "config.json"
-        config_file.write_text(json.dumps(json.loads(config_file.read_text()) | values, indent=2))
-        GenerationConfig(
-            eos_token_id=list(spec.stop_token_ids), pad_token_id=tokenizer.pad_token_id
-        ).save_pretrained(partial)

@@ -30,7 +30,6 @@ from ..decoding.lossless import lossless_step as lossless_step
 from ..decoding.rollout import Rollout as Rollout
 from ..decoding.unmasking import Remasking as Remasking
 from ..modeling.attention import choose_backend as choose_backend
-from ..modeling.cpu_linear import use_faster_linear
 from ..modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from ..modeling.gate import Adapted
 from ..modeling.kv_cache import DecodeCache as DecodeCache
@@ -123,7 +122,6 @@ class OpdlmForCausalLM(nn.Module):
             key: options[key] for key in ("dtype", "torch_dtype", "revision", "token") if key in options
         }
         base = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **loading)
-        use_faster_linear(base)
         spec = DiffusionSpec.from_dict(config.block_diffusion)
         if spec.format == "sdar" and not spec.adapter:
             return cls(config, DiffusionLM(base, spec)).eval()
@@ -132,7 +130,6 @@ class OpdlmForCausalLM(nn.Module):
         mask_embedding = load_file(embedding_file)["mask_embedding"]
         if not spec.adapter:
             student = AutoModelForCausalLM.from_pretrained(name, subfolder="student", **loading)
-            use_faster_linear(student)
             return cls(config, DiffusionLM(student, spec, teacher=base, mask_embedding=mask_embedding)).eval()
         weights_file: Any = cached_file(name, "adapter/adapter_model.safetensors", revision=revision)
         cached_file(name, "adapter/adapter_config.json", revision=revision)

@@ -16,7 +16,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..modeling.cpu_linear import packed_weights
 from ..modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from ..modeling.kv_cache import DecodeCache
 from ..modeling.slots import Format, Grid
@@ -129,9 +128,8 @@ def generate(
     if find_end is not None:
         decoder.find_end = dict.fromkeys(range(len(prompts)), find_end)
     finished: dict[int, Rollout] = {}
-    with packed_weights(model):
-        while decoder.is_busy:
-            finished |= decoder.step()
+    while decoder.is_busy:
+        finished |= decoder.step()
     return [finished[i] for i in range(len(prompts))]
 
 

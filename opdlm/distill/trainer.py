@@ -309,7 +309,7 @@ def step_metrics(
         "loss": sums.loss / sums.num_updates,
         "divergence": sums.divergence / max(1, sums.positions),
         "grad_norm": sums.grad_norm / sums.num_updates,
-        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "learning_rate": sums.learning_rate,
         "block_size": run.model.spec.block_size,
         "tokens_per_forward": decoding.tokens_per_forward,
         "tokens_per_step": decoding.tokens_per_step,

@@ -34,6 +34,7 @@ from opdlm.errors import ConfigError
 from opdlm.evaluation.retention import read_config_of, versions
 from opdlm.modeling.compiled import compiled_decoding
 from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.reporting.tables import Table, count, percent, print_table
 from opdlm.vllm.engine import (
     VllmTeacher,
     check_vllm,
@@ -141,7 +142,7 @@ def bench_folder(
             f"batch {row.batch_size}: {row.name} {row.tokens_per_second:.0f} tokens/s", soft_wrap=True
         ),
     )
-    console.print(speed_table(rows), markup=False, soft_wrap=True)
+    print_table(speed_table(rows), console)
     if out is not None:
         settings: dict[str, Any] = {"prompts": len(ids), "file": path, "repeats": repeats}
         settings |= {"vllm": installed_version()} if with_vllm else {}
@@ -286,16 +287,25 @@ def summarise(
     )
 
 
-def speed_table(rows: Sequence[Speed]) -> str:
-    """The rows as a Markdown table."""
-    lines = ["| batch | decoding | tokens/s | × AR | tokens/forward | = AR |", "|---:|---|" + "---:|" * 4]
-    for row in rows:
-        per_forward = "–" if row.tokens_per_forward is None else f"{row.tokens_per_forward:.2f}"
-        lines.append(
-            f"| {row.batch_size} | {row.name} | {row.tokens_per_second:.0f} | {row.speedup:.2f} "
-            f"| {per_forward} | {100 * row.identical:.1f} % |"
-        )
-    return "\n".join(lines)
+def speed_table(rows: Sequence[Speed]) -> Table:
+    """A row per way of decoding and batch size."""
+    return Table(
+        title="Decoding speed",
+        head=["decoding", "batch", "tokens/s", "× AR", "tokens/forward", "= AR"],
+        rows=[
+            [
+                row.name,
+                str(row.batch_size),
+                f"{row.tokens_per_second:.0f}",
+                f"{row.speedup:.2f}",
+                count(row.tokens_per_forward),
+                percent(row.identical),
+            ]
+            for row in rows
+        ],
+        note="× AR: speed over `transformers.generate`. = AR: responses equal to those of "
+        "`transformers.generate`.",
+    )
 
 
 def write_speed(rows: Sequence[Speed], folder: Path, settings: dict[str, Any]) -> None:

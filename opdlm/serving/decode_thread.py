@@ -20,7 +20,6 @@ from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.decode_state import Request
 from opdlm.decoding.generate import Decoder, FindEnd
 from opdlm.decoding.rollout import Rollout
-from opdlm.modeling.cpu_linear import packed_weights
 from opdlm.modeling.diffusion_lm import DiffusionLM
 
 log = logging.getLogger(__name__)
@@ -58,10 +57,9 @@ class DecodeThread(Thread):
         self._count = itertools.count()
 
     def run(self) -> None:
-        with packed_weights(self.model):
-            while True:
-                self._receive()
-                self._advance()
+        while True:
+            self._receive()
+            self._advance()
 
     def _advance(self) -> None:
         """One forward pass. Completed jobs receive their responses; an error goes to every running job."""

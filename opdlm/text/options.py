@@ -43,6 +43,7 @@ class OptionReport:
     accuracy: float
     """Share of questions whose right option has the fewest nats; a tie counts as 1 / n."""
     accuracy_interval: tuple[float, float]
+    """95 %, Wilson, with the right answers rounded to a whole number."""
     accuracy_per_token: float
     """The same with nats per token of the option."""
     delta_nll: float
@@ -69,7 +70,7 @@ def rank_options(score: Score, questions: Sequence[Question]) -> OptionReport:
         right_tokens += len(question.options[question.answer])
     return OptionReport(
         accuracy=fmean(hits),
-        accuracy_interval=wilson(sum(hits), len(hits)),
+        accuracy_interval=wilson(round(sum(hits)), len(hits)),
         accuracy_per_token=fmean(hits_per_token),
         delta_nll=fmean(deltas),
         delta_nll_per_token=fmean(deltas_per_token),

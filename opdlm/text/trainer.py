@@ -147,7 +147,7 @@ def train_step(run: TextRun, step: int) -> dict[str, float]:
         **({"ar_loss": ar_nats / ar_tokens} if ar_tokens else {}),
         **({"md_loss": md_nats / md_tokens} if md_tokens else {}),
         "grad_norm": update.grad_norm,
-        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "learning_rate": update.learning_rate,
         "epoch": run.totals["tokens"] / run.rows.length / run.rows.per_epoch,
         "tokens_per_second": length / seconds,
         "seconds": seconds,

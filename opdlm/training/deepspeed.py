@@ -143,8 +143,11 @@ class ZeroOptimizer(Optimizer):
         """One optimiser update on clipped gradients; returns their norm before clipping."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.param_groups[0]["lr"]
-        self.engine.step()
+        self.step()
         return float(self.engine.get_global_grad_norm())
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.engine.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Unpartitioned tensors, on the CPU of rank 0; the other ranks only send their partitions."""

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from opdlm.config.sections import OptimizerSection, RunConfig
+from opdlm.config.sections import RunConfig
 from opdlm.errors import DataError
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.objectives.losses import LossOutput
@@ -50,7 +51,7 @@ from opdlm.training.devices import (
 from opdlm.training.dropout import training_dropout
 from opdlm.training.ema import Average, averaged_weights, start_average, update_average, use_average
 from opdlm.training.metrics import MetricsLog
-from opdlm.training.optimizer import make_optimizer
+from opdlm.training.optimizer import make_optimizer, make_scheduler
 
 EvalCallback = Callable[[DiffusionLM], dict[str, float]]
 """Evaluates a model, identically on every rank. `eval.patience` compares its `score`; higher is better."""
@@ -76,6 +77,10 @@ class Loop:
     """`digest_of` the training data; a run does not resume on other data."""
     scores: list[float] = field(default_factory=list)
     """Scores of the evaluations during training so far."""
+    scheduler: LambdaLR = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scheduler = make_scheduler(self.optimizer, self.config.optimizer, self.num_planned)
 
     def progress(self, step: int) -> dict[str, Any]:
         """The `progress.json` of a checkpoint after `step` steps."""
@@ -86,6 +91,9 @@ class Loop:
         """Inverse of `progress`."""
         self.num_updates, self.totals = progress["num_updates"], progress["totals"]
         self.scores = progress["scores"]
+        self.scheduler = make_scheduler(
+            self.optimizer, self.config.optimizer, self.num_planned, self.num_updates
+        )
 
 
 def start(model: DiffusionLM, loss: nn.Module, config: RunConfig) -> dict[str, Any]:
@@ -177,6 +185,8 @@ class UpdateSums:
     """Sums over the updates of a step, for its metrics."""
 
     loss: float = 0.0
+    learning_rate: float = 0.0
+    """Of the last update."""
     grad_norm: float = 0.0
     num_updates: int = 0
     positions: int = 0
@@ -184,6 +194,7 @@ class UpdateSums:
 
     def __iadd__(self, other: UpdateSums) -> UpdateSums:
         self.loss += other.loss
+        self.learning_rate = other.learning_rate
         self.grad_norm += other.grad_norm
         self.num_updates += other.num_updates
         self.positions += other.positions
@@ -215,15 +226,21 @@ def update_weights(
             divergence += float(output.per_position_M.sum())
             num_positions += len(weights_M)
     loss, divergence, positions = sum_over_ranks(loop.accelerator, loss, divergence, num_positions)
-    sums = UpdateSums(loss / loop.accelerator.num_processes, 0.0, 1, int(positions), divergence)
+    sums = UpdateSums(
+        loss=loss / loop.accelerator.num_processes,
+        learning_rate=float(loop.scheduler.get_last_lr()[0]),
+        num_updates=1,
+        positions=int(positions),
+        divergence=divergence,
+    )
     if not math.isfinite(sums.loss):
         raise DataError(
             f"the loss became {sums.loss} at update {loop.num_updates + 1}. Lower optimizer.learning_rate "
             f"({config.optimizer.learning_rate:g}) and start again from the last checkpoint."
         )
-    set_learning_rate(loop)
     max_norm = config.optimizer.max_grad_norm
     sums.grad_norm = clip_and_step(loop.loss, loop.optimizer, loop.accelerator, max_norm)
+    loop.scheduler.step()
     loop.num_updates += 1
     update_average(loop.average, loop.model, config.train.ema_decay, loop.num_updates)
     return sums
@@ -254,21 +271,6 @@ def has_stalled(loop: Loop) -> bool:
         return False
     best = loop.scores.index(max(loop.scores))
     return len(loop.scores) - 1 - best >= patience
-
-
-def learning_rate_scale(update_index: int, total: int, section: OptimizerSection) -> float:
-    """Factor of the learning rate: linear warm-up, then a cosine to `min_learning_rate_ratio`."""
-    if update_index < section.warmup_steps:
-        return update_index / section.warmup_steps
-    progress = (update_index - section.warmup_steps) / max(1, total - section.warmup_steps)
-    minimum = section.min_learning_rate_ratio
-    return minimum + (1 - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def set_learning_rate(loop: Loop) -> None:
-    scale = learning_rate_scale(loop.num_updates, loop.num_planned, loop.config.optimizer)
-    for group in loop.optimizer.param_groups:
-        group["lr"] = loop.config.optimizer.learning_rate * scale
 
 
 def save(loop: Loop, step: int) -> None:
