@@ -406,8 +406,9 @@ def export(
     check_is_converted(folder)
     if to == "sdar" and config is not None:
         raise ConfigError("config has no effect with `to=sdar`, whose engines decide how tokens are chosen.")
-    from opdlm.checkpoints.export import export_to_sdar, export_to_vllm
+    from opdlm.checkpoints.export import export_to_sdar
     from opdlm.checkpoints.load import check_decode, read_spec
+    from opdlm.vllm.export import export_to_vllm
 
     if to == "sdar":
         export_to_sdar(Path(folder), Path(out))

@@ -1,8 +1,7 @@
-"""Load what a run needs: tokenizer, teacher, student, adapter; and converted folders back as a `DiffusionLM`.
+"""Load tokenizers, causal LMs and converted folders, and assemble a `DiffusionLM` from them.
 
-LoRA goes through PEFT. In `preserve` the student is the teacher plus a gated adapter: one set of weights.
-Anything a checkpoint can be wrong about (missing, not causal, broken numbers, wrong vocabulary) is one
-`DataError` here.
+LoRA uses PEFT. In `preserve` the student is the teacher plus a gated adapter, with one set of weights. A
+checkpoint that is missing, damaged or not a causal LM raises a `DataError` that names the fix.
 """
 
 from __future__ import annotations
@@ -46,6 +45,7 @@ MASK_EMBEDDING_FILE = "mask_embedding.safetensors"
 def load_tokenizer(
     path: str, trust_remote_code: bool = False, *, needs_weights: bool = True
 ) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder or hub id; DataError if there is none."""
     path = resolve_path(path)
     check_is_checkpoint(path, needs_weights=needs_weights)
     try:
@@ -60,7 +60,7 @@ def load_tokenizer(
 def load_causal_lm(
     path: str, dtype: str, trust_remote_code: bool = False, *, load_in_4bit: bool = False
 ) -> PreTrainedModel:
-    """An autoregressive checkpoint, checked for finite weights; its linear layers in 4 bits if asked."""
+    """An autoregressive checkpoint, optionally in 4-bit NF4; DataError if it is incomplete or not finite."""
     path = resolve_path(path)
     check_is_checkpoint(path)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
@@ -100,8 +100,8 @@ def load_causal_lm(
 
 
 def make_savable(model: Any) -> None:
-    """Let a 4-bit model be written as it was read: transformers cannot reverse how it reads 4-bit files, and
-    the packed CPU kernel of bitsandbytes rounds the scales of a weight when it is unpacked again.
+    """Make a 4-bit model save the weights that were loaded: transformers cannot reverse its conversion of
+    4-bit files, and the packed CPU kernel of bitsandbytes rounds the scales when it unpacks a weight.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -112,7 +112,7 @@ def make_savable(model: Any) -> None:
 
 
 def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) -> PreTrainedModel:
-    """Random weights for the config.json of `path`, changed by `shape`; one seed, one model."""
+    """A random model with the config.json of `path` changed by `shape`; ConfigError if that is invalid."""
     path = resolve_path(path)
     check_is_checkpoint(path, needs_weights=False)
     try:
@@ -123,7 +123,7 @@ def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) ->
     if unknown:
         raise ConfigError(f"model.shape.{unknown[0]} is no entry of {path}/config.json. Correct its name.")
     if "num_hidden_layers" in shape:
-        values.pop("layer_types", None)  # one entry per layer, filled in again
+        values.pop("layer_types", None)  # one entry per layer; transformers recreates it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -136,6 +136,7 @@ def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) ->
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
@@ -147,8 +148,8 @@ def assemble(
     teacher: PreTrainedModel | None = None,
     mask_embedding: Tensor | None = None,
 ) -> DiffusionLM:
-    """A trainable student. With LoRA the base is shared with the teacher, else the student is a copy of
-    it.
+    """A trainable student. With LoRA it shares the base with the teacher; otherwise `base` is the student,
+    and `teacher` a separate copy.
     """
     if lora is None:
         return DiffusionLM(base, spec, teacher=teacher, mask_embedding=mask_embedding)
@@ -171,13 +172,19 @@ def copy_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def read_spec(folder: str | Path) -> DiffusionSpec:
-    """`block_diffusion` of a converted folder."""
+    """`block_diffusion` in the config.json of a converted folder; DataError if it is none."""
     check_is_converted(folder)
-    return DiffusionSpec.from_dict(json.loads((Path(folder) / "config.json").read_text())["block_diffusion"])
+    values = json.loads((Path(folder) / "config.json").read_text())["block_diffusion"]
+    try:
+        return DiffusionSpec.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{folder}/config.json: block_diffusion is not valid: {error} Convert the checkpoint again."
+        ) from error
 
 
 def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> tuple[DiffusionLM, Any]:
-    """A converted folder as (DiffusionLM, tokenizer), ready for `opdlm.generate`."""
+    """A converted folder as (DiffusionLM, tokenizer), in evaluation mode; DataError if it is none."""
     folder = Path(folder)
     spec = read_spec(folder)
     base = load_causal_lm(str(folder), dtype)
@@ -199,7 +206,7 @@ def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> tup
 
 
 def set_embedding_row(model: PreTrainedModel, token_id: int, entering_H: Tensor) -> None:
-    """Make the embedding layer return `entering_H` for a token; some families scale what it holds."""
+    """Make the embedding layer, which may scale its rows, return `entering_H` for a token."""
     embedding = input_embedding(model)
     with torch.no_grad():
         embedding.weight[token_id] = 1.0
@@ -208,7 +215,7 @@ def set_embedding_row(model: PreTrainedModel, token_id: int, entering_H: Tensor)
 
 
 def check_fits(model: DiffusionLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, key: str) -> None:
-    """Prompt, response and the drafts past its end must lie within the positions the model knows."""
+    """DataError if prompts, responses (limited by setting `key`) and drafts exceed the model's context."""
     longest = max(len(ids) for ids in prompts)
     if longest + max_new_tokens > max_total_tokens(model):
         raise DataError(
@@ -231,20 +238,22 @@ def check_decode(config: DecodeConfig, spec: DiffusionSpec) -> None:
 
 
 def context_length(model: DiffusionLM) -> float:
-    """Positions that the model knows; infinite where its config names none."""
+    """Positions of the model; infinite if its config has no `max_position_embeddings`."""
     return getattr(model.student.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def max_total_tokens(model: DiffusionLM) -> float:
-    """Tokens of prompt and response together: the context without two blocks, where drafts may end."""
+    """Maximum tokens of prompt and response together: the context minus two blocks for drafts."""
     return context_length(model) - 2 * model.spec.block_size
 
 
 def input_embedding(model: PreTrainedModel) -> nn.Embedding:
+    """The embedding layer of the tokens."""
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     return embedding
 
 
 def vocabulary_rows(model: PreTrainedModel) -> int:
+    """Rows of the embedding, used or not."""
     return input_embedding(model).weight.shape[0]

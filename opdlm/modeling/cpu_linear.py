@@ -1,24 +1,17 @@
-"""Linear layers in float32 on CPUs where oneDNN multiplies faster than MKL, which torch calls.
+"""Float32 linear layers by oneDNN instead of MKL, on CPUs: off unless `OPDLM_ONEDNN=1` is in the environment.
 
-MKL, in every x86 build of torch, knows AVX-512 on Intel only. oneDNN, in the same build, has it everywhere:
-on an AMD EPYC of 2024 a product takes half the time, forward and backward (docs/lab/cpu.md). Small products
-stay with MKL, whose calls cost less; so does everything on other processors, in other dtypes and under
-autocast.
+torch multiplies float32 matrices by MKL, whose AVX-512 kernels run on Intel processors only. oneDNN, in the
+same build of torch, has AVX-512 kernels for every processor: on an AMD EPYC of 2024 a large product takes
+half the time, forward and backward (docs/lab/cpu.md). With the variable set, linear layers and the LM head
+multiply by oneDNN. Small products, other dtypes and products under autocast stay as they are. The results
+differ from MKL's in the last bits.
 
-With few rows, as in a decoding step, most of a product's time goes into bringing the weights into oneDNN's
-layout. `packed_weights` keeps copies in that layout as long as a decode runs.
-
-Shape suffixes: I in, O out.
+Shape suffixes: I in, O out, N rows.
 """
 
 from __future__ import annotations
 
-import platform
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
@@ -26,37 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+ENABLED = os.environ.get("OPDLM_ONEDNN") == "1" and torch.backends.mkldnn.is_available()
 LARGE = 2**18
-"""Numbers in a weight from which oneDNN is faster even for one row, and packing pays: 512 x 512, measured."""
+"""Numbers in a weight from which oneDNN is faster even for one row: 512 x 512, measured."""
 SMALL = 2**22
-"""Multiplications up to which a product with a smaller weight is MKL's. In a loop of equal calls oneDNN wins
-from 2^20; where the number of rows changes with every call, as in decoding, its look-ups cost more.
+"""Multiplications up to which a product with a smaller weight stays with MKL. In a loop of equal calls oneDNN
+is faster from 2^20. Decoding changes the number of rows with every call, where oneDNN has a higher overhead.
 """
-FIRST_PACKED = 24
-"""Calls after which the first layer is packed, on trial: on most machines packing pays by then."""
-SAVED = 0.4
-"""Share of a call's time that packed weights save: measured, 2 to 8 rows."""
 PLAIN = (Tensor, nn.Parameter)
 """Not quantised, sharded or traced."""
-CPU_INFO = Path("/proc/cpuinfo")
-MEMORY_INFO = Path("/proc/meminfo")
-CGROUP = Path("/sys/fs/cgroup")
-
-
-@cache
-def onednn_is_faster() -> bool:
-    """Whether this processor has AVX-512 and is not Intel's."""
-    known = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
-    return known and "AVX512" in torch.backends.cpu.get_cpu_capability() and not is_intel()
-
-
-def is_intel() -> bool:
-    vendor = CPU_INFO.read_text(errors="replace") if CPU_INFO.is_file() else platform.processor()
-    return "GenuineIntel" in vendor
 
 
 def linear(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """`F.linear`, by the faster library."""
+    """`F.linear`, by oneDNN where it is enabled and faster."""
     is_small = weight_OI.numel() < LARGE and inputs.numel() * weight_OI.shape[0] <= SMALL
     if is_small or not can_multiply(inputs, weight_OI):
         return F.linear(inputs, weight_OI, bias_O)
@@ -67,9 +42,9 @@ def linear(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> T
 
 
 def can_multiply(inputs: Tensor, weight_OI: Tensor) -> bool:
-    """Whether oneDNN takes these, and is the faster one."""
+    """Whether oneDNN is enabled and takes these tensors."""
     return (
-        onednn_is_faster()
+        ENABLED
         and inputs.numel() > 0
         and type(inputs) in PLAIN
         and type(weight_OI) in PLAIN
@@ -80,20 +55,20 @@ def can_multiply(inputs: Tensor, weight_OI: Tensor) -> bool:
 
 
 def product(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """inputs @ weight^T + bias by oneDNN: what `torch.compile` makes of linear layers on CPU."""
+    """inputs @ weight^T + bias by oneDNN: the operator of `torch.compile` on CPUs."""
     output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight_OI, bias_O, "none", [], "")
     return output
 
 
 def traced_linear(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """`linear` for a compiled forward, where nothing may depend on the number of rows."""
+    """`linear` for a compiled forward, where no choice may depend on the number of rows."""
     if weight_OI.numel() >= LARGE and weight_OI.dtype == torch.float32 and inputs.device.type == "cpu":
         return product(inputs, weight_OI, bias_O)
     return F.linear(inputs, weight_OI, bias_O)
 
 
 class Linear(torch.autograd.Function):
-    """`product` with its two gradients, which are products as well."""
+    """`product` with its gradients, which are products as well."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -113,91 +88,20 @@ class Linear(torch.autograd.Function):
         )
 
 
-class Packing:
-    """When layers are packed: after as many calls as would have paid for it, going by the last one packed.
-    Where fresh memory is slow (some virtual machines), that is late.
-    """
-
-    def __init__(self) -> None:
-        self.num_calls = float(FIRST_PACKED)
-
-    def pack(self, layer: CpuLinear, inputs: Tensor) -> Tensor:
-        """The layer's weight in oneDNN's layout."""
-        started = time.perf_counter()
-        product(inputs, layer.weight, layer.bias)
-        middle = time.perf_counter()
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
-        self.num_calls = (time.perf_counter() - middle) / (SAVED * (middle - started))
-        return packed
-
-
 class CpuLinear(nn.Linear):
-    """`nn.Linear` through `linear`, or by packed weights while `packed_weights` is open: the same bits."""
-
-    packing: Packing | None = None
-    packed: Tensor | None = None
-    num_calls = 0
+    """`nn.Linear` through `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return traced_linear(input, self.weight, self.bias)
-        packing, packed = self.packing, self.packed
-        if (
-            packing is None
-            or input.numel() <= self.in_features  # a single row: computed in another order, little to gain
-            or torch.is_grad_enabled()
-            or not can_multiply(input, self.weight)
-        ):
-            return linear(input, self.weight, self.bias)
-        if packed is None:
-            self.num_calls += 1
-            if self.num_calls <= packing.num_calls:
-                return linear(input, self.weight, self.bias)
-            packed = self.packed = packing.pack(self, input)
-        return product(input, packed, self.bias)
+        return linear(input, self.weight, self.bias)
 
 
 def use_faster_linear(model: nn.Module) -> None:
-    """Every plain linear layer, in place; weights, names and what is saved stay as they are."""
-    if onednn_is_faster():
+    """Make every plain linear layer a `CpuLinear`, in place, if oneDNN is enabled. Weights, names and saved
+    files stay the same.
+    """
+    if ENABLED:
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = CpuLinear
-
-
-@contextmanager
-def packed_weights(model: nn.Module) -> Iterator[None]:
-    """Around inference that changes no weight: large layers that are called again and again multiply by
-    copies in oneDNN's layout, dropped at the end. Nothing is copied where memory is short.
-    """
-    layers = [
-        m
-        for m in model.modules()
-        if isinstance(m, CpuLinear) and m.weight.numel() >= LARGE and can_multiply(m.weight, m.weight)
-    ]
-    num_bytes = sum(weight.nbytes for weight in {layer.weight for layer in layers})
-    if not layers or num_bytes > free_memory() // 2:
-        yield
-        return
-    packing = Packing()
-    for layer in layers:
-        layer.packing, layer.num_calls = packing, 0
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.packing = layer.packed = None
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of its control group if that has less; 0
-    where no Linux says so.
-    """
-    if not MEMORY_INFO.is_file():
-        return 0
-    fields = dict(line.split(":") for line in MEMORY_INFO.read_text().splitlines())
-    available = int(fields["MemAvailable"].removesuffix("kB")) * 1024
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
-        available = min(available, int(text) - int(used.read_text()))
-    return available

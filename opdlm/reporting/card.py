@@ -1,74 +1,112 @@
-"""Model cards: what the folder is, how to load it, what was measured and by which command."""
+"""Model cards: `README.md` of a result folder, with metadata for the Hub.
+
+`huggingface_hub` writes the metadata; the text comes from templates of this package, so no network is needed.
+The base model is named if it is a repository on the Hub, with the licence of its card where that card is on
+this machine: in the folder of the base or in the cache of the Hub.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from opdlm.config.sections import Config
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+
+from opdlm.config.sections import BUNDLED, Config, resolve_path
 from opdlm.config.text import TextConfig
 from opdlm.reporting.tables import measured_text
 
-USAGE = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-ar_model = AutoModelForCausalLM.from_pretrained(FOLDER)                          # {ar_meaning}
-model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)     # the diffusion model
-ids = tokenizer.apply_chat_template([{{"role": "user", "content": "..."}}], add_generation_prompt=True,
-                                    return_tensors="pt", return_dict=True)["input_ids"]
-print(tokenizer.decode(model.generate(ids, mode="{mode}", max_new_tokens=128)[0]))
-```"""
+TEMPLATES = Path(__file__).parents[1] / "templates"
+LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
 def model_card(config: Config, results: dict[str, Any], report: dict[str, Any] | None) -> str:
+    """Card of a folder written by `opdlm convert`; `report` as in `retention.json`."""
     preserve = config.format.name == "preserve"
-    usage = USAGE.format(
+    data = card_data(
+        config.model.path,
+        "adapter" if config.lora.enabled else "finetune",
+        ["opdlm", "diffusion", "block-diffusion"],
+        **(measured_data(Path(config.output_dir).name, report) if report else {}),
+    )
+    return rendered(
+        data,
+        "convert_card.md",
+        results,
+        config=config,
+        tokens=f"{results.get('rollout_tokens', 0):,.0f}",
         ar_meaning="the teacher, bit for bit" if preserve else "the student's weights read causally",
         mode="lossless" if preserve else "threshold",
+        measured=measured_text(report) if report else "",
     )
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-base_model: {config.model.path}
-tags: [opdlm, diffusion, block-diffusion]
----
-
-# {config.model.path} as a block-diffusion model
-
-Converted by `opdlm convert` (format `{config.format.name}`, block size {config.format.block_size}, objective
-`{config.loss.objective}`) on {results.get("rollout_tokens", 0):,.0f} rollout tokens in
-{results["train_seconds"] / 60:.1f} minutes. All settings are in `opdlm_config.yaml`, itself a recipe.
-
-{usage}
-
-## What it kept
-
-{measured_text(report) if report else "Not measured: the run had no `eval.path`."}
-
-Versions: {", ".join(f"{name} {version}" for name, version in results["versions"].items())}.
-"""
 
 
 def text_card(config: TextConfig, results: dict[str, Any]) -> str:
-    """Of a folder written by `opdlm train`."""
-    objective, origin = config.objective, "random weights" if config.model.from_scratch else config.model.path
+    """Card of a folder written by `opdlm train`."""
+    from_scratch = config.model.from_scratch
     losses = {name: value for name, value in results.items() if name.startswith("heldout_")}
-    measured = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [opdlm]
----
+    return rendered(
+        card_data(None if from_scratch else config.model.path, "finetune", ["opdlm"]),
+        "train_card.md",
+        results,
+        name=Path(config.output_dir).name,
+        objective=config.objective,
+        origin="random weights" if from_scratch else config.model.path,
+        tokens=f"{results.get('tokens', 0):,.0f}",
+        measured=", ".join(f"{name} {value:.4f}" for name, value in losses.items()),
+    )
 
-# {Path(config.output_dir).name}
 
-Trained by `opdlm train` (objective `{objective.name}`, prediction `{objective.prediction}`) from {origin} on
-{results.get("tokens", 0):,.0f} tokens in {results["train_seconds"] / 60:.1f} minutes. All settings are in
-`opdlm_train.yaml`, itself a recipe.
+def rendered(data: ModelCardData, template: str, results: dict[str, Any], **values: Any) -> str:
+    """The card of `template`; `results` as in `all_results.json`."""
+    card = ModelCard.from_template(
+        data,
+        str(TEMPLATES / template),
+        minutes=f"{results['train_seconds'] / 60:.1f}",
+        versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+        **values,
+    )
+    return f"{card}\n"
 
-Held-out text, nats per token: {measured or "not measured (no `eval.path`)"}. `opdlm eval DIR --text FILE`
-measures other text, `opdlm convert DIR` makes a diffusion model of what was trained autoregressively.
 
-Versions: {", ".join(f"{name} {version}" for name, version in results["versions"].items())}.
-"""
+def card_data(base: str | None, relation: str, tags: list[str], **measured: Any) -> ModelCardData:
+    """Metadata of a model made from `base`: a Hub id or a folder; None for random weights."""
+    origin: dict[str, Any] = {} if base is None else base_license(base)
+    if base is not None and is_on_hub(base):
+        origin |= {"base_model": base, "base_model_relation": relation}
+    return ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=tags, **origin, **measured
+    )
+
+
+def is_on_hub(base: str) -> bool:
+    return not base.startswith(BUNDLED) and not Path(base).exists()
+
+
+def base_license(base: str) -> dict[str, str]:
+    """The licence entries of the base's card; none where no card is on this machine."""
+    cached = try_to_load_from_cache(base, "README.md") if is_on_hub(base) else None
+    card = Path(cached if isinstance(cached, str) else Path(resolve_path(base)) / "README.md")
+    if not card.is_file():
+        return {}
+    known = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    return {key: known[key] for key in LICENSE_KEYS if key in known}
+
+
+def measured_data(name: str, report: dict[str, Any]) -> dict[str, Any]:
+    """The model index: accuracy and retention of every mode on the evaluation set of the report."""
+    dataset = Path(report["settings"]["config"]["eval"]["path"]).name
+    found = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=metric,
+            metric_name=f"{metric} ({mode['name']})",
+            metric_value=round(mode[metric], 4),
+        )
+        for mode in report["student"]
+        for metric in ("accuracy", "retention")
+        if mode[metric] is not None
+    ]
+    return {"model_name": name, "metrics": ["accuracy"], "eval_results": found}

@@ -1,7 +1,7 @@
-"""Pages that people read: one self-contained HTML file and one Markdown file beside the numbers.
+"""Report pages: a self-contained HTML file and a Markdown file beside the numbers.
 
-A page is tables (`tables`), pictures (`plots`), examples and settings. The HTML file loads nothing: pictures
-lie in it, text of models and data is escaped. Not here: measuring.
+A page holds tables, plots, examples and settings. The HTML file embeds its plots, loads no
+other file and escapes the text of models and data. Not here: measuring.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Page:
 
 
 def write_retention(folder: Path, report: Values, name: str) -> None:
-    """The whole report of one student: numbers, times, pictures and pages."""
+    """Write the report of one student: numbers, times, plots and pages."""
     numbers = {key: value for key, value in report.items() if key != "timing"}
     write_atomic(folder / RETENTION_FILE, json.dumps(numbers, indent=2, ensure_ascii=False))
     write_atomic(folder / TIMING_FILE, json.dumps(report["timing"], indent=2))
@@ -97,7 +97,7 @@ def write_retention(folder: Path, report: Values, name: str) -> None:
         pictures.append(Picture(folder / "divergence.png", "Mean KL(teacher ‖ student) over visited states"))
         plot_divergence(report, pictures[-1].path)
     page = Page(
-        title=f"What {name} kept of its teacher",
+        title=f"Retention of {name}",
         summary=[*headline(report), *filter(None, [likelihood_note(report)])],
         pictures=pictures,
         tables=report_tables(report),
@@ -108,7 +108,7 @@ def write_retention(folder: Path, report: Values, name: str) -> None:
 
 
 def headline(report: Values) -> list[str]:
-    """One sentence per mode."""
+    """One sentence on each mode."""
     return [
         f"{mode['name']}: "
         f"{with_interval(mode['retention'], mode['against_teacher']['all']['retention_interval'])} of the "
@@ -127,7 +127,7 @@ def settings_text(settings: Values) -> dict[str, str]:
 
 
 def read_retention(folder: Path) -> Values | None:
-    """What `write_retention` wrote; None where nothing was measured."""
+    """The report that `write_retention` wrote; None if the folder has none."""
     if not (folder / RETENTION_FILE).is_file():
         return None
     report = json.loads((folder / RETENTION_FILE).read_text(encoding="utf-8"))
@@ -141,7 +141,7 @@ def read_retention(folder: Path) -> Values | None:
 
 
 def write_comparison(folder: Path, students: Sequence[Values]) -> None:
-    """Several students in one table and one picture; their own reports lie in folders of their names."""
+    """Write several students as one table and one plot; `students` have reports in folders of their own."""
     numbers = [{key: value for key, value in s.items() if key != "report"} for s in students]
     write_atomic(folder / "comparison.json", json.dumps(numbers, indent=2, ensure_ascii=False))
     picture = Picture(folder / "comparison.png", "Retention against tokens per forward")
@@ -158,7 +158,7 @@ def write_comparison(folder: Path, students: Sequence[Values]) -> None:
 
 
 def write_run_page(run: Path) -> Path:
-    """Curves of a finished or running run, from its `metrics.jsonl`; returns the HTML file."""
+    """Write the page of a finished or running run from its `metrics.jsonl`; returns the HTML file."""
     metrics = read_metrics(run / "metrics.jsonl")
     if not metrics:
         raise DataError(

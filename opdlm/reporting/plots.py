@@ -1,5 +1,6 @@
-"""Pictures of runs and reports: training curves, retention, what speed costs. PNG files, drawn without a
-display from plain values as `metrics.jsonl` and `retention.json` hold them.
+"""Plots of runs and reports as PNG files: training curves, retention, accuracy against speed.
+
+They are drawn without a display, from plain values as `metrics.jsonl` and `retention.json` hold them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def new_figure(columns: int, width: float, height: float, rows: int = 1) -> tupl
 
 
 def plot_metrics(metrics: Sequence[dict[str, float]], path: Path) -> None:
-    """What training logged, against (rollout) tokens seen; `retention` where the run measured it."""
+    """The metrics of training against the number of (rollout) tokens, with `retention` where measured."""
     curves = {name: [row for row in metrics if name in row] for name in CURVES}
     curves = {name: rows for name, rows in curves.items() if rows}
     columns = 2
@@ -62,7 +63,7 @@ def plot_metrics(metrics: Sequence[dict[str, float]], path: Path) -> None:
 
 
 def plot_retention(report: Mapping[str, Any], path: Path) -> None:
-    """Accuracy of teacher and modes over all, seen and held-out skills; below it what was retained."""
+    """Accuracy of teacher and modes over all, seen and held-out skills; below, the retention of the modes."""
     figure, axes = new_figure(1, 8, 6.4, 2)
     modes = all_modes(dict(report))
     ticks = [f"{mode['name']}\n{mode['tokens_per_forward']:.2f} tok/fwd" for mode in modes]
@@ -92,7 +93,7 @@ def plot_retention(report: Mapping[str, Any], path: Path) -> None:
 def draw_bars(
     axis: Any, places: Sequence[float], shares: Sequence[float], limits: Sequence[Any], **options: Any
 ) -> None:
-    """Bars in percent with their intervals (None: none) and their numbers above them."""
+    """Bars in percent with their numbers above, and with intervals where they are not None."""
     values = [100 * share for share in shares]
     pairs = [limit or (share, share) for share, limit in zip(shares, limits, strict=True)]
     errors = whiskers(values, pairs)
@@ -101,7 +102,7 @@ def draw_bars(
 
 
 def whiskers(percents: Sequence[float], limits: Sequence[tuple[float, float]]) -> list[list[float]]:
-    """Distances from values in percent down and up to the ends of their intervals of shares."""
+    """Distances in percent from the values to the lower and upper ends of their intervals (shares)."""
     pairs = list(zip(percents, limits, strict=True))
     return [
         [max(0.0, v - 100 * low) for v, (low, _) in pairs],
@@ -129,7 +130,7 @@ def plot_trade_off(report: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_curve(axis: Any, points: Sequence[Mapping[str, Any]], key: str, label: str) -> None:
-    """Points with their intervals, joined in their order."""
+    """Points with their intervals, joined by a line in the given order."""
     xs, ys = [p["tokens_per_forward"] for p in points], [100 * p[key] for p in points]
     errors = whiskers(ys, [p[f"{key}_interval"] for p in points])
     axis.errorbar(xs, ys, yerr=errors, marker="o", linewidth=1, elinewidth=0.8, capsize=2, label=label)
@@ -143,7 +144,7 @@ def finish_trade_off(axis: Any, ylabel: str) -> None:
 
 
 def plot_comparison(students: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Retention against tokens per forward of every student in every mode, and who is beaten by nobody."""
+    """Retention against tokens per forward of every student in every mode, with the Pareto front."""
     figure, axes = new_figure(1, 7, 4.8)
     axis = axes[0][0]
     points = []
@@ -168,7 +169,7 @@ def plot_comparison(students: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points that no other one beats in both coordinates, from left to right."""
+    """Points that no other point exceeds in both coordinates, from left to right."""
     return sorted({p for p in points if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points)})
 
 
@@ -195,7 +196,7 @@ def plot_divergence(report: Mapping[str, Any], path: Path) -> None:
 
 
 def divergence_grid(profile: Sequence[Mapping[str, float]], size: int) -> Any:
-    """Mean KL `[size, size]`: masked share in steps of 1 / size by offset; NaN where nothing was seen."""
+    """Mean KL `[size, size]`: masked share in steps of 1 / size by offset; NaN without observations."""
     import numpy as np
 
     total, num = np.zeros((size, size)), np.zeros((size, size))
@@ -207,7 +208,7 @@ def divergence_grid(profile: Sequence[Mapping[str, float]], size: int) -> Any:
 
 
 def plot_signal(weights: Sequence[float], window: tuple[float, float], path: Path) -> None:
-    """Why `masking.windows=auto` chose this window: Signal(t) of the corpus, WikiText's for comparison."""
+    """Signal(t) of the corpus with the window of `masking.windows=auto`, and WikiText's for comparison."""
     figure, axes = new_figure(2, 9, 3.4)
     axis, places = axes[0][0], [i / 200 for i in range(201)]
     for label, shares, style in (("this text", weights, "-"), ("WikiText", WIKITEXT_WEIGHTS, ":")):

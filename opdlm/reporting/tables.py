@@ -1,13 +1,18 @@
-"""What was measured, as tables that people read: one description for Markdown, HTML and the terminal.
+"""Tables of measurements, rendered as Markdown, as HTML or in the terminal.
 
-Input are plain values as `retention.json` and `timing.json` hold them. Not here: measuring, pages, pictures.
+The input are plain values as `retention.json` and `timing.json` hold them. Not here: measuring, pages, plots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.table import Table as TerminalTable
+from rich.text import Text
 
 Values = dict[str, Any]
 NOTHING = "–"
@@ -23,9 +28,31 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
-        """Head and rows; a pipe in a name would end its cell."""
+        """Head and rows, with pipes inside of cells escaped."""
         lines = [self.head, ["---", *["---:"] * (len(self.head) - 1)], *self.rows]
         return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines)
+
+    def terminal(self) -> TerminalTable:
+        """The table as drawn in a terminal, with the note as its caption."""
+        found = TerminalTable(
+            title=Text(self.title), caption=Text(self.note), box=box.SIMPLE_HEAD, caption_justify="left"
+        )
+        for place, name in enumerate(self.head):
+            found.add_column(Text(name), justify="right" if place else "left", overflow="fold")
+        for row in self.rows:
+            found.add_row(*map(Text, row))  # as text: brackets are no markup
+        return found
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        if console.is_terminal:
+            yield self.terminal()
+        else:
+            yield Text("\n\n".join(filter(None, [self.title, self.markdown(), self.note])), end="\n\n")
+
+
+def print_table(table: Table, console: Console) -> None:
+    """A drawn table in a terminal; Markdown, with title and note, in a pipe or a file."""
+    console.print(table, soft_wrap=not console.is_terminal, end="")
 
 
 def percent(share: float | None) -> str:
@@ -39,7 +66,7 @@ def with_interval(share: float | None, interval: Sequence[float] | None) -> str:
 
 
 def count(number: float | None) -> str:
-    """A mean of tokens; none were counted where it is 0."""
+    """A mean number of tokens; 0 means that none were counted."""
     return f"{number:.2f}" if number else NOTHING
 
 
@@ -67,15 +94,15 @@ def retention_table(report: Values) -> Table:
     temperature = section.get("decode", section)["temperature"]  # earlier reports have no section `decode`
     how = f"sampled at temperature {temperature:g}, seed 0" if temperature else "greedy"
     return Table(
-        title="What survived",
+        title="Retention",
         head=[
             *("mode", "accuracy", "seen", "held out", "retention", "= teacher"),
             *("tok/fwd", "seen", "held out", "tok/s"),
         ],
         rows=rows,
         note=f"{report['teacher']['num_prompts']} prompts, {how}; accuracy is the mean over skills of exact "
-        "match. Every forward is counted, prefill and commits included. `teacher` is the original, decoded "
-        "token by token. In brackets: 95 % interval (bootstrap over the same prompts).",
+        "match. Every forward is counted, prefill and commits included. `teacher` is the original model, "
+        "decoded token by token. In brackets: 95 % interval (bootstrap over the same prompts).",
     )
 
 
@@ -101,8 +128,8 @@ def paired_table(report: Values) -> Table:
         title="Against the teacher, prompt by prompt",
         head=["mode, skills", "points of accuracy", "gained", "lost", "p"],
         rows=rows,
-        note="gained: prompts that only the student answers rightly; lost: only the teacher. p: McNemar's "
-        "exact test, two-sided.",
+        note="gained: prompts that only the student answers rightly; lost: prompts that only the teacher "
+        "answers rightly. p: McNemar's exact test, two-sided.",
     )
 
 
@@ -127,8 +154,8 @@ def response_table(report: Values) -> Table:
         head=["mode", "tokens", "stopped", "repeated", "tok/step", "tok/fwd", "tok/s", "× AR"],
         rows=rows,
         note="tokens: mean length. stopped: ended by a stop token, not by the limit. repeated: share of "
-        "4-token pieces that stood earlier in the same response. A step is a forward that reveals tokens. "
-        "× AR: tokens per second beside the teacher's, measured once, here (`opdlm bench` measures better).",
+        "4-grams that occur earlier in the same response. A step is a forward that reveals tokens. "
+        "× AR: tokens per second over the teacher's, of a single run (`opdlm bench` repeats it).",
     )
 
 
@@ -252,11 +279,13 @@ def comparison_table(students: Sequence[Values]) -> Table:
     )
 
 
+def main_tables(report: Values) -> list[Table]:
+    """The tables of a report for the model card and the terminal."""
+    makers = (retention_table, seed_table, distance_table, trade_off_table)
+    return [table for make in makers if (table := make(report)).rows]
+
+
 def measured_text(report: Values) -> str:
-    """The essence of a report in Markdown, for the model card and the terminal."""
-    parts = []
-    for make in (retention_table, seed_table, distance_table, trade_off_table):
-        table = make(report)
-        if table.rows:
-            parts += [table.markdown(), table.note]
+    """The main tables in Markdown, with their notes."""
+    parts = [part for table in main_tables(report) for part in (table.markdown(), table.note)]
     return "\n\n".join(filter(None, [*parts, likelihood_note(report)]))

@@ -21,7 +21,7 @@ from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.generate import generate as generate_ids
 from opdlm.decoding.generate import grid_of
 from opdlm.decoding.rollout import Rollout
-from opdlm.decoding.streaming import StablePrefix, StopStrings, Stream, encode_gaps
+from opdlm.decoding.streaming import ResponseView, StablePrefix, StopStrings, encode_gaps
 from opdlm.errors import ConfigError
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.seeds import seed_of
@@ -209,7 +209,7 @@ def generate_on_console(
     shown = range(len(ids)) if infill else range(len(ids), len(ids) + config.max_new_tokens)
     stable_prefix = StablePrefix(stops, model.spec, grid_of(config.mode, model.spec), shown)
     find_end = stops.find_end if stops.strings else None
-    with Stream(stable_prefix, console) as view:
+    with ResponseView(stable_prefix, console) as view:
         (rollout,) = generate_ids(model, [ids], config, [seed], view.on_step, find_end)
         view.finish(rollout)
     return rollout

@@ -1,4 +1,5 @@
-"""The optimiser: AdamW, fused or with 8-bit moments, on float32 weights whatever the model computes in.
+"""The optimiser and its learning rates: AdamW, fused or with 8-bit moments, on float32 weights whatever the
+model computes in.
 
 A bfloat16 weight has 8 significant bits: an update below 1/512 of it would be rounded away, and at a learning
 rate of 1e-5 that is nearly every update. Weights that are not float32 (a student trained in full with
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
 from opdlm.config.sections import OptimizerSection
 
@@ -41,6 +42,17 @@ def make_optimizer(
     if not masters or all(torch.finfo(p.dtype).bits >= 32 for p in parameters):
         return make(parameters)
     return MasterWeights(parameters, make, section.learning_rate)
+
+
+def make_scheduler(
+    optimizer: Optimizer, section: OptimizerSection, num_updates: int, num_done: int = 0
+) -> LambdaLR:
+    """Linear warm-up, then a cosine down to `min_learning_rate_ratio` of the peak at update `num_updates`.
+
+    The rates depend on the number of the update alone: after `num_done` updates they continue with the next.
+    """
+    options = {"min_lr_rate": section.min_learning_rate_ratio, "last_epoch": num_done - 1}
+    return get_scheduler("cosine_with_min_lr", optimizer, section.warmup_steps, num_updates, options)
 
 
 class MasterWeights(Optimizer):
@@ -89,14 +101,3 @@ class MasterWeights(Optimizer):
             self.masters[i].copy_(values["master"])
             moments[i] = {name: value for name, value in values.items() if name != "master"}
         self.inner.load_state_dict(state_dict | {"state": moments})
-
-
-def checkpoint_layers(model: nn.Module, every: int) -> None:
-    """Recompute the activations of every `every`-th layer in the backward pass."""
-    recompute: Any = partial(checkpoint, use_reentrant=False)
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for layer in layers[::every]:
-        layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = recompute
-        # Acts in training mode only; entered by the layers alone, it turns no dropout on.
-        layer.training = True

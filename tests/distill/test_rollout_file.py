@@ -22,8 +22,8 @@ from opdlm.config.rules import load_config
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
-from opdlm.distill import rollouts as rollout_sources
 from opdlm.distill import recording
+from opdlm.distill import rollouts as rollout_sources
 from opdlm.distill.rollout_file import COLUMNS, RolloutFile, log_path_of, write_rollouts
 from opdlm.objectives.mask_theory import ngram_signal_weights, optimal_t
 from opdlm.seeds import seed_of

@@ -25,7 +25,7 @@ def test_wilson_covers_at_the_stated_rate_on_average_over_shares() -> None:
         assert min(coverage) > 0.83  # its known weak spot, near 0 and 1 at small counts
 
 
-def test_wilson_gives_the_published_example_and_keeps_room_where_all_are_right() -> None:
+def test_wilson_gives_the_published_example_and_does_not_collapse_where_all_are_right() -> None:
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
     assert wilson(1, 29) == pytest.approx((0.0061, 0.1718), abs=1e-4)
     assert wilson(20, 20)[0] < 0.85 and wilson(20, 20)[1] == 1.0

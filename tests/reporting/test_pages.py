@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import statistics
 from html.parser import HTMLParser
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data, write_rows
 
 from opdlm.checkpoints.load import load
@@ -18,7 +20,7 @@ from opdlm.data.prompts import load_tasks
 from opdlm.evaluation.evaluate import decode_tasks
 from opdlm.reporting.pages import Page
 from opdlm.reporting.plots import divergence_grid, pareto_front
-from opdlm.reporting.tables import Table
+from opdlm.reporting.tables import Table, print_table
 
 HOSTILE = "<script>alert('x')</script> & <b>|"
 PROMPTS = {"add": [f"add {i} {7 * i}" for i in range(6)], HOSTILE: [f"copy <b{i}>" for i in range(6)]}
@@ -282,6 +284,21 @@ def test_a_run_is_drawn_while_it_runs_and_after(root: Path, tmp_path: Path) -> N
 
 def test_a_pipe_in_a_name_does_not_end_its_cell() -> None:
     assert Table(title="", head=["a"], rows=[["x|y"]]).markdown().splitlines()[-1] == "| x\\|y |"
+
+
+def test_a_table_is_drawn_in_a_terminal_and_is_markdown_in_a_pipe() -> None:
+    cells = [["lossless", "66.7 % [10.0, 90.0]"], ["[bold]x", "1"]]
+    table = Table(title="Title", head=["mode", "accuracy of a rather long name"], rows=cells, note="A note.")
+    shown = {}
+    for is_terminal in (False, True):
+        console = Console(file=io.StringIO(), force_terminal=is_terminal, width=60, no_color=True)
+        for _ in range(2):
+            print_table(table, console)
+        shown[is_terminal] = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown[False] == f"Title\n\n{table.markdown()}\n\nA note.\n\n" * 2
+    assert "| lossless" not in shown[True]
+    for text in ("Title", "A note.", "lossless", "66.7 % [10.0, 90.0]", "[bold]x"):
+        assert text in shown[True]
 
 
 def test_the_pareto_front_is_what_no_other_point_beats() -> None:

@@ -13,8 +13,10 @@ from opdlm.studies.claims import (
     is_sooner,
     is_usual,
     is_within,
+    kendall,
     over_seeds,
     probability_usual,
+    quantile,
 )
 
 
@@ -53,6 +55,19 @@ def test_what_happens_in_two_of_three_seeds_is_usual() -> None:
     assert [is_usual(*pair) for pair in ((3, 0), (2, 0), (0, 1), (0, 3), (9, 1), (8, 2), (3, 4))] == [
         *("holds", "undecided", "undecided", "does not hold", "holds", "undecided", "does not hold")
     ]
+
+
+def test_rank_correlation_is_one_for_the_same_order_and_zero_for_a_constant() -> None:
+    assert kendall([1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 30.0, 40.0]) == pytest.approx(1)
+    assert kendall([1.0, 2.0, 3.0, math.inf], [3.0, 2.0, 1.0, -1.0]) == pytest.approx(-1)
+    assert kendall([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 4.0, 3.0]) == pytest.approx(2 / 3)
+    assert kendall([1.0, 2.0, 3.0], [5.0, 5.0, 5.0]) == 0
+
+
+def test_a_quantile_is_one_of_the_values_also_where_some_are_infinite() -> None:
+    never = math.inf
+    assert quantile([3.0, 1.0, 2.0], 0.5) == 2 and quantile([4.0, 1.0, 2.0, 3.0], 0.5) == 2
+    assert quantile([1.0, never, never], 0.5) == never and quantile([never], 0.25) == never
 
 
 def test_who_is_sooner_is_asked_where_seeds_differ() -> None:

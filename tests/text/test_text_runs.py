@@ -223,7 +223,7 @@ def test_epochs_auto_share_and_auto_window_are_resolved_and_said(
     rows = [f"data.path={path}", output, "data.sequence_length=16", "train.rows_per_update=50"]
     assert main(["train", *SCRATCH, *rows, *DUAL, *settings]) == 0
     printed = capsys.readouterr().out
-    assert "40.00 passes over 81 tokens" in printed and "objective.ar_share auto: 0.4" in printed
+    assert "40.00 epochs of 81 tokens" in printed and "objective.ar_share auto: 0.4" in printed
     assert "autoregressive rows see the data 16.0 times" in printed
     assert "masking.windows auto: t* = 0." in printed
     assert len(rows_of(tmp_path / "run")) == 4  # 40 x 5 rows / 50

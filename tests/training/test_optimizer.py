@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opdlm.cli.main import main
 from opdlm.config.sections import OptimizerSection
+from opdlm.training.activation_checkpointing import checkpoint_layers
 from opdlm.training.checkpoint import load_checkpoint, save_checkpoint
-from opdlm.training.optimizer import MasterWeights, checkpoint_layers, make_optimizer
+from opdlm.training.optimizer import MasterWeights, make_optimizer, make_scheduler
 
 NAMES = [
     "adamw",
@@ -131,6 +133,37 @@ def test_the_fused_optimiser_is_the_plain_one() -> None:
     plain = torch.optim.AdamW(right.parameters(), lr=RATE, weight_decay=0.0, foreach=False, fused=False)
     run_steps(right, plain, range(5))
     torch.testing.assert_close(left.matrices[0], right.matrices[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "ratio"), [(0, 7, 0.1), (3, 20, 0.0), (5, 5, 1 / 3), (4, 2, 1.0)]
+)
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine_bit_for_bit(
+    warmup: int, total: int, ratio: float
+) -> None:
+    section = OptimizerSection(learning_rate=3e-4, warmup_steps=warmup, min_learning_rate_ratio=ratio)
+
+    def expected(update: int) -> float:
+        if update < warmup:
+            return section.learning_rate * (update / warmup)
+        cosine = math.cos(math.pi * ((update - warmup) / max(1, total - warmup)))
+        return section.learning_rate * (ratio + (1 - ratio) * 0.5 * (1 + cosine))
+
+    def rates(num_done: int) -> list[float]:
+        """Of the updates after `num_done`, by a new scheduler on an optimiser that has had one."""
+        optimizer = make_optimizer([nn.Parameter(torch.zeros(1))], section)
+        make_scheduler(optimizer, section, total)
+        scheduler = make_scheduler(optimizer, section, total, num_done)
+        found = []
+        for _ in range(num_done, total):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    wanted = [expected(update) for update in range(total)]
+    assert rates(0) == wanted
+    assert rates(total // 2) == wanted[total // 2 :]
 
 
 def test_only_every_nth_layer_is_recomputed() -> None:
