@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 import opdlm
 from opdlm.cli.flags import Parser, Verbs, add_decode_flags, add_verb, given_decode
 from opdlm.errors import ConfigError
@@ -135,9 +137,9 @@ def run_eval(options: argparse.Namespace) -> int:
         return run_comparison(options, folders, overrides)
     report = opdlm.evaluate(folders[0], teacher=options.teacher, out=options.out, overrides=overrides)
     from opdlm.reporting.pages import HTML_FILE
-    from opdlm.reporting.tables import measured_text, skill_table
+    from opdlm.reporting.tables import print_report, skill_table
 
-    print(f"{measured_text(report)}\n\n{skill_table(report).markdown()}")
+    print_report(report, Console(), [skill_table(report)])
     if options.out:
         print(f"\nreport: {Path(options.out) / HTML_FILE}")
     return 0
@@ -158,13 +160,13 @@ def run_comparison(options: argparse.Namespace, folders: Sequence[Path], overrid
     """The reports of several folders, and one table."""
     from opdlm.evaluation.retention import compare_folders, eval_config
     from opdlm.reporting.pages import HTML_FILE
-    from opdlm.reporting.tables import comparison_table
+    from opdlm.reporting.tables import comparison_table, print_table
 
     configs = [eval_config(folder, overrides) for folder in folders]
     if options.out is None:
         raise ConfigError("several DIRs need --out FOLDER, where their reports and the table are written.")
     out = Path(options.out)
-    print(comparison_table(compare_folders(folders, configs, out, options.teacher)).markdown())
+    print_table(comparison_table(compare_folders(folders, configs, out, options.teacher)), Console())
     print(f"\nreport: {out / HTML_FILE}")
     return 0
 
@@ -194,23 +196,15 @@ def run_tasks(options: argparse.Namespace, folders: Sequence[Path], overrides: S
 
 def run_text(options: argparse.Namespace, folders: Sequence[Path], overrides: Sequence[str]) -> int:
     """Likelihoods of a file of text or of questions."""
-    others = (
-        "teacher",
-        "modes",
-        "seeds",
-        "thresholds",
-        "tasks",
-        "include_path",
-        "num_fewshot",
-        "chat_template",
-    )
-    for flag in (*others, *given_decode(options)):
+    elsewhere = (*LISTED, "teacher", "tasks", "include_path", "num_fewshot", "chat_template")
+    for flag in sorted({*elsewhere, *given_decode(options)} - {"limit"}):
         if vars(options)[flag] not in (None, False):
             raise ConfigError(f"--{flag.replace('_', '-')} has no effect with --text: leave it out.")
     from opdlm.checkpoints.folders import check_is_checkpoint
 
     for folder in folders:
         check_is_checkpoint(str(folder))
+    from opdlm.reporting.tables import print_table
     from opdlm.text.evaluate import RESULT_FILE, evaluate_text
     from opdlm.text.likelihood_models import LikelihoodOptions
 
@@ -224,7 +218,7 @@ def run_text(options: argparse.Namespace, folders: Sequence[Path], overrides: Se
         LikelihoodOptions(prediction=options.prediction, overrides=tuple(overrides), **rates),
         out,
     )
-    print(f"{table.title}\n\n{table.markdown()}\n\n{table.note}")
+    print_table(table, Console())
     if out is not None:
         print(f"\nreport: {out / RESULT_FILE}")
     return 0
