@@ -1,4 +1,4 @@
-"""Old names of settings are read, in recipes and on the command line, with one line that says the new ones."""
+"""Old names of settings are read, in recipes and on the command line, with one line about the new ones."""
 
 from __future__ import annotations
 
