@@ -1,9 +1,9 @@
 """Peak memory and time of one layer's attention, forward and backward, against the length of the row.
 
 The layout is a `preserve` training row with one state per block: L noised slots that read L cached clean
-keys and their own group. Every measurement runs in a process of its own after a small warm-up; peak memory is
-the process's maximum resident size, less what it was once query, key and value were there. The mask, made
-once per forward, is part of the cost.
+keys and their own group. Every measurement runs in its own process after a small warm-up. Peak memory is the
+maximum resident size of the process minus its size after query, key and value were made. Time and memory
+include the mask, which is made once per forward.
 
     python benchmarks/attention_memory.py --json docs/results/attention_memory.json
 
@@ -31,7 +31,7 @@ MIB = 2**20
 
 
 def noised_row(length: int) -> Slots:
-    """One state of every block: all of it masked."""
+    """One state of every block, with all tokens masked."""
     positions_BS = torch.arange(length)[None]
     anchor_BS = positions_BS // BLOCK_SIZE * BLOCK_SIZE - 1
     group_BS = 1 + positions_BS // BLOCK_SIZE
@@ -44,7 +44,8 @@ def run_layer(backend: Backend, noised: Slots, inputs: list[torch.Tensor]) -> No
     module: Any = nn.Module().eval()
     module.layer_idx, module.num_key_value_groups = 0, HEADS // KV_HEADS
     forward = SlotForward({None: mask}, (None,), None)
-    slot_attention(module, *inputs, None, slot_forward=forward)[0].sum().backward()
+    query, key, value = inputs
+    slot_attention(module, query, key, value, None, slot_forward=forward)[0].sum().backward()
 
 
 def make_inputs(length: int) -> list[torch.Tensor]:

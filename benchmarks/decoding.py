@@ -1,18 +1,18 @@
-"""Is lossless decoding AR decoding, over many prompts, and what does the cache buy rollouts?
+"""Whether lossless decoding equals AR decoding over many prompts, and how much the cache speeds up rollouts.
 
     python benchmarks/decoding.py MODEL PROMPTS.jsonl --limit 1000 --json out.json
 
-Greedy: lossless against `transformers.generate`; a difference counts as a tie where, at the first differing
-token, the AR model's two best logits lie within 1e-4. Sampling: lossless against AR decoding with the same
-seed, response by response.
+Greedy: lossless against `transformers.generate`. A difference is a tie if the AR model's two best logits at
+the first differing token are within 1e-4. Sampling: lossless against AR decoding with the same seed, response
+by response.
 
-Rollouts: threshold decoding at temperature 1, 80 tokens each, at batch 1, 8 and 64, on the prompts as they
-are and lengthened to --prompt-tokens by the prompts before them, against two samplers and a bound:
-- `speedup`: `reprefill`, our packed forward in fixed batches that prefills every row again in every step;
-- `simple_speedup`: the loop that the tests check the engine against, one row at a time, no packing;
-- `most`: what an engine would reach that costs nothing but the AR model's own forward over as many tokens as
-  ours has slots, without cache, adapter and LM head.
-With --compile also by a compiled forward. Speed tables: `opdlm bench`.
+Rollouts: threshold decoding at temperature 1, 80 tokens each, at batch sizes 1, 8 and 64. Prompts are used as
+they are, and lengthened to --prompt-tokens by the prompts before them. The engine is compared with
+- `speedup`: `reprefill`, our packed forward in fixed batches, which prefills every row again in every step;
+- `simple_speedup`: the simple loop of the tests, one row at a time without packing;
+- `upper_bound`: the speedup over `reprefill` if a rollout cost only the AR model's forward over as many
+  tokens as ours has slots, without cache, adapter and LM head.
+With --compile a compiled forward is timed as well. For speed tables use `opdlm bench`.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from simple_loop import simple_denoise
 Ids = tuple[int, ...]
 ROLLOUT = DecodeConfig(mode="threshold", max_new_tokens=80, temperature=1.0, ar_accept_threshold=0.0)
 BATCH_SIZES = {1: 8, 8: 32, 64: 128}
-"""Rows at once, and of how many prompts."""
+"""Batch size -> number of prompts."""
 
 
 def is_tie(model: DiffusionLM, prompt: Ids, ours: Ids, theirs: Ids) -> bool:
-    """Whether the AR model's two best logits are equal up to rounding where the responses part."""
+    """Whether the AR model's two best logits at the first differing token are equal up to rounding."""
     place = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
     with model.teacher_weights() as teacher:
         ids_1L = torch.tensor([[*prompt, *theirs[:place]]])
@@ -88,7 +88,7 @@ def check_sampling(model: DiffusionLM, prompts: list[Ids]) -> dict[str, int]:
 
 @torch.inference_mode()
 def reprefill(model: DiffusionLM, prompts: list[Ids], config: DecodeConfig) -> list[Rollout]:
-    """The straightforward sampler: fixed batches in the order given; nothing known is kept between steps."""
+    """A simple sampler: fixed batches in the given order, nothing cached between steps."""
     requests = make_requests(prompts, torch.Generator().manual_seed(0), config.max_new_tokens)
     block_size, grid = model.spec.block_size, model.spec.block_grid
     finished: dict[int, Rollout] = {}
@@ -107,7 +107,7 @@ def reprefill(model: DiffusionLM, prompts: list[Ids], config: DecodeConfig) -> l
 
 @torch.inference_mode()
 def tokens_per_second_of_simple_loop(model: DiffusionLM, prompts: list[Ids]) -> float:
-    """By CPU time, one prompt after the other."""
+    """Tokens per CPU second, one prompt after the other."""
     requests = make_requests(prompts, torch.Generator().manual_seed(0), ROLLOUT.max_new_tokens)
     started = time.process_time()
     responses = [simple_denoise(model, request.ids, ROLLOUT, request.seed) for request in requests]
@@ -115,7 +115,7 @@ def tokens_per_second_of_simple_loop(model: DiffusionLM, prompts: list[Ids]) -> 
 
 
 def bare_seconds(ar_model: Any, num_slots: list[int]) -> float:
-    """CPU seconds of the AR model's backbone over so many tokens each time."""
+    """CPU seconds of forwards of the AR model's backbone over `num_slots` tokens each."""
     started = time.process_time()
     with torch.inference_mode():
         for num in num_slots:
@@ -125,12 +125,12 @@ def bare_seconds(ar_model: Any, num_slots: list[int]) -> float:
 
 @contextmanager
 def counting(model: DiffusionLM) -> Iterator[list[int]]:
-    """The slots of every forward."""
+    """Records the number of slots of every forward."""
     num_slots: list[int] = []
 
-    def run(asked: PackedForward) -> torch.Tensor:
-        num_slots.append(len(asked.packed))
-        return asked.run()
+    def run(forward: PackedForward) -> torch.Tensor:
+        num_slots.append(len(forward.packed))
+        return forward.run()
 
     model.run_packed = run
     yield num_slots
@@ -140,7 +140,7 @@ def counting(model: DiffusionLM) -> Iterator[list[int]]:
 def time_rollouts(
     model: DiffusionLM, ar_model: Any, prompts: list[Ids], compiles: bool
 ) -> list[dict[str, float]]:
-    """CPU seconds of all sides on the same prompts and seeds; no stop token, so that each writes as much."""
+    """Speed of all samplers on the same prompts and seeds, without stop tokens, so that lengths are equal."""
     found, spec = [], model.spec
     model.spec = replace(spec, stop_token_ids=())
     simple_rate = tokens_per_second_of_simple_loop(model, prompts[: BATCH_SIZES[1]])
@@ -157,7 +157,7 @@ def time_rollouts(
         compiled = {}
         if compiles:
             with compiled_decoding(model):
-                generate(model, some, config, torch.Generator().manual_seed(0))  # compilers take long
+                generate(model, some, config, torch.Generator().manual_seed(0))  # compiles
                 restarted = time.process_time()
                 generate(model, some, config, torch.Generator().manual_seed(0))
                 compiled = {"compiled_speedup": (middle - started) / (time.process_time() - restarted)}
@@ -169,7 +169,7 @@ def time_rollouts(
             "speedup": (middle - started) / (ended - middle),
             "simple_speedup": num_tokens / (ended - middle) / simple_rate,
             "identical": same / len(some),
-            "most": (middle - started) / bare_seconds(ar_model, num_slots),
+            "upper_bound": (middle - started) / bare_seconds(ar_model, num_slots),
             **compiled,
         }
         found.append({key: round(value, 4) for key, value in row.items()})
@@ -178,7 +178,7 @@ def time_rollouts(
 
 
 def lengthened(prompts: list[Ids], num_tokens: int) -> list[Ids]:
-    """Each prompt after as much of the prompts before it (cyclically) as makes `num_tokens`."""
+    """Each prompt preceded by the prompts before it (cyclically), cut to its last `num_tokens` tokens."""
     longest = []
     for place in range(len(prompts)):
         ids: Ids = ()

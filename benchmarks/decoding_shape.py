@@ -1,13 +1,13 @@
-"""The engine on random weights in the shape of a 0.6 B model: what a forward costs where the model is large.
+"""Speed of decoding on random weights in the shape of a 0.6 B model, where a forward is expensive.
 
     python benchmarks/decoding_shape.py --out docs/results/decoding_shape
 
-Three samplers beside `transformers.generate` at each batch size, greedy, no stop token, so that each writes
-the same number of tokens: `ar`, `static` (one token per denoising step, block size 4) and `reprefill`
-(static, but every step prefills all that is known again: `benchmarks/decoding.py`). Drafts of a random model
-are never right, so nothing is said about lossless decoding here. Then the seconds of one denoising step after
-64 and 2048 known tokens: with a cache only attention may grow with them. The floor of a step at batch 1 is
-the time to read the weights once, taken from a sum over as many bytes in the same process.
+`transformers.generate` and three samplers at each batch size, greedy and without stop tokens, so that all
+generate the same number of tokens: `ar`, `static` (one token per denoising step, block size 4) and
+`reprefill` (static, with everything prefilled again in every step: `benchmarks/decoding.py`). Drafts of a
+random model are never accepted, so lossless decoding is not measured. Then the seconds of one denoising step
+after 64 and 2048 known tokens: with a cache only attention depends on their number. The lower bound of a step
+at batch size 1 is the time to read the weights once, measured as a sum over as many bytes.
 
 Shapes: B batch.
 """
@@ -66,7 +66,7 @@ def make_model(layers: int) -> tuple[DiffusionLM, Qwen3ForCausalLM]:
         banned_token_ids=(config.vocab_size - 2, config.vocab_size - 1),
         adapter=True,
     )
-    plain = copy.deepcopy(base)  # no adapter slows `transformers.generate`, its layers are stock
+    plain = copy.deepcopy(base)  # `transformers.generate` runs stock layers without an adapter
     use_faster_linear(base)
     model = assemble(base, spec, lora=LoraSection(), mask_embedding=torch.zeros(config.hidden_size))
     return model.eval(), plain
@@ -79,24 +79,24 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 
 def compare(model: DiffusionLM, base: Any, batch_size: int, args: argparse.Namespace) -> dict[str, float]:
-    """Tokens per second of each side, all on the same prompts."""
+    """Tokens per second of each sampler on the same prompts."""
     ids_BL = torch.randint(1, 100_000, (batch_size, args.prompt), generator=generator_for(0))
     prompts: list[Ids] = [tuple(ids) for ids in ids_BL.tolist()]
     config = DecodeConfig(
         mode="static", max_new_tokens=args.new, batch_size=batch_size, ar_accept_threshold=0.0
     )
     ar = replace(config, mode="ar")
-    sides = {
+    samplers = {
         "transformers.generate": lambda: hf_responses(base, model, prompts, config),
         "ar": lambda: generate(model, prompts, ar),
         "static": lambda: generate(model, prompts, config),
         "reprefill": lambda: reprefill(model, prompts, config),
     }
-    return {name: batch_size * args.new / seconds_of(work) for name, work in sides.items()}
+    return {name: batch_size * args.new / seconds_of(work) for name, work in samplers.items()}
 
 
 def step_seconds(model: DiffusionLM, num_known: int, num_steps: int = 300) -> float:
-    """Median seconds of the last 20 denoising steps after `num_known` tokens: by then weights are packed."""
+    """Median seconds of the last 20 denoising steps after `num_known` tokens; the first ones warm up."""
     times: list[float] = []
     prompt = torch.randint(1, 100_000, (num_known,), generator=generator_for(1)).tolist()
     config = DecodeConfig(mode="static", max_new_tokens=num_steps, batch_size=1, ar_accept_threshold=0.0)
@@ -105,7 +105,7 @@ def step_seconds(model: DiffusionLM, num_known: int, num_steps: int = 300) -> fl
 
 
 def read_seconds(base: Any) -> float:
-    """Seconds to read as many bytes as the weights of a forward have (the head included, once)."""
+    """Seconds to read as many bytes as the weights of a forward have, including the LM head."""
     weights = [p for p in base.parameters() if p.ndim > 1]
     return min(seconds_of(lambda: [weight.sum() for weight in weights]) for _ in range(3))
 
@@ -133,7 +133,7 @@ def main() -> None:
         print(lines[-1], flush=True)
     record["read_seconds"] = read_seconds(base)
     record["step_seconds"] = {known: step_seconds(model, known) for known in args.known}
-    lines += ["", "| known tokens | seconds of a step | times the floor |", "|---:|---:|---:|"]
+    lines += ["", "| known tokens | seconds of a step | times the lower bound |", "|---:|---:|---:|"]
     for known, seconds in record["step_seconds"].items():
         lines.append(f"| {known} | {seconds:.3f} | {seconds / record['read_seconds']:.2f} |")
     head = f"Tokens per second; {args.prompt} + {args.new} tokens, {args.layers} layers, float32."

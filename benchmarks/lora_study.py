@@ -1,13 +1,13 @@
-"""What an adapter must be to match full training: rank, targets, scaling and initialisation, same budget.
+"""Which adapters match full training at the same budget: rank, targets, scaling and initialisation.
 
     python benchmarks/lora_study.py --out docs/results/lora
     python benchmarks/lora_study.py --out docs/results/lora --variants rank-8 dora --steps 24
 
 Every variant converts the bundled teacher (preserve, the tiny recipe) with the same prompts, seed and number
-of updates; only the `lora` section differs, and the learning rate of the full copy. Interrupted, the same
-command continues: a variant whose JSON exists, with the same settings, is not run again. A variant that fails
-is reported at the end; the others run. Writes results.json, table.md and lora_study.png after every variant.
-One seed: read differences of a few points as noise.
+of updates; only the `lora` section differs, and the learning rate of the full copy. An interrupted command
+continues: a variant whose JSON has the same settings is not run again. If a variant fails, the others still
+run, and the failure is reported at the end. results.json, table.md and lora_study.png are written after every
+variant. With one seed, differences of a few points are noise.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "rank-32-orthogonal": ("lora.r=32", "lora.alpha=64", "lora.init=orthogonal"),
     "full-copy": ("lora.enabled=false", "optimizer.learning_rate=1e-3"),
 }
-"""A full copy takes two forwards per step: one for its drafts, one for the AR model. rank-32-rslora scales by
-11 / sqrt(32) = 1.94, as rank-32 by 64 / 32: it must give nearly the same.
-METHOD part 2: full training wants a third of LoRA's learning rate."""
+"""A full copy takes two forwards per step: one for its drafts, one for the AR model. Its learning rate is a
+third of that of LoRA. rank-32-rslora scales by 11 / sqrt(32) = 1.94 and rank-32 by 64 / 32, so that their
+results should be close."""
 TINY = Path(__file__).parent.parent / "recipes" / "tiny.yaml"
 
 
@@ -160,7 +160,7 @@ def main() -> None:
             print(variant, flush=True)
             try:
                 run = measure(run_config(variant, args))
-            except Exception:  # whatever it is, the other variants are worth having
+            except Exception:  # the other variants still run
                 traceback.print_exc()
                 failed.append(variant)
                 continue

@@ -8,6 +8,7 @@ slots that it passes to `packed_hidden` are recorded and drawn.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,7 @@ def decoding_step(mode: Any, step: int, prompts: list[tuple[int, ...]]) -> tuple
         head_dim=16,
     )
     model = Recorder(Qwen3ForCausalLM(shape).eval(), make_spec("preserve"))
-    model.spec = type(model.spec)(
-        **{**model.spec.to_dict(), "adapter": True}
-    )  # shared weights: one forward per step
+    model.spec = replace(model.spec, adapter=True)  # shared weights: one forward per step
     model.steps = []
     config = DecodeConfig(mode=mode, max_new_tokens=8, forward_overhead=1e9)  # keep every draft
     generate(model, prompts, config)

@@ -1,10 +1,10 @@
-"""Quality against tokens seen: the four objectives in both formats, same teacher, prompts and updates.
+"""Quality against training tokens: four objectives in both formats, same teacher, prompts and updates.
 
     python benchmarks/objectives.py --out docs/results/objectives --steps 48 --every 12
     python benchmarks/objectives.py --out docs/results/objectives --formats sdar  # results add up
 
-Writes a JSON per run (kept when it exists), results.json, table.md and a plot. One seed: read
-differences of a few points as noise.
+Writes a JSON per run, results.json, table.md and a plot; a run whose JSON exists is not repeated. With one
+seed, differences of a few points are noise.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMATS = ("preserve", "sdar")
 
 
 def run_config(fmt: str, objective: str, args: argparse.Namespace) -> Config:
-    """The tiny recipe with one objective, no warm start and one pass: the same budget for all."""
+    """The tiny recipe with one objective, no warm start, one epoch per rollout: the same budget for all."""
     recipe = (
         Path(__file__).parent.parent / "recipes" / ("tiny.yaml" if fmt == "preserve" else "tiny_sdar.yaml")
     )
@@ -48,13 +48,13 @@ def run_config(fmt: str, objective: str, args: argparse.Namespace) -> Config:
             "data.self_prompts=0",
             f"eval.limit={args.limit}",
             "eval.modes=static,threshold",
-            "eval.ar_accept_threshold=0",  # what the student itself decodes
+            "eval.decode.ar_accept_threshold=0",  # the student's own tokens
         ],
     )
 
 
 def measure_run(config: Config, every: int) -> list[dict[str, Any]]:
-    """Train and evaluate every so many steps."""
+    """Train, and evaluate after every `every` steps."""
     inputs: Inputs = load_inputs(config)
     run = start_run(inputs.student, inputs.prompts, config)
     points = []

@@ -1,13 +1,13 @@
-"""What each objective, format and block size keeps, over seeds, with intervals; held-out skills apart.
+"""Retention by objective, format and block size over several seeds, with intervals, also on held-out skills.
 
     python benchmarks/retention_study.py objectives --out docs/results/retention_objectives
     python benchmarks/retention_study.py blocks --out docs/results/retention_blocks
 
 `objectives`: sft, off_policy, opd_random, opd × preserve, sdar × seeds at block size 4. `blocks`: opd × both
 formats × block sizes 4, 8, 16, 32 × seeds. Every run is one conversion and one retention report under
-OUT/runs; the same command continues after an interruption (finished runs are kept, training resumes). Static
-and threshold decoding are the student's own (no veto). results.json, table.md and a plot are written after
-every run; the weights of finished runs are deleted unless --keep-weights.
+OUT/runs. An interrupted command continues: finished runs are kept, training resumes. Static and threshold
+decoding accept every token of the student (eval.decode.ar_accept_threshold=0). results.json, table.md and a
+plot are written after every run. The weights of finished runs are deleted unless --keep-weights is given.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from opdlm.cli.commands import quiet_libraries
 from opdlm.config.rules import load_config
 from opdlm.distill.pipeline import convert_checkpoint, versions
+from opdlm.environment import quiet_libraries
 from opdlm.files import write_atomic
 from opdlm.reporting.plots import new_figure
 
@@ -43,7 +43,7 @@ T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. `variant` is the objective or the block size, whichever the study varies."""
+    """One run. `variant` is the objective or the block size."""
 
     study: str
     fmt: str
@@ -67,7 +67,7 @@ class Cell:
             "rollout.warm_start_steps=0",
             "data.path=bundled:prompts.jsonl",
             f"eval.modes={modes}",
-            "eval.ar_accept_threshold=0",
+            "eval.decode.ar_accept_threshold=0",
         ]
 
 
@@ -78,7 +78,7 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
 
 
 def run_cell(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
-    """The report of one run, from its file where it is finished."""
+    """The report of one run, read from its file if the run is finished."""
     folder: Path = args.out / "runs" / cell.name
     report_file = args.out / "reports" / f"{cell.name}.json"
     config = load_config(
@@ -153,7 +153,7 @@ def table(reports: Sequence[dict[str, Any]], study: str) -> str:
 
 
 def change_table(reports: Sequence[dict[str, Any]], label: str) -> list[str]:
-    """The paper's question: what does going from static to threshold decoding cost?"""
+    """The change in accuracy from static to threshold decoding (arXiv 2606.06712)."""
     lines = [
         f"| format | {label} | static → threshold, points | seen | held out |",
         "|---|---|---:|---:|---:|",
@@ -172,7 +172,7 @@ def change_table(reports: Sequence[dict[str, Any]], label: str) -> list[str]:
 def opd_minus_sft(
     groups: dict[tuple[str, str], list[dict[str, Any]]], fmt: str, key: str
 ) -> list[float | None]:
-    """Per seed that has both: how much less `opd` loses (positive) on the way from static to threshold."""
+    """For each seed with both: change of `opd` minus change of `sft` from static to threshold decoding."""
     changes: dict[str, dict[int, float | None]] = {
         objective: {run["cell"]["seed"]: change_to_threshold(run, key) for run in groups[fmt, objective]}
         for objective in ("opd", "sft")
@@ -209,7 +209,7 @@ def plot(reports: Sequence[dict[str, Any]], study: str, path: Path) -> None:
 
 
 def without_profiles(report: dict[str, Any]) -> dict[str, Any]:
-    """The divergence by masked share and offset has a thousand cells at block size 32; reports/ keep it."""
+    """The report without its divergence profile, which has a thousand cells at block size 32."""
     agreement = {
         mode: {key: value for key, value in found.items() if key != "profile"}
         for mode, found in report["agreement"].items()

@@ -1,20 +1,19 @@
-"""Time and peak memory of one training step at growing lengths: the straightforward way against ours.
+"""Time and peak memory of one training step at several lengths: a naive implementation against ours.
 
 naive     student and teacher copies, both on the doubled row [prompt | clean | noised], full logits of both,
           dense log-softmaxes, KL averaged over the supervised positions, backward, AdamW on all weights
-sdar      ours, same format, same weights trained, same loss: only the computation differs
-sdar_lora ours, same format, a LoRA of rank 32 on one set of weights
-preserve  ours, the default recipe: gated LoRA, one set of weights, noised slots only
+sdar      ours: same format, trained weights and loss, only the computation differs
+sdar_lora ours: same format, LoRA of rank 32 on one set of weights
+preserve  ours: gated LoRA, one set of weights, noised slots only
 
-`_bf16`: bfloat16 as each would be run (the other sides: float32). naive: float32 weights under autocast;
-sdar: float32 master weights (`model.dtype=bfloat16`); preserve: frozen weights in bfloat16, float32 adapter.
+`_bf16` runs in bfloat16, the others in float32. naive_bf16: float32 weights under autocast; sdar_bf16:
+float32 master weights (`model.dtype=bfloat16`); preserve_bf16: frozen weights in bfloat16, float32 adapter.
 
-Every measurement is a process of its own: one step to warm up, one step timed. Peak memory is the largest
-resident size once the models are built (building them at random takes more than a step), less what it was
-before. Time is CPU time, which other work on the machine disturbs least: run with one thread. The floor is
-2 N T for the teacher and 6 N M for the student (T clean tokens, M slots that the student computes, N without
-embedding; the head at supervised positions only), in seconds at the rate of a plain float32 matrix product
-measured in the same process.
+Every measurement is its own process: one step to warm up, one step timed. Peak memory is the largest resident
+size after the models are built (building them takes more than a step), minus the size before. Time is CPU
+time; run with one thread. The lower bound is 2 N T FLOPs for the teacher and 6 N M for the student (T clean
+tokens, M slots of the student, N parameters without embedding; the head at supervised positions only),
+converted to seconds at the rate of a float32 matrix product measured in the same process.
 
     OMP_NUM_THREADS=1 python benchmarks/step_memory.py --out docs/results/step_memory
 
@@ -37,7 +36,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from torch.nn import Parameter
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from opdlm.checkpoints.load import assemble, copy_of
 from opdlm.config.sections import LoraSection, LossSection, OptimizerSection
@@ -94,8 +94,8 @@ def make_model(args: argparse.Namespace) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def naive_loss(student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, states: StateBatch) -> Tensor:
-    """Both models over the whole doubled row, everything dense."""
+def naive_loss(student: PreTrainedModel, teacher: PreTrainedModel, states: StateBatch) -> Tensor:
+    """Both models on the whole doubled row, everything dense."""
     noised = states.slots.group_BS[0] > CLEAN
     num_text = states.text.ids_BS.shape[1]
     block_BS = states.text.positions_BS // BLOCK_SIZE
@@ -119,8 +119,8 @@ def naive_loss(student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, states: Sta
     return (logp_MV.exp() * (logp_MV - logq_MV)).sum(-1).mean()
 
 
-def make_loss(args: argparse.Namespace, states: StateBatch) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """The loss of one step as a function of nothing, and the weights it trains."""
+def make_loss(args: argparse.Namespace, states: StateBatch) -> tuple[Callable[[], Tensor], list[Parameter]]:
+    """The loss of one step as a function without arguments, and the weights it trains."""
     spec, base = make_spec(args, args.side), make_model(args)
     kind, _, precision = args.side.partition("_")
     is_bf16 = precision == "bf16"
@@ -149,8 +149,8 @@ def make_loss(args: argparse.Namespace, states: StateBatch) -> tuple[Callable[[]
     return loss, [p for p in model.parameters() if p.requires_grad]
 
 
-def floor_flops(args: argparse.Namespace, states: StateBatch) -> int:
-    """2 N T + 6 N M."""
+def least_flops(args: argparse.Namespace, states: StateBatch) -> int:
+    """The lower bound 2 N T + 6 N M."""
     num_head = args.vocabulary * args.hidden
     with torch.device("meta"):
         num_layers = make_model(args).num_parameters() - num_head
@@ -180,10 +180,10 @@ def reset_peak() -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """One side, in this process."""
+    """Measure one side in this process."""
     spec = make_spec(args, args.side)
     states = select_states([make_rollout(args)], spec, "random_mask", generator_for(1))
-    floor, rate = floor_flops(args, states), matmul_flops_per_second()
+    least, rate = least_flops(args, states), matmul_flops_per_second()
     reset_peak()
     start_mib = peak_mib()
     loss_of, parameters = make_loss(args, states)
@@ -205,8 +205,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "response": args.response,
         "cpu_seconds": time.process_time() - begin,
         "wall_seconds": time.perf_counter() - wall,
-        "floor_seconds": floor / rate,
-        "floor_gflop": floor / 1e9,
+        "least_seconds": least / rate,
+        "least_gflop": least / 1e9,
         "added_mib": peak_mib() - start_mib,
         "loss": first_loss,
         "num_clean": states.text.ids_BS.numel(),
@@ -239,16 +239,16 @@ def table(args: argparse.Namespace, results: list[dict[str, Any]]) -> str:
         f"One step, {args.layers} layers, hidden {args.hidden}, vocabulary {args.vocabulary}, prompt "
         f"{args.prompt}, {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s). Ratios: naive / it.",
         "",
-        "| response | side | CPU s | faster | times the floor | peak MiB | memory | loss |",
+        "| response | side | CPU s | faster | times the lower bound | peak MiB | memory | loss |",
         "|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     naive = {r["response"]: r for r in results if r["side"] == "naive"}
     for r in results:
-        base, over_floor = naive.get(r["response"]), r["cpu_seconds"] / r["floor_seconds"]
+        base, over_least = naive.get(r["response"]), r["cpu_seconds"] / r["least_seconds"]
         ratios = [f"{base[key] / r[key]:.1f}x" if base else "-" for key in ("cpu_seconds", "added_mib")]
         lines.append(
             f"| {r['response']} | {r['side']} | {r['cpu_seconds']:.2f} | {ratios[0]} | "
-            f"{over_floor:.2f} | {r['added_mib']:.0f} | {ratios[1]} | {r['loss']:.4f} |"
+            f"{over_least:.2f} | {r['added_mib']:.0f} | {ratios[1]} | {r['loss']:.4f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -1,12 +1,12 @@
-"""One update of `opdlm train` per objective, and a mixed batch in one forward against two; ratios of one run.
+"""Time of one update of `opdlm train` by objective, and of a mixed batch in one forward against two.
 
 transformers      a stock training step: labels, causal attention without a mask, AdamW
-autoregressive, masked_diffusion (next_position), dual (half of the rows each): the updates of `opdlm train`
-two forwards      dual, its autoregressive rows and its masked rows one after the other
+autoregressive, masked_diffusion (next_position), dual (half of the rows each): updates of `opdlm train`
+two forwards      dual, with autoregressive rows and masked rows in separate forwards
 
     OMP_NUM_THREADS=1 python benchmarks/text_step.py --out docs/results/text_step.json
 
-Sides take turns; the median over rounds is reported. Random weights (bundled:byte, or --shape), random text.
+The sides alternate; medians over rounds are reported. Random weights (bundled:byte, or --shape), random text.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from opdlm.cli.commands import quiet_libraries
 from opdlm.config.text import load_text_config
 from opdlm.data.documents import RowBatch
+from opdlm.environment import quiet_libraries
 from opdlm.evaluation.retention import versions
 from opdlm.objectives.masking import rates_at
 from opdlm.text.pipeline import load_text_inputs
-from opdlm.text.trainer import TextRun, masked_columns, some_rows, start_run, train_step
+from opdlm.text.trainer import TextRun, row_micro_batch, rows_and_masks, start_run, train_step
 from opdlm.training.loop import update_weights
 
 OBJECTIVES = {
@@ -60,7 +61,7 @@ def make_run(args: argparse.Namespace, folder: str, name: str) -> TextRun:
 
 
 def stock_step(run: TextRun) -> Callable[[int], None]:
-    """What a plain transformers loop does on the same rows."""
+    """The step of a plain transformers loop on the same rows."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(run.model.student.config, attn_implementation="sdpa").train()
@@ -79,12 +80,12 @@ def stock_step(run: TextRun) -> Callable[[int], None]:
 
 
 def in_two_forwards(run: TextRun, step: int) -> None:
-    """The update of `train_step`, its two kinds of rows apart."""
+    """The update of `train_step`, with its two kinds of rows in separate forwards."""
     config, num_rows = run.config, run.config.train.rows_per_update
     rows = [run.rows.at(i) for i in range(step * num_rows, (step + 1) * num_rows)]
-    columns, masks = masked_columns(rows, rates_at(config.masking, step), config, step)
+    row_batch, masks = rows_and_masks(rows, rates_at(config.masking, step), config, step)
     halves = [range(num_rows // 2), range(num_rows // 2, num_rows)]
-    batches = [some_rows(columns, masks, run.model.spec, config, step, list(half)) for half in halves]
+    batches = [row_micro_batch(row_batch, masks, run.model.spec, config, step, list(half)) for half in halves]
     total = sum(batch.num_ar + batch.num_masked for batch in batches)
     update_weights(run, ((batch, batch.weight_M / total) for batch in batches), len(batches))
 
@@ -103,8 +104,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs = {name: make_run(args, folder, name) for name in OBJECTIVES}
         sides: dict[str, Callable[[int], object]] = {"transformers": stock_step(runs["autoregressive"])}
-        sides |= {name: lambda step, run=run: train_step(run, step) for name, run in runs.items()}
-        sides["two forwards"] = lambda step: in_two_forwards(runs["dual"], step)
+        sides |= {name: partial(train_step, run) for name, run in runs.items()}
+        sides["two forwards"] = partial(in_two_forwards, runs["dual"])
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for round_number in range(args.rounds + 1):
             for name, step in sides.items():

@@ -6,21 +6,20 @@ python examples/decode_modes.py runs/tiny/model "add 47 38"
 import sys
 
 import opdlm
-from opdlm.data.prompts import encode_prompt
-from opdlm.decoding.decode_config import DecodeConfig, Mode
-from opdlm.decoding.generate import generate
 
 
 def main(folder: str, text: str) -> None:
     model, tokenizer = opdlm.load(folder)
-    prompt = encode_prompt(tokenizer, [{"role": "user", "content": text}])
-    modes: list[Mode] = ["ar", "static", "threshold"]
-    if model.spec.format == "preserve":
-        modes.append("lossless")
-    for mode in modes:
-        (rollout,) = generate(model, [prompt], DecodeConfig(mode=mode, max_new_tokens=80))
-        answer = tokenizer.decode(list(rollout.text_ids), skip_special_tokens=True)
-        print(f"{mode:10} {rollout.num_forwards:3} forwards  {answer}")
+    configs = [
+        opdlm.DecodeConfig(mode="ar", max_new_tokens=80),
+        opdlm.DecodeConfig(mode="static", max_new_tokens=80),
+        opdlm.DecodeConfig(mode="threshold", max_new_tokens=80),
+    ]
+    if model.spec.format == "preserve":  # the AR weights are there to verify drafts
+        configs.append(opdlm.DecodeConfig(mode="lossless", max_new_tokens=80))
+    for config in configs:
+        (rollout,) = opdlm.generate(model, [text], config, tokenizer=tokenizer)
+        print(f"{config.mode:10} {rollout.num_forwards:3} forwards  {rollout.text}")
 
 
 if __name__ == "__main__":

@@ -1,44 +1,38 @@
-"""The stages of a conversion by hand: a student, a few training steps, what one step looks like from inside.
+"""Convert the bundled teacher from Python, look at what the student writes, and measure what it kept.
 
 python examples/train_in_python.py runs/by_hand
 """
 
 import sys
-from pathlib import Path
 
-from rich.console import Console
-
-from opdlm.config.rules import load_config
-from opdlm.decoding.decode_state import DecodeStats
-from opdlm.distill.pipeline import load_inputs
-from opdlm.distill.rollouts import generate_rollouts
-from opdlm.distill.trainer import train
-from opdlm.objectives.states import select_states
-from opdlm.seeds import generator_for
-from opdlm.training.loop import prepare_output
-from opdlm.training.metrics import MetricsLog
+import opdlm
 
 
-def main(output_dir: str) -> None:
-    recipe = Path(__file__).parent.parent / "recipes" / "tiny.yaml"
-    config = load_config(
-        recipe, [f"output_dir={output_dir}", "train.num_steps=3", "rollout.prompts_per_step=32"]
+def main(output_dir: str, num_steps: int = 3) -> None:
+    config = opdlm.load_config(
+        None,
+        [
+            "model.path=bundled:teacher",
+            "data.path=bundled:prompts.jsonl",
+            "rollout.prompts_per_step=32",
+            "rollout.decode.max_new_tokens=80",
+            f"train.num_steps={num_steps}",
+            f"output_dir={output_dir}",
+        ],
     )
-    inputs = load_inputs(config)
-    student, tokenizer = inputs.student, inputs.tokenizer
+    folder = opdlm.convert(config)
 
-    rollouts = generate_rollouts(student, inputs.prompts[:4], config.rollout, step=1, seed=0)
-    for rollout in rollouts:
-        print(repr(tokenizer.decode(list(rollout.text_ids))), "revealed in steps", rollout.unmask_step)
-    print(f"{DecodeStats.of(rollouts).tokens_per_forward:.2f} tokens per forward before training")
+    model, tokenizer = opdlm.load(folder)
+    prompts = ["add 47 38", "copy abc"]
+    rollouts = opdlm.generate(model, prompts, tokenizer=tokenizer, mode="threshold", max_new_tokens=40)
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
+        print(f"{prompt}: {rollout.text!r}, revealed in steps {rollout.unmask_step[: rollout.num_response]}")
 
-    states = select_states(rollouts, student.spec, "all", generator_for(0), student.device)
-    print("supervised slots of the first rollout:", int(states.is_supervised_BS[0].sum()))
-
-    prepare_output(config)
-    with MetricsLog(Path(config.output_dir), Console()) as log:
-        run = train(student, inputs.prompts, config, log)
-    print("rollout tokens seen:", int(run.totals["rollout_tokens"]))
+    report = opdlm.evaluate(folder, data="bundled:eval.jsonl", modes=["lossless"], limit=1)
+    for mode in report["student"]:
+        print(
+            f"{mode['name']}: retention {mode['retention']:.2f}, {mode['tokens_per_forward']:.2f} per forward"
+        )
 
 
 if __name__ == "__main__":

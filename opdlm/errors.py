@@ -1,14 +1,14 @@
-"""The two mistakes a user can make: a setting (`ConfigError`) or an input (`DataError`).
+"""Errors of users: a bad setting (`ConfigError`) or a bad input (`DataError`).
 
-Every message names the key or place, the value, the rule and the fix. `cli` prints it as one line and exits
-with code 2. Mistakes of our own are `assert`s.
+Every message names the key or place, the value, the rule and the fix. The command line prints it as one line
+and exits with code 2. Errors of our own are assertions.
 """
 
 from importlib.util import find_spec
 
 
 class OpdlmError(Exception):
-    """Base of the errors that are explained to the user in one sentence."""
+    """Base class of errors whose message tells the user what to change."""
 
 
 class ConfigError(OpdlmError):
@@ -20,6 +20,6 @@ class DataError(OpdlmError):
 
 
 def require_package(package: str, extra: str, setting: str) -> None:
-    """A setting needs an optional package: say which, before anything starts."""
+    """ConfigError if a setting needs an optional package that is not installed. Nothing is imported."""
     if find_spec(package) is None:
         raise ConfigError(f"{setting} needs {package}, which is not installed: pip install 'opdlm[{extra}]'.")

@@ -1,4 +1,6 @@
-"""Files that are complete or absent, also after a crash: written beside their name, synced, renamed."""
+"""Atomic writes: after a crash a file or folder is complete or absent. It is written under another name,
+synced to disk and renamed.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from opdlm.errors import DataError
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """A folder that appears under `final` only when the block ends without an error. DataError where it
-    cannot be written.
+    """A temporary folder that is renamed to `final` when the block ends without an error. An existing folder
+    is replaced. DataError if it cannot be written.
     """
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -43,7 +45,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """A text file that is either the old or the new one, never half."""
+    """Write a text file atomically: readers find the old or the new text."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     sync(partial)
@@ -52,7 +54,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's entries, are on the disk."""
+    """Wait until the content of a file, or the entries of a folder, are on the disk."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)

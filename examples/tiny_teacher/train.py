@@ -19,9 +19,10 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -199,7 +200,8 @@ def answer_greedily(
         for prompt in prompts
     ]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
-    output = model.generate(
+    generator: Any = model  # transformers declares `self` of another type
+    output = generator.generate(
         **inputs,
         do_sample=False,
         max_new_tokens=MAX_NEW_TOKENS,
@@ -211,7 +213,7 @@ def answer_greedily(
     answers = []
     for ids, probs in zip(ids_BL.tolist(), probs_BL.tolist(), strict=True):
         num_tokens = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
-        text = tokenizer.decode(ids[:num_tokens], skip_special_tokens=True)
+        text = str(tokenizer.decode(ids[:num_tokens], skip_special_tokens=True))
         answers.append((text, probs[:num_tokens]))
     return answers
 
@@ -254,7 +256,7 @@ def draw_noise_prompts(num_prompts: int, seed: int) -> list[dict[str, str | bool
     return [{"prompt": draw_noise(rng), "skill": "noise"} for _ in range(num_prompts)]
 
 
-def write_jsonl(path: Path, records: list[dict[str, str | bool]]) -> None:
+def write_jsonl(path: Path, records: Sequence[Mapping[str, object]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 

@@ -1,1 +1,1 @@
-"""Folders in, folders out: load, convert, adapters, export."""
+"""Checkpoint folders: loading, conversion, LoRA adapters, export."""

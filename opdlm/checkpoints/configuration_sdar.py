@@ -1,7 +1,7 @@
-"""Qwen3's settings under the name that SGLang and LMDeploy know; travels inside folders exported for them.
+"""Qwen3's configuration under SDAR's name, for SGLang and LMDeploy; copied into folders exported for them.
 
-SGLang reads `rope_theta` from the configuration itself, where transformers 5 keeps it in `rope_parameters`
-only: without this SGLang would rotate by 10000, whatever the model was trained with.
+SGLang reads `rope_theta` from the configuration, but transformers 5 stores it in `rope_parameters` only.
+Without this class SGLang would use 10000 for every model.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""An autoregressive checkpoint becomes a diffusion student: mask token, format, and a probe that asks the
-model.
+"""Turn an autoregressive checkpoint into a diffusion student: mask token, format, trained weights, `probe`.
 
-The probe runs the family's own code on tiny inputs and checks what the method needs: the mask we pass is the
-mask it uses, positions are ours, the cache agrees with the full pass, and our LM head is its LM head. A
-family that fails is refused with the reason; no list of families is kept.
+`probe` runs the family's own code on tiny inputs and checks what block diffusion requires: the model uses the
+mask and positions that it is given, cached keys give the states of the full pass, and the LM head is a linear
+map of the hidden states. A family that fails is refused with the reason, so there is no list of families.
 """
 
 from __future__ import annotations
@@ -11,11 +10,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opdlm.checkpoints.load import assemble, copy_of, set_embedding_row, vocabulary_rows
-from opdlm.config.sections import Config, FormatSection, RunConfig
+from opdlm.checkpoints.folders import is_converted
+from opdlm.checkpoints.load import (
+    assemble,
+    copy_of,
+    load,
+    load_causal_lm,
+    load_tokenizer,
+    set_embedding_row,
+    vocabulary_rows,
+)
+from opdlm.config.sections import Config, FormatSection, RunConfig, resolve_path
 from opdlm.errors import DataError
 from opdlm.modeling.attention import layer_kinds
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec, head_logits
@@ -23,11 +32,14 @@ from opdlm.modeling.kv_cache import SlotCache
 from opdlm.modeling.slots import clean_slots
 
 PROBE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
-"""Relative to the largest value: what reordered sums may change, and what a wrong mask exceeds by far."""
+"""Relative to the largest value: above rounding, far below the effect of a wrong mask."""
 
 
 def make_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> DiffusionLM:
-    """The student at step 0; one seed, one student. `model` becomes its base, the tokenizer gains [MASK]."""
+    """The student at step 0, determined by `train.seed`. `model` becomes its base, `tokenizer` gains [MASK].
+
+    DataError if model, tokenizer and settings do not fit together.
+    """
     with torch.random.fork_rng(devices=[]):  # PEFT and new embedding rows draw from the global generator
         torch.manual_seed(config.train.seed)
         student = build_student(model, tokenizer, config)
@@ -36,6 +48,7 @@ def make_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, con
 
 
 def build_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> DiffusionLM:
+    """`make_student` without a seed."""
     mask_token_id = add_mask_token(model, tokenizer, config.format)
     spec = make_spec(model, tokenizer, config, mask_token_id)
     probe(model, spec)
@@ -53,8 +66,8 @@ def build_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
 
 
 def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: FormatSection) -> int:
-    """The id of [MASK]: the named token if it exists, else the first unused row of the embedding, else a new
-    row.
+    """The id of [MASK]: `format.mask_token` if the token exists, else the first unused row of the embedding,
+    else a new row. DataError if the tokenizer does not belong to the model.
     """
     vocabulary = tokenizer.get_vocab()
     if max(vocabulary.values()) >= vocabulary_rows(model):
@@ -79,6 +92,7 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
 def make_spec(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, mask_token_id: int
 ) -> DiffusionSpec:
+    """The `block_diffusion` entry of the student's config.json. DataError without a stop token."""
     used = set(tokenizer.get_vocab().values())
     unused = [i for i in range(vocabulary_rows(model)) if i not in used]
     stops = stop_token_ids(model, tokenizer)
@@ -99,18 +113,32 @@ def make_spec(
 
 
 def plain_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> DiffusionLM:
-    """A checkpoint that was not converted behind the decode loop: mode `ar` only, its own tokens only."""
-    mask_token_id = vocabulary_rows(model)  # unknown text needs an id, which no forward ever sees
+    """An unconverted checkpoint for `generate` in mode `ar`, restricted to its own tokens."""
+    mask_token_id = vocabulary_rows(model)  # masked positions need an id, which no forward reads
     spec = make_spec(model, tokenizer, Config(), mask_token_id)
-    own_mask = {tokenizer.mask_token_id} - {None}  # of `opdlm train`
+    own_mask = {tokenizer.mask_token_id} - {None}  # the [MASK] of `opdlm train`
     banned = tuple(sorted({*spec.banned_token_ids, *own_mask} - {mask_token_id}))
     spec = replace(spec, block_size=1, banned_token_ids=banned, adapter=False)
     probe(model, spec)
     return DiffusionLM(model, spec).eval().requires_grad_(False)
 
 
+def load_decoder(
+    path: str, dtype: str = "float32", device: str | None = None
+) -> tuple[DiffusionLM, PreTrainedTokenizerBase]:
+    """A converted folder, or any other checkpoint as the AR model that it is, and its tokenizer.
+
+    device: None is this process's GPU, or the CPU where there is none.
+    """
+    path, device = resolve_path(path), device or str(PartialState().device)
+    if is_converted(path):
+        return load(path, dtype, device)
+    tokenizer = load_tokenizer(path)
+    return plain_decoder(load_causal_lm(path, dtype), tokenizer).to(device), tokenizer
+
+
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a response, from the generation config, the config and the tokenizer."""
+    """The ids that end a response, from the generation config, the config and the tokenizer, sorted."""
     found: set[int] = set()
     for value in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
         if value is not None:
@@ -119,7 +147,7 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def initial_mask_embedding(model: PreTrainedModel, spec: DiffusionSpec, kind: str, seed: int) -> Tensor:
-    """Where the mask embedding starts `[H]`, float32, at the scale at which embeddings enter the model."""
+    """The initial mask embedding `[H]`, float32, scaled like the output of the embedding layer."""
     ids = [i for i in range(vocabulary_rows(model)) if i not in spec.banned_token_ids]
     embedding = model.get_input_embeddings()
     with torch.no_grad():
@@ -137,48 +165,48 @@ def initial_mask_embedding(model: PreTrainedModel, spec: DiffusionSpec, kind: st
 
 @torch.no_grad()
 def probe(model: PreTrainedModel, spec: DiffusionSpec) -> None:
-    """Ask the model whether it can do block diffusion; DataError with the reason if not."""
+    """Check that the model supports block diffusion; DataError with the reason if not."""
     family = model.config.model_type
     try:
         failure = find_failure(model, spec)
     except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, AssertionError) as error:
         text = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(
-            f"{family} models cannot be converted: they do not take our masks and positions ({text})."
+            f"{family} models cannot be converted: they do not accept our masks and positions ({text})."
         ) from error
     if failure:
         raise DataError(f"{family} models cannot be converted: {failure}.")
 
 
 def find_failure(model: PreTrainedModel, spec: DiffusionSpec) -> str | None:
-    """The first property that does not hold, in words; None when all do."""
+    """The first required property that fails, in words; None if all hold."""
     others = sorted({*layer_kinds(model.config)} - {"full_attention", "sliding_attention"})
     if others:
-        return f"its {', '.join(others)} layers cannot be told who sees whom"
+        return f"its {', '.join(others)} layers accept no attention mask"
     ids = [i for i in range(vocabulary_rows(model)) if i not in spec.banned_token_ids]
     ids_BL = torch.tensor(ids, device=model.device).repeat(12)[:12][None]
     plain = model(input_ids=ids_BL, use_cache=False)
-    asked = DiffusionLM(model, spec)
+    wrapped = DiffusionLM(model, spec)
     lengths_B = torch.tensor([ids_BL.shape[1]], device=model.device)
     causal = clean_slots(ids_BL, lengths_B, lengths_B, spec.block_grid, "preserve")
-    hidden_BLH = asked.student_hidden(causal)
+    hidden_BLH = wrapped.student_hidden(causal)
     if not close(head_logits(model, hidden_BLH), plain.logits.float(), model.dtype):
         return "its logits under our causal mask differ from its own, or its head is more than a linear map"
 
     later_BL = ids_BL.clone()
     later_BL[0, 8] = ids[-1]
     later = clean_slots(later_BL, lengths_B, lengths_B, spec.block_grid, "preserve")
-    if not close(asked.student_hidden(later)[:, :8], hidden_BLH[:, :8], model.dtype):
+    if not close(wrapped.student_hidden(later)[:, :8], hidden_BLH[:, :8], model.dtype):
         return (
             "a later token changes earlier states although the mask is causal (not a plain attention model)"
         )
     open_ended = replace(causal, visible_until_BS=torch.full_like(ids_BL, ids_BL.shape[1] - 1))
-    if torch.equal(asked.student_hidden(open_ended), hidden_BLH):
+    if torch.equal(wrapped.student_hidden(open_ended), hidden_BLH):
         return "it ignores a mask that lets earlier tokens see later ones"
 
     cache = SlotCache(*ids_BL.shape)
-    asked.student_hidden(causal.only(causal.positions_BS < 6), cache)
-    cached_BLH = asked.student_hidden(causal.only(causal.positions_BS >= 6), cache)
+    wrapped.student_hidden(causal.only(causal.positions_BS < 6), cache)
+    cached_BLH = wrapped.student_hidden(causal.only(causal.positions_BS >= 6), cache)
     if not close(cached_BLH[:, 6:], hidden_BLH[:, 6:], model.dtype):
         return "states computed with the key-value cache differ from the full pass"
     return None

@@ -1,8 +1,9 @@
-"""The result folder: one directory that is the AR model, the diffusion model, and the record of the run.
+"""The result folder: one directory that holds the AR model, the diffusion model and the record of the run.
 
-`AutoModelForCausalLM.from_pretrained(folder)` is the base architecture with the base weights (`preserve`: the
-teacher, bit for bit). With `trust_remote_code=True` it is the diffusion model: the remote code is a copy of
-this package's own decoding rooms, so there is one implementation.
+`AutoModelForCausalLM.from_pretrained(folder)` loads the base architecture with the base weights (`preserve`:
+the teacher, bit for bit). With `trust_remote_code=True` it loads the diffusion model. The remote code is a
+copy of this package's modules `modeling` and `decoding`, so there is one implementation. Also here: merging
+an adapter, and export for SGLang, LMDeploy and vLLM.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,7 +27,7 @@ from opdlm.checkpoints.load import (
     read_spec,
     set_embedding_row,
 )
-from opdlm.checkpoints.lora import merged
+from opdlm.checkpoints.lora import merge_adapter
 from opdlm.errors import ConfigError
 from opdlm.files import atomic_folder
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
@@ -40,6 +40,7 @@ REMOTE_FILES = (
     "decoding/decode_config.py",
     "decoding/decode_state.py",
     "modeling/diffusion_lm.py",
+    "modeling/gate.py",
     "modeling/attention.py",
     "modeling/kv_cache.py",
     "decoding/unmasking.py",
@@ -47,19 +48,20 @@ REMOTE_FILES = (
     "decoding/rollout.py",
 )
 PACKAGE_IMPORT = re.compile(r"^from \.\.?(?:\w+\.)?(\w+) import", re.MULTILINE)
-"""An import of a sibling sub-package: transformers reads remote code from one flat folder."""
+"""An import from a sub-package, which is flattened: transformers reads remote code from one flat folder."""
 RECORDS = (
     *("README.md", "opdlm_config.yaml", "all_results.json", "retention.json", "timing.json"),
     "generations.jsonl",
 )
 SDAR_MASK_ID = 151_669
-"""The first unused row of Qwen3's embedding, which the engines have in their source."""
+"""The first unused row of Qwen3's embedding, which the source code of the engines contains as a constant."""
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_opdlm.OpdlmForCausalLM"}
 
 
 def write_model(folder: Path, model: DiffusionLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write weights, adapter, tokenizer, config and remote code. Takes the LoRA layers off `model`: load it
-    again.
+    """Write weights, adapter, tokenizer, config and remote code.
+
+    This removes the LoRA layers from `model`; load the folder to use the model again.
     """
     spec = model.spec
     base = write_student(folder, model)
@@ -81,14 +83,14 @@ def write_model(folder: Path, model: DiffusionLM, tokenizer: PreTrainedTokenizer
 
 
 def write_student(folder: Path, model: DiffusionLM) -> PreTrainedModel:
-    """Write what lies beside the base (an adapter, or the student's own copy); returns the base."""
+    """Write the adapter or the student's own weights, if any, into a subfolder; return the base."""
     peft_model: Any = vars(model).get("peft_model")
     if model.spec.adapter:
         peft_model.save_pretrained(str(folder / ADAPTER_FOLDER))
         (folder / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)
         return peft_model.unload()
-    if isinstance(peft_model, PeftModel):
-        return merged(peft_model)
+    if peft_model is not None:
+        return merge_adapter(peft_model)
     if model.spec.format == "sdar":
         return model.student
     assert model.teacher is not None
@@ -97,18 +99,19 @@ def write_student(folder: Path, model: DiffusionLM) -> PreTrainedModel:
 
 
 def merge_folder(folder: Path, out: Path, *, full_copy: bool) -> None:
-    """Write a converted folder again without its adapter, which is added to the weights.
+    """Write a converted folder again with its adapter merged into the weights.
 
-    `sdar`: one set of plain weights. `preserve`: only with `full_copy`, as the untouched AR weights and a
-    second, merged set for the noised slots. ConfigError where there is nothing to merge.
+    `sdar`: one set of weights. `preserve`: only with `full_copy`, as the unchanged AR weights and a second,
+    merged set for the noised slots. ConfigError if there is no adapter, or `preserve` is merged without
+    `full_copy`.
     """
     spec = read_spec(folder)
     if not spec.adapter:
         raise ConfigError(f"{folder} holds no adapter: its weights are complete. Use it as it is.")
     if spec.format == "preserve" and not full_copy:
         raise ConfigError(
-            f"{folder} cannot be merged: its adapter acts on noised slots only, and added to the weights it "
-            "would change every token of the AR model. Keep the folder (AR weights + adapter), or give "
+            f"{folder} cannot be merged: its adapter acts on noised slots only, and merged into the weights "
+            "it would change every token of the AR model. Keep the folder (AR weights + adapter), or give "
             "--full-copy to write the AR weights and a merged student beside them (twice the size)."
         )
     check_free(out)
@@ -124,33 +127,36 @@ def merge_folder(folder: Path, out: Path, *, full_copy: bool) -> None:
 
 
 def dtype_of(folder: Path) -> str:
+    """The dtype of the weights in a folder."""
     return json.loads((folder / "config.json").read_text()).get("dtype", "float32")
 
 
 def without_adapter(model: DiffusionLM, teacher: PreTrainedModel | None = None) -> DiffusionLM:
-    """The student with the adapter in its weights. Takes the LoRA layers off `model`."""
-    student = merged(vars(model)["peft_model"])
+    """The student with the adapter merged into its weights. Removes the LoRA layers from `model`."""
+    student = merge_adapter(vars(model)["peft_model"])
     spec = replace(model.spec, adapter=False)
     return DiffusionLM(student, spec, teacher=teacher, mask_embedding=model.mask_embedding)
 
 
 def complete_student(folder: Path, spec: DiffusionSpec) -> tuple[DiffusionLM, PreTrainedTokenizerBase]:
-    """The student of an `sdar` folder in one set of weights."""
+    """The student of an `sdar` folder as one set of weights, and its tokenizer."""
     model, tokenizer = load(folder, dtype_of(folder))
     return without_adapter(model) if spec.adapter else model, tokenizer
 
 
 def check_free(out: Path) -> None:
+    """ConfigError if `out` exists."""
     if out.exists():
         raise ConfigError(f"OUT ({out}) exists already. Choose another name.")
 
 
 def export_to_sdar(folder: Path, out: Path) -> None:
-    """Write an `sdar` folder as SGLang and LMDeploy load SDAR checkpoints, with --trust-remote-code.
+    """Write an `sdar` folder in the layout of SDAR checkpoints (arXiv 2510.06303), which SGLang and LMDeploy
+    load with --trust-remote-code.
 
-    ConfigError where they would decode something else: both take Qwen3's shape, count blocks from the first
-    token of the prompt and know one id for [MASK]; SGLang also one block size. From their sources (SGLang
-    0.5.23, LMDeploy 0.18.0); not yet run in them.
+    ConfigError if the engines would decode it differently: both require Qwen3's architecture, the absolute
+    grid and one id of [MASK]; SGLang also one block size. According to their sources (SGLang 0.5.23, LMDeploy
+    0.18.0); not yet run in either.
     """
     spec, values = read_spec(folder), json.loads((folder / "config.json").read_text())
     rules = {
@@ -163,7 +169,7 @@ def export_to_sdar(folder: Path, out: Path) -> None:
     for name, (found, needed) in rules.items():
         if found != needed:
             raise ConfigError(
-                f"{folder} cannot be exported to SDAR's engines: {name} is {found}, and they take {needed} "
+                f"{folder} cannot be exported to SDAR's engines: {name} is {found}, and they accept {needed} "
                 "only. Convert again with that, or serve it with `opdlm serve`."
             )
     check_free(out)
@@ -177,8 +183,8 @@ def export_to_sdar(folder: Path, out: Path) -> None:
         shutil.copyfile(Path(__file__).with_name("configuration_sdar.py"), partial / "configuration_sdar.py")
         config_file = partial / "config.json"
         values = json.loads(config_file.read_text())
-        for ours in ("block_diffusion", "auto_map"):
-            values.pop(ours, None)
+        for key in ("block_diffusion", "auto_map"):
+            values.pop(key, None)
         values |= {
             "architectures": ["SDARForCausalLM"],
             "model_type": "sdar",

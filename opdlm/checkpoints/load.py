@@ -1,8 +1,7 @@
-"""Load what a run needs: tokenizer, teacher, student, adapter; and converted folders back as a `DiffusionLM`.
+"""Load tokenizers, causal LMs and converted folders, and assemble a `DiffusionLM` from them.
 
-LoRA goes through PEFT. In `preserve` the student is the teacher plus a gated adapter: one set of weights.
-Anything a checkpoint can be wrong about (missing, not causal, broken numbers, wrong vocabulary) is one
-`DataError` here.
+LoRA uses PEFT. In `preserve` the student is the teacher plus a gated adapter, with one set of weights. A
+checkpoint that is missing, damaged or not a causal LM raises a `DataError` that names the fix.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -28,11 +26,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from opdlm.checkpoints.folders import check_is_checkpoint, check_is_converted
 from opdlm.checkpoints.lora import adapted_layers, add_lora, no_future_warnings
 from opdlm.config.sections import LoraSection, resolve_path
+from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.errors import ConfigError, DataError
 from opdlm.modeling.cpu_linear import use_faster_linear
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ADAPTER_FOLDER = "adapter"
 STUDENT_FOLDER = "student"
@@ -42,6 +45,7 @@ MASK_EMBEDDING_FILE = "mask_embedding.safetensors"
 def load_tokenizer(
     path: str, trust_remote_code: bool = False, *, needs_weights: bool = True
 ) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder or hub id; DataError if there is none."""
     path = resolve_path(path)
     check_is_checkpoint(path, needs_weights=needs_weights)
     try:
@@ -56,7 +60,7 @@ def load_tokenizer(
 def load_causal_lm(
     path: str, dtype: str, trust_remote_code: bool = False, *, load_in_4bit: bool = False
 ) -> PreTrainedModel:
-    """An autoregressive checkpoint, checked for finite weights; its linear layers in 4 bits if asked."""
+    """An autoregressive checkpoint, optionally in 4-bit NF4; DataError if it is incomplete or not finite."""
     path = resolve_path(path)
     check_is_checkpoint(path)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
@@ -96,8 +100,8 @@ def load_causal_lm(
 
 
 def make_savable(model: Any) -> None:
-    """Let a 4-bit model be written as it was read: transformers cannot reverse how it reads 4-bit files, and
-    the packed CPU kernel of bitsandbytes rounds the scales of a weight when it is unpacked again.
+    """Make a 4-bit model save the weights that were loaded: transformers cannot reverse its conversion of
+    4-bit files, and the packed CPU kernel of bitsandbytes rounds the scales when it unpacks a weight.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -108,7 +112,7 @@ def make_savable(model: Any) -> None:
 
 
 def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) -> PreTrainedModel:
-    """Random weights for the config.json of `path`, changed by `shape`; one seed, one model."""
+    """A random model with the config.json of `path` changed by `shape`; ConfigError if that is invalid."""
     path = resolve_path(path)
     check_is_checkpoint(path, needs_weights=False)
     try:
@@ -119,7 +123,7 @@ def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) ->
     if unknown:
         raise ConfigError(f"model.shape.{unknown[0]} is no entry of {path}/config.json. Correct its name.")
     if "num_hidden_layers" in shape:
-        values.pop("layer_types", None)  # one entry per layer, filled in again
+        values.pop("layer_types", None)  # one entry per layer; transformers recreates it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -131,31 +135,8 @@ def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) ->
     return model.eval()
 
 
-def check_is_checkpoint(path: str, *, needs_weights: bool = True) -> None:
-    """A path that looks local must exist and hold a config; anything else is left to the hub."""
-    folder = Path(path)
-    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise DataError(f"model.path ({path}) does not exist. Give a checkpoint folder or a hub id.")
-    if folder.is_file():
-        raise DataError(f"model.path ({path}) is a file. Give the folder that holds config.json.")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise DataError(
-            f"model.path ({path}) has no config.json, so it is not a Hugging Face checkpoint folder."
-        )
-    if needs_weights and folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise DataError(
-            f"model.path ({path}) holds no .safetensors weights, and pickle files are not read. Load it once "
-            "where you trust it and write it with save_pretrained; `opdlm train` needs none with "
-            "model.from_scratch=true."
-        )
-    if folder.is_dir():
-        try:
-            json.loads((folder / "config.json").read_text())
-        except ValueError as error:
-            raise DataError(f"{folder / 'config.json'} is not valid JSON. Download it again.") from error
-
-
 def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
@@ -167,12 +148,12 @@ def assemble(
     teacher: PreTrainedModel | None = None,
     mask_embedding: Tensor | None = None,
 ) -> DiffusionLM:
-    """A trainable student. With LoRA the base is shared with the teacher, else the student is a copy of
-    it.
+    """A trainable student. With LoRA it shares the base with the teacher; otherwise `base` is the student,
+    and `teacher` a separate copy.
     """
     if lora is None:
         return DiffusionLM(base, spec, teacher=teacher, mask_embedding=mask_embedding)
-    peft_model = lora if isinstance(lora, PeftModel) else add_lora(base, lora)
+    peft_model = add_lora(base, lora) if isinstance(lora, LoraSection) else lora
     student: Any = peft_model.get_base_model()
     model = DiffusionLM(
         student,
@@ -191,19 +172,19 @@ def copy_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def read_spec(folder: str | Path) -> DiffusionSpec:
-    """`block_diffusion` of a converted folder."""
+    """`block_diffusion` in the config.json of a converted folder; DataError if it is none."""
+    check_is_converted(folder)
+    values = json.loads((Path(folder) / "config.json").read_text())["block_diffusion"]
     try:
-        values = json.loads((Path(folder) / "config.json").read_text())["block_diffusion"]
-    except (OSError, ValueError, KeyError) as error:
+        return DiffusionSpec.from_dict(values)
+    except (TypeError, ValueError) as error:
         raise DataError(
-            f"{folder} is not a folder written by opdlm convert (no block_diffusion in config.json). Give "
-            "the folder `model` of a run's output_dir."
+            f"{folder}/config.json: block_diffusion is not valid: {error} Convert the checkpoint again."
         ) from error
-    return DiffusionSpec.from_dict(values)
 
 
 def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> tuple[DiffusionLM, Any]:
-    """A converted folder as (DiffusionLM, tokenizer), ready for `opdlm.generate`."""
+    """A converted folder as (DiffusionLM, tokenizer), in evaluation mode; DataError if it is none."""
     folder = Path(folder)
     spec = read_spec(folder)
     base = load_causal_lm(str(folder), dtype)
@@ -211,6 +192,8 @@ def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> tup
     if (folder / MASK_EMBEDDING_FILE).is_file():
         mask_embedding = load_file(folder / MASK_EMBEDDING_FILE)["mask_embedding"]
     if spec.adapter:
+        from peft import PeftModel
+
         with no_future_warnings():
             peft_model = PeftModel.from_pretrained(base, str(folder / ADAPTER_FOLDER))
         model = assemble(base, spec, lora=peft_model, mask_embedding=mask_embedding)
@@ -223,7 +206,7 @@ def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> tup
 
 
 def set_embedding_row(model: PreTrainedModel, token_id: int, entering_H: Tensor) -> None:
-    """Make the embedding layer return `entering_H` for a token; some families scale what it holds."""
+    """Make the embedding layer, which may scale its rows, return `entering_H` for a token."""
     embedding = input_embedding(model)
     with torch.no_grad():
         embedding.weight[token_id] = 1.0
@@ -232,7 +215,7 @@ def set_embedding_row(model: PreTrainedModel, token_id: int, entering_H: Tensor)
 
 
 def check_fits(model: DiffusionLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, key: str) -> None:
-    """Prompt, response and the drafts past its end must lie within the positions the model knows."""
+    """DataError if prompts, responses (limited by setting `key`) and drafts exceed the model's context."""
     longest = max(len(ids) for ids in prompts)
     if longest + max_new_tokens > max_total_tokens(model):
         raise DataError(
@@ -241,21 +224,36 @@ def check_fits(model: DiffusionLM, prompts: Sequence[Sequence[int]], max_new_tok
         )
 
 
+def check_decode(config: DecodeConfig, spec: DiffusionSpec) -> None:
+    """Raises ConfigError for settings by which the checkpoint cannot decode."""
+    if config.mode == "lossless" and spec.format == "sdar":
+        raise ConfigError(
+            "`mode=lossless` needs a preserve checkpoint; this one is sdar. Use static or threshold."
+        )
+    if config.denoising_steps is not None and config.denoising_steps > spec.block_size:
+        raise ConfigError(
+            f"denoising_steps ({config.denoising_steps}) must lie between 1 and the block size "
+            f"({spec.block_size})."
+        )
+
+
 def context_length(model: DiffusionLM) -> float:
-    """Positions that the model knows; infinite where its config names none."""
+    """Positions of the model; infinite if its config has no `max_position_embeddings`."""
     return getattr(model.student.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def max_total_tokens(model: DiffusionLM) -> float:
-    """Tokens of prompt and response together: the context without two blocks, where drafts may end."""
+    """Maximum tokens of prompt and response together: the context minus two blocks for drafts."""
     return context_length(model) - 2 * model.spec.block_size
 
 
 def input_embedding(model: PreTrainedModel) -> nn.Embedding:
+    """The embedding layer of the tokens."""
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     return embedding
 
 
 def vocabulary_rows(model: PreTrainedModel) -> int:
+    """Rows of the embedding, used or not."""
     return input_embedding(model).weight.shape[0]

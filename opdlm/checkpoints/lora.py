@@ -1,9 +1,9 @@
-"""The LoRA adapter: built by PEFT on frozen weights, gated where it adds to them, merged into them.
+"""The LoRA adapter: created by PEFT on frozen weights, gated, merged.
 
-A layer computes `base(x) + extra(x)`. LoRA's extra is `s B A x` with s = alpha / r (rsLoRA: alpha / sqrt(r)).
-DoRA's is `(m / |W + s B A| - 1) W x + m / |W + s B A| s B A x`, so a gate on `B` alone would not do. The gate
-computes extra(x) for the slots where it is open and adds it there: the others keep `base(x)` bit for bit.
-Initialisations that rewrite the base weights are refused when the settings are read: those weights are the
+A layer computes `base(x) + delta(x)`. LoRA has `delta(x) = s B A x` with s = alpha / r (rsLoRA: alpha /
+sqrt(r)). DoRA has `delta(x) = (m / |W + s B A| - 1) W x + m / |W + s B A| s B A x`, so a gate on `B` alone
+would not suffice. The gate computes delta(x) for noised slots only; clean slots keep `base(x)` bit for bit.
+Settings that initialise the adapter by changing the base weights are refused, since those weights are the
 teacher.
 
 LoRA arXiv 2106.09685, rsLoRA 2312.03732, DoRA 2402.09353, QLoRA 2305.14314.
@@ -14,11 +14,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -26,16 +23,21 @@ from transformers.pytorch_utils import Conv1D
 
 from opdlm.config.sections import LoraSection
 from opdlm.errors import ConfigError
-from opdlm.modeling.diffusion_lm import Adapted
+from opdlm.modeling.gate import Adapted
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ADAPTER = "default"
-"""PEFT's name of the one adapter."""
+"""PEFT's name of the adapter."""
 
 
 def add_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
-    """Wrap the model with a fresh adapter in float32; the base is frozen, and bit for bit itself while the
-    adapter is off.
+    """Add a new float32 adapter to the model and freeze the base, whose output is unchanged while the adapter
+    is disabled. ConfigError if `lora.target_modules` matches no layer, or one without a gate.
     """
+    from peft import LoraConfig, get_peft_model
+
     target = section.target_modules
     if target == "all-linear" and any(p.dim() == 3 for p in model.parameters()):
         target = attention_layers(model)
@@ -60,29 +62,32 @@ def add_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
 
 @contextmanager
 def no_future_warnings() -> Iterator[None]:
-    """PEFT 0.21 asks transformers 5 for things by their old names: nothing that a user could change."""
+    """Silence the warnings that PEFT 0.21 causes by using deprecated names of transformers 5."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
 
 
 def check_targets(peft_model: PeftModel, section: LoraSection) -> None:
-    """Every adapted layer must be one whose output a gate can reach."""
+    """ConfigError if a layer is adapted whose output cannot be gated."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
     base: Any = peft_model.get_base_model()
     if any(isinstance(m, ParamWrapper) for m in peft_model.modules()):
         raise ConfigError(
-            f"lora.target_modules ({section.target_modules}) reaches stacked expert weights, where an "
+            f"lora.target_modules ({section.target_modules}) matches stacked expert weights, where an "
             "adapter cannot be switched per token. Name attention layers only, for example [q_proj, v_proj]."
         )
     if any(isinstance(m, LoraLayer) for m in (base.get_input_embeddings(), base.get_output_embeddings())):
         raise ConfigError(
-            f"lora.target_modules ({section.target_modules}) reaches the embedding or the LM head, which "
+            f"lora.target_modules ({section.target_modules}) matches the embedding or the LM head, which "
             "teacher and student share. Name layers between them, for example [q_proj, v_proj]."
         )
 
 
 def attention_layers(model: PreTrainedModel) -> tuple[str, ...]:
-    """all-linear for a mixture of experts: PEFT would change stacked expert *weights*, past the gate."""
+    """all-linear for a mixture of experts, without stacked expert *weights*, which have no gate."""
     linear = [
         name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and "att" in name
     ]
@@ -90,21 +95,23 @@ def attention_layers(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def adapted_layers(peft_model: PeftModel) -> list[Adapted]:
-    """Every layer with an adapter: where a gate acts."""
+    """The layers with an adapter, which the gate controls."""
+    from peft.tuners.lora import LoraLayer
+
     layers: list[Any] = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
-    return [Adapted(layer, layer.base_layer.forward, change_of(layer)) for layer in layers]
+    return [Adapted(layer, layer.base_layer.forward, adapter_delta(layer)) for layer in layers]
 
 
-def change_of(layer: Any) -> Callable[[Tensor, Tensor], None]:
-    """Adds what the adapter adds to the base's output `[N, out]` for inputs `[N, in]`, dropout off, in place;
-    the weights are read when called, since sharding replaces them.
+def adapter_delta(layer: Any) -> Callable[[Tensor, Tensor], None]:
+    """A function that adds delta(inputs), inputs `[N, in]`, to the base layer's output `[N, out]` in place,
+    without dropout. It reads the weights at each call, since sharding replaces them.
     """
     down, up, scale = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.scaling[ADAPTER]
 
     def lora(inputs: Tensor, output: Tensor) -> None:
         weight = down.weight
         low = F.linear(inputs.to(weight.dtype), weight)
-        if output.dtype == low.dtype:  # one call for product, scale and sum
+        if output.dtype == low.dtype:  # product, scale and sum in one kernel
             output.addmm_(low, up.weight.t(), alpha=scale)
         else:
             output.add_(up(low) * scale)
@@ -121,10 +128,12 @@ def change_of(layer: Any) -> Callable[[Tensor, Tensor], None]:
     return dora if layer.lora_magnitude_vector else lora
 
 
-def merged(peft_model: PeftModel) -> PreTrainedModel:
-    """The base with the adapter added to its weights, in place; a 4-bit base is unpacked first, since
-    rounding the sum to 4 bits again would lose most of the adapter.
+def merge_adapter(peft_model: PeftModel) -> PreTrainedModel:
+    """Merge the adapter into the weights of the base, in place, and return it. A 4-bit base is dequantised
+    first, since rounding the sum to 4 bits would lose most of the adapter.
     """
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
     base = peft_model.get_base_model()
     if getattr(base, "is_loaded_in_4bit", False):
         weights, config = get_peft_model_state_dict(peft_model), peft_model.peft_config[ADAPTER]

@@ -1,8 +1,8 @@
 """The class that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` returns.
 
-It needs torch, transformers and safetensors only: the adapter is read from its PEFT files and attached by
-hooks, and the decode loop is the project's own, copied beside this file. Without `trust_remote_code` the same
-folder is the plain autoregressive model. Not here: training.
+It needs torch, transformers and safetensors only: the adapter is read from its PEFT files and attached to the
+layers, and the modules of the decode loop are copied beside this file. Without `trust_remote_code` the same
+folder is the autoregressive model. Not here: training.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from ..decoding.lossless import lossless_step as lossless_step
 from ..decoding.rollout import Rollout as Rollout
 from ..decoding.unmasking import Remasking as Remasking
 from ..modeling.attention import choose_backend as choose_backend
-from ..modeling.diffusion_lm import Adapted, DiffusionLM, DiffusionSpec
+from ..modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+from ..modeling.gate import Adapted
 from ..modeling.kv_cache import DecodeCache as DecodeCache
 from ..modeling.slots import Grid as Grid
 
 
 class LowRank(nn.Module):
-    """What one layer's adapter adds: s B A x, and with DoRA (f - 1) W x + f s B A x for row factors f."""
+    """The adapter's delta in one layer: s B A x, or (f - 1) W x + f s B A x with DoRA's row factors f."""
 
     down_RI: Tensor
     up_OR: Tensor
@@ -50,12 +51,12 @@ class LowRank(nn.Module):
 
     def forward(self, inputs: Tensor, plain: Tensor) -> Tensor:
         """`plain` is the base layer's output without its bias."""
-        extra = F.linear(F.linear(inputs.to(self.down_RI.dtype), self.down_RI), self.up_OR) * self.scale
-        return extra if self.factor_O is None else (self.factor_O - 1) * plain + self.factor_O * extra
+        low_rank = F.linear(F.linear(inputs.to(self.down_RI.dtype), self.down_RI), self.up_OR) * self.scale
+        return low_rank if self.factor_O is None else (self.factor_O - 1) * plain + self.factor_O * low_rank
 
 
-class Adapter:
-    """A PEFT LoRA folder put onto a model's layers; `off` silences it."""
+class LoadedAdapter:
+    """A PEFT LoRA folder attached to the layers of a model. `off` disables it."""
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -76,20 +77,21 @@ class Adapter:
 
     def _adapt(self, host: Any, low_rank: LowRank) -> Adapted:
         base = host.forward
-        host.low_rank = low_rank  # a part of the layer, so that it moves with it
+        host.low_rank = low_rank  # a submodule, so that it moves with the layer
 
-        def change(inputs: Tensor, output: Tensor) -> Tensor:
+        def delta(inputs: Tensor, output: Tensor) -> Tensor:
             return low_rank(inputs, output if host.bias is None else output - host.bias)
 
         def forward(inputs: Tensor) -> Tensor:
             output = base(inputs)
-            return (output + change(inputs, output)).to(output.dtype) if self.enabled else output
+            return (output + delta(inputs, output)).to(output.dtype) if self.enabled else output
 
         host.forward = forward
-        return Adapted(host, base, lambda inputs, output: output.add_(change(inputs, output)))
+        return Adapted(host, base, lambda inputs, output: output.add_(delta(inputs, output)))
 
     @contextmanager
     def off(self) -> Iterator[None]:
+        """Disable the adapter inside the block."""
         self.enabled = False
         try:
             yield
@@ -98,7 +100,7 @@ class Adapter:
 
 
 def row_lengths(layer: Any, change_OI: Tensor) -> Tensor:
-    """Euclidean length of every row of the changed weight `[O]`; Conv1D holds its weight transposed."""
+    """Euclidean norm `[O]` of every row of the adapted weight. Conv1D stores its weight transposed."""
     weight = layer.weight
     weight_OI = weight.T if isinstance(layer, Conv1D) else weight
     return (weight_OI.to(change_OI.dtype) + change_OI).norm(dim=1)
@@ -115,7 +117,7 @@ class OpdlmForCausalLM(nn.Module):
     def from_pretrained(
         cls, name: str, *_: Any, config: PreTrainedConfig, **options: Any
     ) -> OpdlmForCausalLM:
-        """Load a folder or hub id written by `opdlm convert`. `dtype` and `revision` work as usual."""
+        """Load a folder or hub id. `dtype`, `revision` and `token` as in transformers."""
         loading = {
             key: options[key] for key in ("dtype", "torch_dtype", "revision", "token") if key in options
         }
@@ -131,7 +133,7 @@ class OpdlmForCausalLM(nn.Module):
             return cls(config, DiffusionLM(student, spec, teacher=base, mask_embedding=mask_embedding)).eval()
         weights_file: Any = cached_file(name, "adapter/adapter_model.safetensors", revision=revision)
         cached_file(name, "adapter/adapter_config.json", revision=revision)
-        adapter = Adapter(base, Path(weights_file).parent)
+        adapter = LoadedAdapter(base, Path(weights_file).parent)
         diffusion = DiffusionLM(
             base,
             spec,
@@ -143,7 +145,7 @@ class OpdlmForCausalLM(nn.Module):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
-        """Called by transformers; the folder's config.json already says so."""
+        """Called by transformers. Nothing to do: the folder's config.json has the entry already."""
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +162,7 @@ class OpdlmForCausalLM(nn.Module):
     ) -> Tensor:
         """Prompt ids `[B, P]` (padding marked by `attention_mask`) -> ids `[B, P + R]`, right-padded.
 
-        `mode` is static, threshold, lossless or ar; further keywords are those of `DecodeConfig`.
+        `mode` and further keywords are fields of `DecodeConfig`.
         """
         kept_BP = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, kept_BP, strict=True)]

@@ -1,32 +1,54 @@
-"""Where recipes lie, and what a TARGET of the command line means."""
+"""Where recipes are stored, and what a TARGET on the command line means."""
 
 from __future__ import annotations
 
 import difflib
+from itertools import product
 from pathlib import Path
 
 from opdlm.errors import ConfigError
 
+QWEN3 = {f"qwen3_{size.lower()}": f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B")}
+FORMER_RECIPES = {
+    **{f"{old}_lora_24gb": f"preserve_lora model.path={path}" for old, path in QWEN3.items()},
+    **{
+        f"{old}_{data}": f"sdar_full model.path={path}"
+        for (old, path), data in product(QWEN3.items(), ("math", "math_thinking", "general"))
+    },
+    "llama3.2_1b": "preserve_lora model.path=meta-llama/Llama-3.2-1B-Instruct",
+    "smollm3_3b": "preserve_lora model.path=HuggingFaceTB/SmolLM3-3B",
+    "gemma3_1b": "preserve_lora model.path=google/gemma-3-1b-it",
+    "qwen3_0.6b_dual": "dual",
+    "qwen3_0.6b_block_sft": "block_sft",
+}
+"""Names of recipes that held one model each: what to type now."""
+
 
 def recipe_folder() -> Path:
-    """In a wheel the recipes lie in the package, in a checkout beside it."""
+    """The recipes lie inside the package in a wheel, and beside it in a checkout."""
     package = Path(__file__).parent.parent
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def bundled_recipes(folder: str = "") -> dict[str, Path]:
-    """Of conversion, of text training (`train`), or of studies (`studies`)."""
+    """Recipes by name: of conversion, of text training (`train`) or of studies (`studies`)."""
     return {path.stem: path for path in sorted((recipe_folder() / folder).glob("*.yaml"))}
 
 
 def nearest_recipes(name: str, folder: str = "") -> str:
-    near = difflib.get_close_matches(name, bundled_recipes(folder), n=3, cutoff=0.5)
+    """The end of an error message about a name that no recipe has."""
+    similar = difflib.get_close_matches(name, bundled_recipes(folder), n=3, cutoff=0.5)
+    near = [FORMER_RECIPES[name]] if name in FORMER_RECIPES else similar
     return (f" Did you mean {' or '.join(near)}?" if near else "") + " `opdlm recipes` lists them."
 
 
 def resolve_target(target: str, folder: str = "") -> tuple[Path | None, list[str]]:
-    """A recipe file, a bundled recipe's name, or a model: recipe and overrides to load settings from."""
+    """The recipe file and the overrides that a TARGET stands for.
+
+    TARGET is a recipe file, the name of a bundled recipe, or a model (then the recipe is None). Raises
+    ConfigError where it is none of these.
+    """
     if target.endswith((".yaml", ".yml")):
         return Path(target), []
     recipes = bundled_recipes(folder)

@@ -1,18 +1,31 @@
-"""What changes with the step: block size, selection of states, whose responses, which rollouts.
+"""What changes with the step: block size, response length, selection of states, source of the rollouts.
 
 Each is a function of the settings and the step (0-based), so a resumed run and a plan agree with the run.
-Not here: the length curriculum (`rollout.length_cap`), which follows the block size given here; mask rates.
+Not here: mask rates (`objectives/masking.py`).
 """
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
-from opdlm.config.sections import Config, FormatSection, Selection, scheduled
+from opdlm.config.sections import Config, FormatSection, RolloutSection, Selection, scheduled
 
 
 def block_size_at(section: FormatSection, step: int) -> int:
     return scheduled(section.block_growth, step, section.block_size)
+
+
+def length_cap(section: RolloutSection, step: int, block_size: int) -> int:
+    """Maximum response tokens in rollout step `step` (counted from 1). During the ramp it is a multiple of
+    the block size.
+    """
+    if section.start_new_tokens is None or step >= section.ramp_steps:
+        return section.decode.max_new_tokens
+    progress = step / section.ramp_steps
+    share = 1 - math.cos(math.pi / 2 * progress) if section.ramp == "cosine" else progress
+    length = section.start_new_tokens + share * (section.decode.max_new_tokens - section.start_new_tokens)
+    return max(block_size, round(length / block_size) * block_size)
 
 
 def is_from_teacher(config: Config, step: int) -> bool:

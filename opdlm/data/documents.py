@@ -1,8 +1,7 @@
-"""Given text as rows of tokens: documents joined and cut (chunks), or packed without a cut (whole).
+"""Text as rows of tokens: documents are concatenated and cut (chunks), or packed without cuts (whole).
 
 A row has one token more than the model reads, so that the last input has a next token. Every epoch shuffles
-the documents anew and cuts them anew; row r of a run is a function of (seed, r) alone. Not here: masks and
-objectives.
+and cuts the documents anew; row r of a run is a function of (seed, r) alone. Not here: masks and objectives.
 
 Shape suffixes: B rows, L inputs of a row, R one more.
 """
@@ -21,14 +20,15 @@ from transformers import PreTrainedTokenizerBase
 from opdlm.config.text import TextSection
 from opdlm.data.prompts import Row, encode_prompt, is_message, messages_of, read_rows
 from opdlm.errors import DataError
-from opdlm.seeds import generator_for
+from opdlm.seeds import Stream, generator_for
 
 PADDING = -1
+"""`start` of a padding token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Token ids that end with a stop token; the first `num_prompt` are given and carry no loss."""
+    """Token ids that end with a stop token. The first `num_prompt` belong to a prompt and carry no loss."""
 
     ids: tuple[int, ...]
     num_prompt: int = 0
@@ -36,18 +36,18 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class TextRow:
-    """Pieces of documents side by side."""
+    """Pieces of documents, concatenated."""
 
     ids_R: Tensor
     start_R: Tensor
-    """Column at which the token's piece starts; PADDING behind the last one."""
+    """Column at which the piece of the token starts; PADDING after the last piece."""
     is_given_R: Tensor
-    """Tokens of prompts."""
+    """Whether the token belongs to a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowBatch:
-    """PackedDataset as tensors; R counts the token after the last input too."""
+    """Rows as tensors, with the fields of `TextRow`."""
 
     ids_BR: Tensor
     start_BR: Tensor
@@ -55,14 +55,17 @@ class RowBatch:
 
     @classmethod
     def of(cls, rows: Sequence[TextRow]) -> RowBatch:
+        """Stack rows."""
         fields = ("ids_R", "start_R", "is_given_R")
         return cls(*(torch.stack([getattr(row, field) for row in rows]) for field in fields))
 
     def pick(self, index: Tensor) -> RowBatch:
+        """Some of the rows."""
         return RowBatch(self.ids_BR[index], self.start_BR[index], self.is_given_BR[index])
 
     @property
     def is_text_BL(self) -> Tensor:
+        """Inputs that are not padding."""
         return self.start_BR[:, :-1] != PADDING
 
     @property
@@ -82,7 +85,7 @@ def load_documents(
     mask_token_id: int,
     key: str = "data.path",
 ) -> list[Document]:
-    """Documents of `section.path`, which is the setting `key`; DataError names the place of a bad row."""
+    """Documents of `section.path`, the setting `key`. DataError names file and line of an invalid row."""
     paths = (section.path,) if isinstance(section.path, str) else section.path
     if not paths or not all(paths):
         raise DataError(f"{key} is empty: give a .jsonl or .parquet file, or the name of a dataset.")
@@ -99,7 +102,7 @@ def load_documents(
 
 
 def read_document(place: str, row: Row, tokenizer: PreTrainedTokenizerBase, column: str) -> Document:
-    """A row with text, with prompt and response, or with messages."""
+    """The document of a row with text, with prompt and response, or with messages."""
     if column in row:
         text, num_prompt, prompt = row[column], 0, list[int]()
     else:
@@ -116,7 +119,7 @@ def read_document(place: str, row: Row, tokenizer: PreTrainedTokenizerBase, colu
 
 
 def response_of(place: str, row: Row, column: str) -> Any:
-    """What follows the prompt, which `messages_of` reads: `messages` before `prompt`, as there."""
+    """The text after the prompt of `messages_of`; `messages` take precedence over `prompt`, as there."""
     if "messages" in row:
         messages = row["messages"]
         last: Any = messages[-1] if isinstance(messages, list) and messages else None
@@ -132,8 +135,8 @@ def response_of(place: str, row: Row, column: str) -> Any:
 
 
 def keep_tokens(documents: Sequence[Document], num_tokens: int, seed: int) -> list[Document]:
-    """The first `num_tokens` tokens of the shuffled documents; the last one is cut."""
-    order = torch.randperm(len(documents), generator=generator_for(seed, 3 * 10**6)).tolist()
+    """The first `num_tokens` tokens of the shuffled documents. The last document is cut."""
+    order = torch.randperm(len(documents), generator=generator_for(seed, Stream.UNIQUE_TOKENS)).tolist()
     kept, left = list[Document](), num_tokens
     for index in order:
         document = documents[index]
@@ -147,7 +150,7 @@ def keep_tokens(documents: Sequence[Document], num_tokens: int, seed: int) -> li
 
 
 class PackedDataset:
-    """Endless rows over documents; row r is always the same one, so resuming needs no state."""
+    """An endless sequence of rows; row r depends on (seed, r) alone, so resuming needs no state."""
 
     def __init__(
         self, documents: Sequence[Document], section: TextSection, seed: int, key: str = "data.path"
@@ -165,13 +168,18 @@ class PackedDataset:
 
     @property
     def per_epoch(self) -> int:
+        """Rows of an epoch."""
         return (self.num_tokens - 1) // self.length if self._bins is None else len(self._bins)
 
     def at(self, index: int) -> TextRow:
-        epoch, place = divmod(index, self.per_epoch)
+        """Row `index` of the run."""
+        epoch, number = divmod(index, self.per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._rows = epoch, list(self._cut(generator_for(self.seed, 4 * 10**6, epoch)))
-        return self._rows[place]
+            self._epoch, self._rows = (
+                epoch,
+                list(self._cut(generator_for(self.seed, Stream.DOCUMENT_ORDER, epoch))),
+            )
+        return self._rows[number]
 
     def evenly(self, limit: int) -> list[TextRow]:
         """At most `limit` rows of the first epoch, evenly spaced."""
@@ -192,7 +200,7 @@ class PackedDataset:
             yield TextRow(whole.ids_R[columns], start_R, whole.is_given_R[columns])
 
     def _row(self, documents: Sequence[Document]) -> TextRow:
-        """Documents side by side, filled up to a row where they are shorter."""
+        """Concatenated documents, padded to a row if they are shorter."""
         ids = torch.tensor([i for document in documents for i in document.ids])
         lengths = torch.tensor([len(document.ids) for document in documents])
         first = lengths.cumsum(0) - lengths if self.is_masked else torch.zeros_like(lengths)
@@ -206,8 +214,8 @@ class PackedDataset:
 
 
 def fill_bins(documents: Sequence[Document], capacity: int, key: str = "data.path") -> list[list[int]]:
-    """Indices of whole documents that share a row, in the order of the documents."""
-    bins, room = list[list[int]](), 0
+    """Indices of the documents in each row, in order; DataError if a document exceeds a row."""
+    bins, free = list[list[int]](), 0
     for index, document in enumerate(documents):
         size = len(document.ids)
         if size > capacity:
@@ -215,9 +223,9 @@ def fill_bins(documents: Sequence[Document], capacity: int, key: str = "data.pat
                 f"a document of {key} has {size} tokens, and data.packing=whole cuts none: set "
                 f"data.sequence_length ({capacity - 1}) to at least {size - 1}, or data.packing=chunks."
             )
-        if size > room:
+        if size > free:
             bins.append([])
-            room = capacity
+            free = capacity
         bins[-1].append(index)
-        room -= size
+        free -= size
     return bins

@@ -1,9 +1,9 @@
-"""Prompts from JSONL, Parquet or a `datasets` name, chat-templated, as token ids.
+"""Prompts and evaluation tasks from JSONL, Parquet or a `datasets` name, as token ids of the chat template.
 
 Rows need `prompt` (text), another column that `data.prompt_column` names, or `messages` (a list of
-role/content). Nothing is cut; long prompts are an error, or left out and counted. Tokenizers without a chat
-template get the plain prompt. A wrong row is one `DataError` that names file, line and fix, before any
-training starts.
+role/content). Prompts are not truncated; long prompts are an error, or are dropped and counted. Without a
+chat template the prompt is encoded as it is. An invalid row raises a `DataError` that names file, line and
+fix before training.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Task:
 
     prompt: Prompt
     text: str
+    """The last message of the prompt."""
     answer: str | None
     skill: str
     held_out: bool
@@ -42,7 +43,7 @@ class Task:
 
 
 def read_rows(path: str, split: str = "train", config: str = "") -> list[tuple[str, Row]]:
-    """(place, row) pairs; `place` says where to look when something is wrong."""
+    """(place, row) pairs, where `place` names file and line; DataError if they cannot be read."""
     file = Path(resolve_path(path))
     if file.suffix == ".jsonl":
         return read_jsonl(file)
@@ -54,6 +55,7 @@ def read_rows(path: str, split: str = "train", config: str = "") -> list[tuple[s
 
 
 def read_jsonl(file: Path) -> list[tuple[str, Row]]:
+    """The objects of a JSONL file; empty lines are skipped."""
     rows = []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -77,6 +79,7 @@ def read_jsonl(file: Path) -> list[tuple[str, Row]]:
 
 
 def read_parquet(file: Path) -> list[tuple[str, Row]]:
+    """The rows of a Parquet file."""
     import pyarrow.parquet
 
     try:
@@ -87,6 +90,7 @@ def read_parquet(file: Path) -> list[tuple[str, Row]]:
 
 
 def read_dataset(name: str, split: str, config: str) -> list[tuple[str, Row]]:
+    """The rows of a data set that `datasets` loads."""
     import datasets
 
     try:
@@ -100,7 +104,11 @@ def read_dataset(name: str, split: str, config: str) -> list[tuple[str, Row]]:
 
 
 def messages_of(place: str, row: Row, system_prompt: str, column: str = "") -> list[dict[str, str]]:
-    """The conversation up to the response, checked; `column` names the one that holds the prompt's text."""
+    """The messages before the response. `column`: the column with the prompt's text, instead of `messages` or
+    `prompt`.
+
+    DataError if the row is invalid.
+    """
     if "messages" in row and not column:
         messages = row["messages"]
         if not isinstance(messages, list) or not all(is_message(m) for m in messages):
@@ -108,7 +116,7 @@ def messages_of(place: str, row: Row, system_prompt: str, column: str = "") -> l
                 f"{place}: `messages` must be a list of objects with `role` and `content`, both text."
             )
         if messages and messages[-1].get("role") == "assistant":
-            messages = messages[:-1]  # the response is the student's to write
+            messages = messages[:-1]  # the response
     elif (name := column or "prompt") in row:
         if not isinstance(row[name], str):
             raise DataError(f"{place}: `{name}` must be text, not {type(row[name]).__name__}.")
@@ -127,13 +135,14 @@ def messages_of(place: str, row: Row, system_prompt: str, column: str = "") -> l
 
 
 def is_message(value: Any) -> bool:
+    """Whether a value is an object with `role` and `content`, both text."""
     return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], enable_thinking: bool | None = None
 ) -> list[int]:
-    """Token ids up to where the response starts; `enable_thinking` is for the chat template, if it is set."""
+    """Token ids up to the start of the response; `enable_thinking` is for the chat template."""
     if tokenizer.chat_template:
         options: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         ids = tokenizer.apply_chat_template(
@@ -150,6 +159,7 @@ def encode_rows(
     section: DataSection,
     mask_token_id: int,
 ) -> list[Prompt]:
+    """Prompts of (place, row) pairs. DataError for an invalid or long prompt, or without any prompt."""
     prompts, num_long = [], 0
     for index, (place, row) in enumerate(rows):
         messages = messages_of(place, row, section.system_prompt, section.prompt_column)
@@ -170,7 +180,7 @@ def encode_rows(
         prompts.append(Prompt(ids=tuple(ids), index=index))
     if num_long:
         log.warning(
-            f"left out {num_long} of {len(rows)} prompts: longer than {section.max_prompt_tokens} tokens"
+            f"dropped {num_long} of {len(rows)} prompts: longer than {section.max_prompt_tokens} tokens"
         )
     if not prompts:
         raise DataError(
@@ -182,12 +192,12 @@ def encode_rows(
 def load_prompts(
     section: DataSection, tokenizer: PreTrainedTokenizerBase, mask_token_id: int
 ) -> list[Prompt]:
-    """Every prompt of `data.path`."""
+    """The prompts of `data.path`."""
     return encode_rows(load_rows(section), tokenizer, section=section, mask_token_id=mask_token_id)
 
 
 def load_rows(section: DataSection) -> list[tuple[str, Row]]:
-    """The rows of `data.path`, at least one."""
+    """The (place, row) pairs of `data.path`; DataError if there are none."""
     paths = (section.path,) if isinstance(section.path, str) else section.path
     if not all(paths):
         raise DataError(
@@ -210,7 +220,7 @@ def load_tasks(
     enable_thinking: bool | None = None,
     scoring: Scoring = "exact",
 ) -> list[Task]:
-    """Evaluation prompts; `limit` keeps that many of each skill."""
+    """Evaluation tasks, at most `limit` of each skill. DataError for an invalid row."""
     rows = read_rows(path)
     if not rows:
         raise DataError(f"eval.path ({path}) holds no rows.")
@@ -239,7 +249,7 @@ def load_tasks(
 
 
 def gsm8k_row(place: str, row: Row) -> Row:
-    """A row of the GSM8K files as a task, asked as lm-evaluation-harness asks it (without examples)."""
+    """A row of GSM8K with the zero-shot prompt of lm-evaluation-harness."""
     if not isinstance(row.get("question"), str) or "#### " not in str(row.get("answer")):
         raise DataError(
             f"{place}: eval.scoring=gsm8k needs `question` and an `answer` that ends in `#### number`. "
@@ -249,8 +259,8 @@ def gsm8k_row(place: str, row: Row) -> Row:
 
 
 class PromptStream(Generic[Item]):
-    """Endless shuffled passes over prompts, or over recorded rollouts; step s always yields the same ones, so
-    resuming needs no state.
+    """An endless sequence of shuffled epochs over prompts or recorded rollouts. The items of a step depend on
+    (seed, step) alone, so resuming needs no state.
     """
 
     def __init__(self, prompts: Sequence[Item], per_step: int, seed: int) -> None:
@@ -263,8 +273,8 @@ class PromptStream(Generic[Item]):
         return [self._item(i) for i in range(first, first + self.per_step)]
 
     def _item(self, index: int) -> Item:
-        epoch, place = divmod(index, len(self.prompts))
-        return self.prompts[self._order(epoch)[place]]
+        epoch, number = divmod(index, len(self.prompts))
+        return self.prompts[self._order(epoch)[number]]
 
     def _order(self, epoch: int) -> list[int]:
         if self._epoch != epoch:

@@ -1,1 +1,1 @@
-"""The sampler. It travels with every result folder."""
+"""The sampler: from prompts to rollouts, one forward pass per step. Needs torch and transformers only."""

@@ -1,7 +1,7 @@
-"""How to decode: the one group of settings that generation, serving, rollouts and evaluation share.
+"""Settings of decoding, shared by generation, serving, rollouts and evaluation.
 
-A plain dataclass without torch: it travels with every result folder, and command lines show its defaults. It
-checks itself, so a configuration made by hand is as safe as one read from a recipe.
+A plain dataclass without torch, because command lines show its defaults and result folders contain a copy of
+it. Its values are checked on creation, in Python as in a recipe.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ Mode = Literal["ar", "static", "threshold", "entropy", "left_to_right", "lossles
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeConfig:
-    """How to decode. Raises ValueError where a number lies outside its range."""
+    """Settings of decoding. Raises ValueError where a number is outside its range."""
 
     mode: Mode = "threshold"
     """ar: token by token. static: a fixed number of tokens per step. threshold: every token whose probability
-    exceeds confidence_threshold. entropy: tokens of little joint entropy. left_to_right: in reading order.
+    exceeds confidence_threshold. entropy: tokens of little joint entropy. left_to_right: the leftmost tokens.
     lossless: drafts that the AR weights verify (preserve).
     """
     max_new_tokens: int = 256
     """Length cap of a response in tokens, the stop token included."""
     batch_size: int = 64
-    """Rows decoded at once; a finished row makes room for the next prompt."""
+    """Rows decoded at once; when a row finishes, the next prompt takes its place."""
     temperature: float = 0.0
     """0 = arg-max."""
     top_k: int | None = None
@@ -33,20 +33,20 @@ class DecodeConfig:
     top_p: float | None = None
     """Sample within the smallest set of tokens of this probability mass."""
     denoising_steps: int | None = None
-    """Steps per block at most; None = block_size, one token a step."""
+    """Steps per block at most; None = block_size, one token per step."""
     confidence_threshold: float = 0.9
     """threshold: reveal every token whose probability exceeds this."""
     entropy_bound: float = 0.1
-    """entropy: tokens revealed together may have this much entropy (nats), less that of the least certain."""
+    """entropy: the largest sum of the entropies (nats) of tokens revealed together, without the largest."""
     ar_accept_threshold: float = 0.1
-    """Denoising modes of preserve: the AR model replaces a revealed token that it finds less likely than
-    this, in the forward that commits it. 0 = never.
+    """Remasking modes of preserve: a revealed token whose AR probability is below this is replaced by a token
+    of the AR model, in the forward that commits it. 0 = never.
     """
     logprobs: bool = False
     """Record the log-probability of every chosen token (temperature 1, unfiltered)."""
     forward_overhead: float | None = None
-    """lossless: cost of a forward beside its slots, in slots; the larger, the longer the drafts. None: 32 on
-    a CPU, 512 elsewhere.
+    """lossless: fixed cost of a forward pass, in slots; a larger value gives longer drafts. None: 32 on CPUs,
+    512 elsewhere.
     """
 
     def __post_init__(self) -> None:
@@ -69,4 +69,4 @@ LIMITS = {
     "entropy_bound": math.inf,
     "forward_overhead": 1e12,
 }
-"""Largest value of each setting whose smallest is 0."""
+"""Largest value of the settings whose smallest value is 0."""

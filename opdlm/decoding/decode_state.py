@@ -1,8 +1,8 @@
-"""The rows that decode together, and how: settings, costs, and the bookkeeping of every row.
+"""The state of the rows that decode together, and what their decoding cost.
 
-All of it lives on the CPU as small integer tensors: a step sends its slots to the device and fetches the
-tokens that came out, and nothing else travels. Rows come and go; the first rows of the cache are the active
-ones, so the last rows move into the places of those that left.
+The state consists of small CPU tensors. A step copies its slots to the device and the chosen tokens back, and
+nothing else. The active rows are the first rows of the cache: when rows finish, the last active rows take
+their places.
 
 Shape suffixes: B rows, L row capacity, S slots, D draft length.
 """
@@ -22,18 +22,17 @@ from .rollout import NEVER, Rollout
 
 @dataclass(frozen=True, slots=True)
 class DecodeStats:
-    """What decoding cost. `num_forwards` counts every forward pass that a row took part in, prefill
-    included.
-    """
+    """The cost of decoding, summed over rows."""
 
     num_tokens: int
     num_forwards: int
+    """Forward passes in which a row took part, the prefill included."""
     num_steps: int
-    """Denoising steps (forwards that revealed tokens of the block), summed over rows."""
+    """Denoising steps; a step takes two forwards where student and teacher are separate models."""
 
     @classmethod
     def of(cls, rollouts: Sequence[Rollout]) -> DecodeStats:
-        """What these rollouts cost when they were decoded."""
+        """The cost of these rollouts."""
         return cls(
             sum(r.num_response for r in rollouts),
             sum(r.num_forwards for r in rollouts),
@@ -51,38 +50,43 @@ class DecodeStats:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a row is to answer."""
+    """A prompt that waits to be decoded."""
 
     index: int
-    """Names the request."""
+    """Identifies the request."""
     ids: Sequence[int]
+    """Token ids of the prompt."""
     seed: int
     max_new_tokens: int
 
 
 @dataclass(slots=True)
 class DecodeState:
-    """The active rows. Unknown positions of `tokens_BL` hold the mask id."""
+    """The active rows."""
 
     index_B: Tensor
-    """Which prompt the row answers."""
+    """Index of the request that the row decodes."""
     tokens_BL: Tensor
+    """Prompt and response; unknown positions hold the mask id."""
     unmask_step_BL: Tensor
+    """Denoising step that revealed the token: 0 for the prompt, NEVER where the token is unknown."""
     logprob_BL: Tensor
     num_prompt_B: Tensor
     limit_B: Tensor
-    """Response tokens at most."""
+    """Largest number of response tokens."""
     seed_B: Tensor
     committed_B: Tensor
-    """Positions whose clean keys and values are in the cache."""
+    """Number of positions whose clean keys and values are in the cache."""
     final_B: Tensor
-    """Positions that no later step can take back."""
+    """Number of positions whose tokens no later step can change."""
     block_step_B: Tensor
+    """Denoising steps that the current block has taken."""
     num_forwards_B: Tensor
     num_steps_B: Tensor
     draft_BD: Tensor
-    """Lossless: proposed tokens after the last known one, `num_draft_B` of them."""
+    """`lossless`: proposed tokens after the last known one, of which the first `num_draft_B` count."""
     draft_confidence_BD: Tensor
+    """Probability of each proposed token under the student."""
     num_draft_B: Tensor
 
     @classmethod
@@ -93,8 +97,8 @@ class DecodeState:
         mask_token_id: int,
         draft_length: int,
     ) -> DecodeState:
-        """A row for each request. A prompt that holds masks is a template: its gaps are the unknown, and the
-        row ends where the template does.
+        """One row of `capacity` positions per request. A prompt that contains the mask id is a template: its
+        masks are the unknown tokens, and the row ends where the template does.
         """
         num_rows = len(requests)
         tokens_BL = torch.full((num_rows, capacity), mask_token_id)
@@ -130,13 +134,15 @@ class DecodeState:
         return len(self.index_B)
 
     def join(self, other: DecodeState) -> None:
-        """Append rows that start."""
+        """Append the rows of another state."""
         for field in fields(self):
             joined = torch.cat([getattr(self, field.name), getattr(other, field.name)])
             setattr(self, field.name, joined)
 
     def keep(self, keep_B: Tensor, cache: DecodeCache) -> None:
-        """Drop every other row; the last rows move into their places, here and in the cache."""
+        """Keep the rows where `keep_B` is true; the last of them take the places of dropped rows, here and in
+        the cache.
+        """
         num_kept = int(keep_B.sum())
         order_B = torch.arange(num_kept)
         free_N = (~keep_B[:num_kept]).nonzero()[:, 0]
@@ -148,11 +154,20 @@ class DecodeState:
             setattr(self, field.name, getattr(self, field.name)[order_B])
 
     def frontier(self, mask_token_id: int) -> Tensor:
-        """First unknown position of each row `[B]`: everything before it is known."""
+        """First unknown position of each row `[B]`."""
         return (self.tokens_BL == mask_token_id).long().argmax(1)
 
+    def max_steps(self, block_size: int) -> Tensor:
+        """Upper bound on the denoising steps of each row `[B]`, which holds for every model.
+
+        A row writes at most n = limit + block_size positions. A step reveals at least one token, or the AR
+        model rejects one. A rejection makes one more token final and masks at most block_size - 1 others
+        again, so there are at most n rejections and n * block_size steps that reveal.
+        """
+        return (self.limit_B + block_size) * (block_size + 1)
+
     def span(self, from_B: Tensor, to_B: Tensor, grid: Grid, fmt: Format, group: int) -> Slots:
-        """Slots for the positions [from, to) of each row, left-aligned, padded to the widest row."""
+        """Slots `[B, S]` of the positions [from, to) of each row, left-aligned, padded to the widest row."""
         width = max(int((to_B - from_B).max()), 0)
         positions_BS = from_B[:, None] + torch.arange(width)
         valid_BS = positions_BS < to_B[:, None]

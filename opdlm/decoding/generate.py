@@ -1,9 +1,8 @@
-"""Prompts in, rollouts out: continuous batching around one step per mode.
+"""The decode loop with continuous batching: prompts to rollouts, one step of the mode at a time.
 
-Waiting prompts join as rows finish, and their prefill rides in the same forward as everyone else's step; at
-most `batch_size` rows are active and the cache is allocated once. Greedy output and random draws of a row
-depend on its prompt and seed, not on the rows beside it (up to floating-point rounding). Not here: which
-prompts, what to train on, text.
+At most `batch_size` rows are active, in a cache that is allocated once. When rows finish, waiting prompts
+join, and their prefill shares the forward pass with the steps of the other rows. The output of a row depends
+on its prompt and seed only, not on the other rows (up to floating-point rounding).
 
 Shape suffixes: B rows, L row capacity.
 """
@@ -27,13 +26,15 @@ from .lossless import DraftPolicy, lossless_step
 from .rollout import FinishReason, Rollout
 
 OnStep = Callable[[Tensor, Tensor, Tensor], None]
+"""(index of the request [B], tokens [B, L], revealed [B, L]), called after every step."""
 FindEnd = Callable[[Sequence[int]], int | None]
+"""Response ids -> the number of tokens to keep if the response is complete, else None."""
 Seeds = torch.Generator | Sequence[int] | None
 
 
 class Decoder:
-    """Rows that decode together, and requests that wait for their places. `generate` runs one to its end; a
-    server feeds it while it runs.
+    """Active rows and waiting requests. `generate` decodes a fixed list of requests; a server adds requests
+    while it decodes.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class Decoder:
         max_length: int,
         on_step: OnStep | None = None,
     ) -> None:
-        """At most `num_rows` at once; `max_length` bounds prompt and response of a request together."""
+        """`num_rows`: largest number of active rows. `max_length`: largest number of tokens of a prompt and
+        its response together.
+        """
         spec = model.spec
         self.model, self.config, self.num_rows, self.on_step = model, config, num_rows, on_step
         self.grid = grid_of(config.mode, spec)
@@ -52,7 +55,7 @@ class Decoder:
         self.cache = DecodeCache(num_rows, capacity + spec.block_size**2, model.device)
         self.waiting: deque[Request] = deque()
         self.find_end: dict[int, FindEnd] = {}
-        """Of the requests that have one."""
+        """By index of the request."""
         self._start = partial(
             DecodeState.start,
             capacity=capacity,
@@ -60,38 +63,42 @@ class Decoder:
             draft_length=spec.block_size - 1,
         )
         self._advance = step_of(model, self.cache, config, self.grid)
-        self.rows = self._start([])
+        self.state = self._start([])
 
     @property
     def is_busy(self) -> bool:
-        return bool(self.waiting) or len(self.rows) > 0
+        return bool(self.waiting) or len(self.state) > 0
 
     @torch.inference_mode()
     def step(self) -> dict[int, Rollout]:
-        """Let requests join, one forward for every row; the responses that are complete now, by index."""
-        num_joining = min(self.num_rows - len(self.rows), len(self.waiting))
+        """Add waiting requests to free rows and advance every row by one step. Returns the rollouts that are
+        complete now, by index of the request.
+        """
+        num_joining = min(self.num_rows - len(self.state), len(self.waiting))
         if num_joining:
-            self.rows.join(self._start([self.waiting.popleft() for _ in range(num_joining)]))
-        rows, finished = self.rows, dict[int, Rollout]()
-        before_BL = rows.tokens_BL.clone() if self.on_step is not None else rows.tokens_BL
-        self._advance(rows)
+            self.state.join(self._start([self.waiting.popleft() for _ in range(num_joining)]))
+        state, finished = self.state, dict[int, Rollout]()
+        before_BL = state.tokens_BL.clone() if self.on_step is not None else state.tokens_BL
+        self._advance(state)
+        max_steps_B = state.max_steps(self.grid.block_size)
+        assert (state.num_steps_B <= max_steps_B).all(), "no token can be revealed: every logit is -inf"
         if self.on_step is not None:
-            self.on_step(rows.index_B, rows.tokens_BL, rows.tokens_BL != before_BL)
-        done_B = collect_finished(rows, self.model, self.config, self.grid, finished, self.find_end)
+            self.on_step(state.index_B, state.tokens_BL, state.tokens_BL != before_BL)
+        done_B = collect_finished(state, self.model, self.config, self.grid, finished, self.find_end)
         if done_B.any():
-            rows.keep(~done_B, self.cache)
+            state.keep(~done_B, self.cache)
         for index in finished:
             self.find_end.pop(index, None)
         return finished
 
     @torch.inference_mode()
     def drop(self, indices: Collection[int]) -> None:
-        """Forget requests that nobody waits for any more."""
+        """Cancel the requests with these indices, active or waiting."""
         for index in indices:
             self.find_end.pop(index, None)
         self.waiting = deque(request for request in self.waiting if request.index not in indices)
-        keep_B = ~torch.isin(self.rows.index_B, torch.tensor([*indices], dtype=torch.long))
-        self.rows.keep(keep_B, self.cache)
+        keep_B = ~torch.isin(self.state.index_B, torch.tensor([*indices], dtype=torch.long))
+        self.state.keep(keep_B, self.cache)
 
 
 def generate(
@@ -102,12 +109,12 @@ def generate(
     on_step: OnStep | None = None,
     find_end: FindEnd | None = None,
 ) -> list[Rollout]:
-    """Decode prompts (token ids, each at least one token). Rollouts come back in the order of the prompts.
+    """Decode prompts of at least one token id each; rollouts in the order of the prompts.
 
-    A prompt with mask ids in it is a template whose gaps are filled (ValueError where that cannot be).
-    `on_step(prompt indices [B], tokens [B, L], revealed [B, L])` is called after every step; `revealed` marks
-    what the step wrote. `find_end(response ids)` returns how many tokens to keep once a response is complete,
-    else None: stop strings. Deterministic given `rng`, which seeds each row or is the seed of each prompt.
+    A prompt that contains mask ids is a template whose gaps are filled: ValueError in modes that cannot fill
+    gaps. `on_step` is called after every step; its `revealed` marks the positions that the step changed.
+    `find_end` ends responses at stop strings. `rng` draws the seed of each prompt or lists the seeds; the
+    output is deterministic given the seeds. Every row ends within `DecodeState.max_steps`.
     """
     requests = make_requests(prompts, rng, config.max_new_tokens)
     if not requests:
@@ -127,95 +134,96 @@ def generate(
 
 
 def check_can_infill(model: DiffusionLM, config: DecodeConfig) -> None:
-    """A template's text after a gap must survive, but what the AR model judges is cut off there."""
+    """ValueError for modes in which the text after a gap of a template would be lost."""
     if config.mode in ("ar", "lossless"):
         raise ValueError(
-            f"a prompt holds mask tokens (id {model.spec.mask_token_id}), and mode {config.mode!r} writes "
+            f"a prompt contains mask tokens (id {model.spec.mask_token_id}), and mode {config.mode!r} writes "
             "from left to right only: fill gaps with static, threshold, entropy or left_to_right."
         )
     if model.spec.format == "preserve" and config.ar_accept_threshold > 0:
         raise ValueError(
-            f"a prompt holds mask tokens (id {model.spec.mask_token_id}), and ar_accept_threshold "
-            f"({config.ar_accept_threshold}) would take back the text after a gap: set ar_accept_threshold=0."
+            f"a prompt contains mask tokens (id {model.spec.mask_token_id}), and ar_accept_threshold "
+            f"({config.ar_accept_threshold}) would mask the text after a gap: set ar_accept_threshold=0."
         )
 
 
 def make_requests(prompts: Sequence[Sequence[int]], rng: Seeds, max_new_tokens: int) -> list[Request]:
-    """One per prompt, named by its place."""
+    """One request per prompt; its index is that of the prompt."""
     if not isinstance(rng, Sequence):
         device = rng.device if rng is not None else "cpu"
         rng = torch.randint(2**62, (len(prompts),), generator=rng, device=device).tolist()
     return [
-        Request(place, ids, seed, max_new_tokens)
-        for place, (ids, seed) in enumerate(zip(prompts, rng, strict=True))
+        Request(index, ids, seed, max_new_tokens)
+        for index, (ids, seed) in enumerate(zip(prompts, rng, strict=True))
     ]
 
 
 def grid_of(mode: Mode, spec: DiffusionSpec) -> Grid:
-    """The blocks that a mode writes in: the AR model commits token by token."""
+    """The block grid of a mode: blocks of one token where the AR model decodes or verifies."""
     return Grid(block_size=1) if mode in ("ar", "lossless") else spec.block_grid
 
 
 def step_of(
     model: DiffusionLM, cache: DecodeCache, config: DecodeConfig, grid: Grid
 ) -> Callable[[DecodeState], None]:
-    """The function that advances the rows by one forward."""
+    """The function that advances a state by one step of the mode."""
     if config.mode == "lossless":
         assert model.spec.format == "preserve", "only preserve computes clean slots with the AR weights"
         overhead = config.forward_overhead
         if overhead is None:
             overhead = 32.0 if model.device.type == "cpu" else 512.0
         policy = DraftPolicy(model.spec.block_size - 1, overhead)
-        return lambda rows: lossless_step(model, rows, cache, config, policy)
+        return lambda state: lossless_step(model, state, cache, config, policy)
     fmt: Format = "preserve" if config.mode == "ar" else model.spec.format
-    return lambda rows: denoise_step(model, rows, cache, config, grid, fmt)
+    return lambda state: denoise_step(model, state, cache, config, grid, fmt)
 
 
 def collect_finished(
-    rows: DecodeState,
+    state: DecodeState,
     model: DiffusionLM,
     config: DecodeConfig,
     grid: Grid,
     finished: dict[int, Rollout],
     find_end: Mapping[int, FindEnd],
 ) -> Tensor:
-    """Record rows whose known prefix holds a stop or reached its limit; bool `[B]`: which."""
-    frontier_B = torch.minimum(rows.frontier(model.spec.mask_token_id), rows.final_B)
-    column_L = torch.arange(rows.tokens_BL.shape[1])
-    in_response_BL = (column_L >= rows.num_prompt_B[:, None]) & (column_L < frontier_B[:, None])
-    is_stop_BL = torch.isin(rows.tokens_BL, torch.tensor(model.spec.stop_token_ids)) & in_response_BL
+    """Add to `finished` the rows whose final tokens contain a stop or fill the limit; bool `[B]`: which."""
+    frontier_B = torch.minimum(state.frontier(model.spec.mask_token_id), state.final_B)
+    column_L = torch.arange(state.tokens_BL.shape[1])
+    in_response_BL = (column_L >= state.num_prompt_B[:, None]) & (column_L < frontier_B[:, None])
+    is_stop_BL = torch.isin(state.tokens_BL, torch.tensor(model.spec.stop_token_ids)) & in_response_BL
     has_stop_B = is_stop_BL.any(1)
-    num_response_B = torch.where(has_stop_B, is_stop_BL.long().argmax(1) + 1, frontier_B) - rows.num_prompt_B
-    for row, index in enumerate(rows.index_B.tolist() if find_end else ()):
+    num_response_B = torch.where(has_stop_B, is_stop_BL.long().argmax(1) + 1, frontier_B) - state.num_prompt_B
+    for row, index in enumerate(state.index_B.tolist() if find_end else ()):
         if index in find_end:
-            first, count = int(rows.num_prompt_B[row]), int(num_response_B[row])
-            end = find_end[index](rows.tokens_BL[row, first : first + count].tolist())
+            first, count = int(state.num_prompt_B[row]), int(num_response_B[row])
+            end = find_end[index](state.tokens_BL[row, first : first + count].tolist())
             if end is not None:
                 has_stop_B[row], num_response_B[row] = True, end
-    done_B = has_stop_B | (num_response_B >= rows.limit_B)
+    done_B = has_stop_B | (num_response_B >= state.limit_B)
     for row in done_B.nonzero()[:, 0].tolist():
-        num_response = min(int(num_response_B[row]), int(rows.limit_B[row]))
+        num_response = min(int(num_response_B[row]), int(state.limit_B[row]))
         is_stop = bool(has_stop_B[row]) and num_response == int(num_response_B[row])
-        finished[int(rows.index_B[row])] = make_rollout(
-            rows, row, num_response, "stop" if is_stop else "length", grid, config.logprobs
+        finished[int(state.index_B[row])] = make_rollout(
+            state, row, num_response, "stop" if is_stop else "length", grid, config.logprobs
         )
     return done_B
 
 
 def make_rollout(
-    rows: DecodeState, row: int, num_response: int, reason: FinishReason, grid: Grid, logprobs: bool
+    state: DecodeState, row: int, num_response: int, reason: FinishReason, grid: Grid, logprobs: bool
 ) -> Rollout:
-    num_prompt = int(rows.num_prompt_B[row])
+    """The rollout of one row, up to the end of its last block."""
+    num_prompt = int(state.num_prompt_B[row])
     last = num_prompt + num_response
     end = int(grid.block_start(last - 1, num_prompt)) + grid.block_size
-    tokens = rows.tokens_BL[row].tolist()
+    tokens = state.tokens_BL[row].tolist()
     return Rollout(
         prompt_ids=tuple(tokens[:num_prompt]),
         response_ids=tuple(tokens[num_prompt:end]),
-        unmask_step=tuple(rows.unmask_step_BL[row, num_prompt:end].tolist()),
+        unmask_step=tuple(state.unmask_step_BL[row, num_prompt:end].tolist()),
         num_response=num_response,
         finish_reason=reason,
-        logprobs=tuple(rows.logprob_BL[row, num_prompt:last].tolist()) if logprobs else (),
-        num_forwards=int(rows.num_forwards_B[row]),
-        num_steps=int(rows.num_steps_B[row]),
+        logprobs=tuple(state.logprob_BL[row, num_prompt:last].tolist()) if logprobs else (),
+        num_forwards=int(state.num_forwards_B[row]),
+        num_steps=int(state.num_steps_B[row]),
     )

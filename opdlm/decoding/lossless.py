@@ -1,19 +1,21 @@
-"""Lossless decoding: noised slots draft, clean slots verify, the output is the AR model's, token for token.
+"""Lossless decoding: speculative decoding in which one forward pass verifies a draft and computes the next.
 
-After the clean slots [u, d_1 .. d_m] stand groups of masks, one per number k of accepted tokens that is worth
-it: the forward that verifies a draft also holds the draft that follows. If the realised k has no group, the
-next forward starts without a draft; the output never depends on what was chosen. A token is the arg-max, or
-at a temperature the arg-max of logits plus the Gumbel noise of its position; draft and AR model share the
-noise, so a sample too is the one that AR decoding draws (arXiv 2408.07978). METHOD part 8.
+Clean slots [u, d_1 .. d_m] hold the last known token u and the draft. Each gives the AR model's prediction of
+the next token, and the longest prefix of the draft that equals these predictions is accepted. Groups of masks
+follow: group k drafts the tokens after k accepted ones. If the group of the actual number is absent, the next
+forward verifies no draft. The output is that of AR decoding, token for token, whatever is drafted: a token is
+the arg-max, or with temperature the arg-max of logits plus the Gumbel noise of its position, which draft and
+AR model share (docs/concepts.md, "Lossless decoding"; speculative sampling, arXiv 2211.17192; shared noise,
+arXiv 2408.07978).
 
-What pays: a forward costs `forward_overhead` + its slots, and decoding has earned `rate` tokens per unit of
-that so far. A draft token is verified while its chance to be accepted exceeds the rate; a group stands where
-its chance to be needed times what a draft brings (its tokens, less the rate times the slots that verify it)
-exceeds the rate times its slots. Chances come from the draft's own confidence, calibrated by what was
-accepted so far.
+`DraftPolicy` decides what a forward contains. A forward costs `forward_overhead` + its slots; the throughput
+is the number of tokens per unit of cost so far. With a_i the probability that the first i draft tokens are
+accepted, draft token i is verified if a_i > throughput. Group k is computed if P(k accepted) * value exceeds
+the throughput * its slots; value is the expected number of accepted tokens of a draft minus the throughput *
+the slots that verify it. The a_i come from the confidences of the draft, calibrated on what was accepted.
 
-Shape suffixes: B rows, D draft length, K = D + 1 possible numbers of accepted tokens, J groups of a row,
-M flat selection of slots, R rows that go on with a draft, C confidence bins.
+Shape suffixes: B rows, D draft length, K = D + 1 possible numbers of accepted tokens, M flat selection of
+slots.
 """
 
 from __future__ import annotations
@@ -35,26 +37,29 @@ from .rollout import NEVER
 from .unmasking import choose_tokens, noise_keys
 
 NUM_BINS = 16
+"""Bins of the log-odds of a confidence, one unit wide, from -8 to 8."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What one forward does for one row."""
+class DraftPlan:
+    """What one forward computes for one row."""
 
     num_verified: int
-    """Draft tokens that it verifies."""
+    """Number of draft tokens that are verified."""
     groups: tuple[int, ...]
-    """The numbers of accepted tokens that it drafts for."""
+    """Numbers of accepted tokens for which a next draft is computed."""
     length: int
-    """Masks of a group."""
+    """Number of masks in each group."""
 
 
 class DraftPolicy:
-    """Running averages over one call of `generate` that decide what a forward holds. Plain numbers: a tensor
-    of a few elements costs more than they do.
+    """Decides from running averages of this decoder what a forward contains.
+
+    The averages are Python numbers, because operations on tensors of a few elements are slower.
     """
 
     def __init__(self, draft_length: int, overhead: float) -> None:
+        """`draft_length`: the longest draft. `overhead`: fixed cost of a forward, in slots."""
         self.draft_length, self.overhead = draft_length, overhead
         self.tokens, self.cost = 1.0 + draft_length / 2, overhead + 2.0 * (1 + draft_length)
         centres = [1 / (1 + math.exp(NUM_BINS / 2 - 0.5 - i)) for i in range(NUM_BINS)]
@@ -62,40 +67,42 @@ class DraftPolicy:
         self.survived, self.offered = [2] * draft_length, [2] * draft_length
 
     @property
-    def rate(self) -> float:
-        """Tokens per unit of cost."""
+    def throughput(self) -> float:
+        """Tokens per unit of cost so far."""
         return self.tokens / self.cost
 
-    def chance(self, confidence: float) -> float:
-        """Acceptance of a draft token given that all before it were accepted; a bin starts with four trials
-        of its centre.
+    def acceptance(self, confidence: float) -> float:
+        """Probability that a draft token is accepted if all tokens before it are. Each bin starts as if four
+        tokens of its mean confidence had been tried.
         """
         place = confidence_bin(confidence)
         return self.accepted[place] / self.tried[place]
 
-    def plan(self, rows: DecodeState) -> list[Plan]:
-        """What the next forward verifies and drafts. Rows that start always draft, at full length."""
+    def plan(self, state: DecodeState) -> list[DraftPlan]:
+        """What the next forward verifies and drafts. A row without a cache drafts at full length."""
+        throughput = self.throughput
         survival = [survived / offered for survived, offered in zip(self.survived, self.offered, strict=True)]
-        paying = list(takewhile(lambda chance: chance > 2 * self.rate, survival))
-        length = max(1, len(paying))
-        cost = self.rate * length
+        length = max(1, len(list(takewhile(lambda probability: probability > 2 * throughput, survival))))
+        cost = throughput * length
         value = sum(survival[:length]) - cost
         plans = []
-        for committed, confidences in zip(rows.committed_B.tolist(), drafted(rows), strict=True):
-            chances = [self.chance(confidence) for confidence in confidences]
-            reached = list(accumulate(chances, mul, initial=1.0))
-            num_verified = sum(chance > self.rate for chance in reached[1:])
-            needed = [here - after for here, after in pairwise(reached[: num_verified + 1])]
-            needed.append(reached[num_verified])
-            groups = tuple(place for place, chance in enumerate(needed) if chance * value > cost)
-            plans.append(
-                Plan(num_verified, groups, length) if committed else Plan(0, (0,), self.draft_length)
-            )
+        for committed, confidences in zip(state.committed_B.tolist(), draft_confidences(state), strict=True):
+            if not committed:
+                plans.append(DraftPlan(0, (0,), self.draft_length))
+                continue
+            prefix = list(accumulate(map(self.acceptance, confidences), mul, initial=1.0))
+            num_verified = sum(probability > throughput for probability in prefix[1:])
+            exactly = [here - after for here, after in pairwise(prefix[: num_verified + 1])]
+            exactly.append(prefix[num_verified])
+            groups = tuple(k for k, probability in enumerate(exactly) if probability * value > cost)
+            plans.append(DraftPlan(num_verified, groups, length))
         return plans
 
-    def learn(self, rows: DecodeState, plans: list[Plan], accepted: list[int], num_forwards: int) -> None:
-        """Count one forward's outcome."""
-        for confidences, plan, num_accepted in zip(drafted(rows), plans, accepted, strict=True):
+    def learn(
+        self, state: DecodeState, plans: list[DraftPlan], accepted: list[int], num_forwards: int
+    ) -> None:
+        """Update the averages with the outcome of one forward."""
+        for confidences, plan, num_accepted in zip(draft_confidences(state), plans, accepted, strict=True):
             for place, confidence in enumerate(confidences):
                 self.offered[place] += 1
                 self.survived[place] += place < num_accepted
@@ -107,70 +114,72 @@ class DraftPolicy:
         self.cost += self.overhead * num_forwards
 
 
-def drafted(rows: DecodeState) -> list[list[float]]:
-    """The confidences of each row's draft."""
-    pairs = zip(rows.draft_confidence_BD.tolist(), rows.num_draft_B.tolist(), strict=True)
+def draft_confidences(state: DecodeState) -> list[list[float]]:
+    """The confidence of every draft token, for each row."""
+    pairs = zip(state.draft_confidence_BD.tolist(), state.num_draft_B.tolist(), strict=True)
     return [confidences[:num_draft] for confidences, num_draft in pairs]
 
 
 def confidence_bin(confidence: float) -> int:
-    """Unit steps of the log-odds, clamped to the bins; a broken model's NaN falls into the first."""
+    """The bin of a confidence: its log-odds, rounded down and clamped. NaN falls into the first bin."""
     confidence = min(1 - 1e-6, max(1e-6, confidence))
     odds = math.log(confidence / (1 - confidence))
     return min(max(int(odds + NUM_BINS / 2), 0), NUM_BINS - 1)
 
 
 def lossless_step(
-    model: DiffusionLM, rows: DecodeState, cache: DecodeCache, config: DecodeConfig, policy: DraftPolicy
+    model: DiffusionLM, state: DecodeState, cache: DecodeCache, config: DecodeConfig, policy: DraftPolicy
 ) -> None:
-    """Accept each draft's valid prefix and one token more; leave the next draft in `rows`."""
+    """Accept the valid prefix of each draft and one more token, and write the next draft into `state`."""
     mask_id, draft_length = model.spec.mask_token_id, policy.draft_length
-    frontier_B = rows.frontier(mask_id)
-    plans = policy.plan(rows)
+    frontier_B = state.frontier(mask_id)
+    plans = policy.plan(state)
     num_verified_B = torch.tensor([plan.num_verified for plan in plans])
     column_D = torch.arange(draft_length)
     is_verified_BD = column_D < num_verified_B[:, None]
-    rows.tokens_BL.scatter_(
-        1, frontier_B[:, None] + column_D, torch.where(is_verified_BD, rows.draft_BD, mask_id)
+    state.tokens_BL.scatter_(
+        1, frontier_B[:, None] + column_D, torch.where(is_verified_BD, state.draft_BD, mask_id)
     )
-    clean_from_B = torch.minimum(rows.committed_B, frontier_B - 1)
-    packed, judge, draft = pack_slots(
-        rows.tokens_BL, clean_from_B.tolist(), frontier_B.tolist(), plans, mask_id
+    clean_from_B = torch.minimum(state.committed_B, frontier_B - 1)
+    packed, verify_from, draft_from = pack_slots(
+        state.tokens_BL, clean_from_B.tolist(), frontier_B.tolist(), plans, mask_id
     )
-    hidden_NH, num_forwards = model.packed_hidden(packed, len(rows), cache)
-    rows.num_forwards_B = rows.num_forwards_B + num_forwards
-    rows.num_steps_B = rows.num_steps_B + 1
+    hidden_NH, num_forwards = model.packed_hidden(packed, len(state), cache)
+    state.num_forwards_B = state.num_forwards_B + num_forwards
+    state.num_steps_B = state.num_steps_B + 1
 
     row_M, place_M = (torch.arange(draft_length + 1) <= num_verified_B[:, None]).nonzero(as_tuple=True)
     position_M = frontier_B[row_M] + place_M
-    logits_MV = logits_at(model, hidden_NH, torch.tensor(judge)[row_M] + place_M, is_clean=True)
-    chosen_M = choose_at(logits_MV, rows.seed_B[row_M], position_M, config)
-    own_BK = torch.full((len(rows), draft_length + 1), mask_id)
-    own_BK[row_M, place_M] = chosen_M.cpu()
-    agrees_BD = is_verified_BD & (own_BK[:, :draft_length] == rows.draft_BD)
+    logits_MV = logits_at(model, hidden_NH, torch.tensor(verify_from)[row_M] + place_M, is_clean=True)
+    chosen_M = choose_at(logits_MV, state.seed_B[row_M], position_M, config)
+    ar_BK = torch.full((len(state), draft_length + 1), mask_id)
+    ar_BK[row_M, place_M] = chosen_M.cpu()
+    agrees_BD = is_verified_BD & (ar_BK[:, :draft_length] == state.draft_BD)
     accepted_B = agrees_BD.long().cumprod(1).sum(1)
     accepted = accepted_B.tolist()
-    policy.learn(rows, plans, accepted, num_forwards)
+    policy.learn(state, plans, accepted, num_forwards)
     if config.logprobs:
         logprob_M = logits_MV.log_softmax(-1).gather(-1, chosen_M[:, None])[:, 0].cpu()
-        rows.logprob_BL[row_M, position_M] = logprob_M
-    write_accepted(rows, frontier_B, own_BK, accepted_B, mask_id)
-    draft_next(model, rows, hidden_NH, draft, plans, accepted, config)
+        state.logprob_BL[row_M, position_M] = logprob_M
+    write_accepted(state, frontier_B, ar_BK, accepted_B, mask_id)
+    draft_next(model, state, hidden_NH, draft_from, plans, accepted, config)
 
 
 def pack_slots(
-    tokens_BL: Tensor, clean_from: list[int], frontier: list[int], plans: list[Plan], mask_token_id: int
+    tokens_BL: Tensor, clean_from: list[int], frontier: list[int], plans: list[DraftPlan], mask_token_id: int
 ) -> tuple[Packed, list[int], list[int]]:
-    """Each row's new clean slots with the draft that it verifies, then each row's groups: masks after the
-    token that follows k accepted ones. Also, per row, which packed slot judges the first draft token, and
-    which is the first of the row's groups.
+    """The slots of one forward: for each row the newly known tokens and the draft to verify as clean slots,
+    then for each row its groups of masks.
+
+    Also returns, for each row, the packed slot that predicts the first draft token and the first packed slot
+    of its groups.
     """
     clean: list[tuple[int, int, int, int]] = []  # row, position, visible_until, group
     noised: list[tuple[int, int, int, int]] = []
-    judge, draft = [], []
+    verify_from, draft_from = [], []
     for row, (first, known, plan) in enumerate(zip(clean_from, frontier, plans, strict=True)):
-        judge.append(len(clean) + known - 1 - first)
-        draft.append(len(noised))
+        verify_from.append(len(clean) + known - 1 - first)
+        draft_from.append(len(noised))
         clean += [(row, place, place, CLEAN) for place in range(first, known + plan.num_verified)]
         for k in plan.groups:
             anchor = known - 1 + k
@@ -180,59 +189,61 @@ def pack_slots(
     ids_N = tokens_BL[row_N, position_N]
     ids_N[num_clean:] = mask_token_id
     packed = Packed(num_clean, row_N, ids_N, position_N, visible_until_N, group_N)
-    return packed, judge, [num_clean + first for first in draft]
+    return packed, verify_from, [num_clean + first for first in draft_from]
 
 
 def write_accepted(
-    rows: DecodeState, frontier_B: Tensor, own_BK: Tensor, accepted_B: Tensor, mask_token_id: int
+    state: DecodeState, frontier_B: Tensor, ar_BK: Tensor, accepted_B: Tensor, mask_token_id: int
 ) -> None:
-    """The accepted tokens and the AR model's own after them; masks where the rest of the draft stood."""
-    column_K = torch.arange(own_BK.shape[1])
+    """Write the accepted tokens and the AR token after them; the rest of the draft becomes [MASK] again."""
+    column_K = torch.arange(ar_BK.shape[1])
     position_BK = frontier_B[:, None] + column_K
     is_new_BK = column_K <= accepted_B[:, None]
-    rows.tokens_BL.scatter_(1, position_BK, torch.where(is_new_BK, own_BK, mask_token_id))
-    steps_BK = torch.where(is_new_BK, rows.num_steps_B[:, None], NEVER)
-    rows.unmask_step_BL.scatter_(1, position_BK, steps_BK)
-    rows.committed_B = frontier_B + accepted_B
-    rows.final_B = rows.committed_B + 1
+    state.tokens_BL.scatter_(1, position_BK, torch.where(is_new_BK, ar_BK, mask_token_id))
+    steps_BK = torch.where(is_new_BK, state.num_steps_B[:, None], NEVER)
+    state.unmask_step_BL.scatter_(1, position_BK, steps_BK)
+    state.committed_B = frontier_B + accepted_B
+    state.final_B = state.committed_B + 1
 
 
 def draft_next(
     model: DiffusionLM,
-    rows: DecodeState,
+    state: DecodeState,
     hidden_NH: Tensor,
-    draft: list[int],
-    plans: list[Plan],
+    draft_from: list[int],
+    plans: list[DraftPlan],
     accepted: list[int],
     config: DecodeConfig,
 ) -> None:
-    """Read the group of the realised number of accepted tokens, where there is one."""
-    num_draft = [0] * len(plans)
+    """Write the draft of the group of the actual number of accepted tokens, or none if it is absent."""
+    first_slot, num_draft = draft_from[:], [0] * len(plans)
     for row, (plan, num_accepted) in enumerate(zip(plans, accepted, strict=True)):
         if num_accepted in plan.groups:
-            draft[row] += plan.groups.index(num_accepted) * plan.length
+            first_slot[row] += plan.groups.index(num_accepted) * plan.length
             num_draft[row] = plan.length
-    rows.num_draft_B = torch.tensor(num_draft)
-    column_D = torch.arange(rows.draft_BD.shape[1])
-    row_M, place_M = (column_D < rows.num_draft_B[:, None]).nonzero(as_tuple=True)
+    state.num_draft_B = torch.tensor(num_draft)
+    column_D = torch.arange(state.draft_BD.shape[1])
+    row_M, place_M = (column_D < state.num_draft_B[:, None]).nonzero(as_tuple=True)
     if not len(row_M):
         return
-    logits_MV = logits_at(model, hidden_NH, torch.tensor(draft)[row_M] + place_M, is_clean=False)
-    ids_M = choose_at(logits_MV, rows.seed_B[row_M], rows.final_B[row_M] + place_M, config)
+    logits_MV = logits_at(model, hidden_NH, torch.tensor(first_slot)[row_M] + place_M, is_clean=False)
+    ids_M = choose_at(logits_MV, state.seed_B[row_M], state.final_B[row_M] + place_M, config)
     confidence_M = logits_MV.softmax(-1).gather(-1, ids_M[:, None])[:, 0]
-    rows.draft_BD[row_M, place_M] = ids_M.cpu()
-    rows.draft_confidence_BD[row_M, place_M] = confidence_M.cpu()
+    state.draft_BD[row_M, place_M] = ids_M.cpu()
+    state.draft_confidence_BD[row_M, place_M] = confidence_M.cpu()
 
 
 def choose_at(logits_MV: Tensor, seed_M: Tensor, position_M: Tensor, config: DecodeConfig) -> Tensor:
-    """The token of a position: the same noise whoever proposes it, draft or AR model."""
-    if config.temperature == 0:  # noise is not free
+    """The token `[M]` of each position. The noise depends on seed and position only: draft and AR model share
+    it.
+    """
+    if config.temperature == 0:  # saves computing the noise keys
         return logits_MV.argmax(-1)
     key_M = noise_keys(seed_M, position_M, 0).to(logits_MV.device)
     return choose_tokens(logits_MV, config.temperature, config.top_k, config.top_p, key_M)
 
 
 def logits_at(model: DiffusionLM, hidden_NH: Tensor, slot_M: Tensor, is_clean: bool) -> Tensor:
-    """Logits `[M, V]` of packed slots that are all clean or all noised."""
+    """Logits `[M, V]` of packed slots, which are either all clean or all noised."""
     slot_M = slot_M.to(model.device)
     return model.logits(hidden_NH[slot_M], torch.ones_like(slot_M, dtype=torch.bool) if is_clean else None)

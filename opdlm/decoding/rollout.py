@@ -1,4 +1,4 @@
-"""What flows between rooms: token ids and small tensors, never text."""
+"""Prompts and rollouts: the records that packages exchange. They hold token ids, not text."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
 
-NEVER = 2**30  # unmask_step of a position that was still [MASK] when its row finished
+NEVER = 2**30
+"""`unmask_step` of a position that was still [MASK] when its row finished."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One prompt as token ids; `index` is its place in the data set."""
+    """One prompt as token ids."""
 
     ids: tuple[int, ...]
     index: int
+    """Its index in the data set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One generated response with its trajectory.
 
-    `response_ids` and `unmask_step` cover whole blocks: past the stop token they hold what the sampler saw
-    last ([MASK] with step NEVER where it had not revealed a token). `num_response` counts the tokens up to
-    and including the stop token; only these are ever supervised or shown.
+    `response_ids` and `unmask_step` cover whole blocks: after the stop token they hold the last state of the
+    sampler, where unknown tokens are [MASK] with step NEVER. `num_response` counts the tokens up to and
+    including the stop token; only these carry loss and are returned as text.
     """
 
     prompt_ids: tuple[int, ...]
@@ -36,24 +38,30 @@ class Rollout:
     num_response: int
     finish_reason: FinishReason
     logprobs: tuple[float, ...] = ()
-    """Of the `num_response` chosen tokens, where they were asked for."""
+    """Log-probabilities (nats) of the `num_response` tokens with `DecodeConfig.logprobs`, else empty."""
     num_forwards: int = 0
-    """Forward passes that decoding took, prefill included; 0 where it was not this package's."""
+    """Forward passes of the decoding, prefill included; 0 if another engine decoded."""
     num_steps: int = 0
-    """Denoising steps among them."""
+    """Denoising steps of the decoding."""
+    text: str = ""
+    """The response as text, where `opdlm.generate` was given a tokenizer: without special tokens, cut before
+    a stop string; with `infill` the filled prompt.
+    """
 
     @property
     def text_ids(self) -> tuple[int, ...]:
-        """The response that counts: up to and including the stop token."""
+        """The response up to and including the stop token."""
         return self.response_ids[: self.num_response]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it, but for tuples."""
-        return asdict(self)
+        """The fields as a dictionary that can be written as JSON, without an empty `text`."""
+        values = asdict(self)
+        return values if self.text else {name: value for name, value in values.items() if name != "text"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Rollout:
-        """From what JSON made of `to_dict`; other keys are not looked at."""
+        """The inverse of `to_dict`, also after JSON has turned tuples into lists. Other keys are ignored."""
+        values = {"text": ""} | values
         known: dict[str, Any] = {
             name: tuple(values[name]) if isinstance(values[name], list) else values[name]
             for name in cls.__dataclass_fields__
@@ -62,8 +70,8 @@ class Rollout:
 
 
 def digest_of(sequences: Iterable[Sequence[int]]) -> str:
-    """Short name of these token ids, to notice that they have changed."""
-    found = hashlib.sha256()
+    """First 16 hex digits of the SHA-256 of token id sequences; shows whether they have changed."""
+    sha256 = hashlib.sha256()
     for ids in sequences:
-        found.update(array("q", [len(ids), *ids]).tobytes())
-    return found.hexdigest()[:16]
+        sha256.update(array("q", [len(ids), *ids]).tobytes())
+    return sha256.hexdigest()[:16]

@@ -1,4 +1,7 @@
-"""What `opdlm generate` adds to decoding: gaps, stop strings, a response shown while it is written."""
+"""Text around decoding: prompts with gaps, stop strings, and responses that are shown while they are decoded.
+
+Not part of the remote code of result folders: it needs a tokenizer and rich.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,16 @@ from opdlm.modeling.diffusion_lm import DiffusionSpec
 from opdlm.modeling.slots import Grid
 
 GAP = re.compile(r"<gap(?::(\d+))?>")
-UNRESOLVED = "·"
+UNKNOWN = "·"
+"""Shown at a position that is still [MASK]."""
 
 
 def encode_gaps(
     tokenizer: PreTrainedTokenizerBase, text: str, mask_token_id: int, default_length: int
 ) -> list[int]:
-    """Plain text, without a chat template, whose `<gap>` and `<gap:12>` become so many mask tokens."""
+    """Token ids of plain text, without a chat template, in which `<gap:12>` stands for 12 mask tokens and
+    `<gap>` for `default_length`. ConfigError for a text without a gap or with one that cannot be filled.
+    """
     before, *rest = GAP.split(text)
     if not rest:
         raise ConfigError("PROMPT has no gap to fill: write <gap> or <gap:12> in it, or leave out --infill.")
@@ -45,16 +51,17 @@ def encode_gaps(
 
 @dataclass(frozen=True, slots=True)
 class StopStrings:
-    """A response ends where its text first holds one of the strings; they are no part of it."""
+    """A response ends before the first stop string in its text."""
 
     tokenizer: PreTrainedTokenizerBase
     strings: tuple[str, ...] = ()
 
     def text(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def find_end(self, ids: Sequence[int]) -> int | None:
-        """The fewest tokens whose text holds a stop string."""
+        """The smallest number of tokens whose text contains a stop string; None if there is none."""
         if not self._is_in(self.text(ids)):
             return None
         return next(n for n in range(1, len(ids) + 1) if self._is_in(self.text(ids[:n])))
@@ -66,24 +73,28 @@ class StopStrings:
         """The text before the first stop string."""
         return text[: min([text.find(string) for string in self.strings if string in text], default=None)]
 
-    def settled(self, text: str) -> str:
-        """The beginning that more tokens cannot change: no half of a stop string or of a character."""
+    def stable(self, text: str) -> str:
+        """The part of the text that further tokens cannot change: without an incomplete character and without
+        the beginning of a stop string at its end.
+        """
         text = self.cut(text).rstrip("\ufffd")
-        halves = (string[:n] for string in self.strings for n in range(1, len(string)))
-        return text[: len(text) - max((len(half) for half in halves if text.endswith(half)), default=0)]
+        starts = (string[:n] for string in self.strings for n in range(1, len(string)))
+        return text[: len(text) - max((len(start) for start in starts if text.endswith(start)), default=0)]
 
 
 class StablePrefix:
-    """The part of a response that no later step can change, step by step."""
+    """The part of one response that no later step can change, after each step."""
 
     def __init__(self, stops: StopStrings, spec: DiffusionSpec, grid: Grid, shown: range) -> None:
-        """`shown`: the positions of the response, at most."""
+        """`shown`: the positions that the response may fill."""
         self.stops, self.spec, self.grid, self.shown = stops, spec, grid, shown
         self.frontier = shown.start
 
     def after_step(self, tokens: Sequence[int]) -> tuple[str, Sequence[int]]:
-        """The settled text, and the tokens after it up to the end of what is begun (masks among them). A veto
-        can take back what only the last step made known.
+        """The stable text, and the token ids after it up to the end of the current block, masks included.
+
+        A token is stable one step after it becomes known, because the AR model may reject the tokens that the
+        last step revealed.
         """
         mask_id = self.spec.mask_token_id
         frontier = tokens.index(mask_id)
@@ -92,19 +103,19 @@ class StablePrefix:
         end_of_block = self.grid.block_start(frontier, self.shown.start) + self.grid.block_size
         stop = (i for i in self.shown if tokens[i] in self.spec.stop_token_ids)
         end = next(stop, min(self.shown.stop, max(last_known + 1, end_of_block)))
-        settled = self.stops.text(tokens[self.shown.start : min(num_stable, end)])
-        return self.stops.settled(settled), tokens[num_stable:end]
+        known = self.stops.text(tokens[self.shown.start : min(num_stable, end)])
+        return self.stops.stable(known), tokens[num_stable:end]
 
     def whole(self, rollout: Rollout) -> str:
-        """The text of the finished response."""
+        """The text of the complete response."""
         ids = rollout.prompt_ids + rollout.text_ids
         return self.stops.cut(self.stops.text(ids[self.shown.start :]))
 
 
-class Stream(AbstractContextManager["Stream"]):
-    """Writes the response to one prompt as it comes: text, as soon as no later step can change it.
+class ResponseView(AbstractContextManager["ResponseView"]):
+    """Writes the response to one prompt during decoding, each part as soon as no later step can change it.
 
-    On a terminal also what is revealed beyond it, dim, with a dot for every position that is still open.
+    A terminal also shows the revealed tokens after that part, dim, with a dot for every unknown position.
     """
 
     def __init__(self, stable_prefix: StablePrefix, console: Console) -> None:
@@ -112,7 +123,7 @@ class Stream(AbstractContextManager["Stream"]):
         self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._context: AbstractContextManager[Any] = self.live or nullcontext()
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> ResponseView:
         self._context.__enter__()
         return self
 
@@ -120,19 +131,19 @@ class Stream(AbstractContextManager["Stream"]):
         self._context.__exit__(*error)
 
     def on_step(self, index_B: Tensor, tokens_BL: Tensor, revealed_BL: Tensor) -> None:
-        """After every step of a decoding of one prompt."""
-        settled, rest = self.stable_prefix.after_step(tokens_BL[0].tolist())
+        """Show the state after one step; the `on_step` of `generate` for a single prompt."""
+        stable, rest = self.stable_prefix.after_step(tokens_BL[0].tolist())
         mask_id, text = self.stable_prefix.spec.mask_token_id, self.stable_prefix.stops.text
-        self._show(settled, "".join(UNRESOLVED if i == mask_id else text([i]) for i in rest))
+        self._show(stable, "".join(UNKNOWN if i == mask_id else text([i]) for i in rest))
 
     def finish(self, rollout: Rollout) -> None:
-        """The rest, and the end of the line."""
-        end = "" if self.live else "\n"  # rich ends the line that it leaves
+        """Write the rest of the complete response and end the line."""
+        end = "" if self.live else "\n"  # rich ends its last line itself
         self._show(self.stable_prefix.whole(rollout) + end, "")
 
     def _show(self, text: str, beyond: str) -> None:
         end = text.rfind("\n") + 1 if self.live else len(text)
-        if end > self.written:  # whole lines stay; what follows them is drawn again
+        if end > self.written:  # whole lines are printed once; the last line is drawn again
             fresh = text[self.written : end]
             if self.live:
                 self.console.print(Text(fresh.removesuffix("\n")), soft_wrap=True)

@@ -1,15 +1,19 @@
 """Which tokens a denoising step proposes, and which of them it reveals.
 
-Filters (temperature, top-k, top-p) shape what is sampled; the confidence of a token is its *unfiltered*
-probability. n_s = block_size // denoising_steps, one more in the first block_size % denoising_steps steps
-(METHOD part 3). Rules: *static*: the n_s most confident positions. *dynamic*: every position above the
-threshold, and at least the top n_s. *entropy-bounded*: as many positions, most confident first, as keep the
-sum of their entropies less the largest within a bound, at least one (arXiv 2505.24857). *left-to-right*: the
-n_s leftmost.
+Temperature, top-k and top-p change the distribution that is sampled; the confidence of a token is its
+probability under the *unfiltered* distribution at temperature 1. Let n = block_size // denoising_steps, plus
+1 in the first block_size % denoising_steps steps. Remasking rules (docs/concepts.md, "Rollouts and
+remasking"; static and dynamic as in SDAR, arXiv 2510.06303):
 
-Draws are counter-based: the Gumbel noise of a token is a hash of (key, token), the key of (row's seed,
-position, step). So a row's draws do not depend on the rows beside it, and two models that draw at the same
-place share their noise: they agree as often as their distributions do (arXiv 2408.07978).
+    static            the n most confident positions
+    dynamic           every position above the threshold, and at least the n most confident
+    entropy-bounded   the most certain positions while the sum of their entropies minus the largest is within
+                      a bound; at least one (arXiv 2505.24857)
+    left-to-right     the n leftmost positions
+
+Random numbers are counter-based: the Gumbel noise of a token is a hash of (key, token), and the key a hash of
+(seed of the row, position, step). The draws of a row therefore do not depend on other rows, and two models
+that draw with the same key share their noise (arXiv 2408.07978).
 
 Shape suffixes: M masked positions (flat), V vocabulary, B rows, T positions of a block.
 """
@@ -31,13 +35,16 @@ REMASKING: dict[Mode, Remasking] = {
     "entropy": "entropy_bounded",
     "left_to_right": "left_to_right",
 }
-"""Which tokens a denoising step reveals in each mode."""
+"""The remasking rule of each mode."""
 
-UNIFORM_BITS = 23  # with half a step added, exact in float32 and never 0 or 1
+UNIFORM_BITS = 23
+"""Random bits of a uniform number; with half a step added it is exact in float32 and never 0 or 1."""
+MIN_TEMPERATURE = 1e-30
+"""Below it the arg-max is taken: a division by the temperature could overflow."""
 
 
 def filter_logits(logits_MV: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Keep the `top_k` largest and the smallest set of mass >= `top_p`; the rest becomes -inf."""
+    """Keep the `top_k` largest logits and the smallest set of mass >= `top_p`; the others become -inf."""
     if top_k is not None and top_k < logits_MV.shape[-1]:
         smallest_M1 = logits_MV.topk(top_k, -1).values[:, -1:]
         logits_MV = logits_MV.masked_fill(logits_MV < smallest_M1, -torch.inf)
@@ -50,19 +57,19 @@ def filter_logits(logits_MV: Tensor, top_k: int | None, top_p: float | None) -> 
 
 
 def mix_bits(number: Tensor) -> Tensor:
-    """The finaliser of splitmix64 on int64 (shifts carry the sign, multiplication wraps): a bijection."""
+    """A bijective hash of int64: the finaliser of splitmix64, with arithmetic shifts."""
     number = (number ^ (number >> 30)) * -4658895280553007687
     number = (number ^ (number >> 27)) * -7723592293110705685
     return number ^ (number >> 31)
 
 
 def noise_keys(seed_M: Tensor, position_M: Tensor, step_M: Tensor | int) -> Tensor:
-    """One key `[M]` per (row's seed, position, step)."""
+    """One key `[M]` per (seed of the row, position, step)."""
     return mix_bits(mix_bits(mix_bits(seed_M) + position_M) + step_M)
 
 
 def gumbel_noise(key_M: Tensor, num_tokens: int) -> Tensor:
-    """Standard Gumbel noise `[M, V]` that depends on the keys only; 23 random bits, so at most 16.6."""
+    """Standard Gumbel noise `[M, V]`, a function of key and token; with 23 random bits at most 16.6."""
     token_V = torch.arange(num_tokens, device=key_M.device) * -7046029254386353131
     bits_MV = (mix_bits(key_M[:, None] + token_V) >> 20) & ((1 << UNIFORM_BITS) - 1)
     return -torch.log(-torch.log((bits_MV.float() + 0.5) / (1 << UNIFORM_BITS)))
@@ -71,8 +78,8 @@ def gumbel_noise(key_M: Tensor, num_tokens: int) -> Tensor:
 def choose_tokens(
     logits_MV: Tensor, temperature: float, top_k: int | None, top_p: float | None, key_M: Tensor
 ) -> Tensor:
-    """One token `[M]` per row: the arg-max at temperature 0, else a draw from the filtered distribution."""
-    if temperature == 0:
+    """One token `[M]` per row: the arg-max at temperature 0, else a sample from the filtered distribution."""
+    if temperature < MIN_TEMPERATURE:
         return logits_MV.argmax(-1)
     filtered_MV = filter_logits(logits_MV / temperature, top_k, top_p)
     return (filtered_MV + gumbel_noise(key_M, logits_MV.shape[-1])).argmax(-1)
@@ -81,7 +88,7 @@ def choose_tokens(
 def propose_tokens(
     logits_MV: Tensor, temperature: float, top_k: int | None, top_p: float | None, key_M: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Tokens `[M]` and their confidences `[M]` for float32 logits whose banned ids are -inf."""
+    """Proposed tokens `[M]` and their confidences `[M]`, from float32 logits that are -inf at banned ids."""
     ids_M = choose_tokens(logits_MV, temperature, top_k, top_p, key_M)
     return ids_M, logits_MV.softmax(-1).gather(-1, ids_M[:, None])[:, 0]
 
@@ -92,14 +99,14 @@ def entropies(logits_MV: Tensor) -> Tensor:
 
 
 def num_to_reveal(step: Tensor, block_size: int, denoising_steps: int) -> Tensor:
-    """n_s of a block's `step` (0-based, any shape)."""
+    """The number n of positions to reveal in a block's `step` (0-based, any shape)."""
     return block_size // denoising_steps + (step < block_size % denoising_steps).long()
 
 
 def choose_revealed(
     confidence_BT: Tensor, masked_BT: Tensor, num_B: Tensor, remasking: Remasking, threshold: float
 ) -> Tensor:
-    """Bool `[B, T]`: positions revealed now, always a subset of `masked_BT`; ties go to the leftmost."""
+    """Bool `[B, T]`: the positions to reveal, a subset of `masked_BT`; of equal confidences the leftmost."""
     if remasking == "left_to_right":
         return masked_BT & (masked_BT.cumsum(1) <= num_B[:, None])
     ranked_BT = confidence_BT.masked_fill(~masked_BT, -torch.inf)
@@ -111,8 +118,10 @@ def choose_revealed(
 
 
 def choose_within_entropy(entropy_BT: Tensor, masked_BT: Tensor, bound: float) -> Tensor:
-    """Bool `[B, T]`: the most certain masked positions whose entropies, less the largest, sum to `bound`."""
-    entropy_BT = entropy_BT.nan_to_num(0.0).masked_fill(~masked_BT, torch.inf)  # a broken model must end too
+    """Bool `[B, T]`: the most certain masked positions whose entropies (nats), without the largest, sum to at
+    most `bound`; at least one per row.
+    """
+    entropy_BT = entropy_BT.nan_to_num(0.0).masked_fill(~masked_BT, torch.inf)  # NaN must not block the row
     sorted_BT, order_BT = entropy_BT.sort(dim=1, stable=True)
     fits_BT = sorted_BT.cumsum(1) - sorted_BT <= bound
     return torch.zeros_like(masked_BT).scatter(1, order_BT, fits_BT) & masked_BT

@@ -1,1 +1,1 @@
-"""`opdlm convert`: rollouts, training steps, the run from start to end."""
+"""`opdlm convert`: conversion of an autoregressive checkpoint by on-policy distillation."""

@@ -1,17 +1,18 @@
 """Parameters, memory and FLOPs of a conversion, from `config.json` alone.
 
+The model is built on the meta device, so its parameters are counted, not estimated. Every row has the maximum
+length (longest prompt, longest response), so memory, FLOPs and tokens are upper bounds. With a = bytes of an
+activation, H hidden size, A heads * head size, I feed-forward width (all experts of a mixture), V vocabulary,
+Q queries and K keys of the student's pass over a micro-batch, per layer:
 
-The model is built on the meta device, so its parameters are counted, not guessed. Every row is taken at its
-caps (longest prompt, longest response), so memory, FLOPs and tokens are what a run needs at most. With a =
-bytes of an activation, H hidden, A heads * head size, I feed-forward width (all experts of a mixture), V
-vocabulary, Q queries and K keys of a micro-batch's student pass, per layer:
     kept for backward       Q * (2 * (4 + 2 a) H + 3 a A + 4 a I) + 2 a A * K       norms, attention, MLP
-    a 2-byte base + LoRA    + Q * 4 * (5 H + A + I)                 PEFT's float32 copies of what it adapts
+    a 2-byte base + LoRA    + Q * 4 * (5 H + A + I)                 PEFT's float32 copies of the inputs
     kept if checkpointed    Q * a * H
-    at work, one layer      the first line once more, or the chunks of the loss if they are larger
+    temporary               the first line once for one layer, or the chunks of the loss if they are larger
     FLOPs                   2 * weights * Q + 4 A * Q * K; backward 2x that (LoRA 1x), checkpointed + 1x
-It does not know the kernels' own buffers or the allocator's slack: `tests/config/test_recipes.py` measures how
-far off it is on one step. Kernels with a dense mask compute all Q * K pairs, so they are counted.
+
+Not counted: the kernels' own buffers and the allocator's fragmentation; `tests/config/test_recipes.py`
+measures the error on one step. Kernels with a dense mask compute all Q * K pairs, so all are counted.
 """
 
 from __future__ import annotations
@@ -27,49 +28,53 @@ from opdlm.config.schedules import (
     block_size_at,
     first_reused_step,
     is_from_teacher,
+    length_cap,
     selection_at,
 )
 from opdlm.config.sections import Config, resolve_path
-from opdlm.distill.rollouts import length_cap
 from opdlm.errors import DataError
 from opdlm.objectives.losses import default_chunk_size, num_temporaries
 from opdlm.objectives.targets import needs_teacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """Of a model: counts of parameters, widths, bytes."""
+class ModelSizes:
+    """Parameter counts, widths and bytes of a model."""
 
     family: str
     total: int
+    """Parameters."""
     trained: int
+    """Trained parameters."""
     weight_bytes: int
-    """Student, and the teacher where it is a copy."""
+    """Student, and the teacher if it is a separate copy."""
     trained_bytes: int
-    body: int
+    num_body: int
     """Parameters without embedding and head."""
     layers: int
     hidden: int
-    heads: int
+    query_width: int
     """Heads * head size."""
-    kv_heads: int
-    inner: int
+    key_width: int
+    """Key-value heads * head size."""
+    feed_forward: int
     vocabulary: int
     context: int
-    """Positions the model knows."""
+    """Positions of the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One training row at the caps of a step."""
+class LongestRow:
+    """A training row of the maximum length in a step."""
 
     prompt: int
     response: int
     block_size: int
     denoising_steps: int
     noised: float
-    """Noised slots of all its states."""
+    """Noised slots of all states."""
     supervised: float
+    """Supervised positions of all states."""
 
     @property
     def length(self) -> int:
@@ -77,7 +82,7 @@ class Row:
 
 
 def meta_model(config: Config) -> Any:
-    """The architecture without weights."""
+    """The model on the meta device, without weights; DataError if `model.path` has no usable config.json."""
     path = resolve_path(config.model.path)
     trust = config.model.trust_remote_code
     try:
@@ -95,13 +100,14 @@ def meta_model(config: Config) -> Any:
         raise DataError(f"model.path ({path}) is no causal language model: {first_line(error)}") from error
 
 
-def measure_sizes(config: Config) -> Sizes:
+def measure_sizes(config: Config) -> ModelSizes:
+    """Sizes of the student, with its adapter if `lora.enabled`."""
     model = meta_model(config)
     text = model.config.get_text_config()
     total = sum(p.numel() for p in model.parameters())
     weight_bytes = sum(p.nbytes for p in model.parameters())
     table, head = input_embedding(model).weight, model.get_output_embeddings().weight
-    ends = {id(weight): weight.numel() for weight in (table, head)}  # one where they are tied
+    tables = {id(weight): weight.numel() for weight in (table, head)}  # one entry if they are tied
     if config.lora.enabled:
         model.requires_grad_(False)
         with torch.device("meta"):
@@ -116,36 +122,37 @@ def measure_sizes(config: Config) -> Sizes:
         trained_bytes += text.hidden_size * table.element_size()
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return Sizes(
+    return ModelSizes(
         family=model.config.model_type,
         total=total,
         trained=trained,
         weight_bytes=weight_bytes,
         trained_bytes=trained_bytes,
-        body=total - sum(ends.values()),
+        num_body=total - sum(tables.values()),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        heads=text.num_attention_heads * head_size,
-        kv_heads=kv_heads * head_size,
-        inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        query_width=text.num_attention_heads * head_size,
+        key_width=kv_heads * head_size,
+        feed_forward=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=table.shape[0],
         context=getattr(text, "max_position_embeddings", None) or 10**9,
     )
 
 
 def response_cap(config: Config, step: int) -> int:
+    """Maximum response tokens in step `step` (0-based)."""
     return length_cap(config.rollout, step + 1, block_size_at(config.format, step))
 
 
-def longest_row(config: Config, sizes: Sizes, step: int) -> Row:
-    """The row of step `step` at its caps; slots and supervised positions in the mean over random orders."""
+def longest_row(config: Config, sizes: ModelSizes, step: int) -> LongestRow:
+    """The longest row of step `step` (0-based); slots are means over random reveal orders."""
     size, response = block_size_at(config.format, step), response_cap(config, step)
     steps = config.rollout.decode.denoising_steps or size
     states = {"one_per_block": 1, "random_mask": 1, "complementary": 2, "all": steps}
     num_states = states[selection_at(config, step)]
     counts = [slots_of_state(config, size, size * k / steps) for k in range(1, steps + 1)]
     noised, supervised = (num_states * sum(column) / steps / size for column in zip(*counts, strict=True))
-    return Row(
+    return LongestRow(
         prompt=min(config.data.max_prompt_tokens, sizes.context - response - 2 * size),
         response=response,
         block_size=size,
@@ -156,8 +163,9 @@ def longest_row(config: Config, sizes: Sizes, step: int) -> Row:
 
 
 def slots_of_state(config: Config, size: int, masked: float) -> tuple[float, float]:
-    """(slots, supervised ones) of a block with so many masked positions. `preserve` starts at the first of
-    them, in the mean (size - masked) / (masked + 1), and the teacher predicts that one.
+    """(noised slots, supervised slots) of a block of `size` with `masked` masked positions. In `preserve` the
+    noised slots start at the first [MASK], whose mean offset is (size - masked) / (masked + 1); the AR model
+    predicts that token.
     """
     if config.format.name == "sdar":
         return size, masked
@@ -166,74 +174,77 @@ def slots_of_state(config: Config, size: int, masked: float) -> tuple[float, flo
     return size - 1 - (size - masked) / (masked + 1), masked - 1
 
 
-def student_pass(config: Config, row: Row) -> tuple[float, float]:
-    """(queries, keys) of one row: `sdar` computes its clean half, `preserve` reads the teacher's."""
+def student_pass(config: Config, row: LongestRow) -> tuple[float, float]:
+    """(queries, keys) of one row; only `sdar` computes the clean half in this pass."""
     keys = row.length + row.noised
     return (keys if config.format.name == "sdar" else row.noised), keys
 
 
 def element_bytes(config: Config) -> int:
+    """Bytes of an activation."""
     is_half = config.model.dtype == "bfloat16" or config.train.mixed_precision == "bf16"
     return 2 if is_half else 4
 
 
 def weight_element(config: Config) -> int:
+    """Bytes of a weight."""
     return 2 if config.model.dtype == "bfloat16" else 4
 
 
-def fixed_memory(config: Config, sizes: Sizes) -> dict[str, float]:
-    """What stays for the whole run, in bytes."""
+def fixed_memory(config: Config, sizes: ModelSizes) -> dict[str, float]:
+    """Memory that is held during the whole run, in bytes."""
     kept = {"weights": float(sizes.weight_bytes), "AdamW moments": 2.0 * sizes.trained_bytes}
     if config.rollout.asynchronous:
-        kept["copy that generates"] = float(sizes.trained_bytes)
+        kept["asynchronous student"] = float(sizes.trained_bytes)
     if config.rollout.engine == "vllm":
         kept["weights in vLLM"] = float(weight_element(config) * sizes.total)
     return kept | ({} if config.train.ema_decay is None else {"weight average": 4.0 * sizes.trained})
 
 
-def rollout_memory(config: Config, sizes: Sizes, row: Row) -> dict[str, float]:
-    """The key-value cache and the working layer of decoding, bytes; none where rollouts come from a file."""
+def rollout_memory(config: Config, sizes: ModelSizes, row: LongestRow) -> dict[str, float]:
+    """Key-value cache and largest layer of decoding, in bytes; empty if rollouts come from a file."""
     if config.rollout.path:
         return {}
     rows, a = min(config.rollout.decode.batch_size, config.rollout.prompts_per_step), weight_element(config)
     tokens = rows * (row.length + 2 * row.block_size + 1)
-    prefill = rows * row.prompt * (3 * sizes.inner + 4 * sizes.hidden) * a
-    layer = 2 * tokens * (sizes.heads + sizes.kv_heads) * a  # cache ++ current, repeated for every head
+    prefill = rows * row.prompt * (3 * sizes.feed_forward + 4 * sizes.hidden) * a
+    # The keys and values of one layer, repeated for every head, in the cache and concatenated.
+    layer = 2 * tokens * (sizes.query_width + sizes.key_width) * a
     logits = 3 * 4 * rows * row.block_size * sizes.vocabulary
     return {
-        "rollout: cache": 2.0 * tokens * sizes.layers * sizes.kv_heads * a,
+        "rollout: cache": 2.0 * tokens * sizes.layers * sizes.key_width * a,
         "rollout: one layer and logits": float(max(prefill, layer, logits)),
     }
 
 
-def training_memory(config: Config, sizes: Sizes, row: Row) -> dict[str, float]:
-    """What training adds, bytes. Gradients accumulate over micro-batches, so they coexist with all of it."""
+def training_memory(config: Config, sizes: ModelSizes, row: LongestRow) -> dict[str, float]:
+    """Memory of training, in bytes. Gradients coexist with all other parts."""
     rows, a = config.train.micro_batch_rows, weight_element(config)
     teacher = rows * row.length * sizes.hidden * a
     if config.format.name == "preserve":
-        teacher += 2 * rows * row.length * sizes.layers * sizes.kv_heads * a
+        teacher += 2 * rows * row.length * sizes.layers * sizes.key_width * a
     found = {
         "gradients": float(sizes.trained_bytes),
         "teacher states and cache": float(teacher),
         "activations": kept_bytes(config, sizes, row, config.train.gradient_checkpointing),
-        "layer at work or loss chunks": working_bytes(config, sizes, row),
+        "one layer or loss chunks": working_bytes(config, sizes, row),
     }
     if config.train.mixed_precision == "bf16" and config.model.dtype == "float32":
         found["bf16 copies of the weights"] = 2.0 * sizes.total
     return found
 
 
-def layer_bytes(config: Config, sizes: Sizes, row: Row) -> float:
-    """What one layer of the student keeps for its backward, for a micro-batch."""
+def layer_bytes(config: Config, sizes: ModelSizes, row: LongestRow) -> float:
+    """Activations of one student layer for its backward, for a micro-batch, in bytes."""
     a, (queries, keys) = element_bytes(config), student_pass(config, row)
-    width = 2 * (4 + 2 * a) * sizes.hidden + 3 * a * sizes.heads + 4 * a * sizes.inner
+    width = 2 * (4 + 2 * a) * sizes.hidden + 3 * a * sizes.query_width + 4 * a * sizes.feed_forward
     if config.lora.enabled and config.model.dtype == "bfloat16":
-        width += 4 * (5 * sizes.hidden + sizes.heads + sizes.inner)
-    return config.train.micro_batch_rows * (queries * width + 2 * a * sizes.heads * keys)
+        width += 4 * (5 * sizes.hidden + sizes.query_width + sizes.feed_forward)
+    return config.train.micro_batch_rows * (queries * width + 2 * a * sizes.query_width * keys)
 
 
-def kept_bytes(config: Config, sizes: Sizes, row: Row, is_checkpointed: bool) -> float:
-    """What the student's forward keeps for its backward: layers or their inputs, and the mask."""
+def kept_bytes(config: Config, sizes: ModelSizes, row: LongestRow, is_checkpointed: bool) -> float:
+    """Activations for the backward, in bytes: those of all layers, or their inputs, and the mask."""
     a, (queries, keys) = element_bytes(config), student_pass(config, row)
     masks = config.train.micro_batch_rows * queries * keys * (1 + a)
     if is_checkpointed:
@@ -241,8 +252,8 @@ def kept_bytes(config: Config, sizes: Sizes, row: Row, is_checkpointed: bool) ->
     return sizes.layers * layer_bytes(config, sizes, row) + masks
 
 
-def working_bytes(config: Config, sizes: Sizes, row: Row) -> float:
-    """The chunks of the loss, then one layer with the gradients of its widest part: the larger of the two."""
+def working_bytes(config: Config, sizes: ModelSizes, row: LongestRow) -> float:
+    """Temporary memory, in bytes: chunks of the loss, or one layer with the gradients of its widest part."""
     supervised = config.train.micro_batch_rows * row.supervised
     num_alive = num_temporaries(config.loss.divergence, config.loss.reverse_weight)
     trains_head = not config.lora.enabled
@@ -252,36 +263,36 @@ def working_bytes(config: Config, sizes: Sizes, row: Row) -> float:
     loss = 4 * (num_alive * min(chunk, supervised) * sizes.vocabulary + 3 * supervised * sizes.hidden)
     head = 4 * sizes.vocabulary * sizes.hidden * trains_head  # its gradient, in float32
     queries, _ = student_pass(config, row)
-    widest = element_bytes(config) * (sizes.hidden + 2 * sizes.inner)
+    widest = element_bytes(config) * (sizes.hidden + 2 * sizes.feed_forward)
     layer = layer_bytes(config, sizes, row) + config.train.micro_batch_rows * queries * widest
     return head + max(loss, layer)
 
 
-def step_flops(config: Config, sizes: Sizes, step: int) -> dict[str, float]:
-    """Floating-point operations of one step, by purpose."""
+def step_flops(config: Config, sizes: ModelSizes, step: int) -> dict[str, float]:
+    """Floating-point operations of step `step` (0-based), by purpose."""
     row, head = longest_row(config, sizes, step), sizes.vocabulary * sizes.hidden
     num_trained = step - first_reused_step(config, step) + 1
     updates = config.rollout.prompts_per_step * num_trained * config.train.epochs_per_rollout
     queries, keys = student_pass(config, row)
     forward = pass_flops(sizes, queries, keys)
     passes = 1 + (1 if config.lora.enabled else 2) + config.train.gradient_checkpointing
-    is_taught = needs_teacher(config.loss, config.format.name)
+    uses_teacher = needs_teacher(config.loss, config.format.name)
     head_passes = (config.loss.objective != "sft") + (2 if config.lora.enabled else 3)  # teacher, student
     return {
         "rollout": config.rollout.prompts_per_step * rollout_flops(config, sizes, row, step),
-        "teacher": updates * is_taught * pass_flops(sizes, row.length, row.length),
+        "teacher": updates * uses_teacher * pass_flops(sizes, row.length, row.length),
         "student": updates * forward * passes,
         "heads": updates * row.supervised * 2 * head * head_passes,
     }
 
 
-def pass_flops(sizes: Sizes, queries: float, keys: float) -> float:
-    """One forward pass without the head."""
-    return 2 * sizes.body * queries + 4 * sizes.heads * sizes.layers * queries * keys
+def pass_flops(sizes: ModelSizes, queries: float, keys: float) -> float:
+    """FLOPs of one forward pass without the head."""
+    return 2 * sizes.num_body * queries + 4 * sizes.query_width * sizes.layers * queries * keys
 
 
-def rollout_flops(config: Config, sizes: Sizes, row: Row, step: int) -> float:
-    """One response: prefill, then D forwards per block and one slot per token that commits it."""
+def rollout_flops(config: Config, sizes: ModelSizes, row: LongestRow, step: int) -> float:
+    """FLOPs of one response: prefill, D forwards per block, and one clean slot per token that commits it."""
     if config.rollout.path:
         return 0.0
     head = 2 * sizes.vocabulary * sizes.hidden

@@ -1,7 +1,6 @@
-"""`opdlm convert` from start to end: check everything, train, write the folder, measure what the folder kept.
+"""`opdlm convert` from start to end: check the inputs, train, write the result folder, evaluate it.
 
-Nothing is written before every input has been checked. The measurement is made on the folder as a user would
-load it, not on the model in memory.
+Nothing is written before all inputs are checked. The evaluation loads the written folder, as a user would.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from opdlm.config.sections import CONFIG_COPY, Config, EvalSection
 from opdlm.data.prompts import Task, load_prompts
 from opdlm.decoding.rollout import Prompt, Rollout
 from opdlm.distill.rollout_file import load_rollouts
-from opdlm.distill.rollouts import check_launch, check_source
+from opdlm.distill.rollouts import check_engine, check_launch
 from opdlm.distill.self_prompts import self_prompts, user_turn
 from opdlm.distill.trainer import train
 from opdlm.errors import ConfigError, require_package
@@ -42,27 +41,27 @@ from opdlm.training.checkpoint import (
     load_weights,
     trainable_weights,
 )
-from opdlm.training.devices import is_sharded, join_ranks
-from opdlm.training.loop import check_trackers, prepare_output
+from opdlm.training.devices import check_trackers, is_sharded, join_ranks
 from opdlm.training.metrics import MetricsLog, read_metrics
+from opdlm.training.run_folder import prepare_output
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Everything a run reads, loaded and checked."""
+    """The inputs of a run, loaded and checked."""
 
     student: DiffusionLM
     tokenizer: PreTrainedTokenizerBase
     prompts: list[Prompt]
     tasks: list[Task]
     recorded: Sequence[Rollout] = ()
-    """Of `rollout.path`, instead of prompts."""
+    """Rollouts of `rollout.path`, instead of prompts."""
 
 
 @dataclass(slots=True)
 class RetentionCallback:
-    """Retention of a student while it trains, on a fixed subset of the evaluation prompts. The teacher
-    answers once.
+    """Retention of the student during training, on a fixed subset of the evaluation prompts. The teacher's
+    responses are decoded once.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -75,7 +74,7 @@ class RetentionCallback:
         self.tasks = [self.tasks[i * len(self.tasks) // num] for i in range(num)]  # evenly spaced
 
     def __call__(self, model: DiffusionLM) -> dict[str, float]:
-        """`retention` is that of the worst mode, and the score."""
+        """Metrics; `score` and `retention` are those of the worst mode."""
         report, outputs = evaluate(model, self.tokenizer, self.tasks, self.section, teacher=self.teacher)
         self.teacher = outputs["teacher"]
         retained = {f"retention_{mode.name}": report.retention(mode) for mode in report.student}
@@ -85,14 +84,14 @@ class RetentionCallback:
 
 
 def load_inputs(config: Config) -> Inputs:
-    """Load and check model, prompts and evaluation tasks; raises before anything is written."""
+    """Load and check model, prompts and evaluation tasks; ConfigError or DataError. Writes nothing."""
     if not config.model.path:
         raise ConfigError("model.path is empty: give a recipe or a checkpoint folder as the target.")
     check_trackers(config)
     if needs_optimal_t(config.masking) and not config.rollout.path:
         raise ConfigError(
-            "masking.windows (auto) counts the n-grams of the text that is trained on, which a conversion "
-            "knows beforehand only with rollout.path: give such a file, or numbers such as [[0.45, 0.55]]."
+            "masking.windows (auto) counts the n-grams of the training text, which a conversion knows "
+            "beforehand only with rollout.path: give such a file, or numbers such as [[0.45, 0.55]]."
         )
     if config.model.load_in_4bit:
         require_package("bitsandbytes", "quant", "model.load_in_4bit (true)")
@@ -120,7 +119,7 @@ def load_inputs(config: Config) -> Inputs:
             config.rollout.decode.max_new_tokens,
             "rollout.decode.max_new_tokens",
         )
-    check_source(student, prompts, config)
+    check_engine(student, prompts, config)
     if config.data.self_prompts:
         user_turn(tokenizer, config.data.system_prompt)
     tasks = load_eval_tasks(student, tokenizer, config) if config.eval.path else []
@@ -128,6 +127,7 @@ def load_inputs(config: Config) -> Inputs:
 
 
 def check_attention(model: PreTrainedModel, config: Config) -> None:
+    """ConfigError if `model.attention` cannot run here."""
     device = PartialState().device
     reason = unsupported_reason(config.model.attention, device, model.config)
     if reason:
@@ -135,7 +135,7 @@ def check_attention(model: PreTrainedModel, config: Config) -> None:
 
 
 def convert_checkpoint(config: Config, console: Console) -> Path:
-    """Run a conversion (or continue it); returns the folder of the converted model."""
+    """Run or resume a conversion; returns the folder of the converted model."""
     ranks = join_ranks(config)
     inputs = load_inputs(config)
     weights = signal_weights(inputs, config)
@@ -151,7 +151,7 @@ def convert_checkpoint(config: Config, console: Console) -> Path:
         )
     if config.data.self_prompts:
         status = console.status(f"the model writes {config.data.self_prompts} prompts")
-        with status, ranks.main_process_first():  # the others read what it wrote
+        with status, ranks.main_process_first():  # the other ranks read the file
             add_self_prompts(inputs, config, output_dir)
     describe(inputs, config, console)
     with MetricsLog(output_dir, console) as log:
@@ -171,25 +171,25 @@ def convert_checkpoint(config: Config, console: Console) -> Path:
 
 
 def signal_weights(inputs: Inputs, config: Config) -> tuple[float, ...]:
-    """Of the recorded rollouts, where `masking.windows=auto` asks for them."""
+    """n-gram weights of the recorded rollouts if `masking.windows=auto` needs them, else none."""
     if not needs_optimal_t(config.masking):
         return ()
     return ngram_signal_weights([rollout.prompt_ids + rollout.text_ids for rollout in inputs.recorded])
 
 
 def add_self_prompts(inputs: Inputs, config: Config, output_dir: Path) -> None:
-    """Let the model write prompts (none of the evaluation's) beside those of `data.path`."""
+    """Add prompts sampled from the model, without evaluation prompts, to those of `data.path`."""
     evaluated = {task.text for task in inputs.tasks}
     added = self_prompts(inputs.student, inputs.tokenizer, config, output_dir, evaluated)
     check_fits(
         inputs.student, [p.ids for p in added], config.rollout.decode.max_new_tokens, "data.max_prompt_tokens"
     )
-    check_source(inputs.student, added, config)
+    check_engine(inputs.student, added, config)
     inputs.prompts.extend(replace(p, index=len(inputs.prompts) + p.index) for p in added)
 
 
 def trained_student(model: DiffusionLM, config: Config) -> DiffusionLM:
-    """The trained model in one piece; after a sharded run, built again from the last checkpoint."""
+    """The trained model, unsharded; after a sharded run it is rebuilt from the last checkpoint."""
     if not is_sharded(model):
         return model
     student = load_inputs(config).student
@@ -201,6 +201,7 @@ def trained_student(model: DiffusionLM, config: Config) -> DiffusionLM:
 
 
 def describe(inputs: Inputs, config: Config, console: Console) -> None:
+    """Print model, parameters, objective and data of the run."""
     student = inputs.student
     total = sum(p.numel() for name, p in student.student.named_parameters() if "lora_" not in name)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -219,15 +220,16 @@ def describe(inputs: Inputs, config: Config, console: Console) -> None:
 
 
 def write_record(folder: Path, output_dir: Path, config: Config) -> None:
-    """Settings, versions and curves of the run, beside the weights."""
+    """Write settings, versions and training curves of the run beside the weights."""
     (folder / CONFIG_COPY).write_text(config.to_yaml())
     metrics = read_metrics(output_dir / "metrics.jsonl")
-    seconds = sum(row["seconds"] for row in metrics)  # over every part of an interrupted run
+    seconds = sum(row["seconds"] for row in metrics)  # over all parts of a resumed run
     results = {"train_seconds": round(seconds, 1), "versions": versions(), **(metrics[-1] if metrics else {})}
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2))
     plot_metrics(metrics, folder / "training.png")
 
 
 def write_card(folder: Path, config: Config) -> None:
+    """Write the model card, README.md."""
     results = json.loads((folder / RESULTS_FILE).read_text())
     write_atomic(folder / "README.md", model_card(config, results, read_retention(folder)))

@@ -1,4 +1,4 @@
-"""`convert --dry-run`: what a run will hold, compute and write. The numbers come from `costs`."""
+"""`opdlm convert --dry-run`: memory, FLOPs, schedule and files of a run. `costs` computes the numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opdlm.config.schedules import (
 )
 from opdlm.config.sections import Config
 from opdlm.distill.costs import (
-    Sizes,
+    ModelSizes,
     fixed_memory,
     kept_bytes,
     longest_row,
@@ -33,23 +33,28 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    sizes: Sizes
+class ConversionPlan:
+    """Estimates for one process."""
+
+    sizes: ModelSizes
     memory: dict[str, float]
-    """Bytes per device by purpose; what starts with `rollout:` is gone when training begins, unless it is
-    asynchronous or vLLM's.
+    """Bytes per device by purpose. Entries that start with `rollout:` are freed before training, unless
+    rollouts are asynchronous or vLLM's.
     """
     activations: tuple[float, float]
     """Bytes without and with gradient checkpointing."""
     peak: float
+    """Bytes."""
     step_flops: dict[str, float]
     """Of the last step, by purpose."""
     total_flops: float
+    """Of the whole run."""
     response_tokens: int
+    """Maximum of the whole run."""
 
 
-def make_plan(config: Config) -> Plan:
-    """Everything about the run that can be known before it starts. Reads config.json, writes nothing."""
+def make_plan(config: Config) -> ConversionPlan:
+    """Plan a run from its config.json; writes nothing. DataError if there is no config.json."""
     sizes = measure_sizes(config)
     last = config.train.num_steps - 1
     fixed = fixed_memory(config, sizes)
@@ -58,7 +63,7 @@ def make_plan(config: Config) -> Plan:
     stays = config.rollout.asynchronous or config.rollout.engine == "vllm"
     together = operator.add if stays else max
     steps = range(config.train.num_steps)
-    return Plan(
+    return ConversionPlan(
         sizes=sizes,
         memory=fixed | rollout | training,
         activations=(kept_bytes(config, sizes, row, False), kept_bytes(config, sizes, row, True)),
@@ -69,7 +74,7 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def describe_plan(config: Config, plan: Plan) -> str:
+def describe_plan(config: Config, plan: ConversionPlan) -> str:
     """The plan as lines of text."""
     sizes = plan.sizes
     without, with_checkpointing = (f"{x / GIB:.2f} GiB" for x in plan.activations)
@@ -99,19 +104,19 @@ def describe_plan(config: Config, plan: Plan) -> str:
 
 
 def schedule_lines(config: Config) -> list[str]:
-    """One line for each stretch of steps that differ in nothing but the length cap."""
+    """One line per range of steps that differ in the length cap only, and the learning rate."""
 
     def kind(step: int) -> tuple[str, int, str]:
-        author = "the teacher's" if is_from_teacher(config, step) else "the student's"
-        author = f"recorded ({config.rollout.path})" if config.rollout.path else author
-        return author, block_size_at(config.format, step), selection_at(config, step)
+        source = "the teacher's" if is_from_teacher(config, step) else "the student's"
+        source = f"recorded ({config.rollout.path})" if config.rollout.path else source
+        return source, block_size_at(config.format, step), selection_at(config, step)
 
     lines = []
-    for (author, size, selection), group in groupby(range(config.train.num_steps), kind):
+    for (source, size, selection), group in groupby(range(config.train.num_steps), kind):
         steps = list(group)
         caps = [str(response_cap(config, step)) for step in (steps[0], steps[-1])]
         lines.append(
-            f"steps {steps[0]}-{steps[-1]}: {author} responses, block size {size}, states {selection}, "
+            f"steps {steps[0]}-{steps[-1]}: {source} responses, block size {size}, states {selection}, "
             f"at most {' to '.join(dict.fromkeys(caps))} tokens"
         )
     peak, section = config.optimizer.learning_rate, config.optimizer
@@ -122,8 +127,8 @@ def schedule_lines(config: Config) -> list[str]:
     return lines
 
 
-def file_lines(config: Config, sizes: Sizes) -> list[str]:
-    """What the run writes, with sizes where they matter, and what it would continue."""
+def file_lines(config: Config, sizes: ModelSizes) -> list[str]:
+    """Files that the run writes, and the checkpoint that it would resume from."""
     folder = Path(config.output_dir)
     average = 0 if config.train.ema_decay is None else 4 * sizes.trained
     checkpoint = 3 * sizes.trained_bytes + average
@@ -141,5 +146,5 @@ def file_lines(config: Config, sizes: Sizes) -> list[str]:
         )
     found = find_checkpoints(folder)
     if found and config.train.resume_from_checkpoint:
-        lines.append(f"{found[-1]} exists: the run would continue from it")
+        lines.append(f"{found[-1]} exists: the run would resume from it")
     return lines

@@ -1,10 +1,10 @@
 """Rollouts as a Parquet file: `opdlm rollout` writes it, `rollout.path` trains on it.
 
-One row per prompt, in the order of the prompts; the settings that made it lie in its metadata. While it is
-written, responses lie in a log beside it, `.NAME.partial`, whose first line holds the settings. Prompts are
-decoded in pieces, and a piece is kept whole or decoded again: rounding depends on what is decoded beside a
-prompt, so only that makes an interrupted file equal, byte for byte, to an uninterrupted one. Not here: how
-responses are decoded (an `Engine` does that).
+One row per prompt, in the order of the prompts; the metadata store the settings. Until the file is complete,
+responses are appended to a log beside it, `.NAME.partial`, whose first line holds the settings. Prompts are
+decoded in chunks, and an incomplete chunk is decoded again: rounding depends on the other prompts of a batch,
+so this makes a resumed file equal, byte for byte, to an uninterrupted one. Not here: decoding (an `Engine`
+does it).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from opdlm.files import write_atomic
 from opdlm.modeling.diffusion_lm import DiffusionLM
 
 Engine = Callable[[Sequence[Sequence[int]], Sequence[int]], list[Rollout]]
-"""Prompts (token ids) and the seed of each -> their rollouts, in the same order."""
+"""(token ids of each prompt, seed of each prompt) -> rollouts in the same order."""
 
 IDS = pa.list_(pa.int32())
 COLUMNS = pa.schema(
@@ -48,17 +48,18 @@ COLUMNS = pa.schema(
     }
 )
 RECORD = b"opdlm"
-"""Key of the settings in the file's metadata."""
+"""Key of the settings in the metadata."""
 TRAJECTORY_MODES = ("static", "threshold", "entropy", "left_to_right")
 TRAJECTORY_SELECTIONS = ("one_per_block", "all")
 
 
 def log_path_of(out: Path) -> Path:
+    """The log of an incomplete file."""
     return out.with_name(f".{out.name}.partial")
 
 
 def is_finished(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether `out` is there already; refused where it, or the log beside it, is of other settings."""
+    """Whether `out` is complete. ConfigError if it, or its log, was written with other settings."""
     if out.suffix != ".parquet" or out.is_dir():
         raise ConfigError(f"--out ({out}) must be the name of a .parquet file.")
     if out.exists():
@@ -88,9 +89,10 @@ def decode_resumably(
     piece_size: int,
     on_piece: Callable[[Sequence[Rollout], float], None],
 ) -> list[Rollout]:
-    """Rollouts of all prompts; what the log of `out` holds is not decoded again.
+    """Rollouts of all prompts; complete chunks in the log of `out` are not decoded again.
 
-    `on_piece(rollouts, seconds)` follows each piece of `piece_size` prompts, with 0 seconds if it was there.
+    `on_piece(rollouts, seconds)` is called after each chunk of `piece_size` prompts; `seconds` is 0 if the
+    chunk was in the log.
     """
     path = log_path_of(out)
     log = GenerationLog(path, json.dumps(settings))
@@ -116,7 +118,7 @@ def write_rollouts(
     tokenizer: PreTrainedTokenizerBase,
     settings: dict[str, Any],
 ) -> None:
-    """The finished file, in one go; its log is deleted. `texts` are the prompts as the user wrote them."""
+    """Write the complete file and delete its log. `texts` are the prompts as the user wrote them."""
     rows = [
         {"prompt": text, "response": decode_response(tokenizer, rollout)} | rollout.to_dict()
         for text, rollout in zip(texts, rollouts, strict=True)
@@ -129,11 +131,12 @@ def write_rollouts(
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
+    """The text of a response without special tokens."""
     return str(tokenizer.decode(list(rollout.text_ids), skip_special_tokens=True))
 
 
 def read_table(path: Path, key: str) -> pa.Table:
-    """The columns of a rollout and the metadata."""
+    """Columns and metadata of a rollout file. DataError names `key`, the setting of the path."""
     try:
         file = pq.ParquetFile(path)
         missing = [name for name in COLUMNS.names if name not in file.schema_arrow.names]
@@ -151,13 +154,13 @@ def read_table(path: Path, key: str) -> pa.Table:
 
 
 def record_of(schema: pa.Schema) -> dict[str, Any] | None:
-    """The settings that made a file; None where another program wrote it."""
+    """The settings of a file; None if another program wrote it."""
     metadata = schema.metadata or {}
     return json.loads(metadata[RECORD]) if RECORD in metadata else None
 
 
 class RolloutFile(Sequence[Rollout]):
-    """The rows of a file; Arrow holds them, and each becomes a rollout when it is asked for."""
+    """The rollouts of a file. Rows stay in Arrow and become a `Rollout` when they are indexed."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.table = path, read_table(path, "rollout.path")
@@ -176,12 +179,13 @@ class RolloutFile(Sequence[Rollout]):
         return Rollout.from_dict(self.table.slice(index, 1).to_pylist()[0])
 
     def texts(self) -> Iterator[str]:
+        """The texts of the responses."""
         for value in self.table["response"]:
             yield value.as_py()
 
 
 def load_rollouts(config: Config, model: DiffusionLM, tokenizer: PreTrainedTokenizerBase) -> RolloutFile:
-    """The rollouts of `rollout.path`, checked against the student that shall learn from them."""
+    """The rollouts of `rollout.path`; DataError names the first row that this student cannot use."""
     file = RolloutFile(Path(config.rollout.path))
     if not len(file):
         raise DataError(f"rollout.path ({file.path}) holds no rollouts. Write some with opdlm rollout.")
@@ -197,31 +201,31 @@ def load_rollouts(config: Config, model: DiffusionLM, tokenizer: PreTrainedToken
 
 
 def check_trajectory(file: RolloutFile, config: Config) -> None:
-    """States that the sampler visited can be retraced only where it denoised, in the same blocks."""
+    """ConfigError if `states.selection` needs trajectories and the file has none, or has other blocks."""
     selections = {step: selection_at(config, step) for step in range(config.train.num_steps)}
-    retraced = {step: name for step, name in selections.items() if name in TRAJECTORY_SELECTIONS}
-    if not retraced:
+    needed = {step: name for step, name in selections.items() if name in TRAJECTORY_SELECTIONS}
+    if not needed:
         return
-    record, name = file.record or {}, next(iter(retraced.values()))
+    record, name = file.record or {}, next(iter(needed.values()))
     if record.get("mode") not in TRAJECTORY_MODES:
         how = f"mode {record['mode']}" if "mode" in record else "another program"
         raise ConfigError(
-            f"states.selection ({name}) retraces how a rollout was denoised, and rollout.path ({file.path}) "
-            f"holds responses of {how}, without such states: set states.selection=random_mask, or "
-            "loss.objective=off_policy, which need none."
+            f"states.selection ({name}) reads the denoising states of a trajectory, and rollout.path "
+            f"({file.path}) holds responses of {how}, without trajectories: set "
+            "states.selection=random_mask, or loss.objective=off_policy, which need none."
         )
-    for step in retraced:
+    for step in needed:
         size = block_size_at(config.format, step)
         if (size, config.format.grid) != (record["block_size"], record["grid"]):
             raise ConfigError(
                 f"format.block_size ({size}) and format.grid ({config.format.grid}) differ from those of "
-                f"rollout.path ({record['block_size']}, {record['grid']}), whose states are retraced: set "
-                "them to these, or states.selection=random_mask."
+                f"rollout.path ({record['block_size']}, {record['grid']}), whose denoising states are used: "
+                "set them to these, or states.selection=random_mask."
             )
 
 
 def problem_of(rollout: Rollout, model: DiffusionLM, known: set[int]) -> str | None:
-    """Why this student cannot learn from a rollout, as the end of a sentence. `known`: ids that it uses."""
+    """Why this student cannot use a rollout, as the end of a sentence. `known`: its token ids."""
     ids, mask_id = rollout.prompt_ids + rollout.text_ids, model.spec.mask_token_id
     is_whole = 0 < rollout.num_response <= len(rollout.response_ids) == len(rollout.unmask_step)
     if not is_whole or not rollout.prompt_ids:

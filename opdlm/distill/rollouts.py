@@ -1,13 +1,12 @@
-"""Where the rollouts of a training step come from: a file, the student as it is now, a copy of it at work
-while the step before trains, or vLLM.
+"""The source of a training step's rollouts: a file, the student, a copy of it that decodes while the previous
+step trains, or vLLM.
 
-Every rank decodes its share of a step's prompts and then holds the rollouts of all. Random draws belong to a
-prompt, so the number of ranks changes no rollout.
+Each rank decodes a part of the step's prompts; then all ranks gather all rollouts. Random draws belong to a
+prompt, so rollouts do not depend on the number of ranks.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -19,7 +18,7 @@ from typing import Any
 from accelerate import Accelerator, PartialState
 from torch import nn
 
-from opdlm.config.schedules import block_size_at, is_from_teacher
+from opdlm.config.schedules import block_size_at, is_from_teacher, length_cap
 from opdlm.config.sections import Config, RolloutSection
 from opdlm.data.prompts import PromptStream
 from opdlm.decoding.decode_config import DecodeConfig
@@ -32,7 +31,7 @@ from opdlm.modeling.compiled import compiled_decoding
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.seeds import seed_of
 from opdlm.training.deepspeed import zero_stage
-from opdlm.training.devices import gather_items, gathered_weights, launch_shards
+from opdlm.training.devices import gather_items, gathered_weights, is_fsdp_launch
 from opdlm.vllm.engine import (
     VllmStudent,
     VllmTeacher,
@@ -43,19 +42,10 @@ from opdlm.vllm.engine import (
 )
 
 
-def length_cap(section: RolloutSection, step: int, block_size: int) -> int:
-    """Response tokens allowed in rollout step `step` (counted from 1), a multiple of the block size while it
-    grows.
-    """
-    if section.start_new_tokens is None or step >= section.ramp_steps:
-        return section.decode.max_new_tokens
-    progress = step / section.ramp_steps
-    share = 1 - math.cos(math.pi / 2 * progress) if section.ramp == "cosine" else progress
-    length = section.start_new_tokens + share * (section.decode.max_new_tokens - section.start_new_tokens)
-    return max(block_size, round(length / block_size) * block_size)
-
-
-def decode_config(section: RolloutSection, max_new_tokens: int, *, from_teacher: bool) -> DecodeConfig:
+def rollout_decode_config(
+    section: RolloutSection, max_new_tokens: int, *, from_teacher: bool
+) -> DecodeConfig:
+    """Settings of one step's decoding. The teacher decodes autoregressively."""
     settings: dict[str, Any] = asdict(section.decode) | {"max_new_tokens": max_new_tokens}
     return DecodeConfig(**settings | ({"mode": "ar"} if from_teacher else {}))
 
@@ -67,19 +57,20 @@ def generate_rollouts(
     *,
     step: int,
     seed: int,
-    places: Sequence[int] | None = None,
+    indices: Sequence[int] | None = None,
     from_teacher: bool = False,
     vllm: VllmTeacher | VllmStudent | None = None,
     on_step: OnStep | None = None,
 ) -> list[Rollout]:
-    """One response per prompt, in the order of the prompts. `step` counts from 1; `places` of the prompts in
-    the step decide the random draws (None: they are the step's first). `vllm` generates, if given.
+    """One response per prompt, in the order of the prompts. `step` counts from 1. The random draws of a
+    prompt depend on (seed, step, its index in the step); `indices` defaults to 0, 1, … `vllm` decodes, if
+    given.
     """
-    config = decode_config(
+    config = rollout_decode_config(
         section, length_cap(section, step, model.spec.block_size), from_teacher=from_teacher
     )
-    places = range(len(prompts)) if places is None else places
-    seeds = [seed_of(seed, step, place) for place in places]
+    indices = range(len(prompts)) if indices is None else indices
+    seeds = [seed_of(seed, step, index) for index in indices]
     ids = [prompt.ids for prompt in prompts]
     match vllm:
         case VllmTeacher():
@@ -91,7 +82,7 @@ def generate_rollouts(
 
 
 def check_launch(config: Config) -> None:
-    """ConfigError if who is to generate cannot do so on the devices of this launch."""
+    """ConfigError if `rollout` has settings that cannot run on the devices of this launch."""
     num_processes = PartialState().num_processes
     if config.rollout.engine == "vllm":
         check_vllm("rollout.engine (vllm)")
@@ -100,117 +91,117 @@ def check_launch(config: Config) -> None:
                 f"rollout.engine (vllm) runs on one device, and this run has {num_processes} processes: use "
                 "rollout.engine=own."
             )
-    if config.rollout.compile and (zero_stage() or launch_shards(num_processes)):
+    if config.rollout.compile and (zero_stage() or is_fsdp_launch(num_processes)):
         raise ConfigError(
-            "rollout.compile (true) reads whole weights, and this launch cuts them into pieces (FSDP2, "
-            "ZeRO): launch with recipes/accelerate/ddp.yaml, or set rollout.compile=false."
+            "rollout.compile (true) reads whole weights, and this launch shards them (FSDP2, ZeRO): launch "
+            "with recipes/accelerate/ddp.yaml, or set rollout.compile=false."
         )
-    if config.rollout.asynchronous and (zero_stage() or launch_shards(num_processes)):
-        # a thread that generates must not wait for other ranks
+    if config.rollout.asynchronous and (zero_stage() or is_fsdp_launch(num_processes)):
+        # a thread that decodes must not wait for other ranks
         raise ConfigError(
-            "rollout.asynchronous (true) copies what is trained on every device, and this launch cuts it "
-            "into pieces (FSDP2, ZeRO), which ranks gather together: launch with "
-            "recipes/accelerate/ddp.yaml, or set rollout.asynchronous=false."
+            "rollout.asynchronous (true) copies the trained weights on every device, and this launch shards "
+            "them (FSDP2, ZeRO): launch with recipes/accelerate/ddp.yaml, or set rollout.asynchronous=false."
         )
 
 
-def check_source(student: DiffusionLM, prompts: Sequence[Prompt], config: Config) -> None:
-    """ConfigError if vLLM is to run a student, or prompts, that it cannot."""
+def check_engine(student: DiffusionLM, prompts: Sequence[Prompt], config: Config) -> None:
+    """ConfigError if `rollout.engine=vllm` cannot run this student or these prompts."""
     if config.rollout.engine == "vllm" and not is_from_teacher(config, config.train.num_steps - 1):
-        check_student(student, student_decoding(config), prompts)
+        check_student(student, student_decode_config(config), prompts)
 
 
-def student_decoding(config: Config) -> DecodeConfig:
-    return decode_config(config.rollout, config.rollout.decode.max_new_tokens, from_teacher=False)
+def student_decode_config(config: Config) -> DecodeConfig:
+    """Settings of the student's decoding at the final length."""
+    return rollout_decode_config(config.rollout, config.rollout.decode.max_new_tokens, from_teacher=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """What one rank decoded of a step's rollouts, by the place of their prompt in the step."""
+class RankRollouts:
+    """The rollouts of a step that one rank decoded, by the index of their prompt in the step."""
 
     rollouts: dict[int, Rollout]
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class Ahead:
-    """The rollouts that a thread generates for a later step; None where nobody does."""
+class PendingRollouts:
+    """The rollouts of a later step that a thread is decoding; `future` is None without such a thread."""
 
-    future: Future[Share] | None = None
+    future: Future[RankRollouts] | None = None
 
-    def check(self) -> None:
-        """Raise what went wrong in the thread so far."""
+    def raise_failure(self) -> None:
+        """Raise the exception of the thread, if it has failed."""
         if self.future is not None and self.future.done():
             self.future.result()
 
 
 @dataclass(slots=True, kw_only=True)
 class RolloutSource:
-    """Whoever generates in this run."""
+    """Supplies the rollouts of every step of a run."""
 
     config: Config
     model: DiffusionLM
     loss: nn.Module
-    """Holds the weights as the devices do."""
+    """The wrapped loss, whose weights may be sharded."""
     accelerator: Accelerator
     prompts: PromptStream[Prompt]
     recorded: PromptStream[Rollout] | None = None
-    """Rollouts of `rollout.path`: none is generated then."""
+    """Rollouts of `rollout.path`, if it is set; none are decoded then."""
     vllm: VllmTeacher | VllmStudent | None = None
-    copy: AsyncStudent | None = None
+    async_student: AsyncStudent | None = None
     tokens_per_second: float = 0.0
-    """Of the newest rollouts: the tokens of all ranks over the seconds of this one."""
+    """Of the newest rollouts: tokens of all ranks divided by the seconds of this rank."""
 
-    def rollouts_of(self, step: int) -> list[Rollout]:
-        """Of all the step's prompts, by the present weights, on every rank."""
+    def rollouts_at(self, step: int) -> list[Rollout]:
+        """The rollouts of all prompts of step `step` (0-based) by the present weights, on every rank."""
         if self.recorded is not None:
             return self.recorded.at(step)
-        self.use_vllm(step)
+        self.prepare_vllm(step)
         with gathered_weights(self.loss):
-            share = self.share_of(step, self.model)
-        return self.gather(share)
+            decoded = self.decode_share(step, self.model)
+        return self.gather(decoded)
 
     @contextmanager
-    def ahead_of(self, step: int) -> Iterator[Ahead]:
-        """With `rollout.asynchronous`: while the block changes the student, a copy of it as it is now
-        generates the rollouts of `step`.
+    def decoding_ahead(self, step: int) -> Iterator[PendingRollouts]:
+        """With `rollout.asynchronous`, a copy of the student with its present weights decodes the rollouts of
+        `step` in a thread during the block, which may train the student.
         """
         if not self.config.rollout.asynchronous or step == self.config.train.num_steps:
-            yield Ahead()
+            yield PendingRollouts()
             return
-        self.copy = self.copy or AsyncStudent(self.model)
-        self.copy.sync(self.model)
+        self.async_student = self.async_student or AsyncStudent(self.model)
+        self.async_student.sync(self.model)
         block_size = block_size_at(self.config.format, step)
-        self.copy.model.spec = replace(self.model.spec, block_size=block_size)
-        with self.copy.run_in_thread(partial(self.share_of, step)) as future:
-            yield Ahead(future)
+        self.async_student.model.spec = replace(self.model.spec, block_size=block_size)
+        with self.async_student.run_in_thread(partial(self.decode_share, step)) as future:
+            yield PendingRollouts(future)
 
-    def share_of(self, step: int, model: DiffusionLM, on_step: OnStep | None = None) -> Share:
-        """This rank decodes its share of the step's prompts."""
+    def decode_share(self, step: int, model: DiffusionLM, on_step: OnStep | None = None) -> RankRollouts:
+        """Decode this rank's share of the step's prompts."""
         started, prompts = time.perf_counter(), self.prompts.at(step)
-        places = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
+        indices = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
         rollouts = generate_rollouts(
             model,
-            [prompts[i] for i in places],
+            [prompts[i] for i in indices],
             self.config.rollout,
             step=step + 1,
             seed=self.config.train.seed,
-            places=places,
+            indices=indices,
             from_teacher=is_from_teacher(self.config, step),
             vllm=self.vllm,
             on_step=on_step,
         )
-        return Share(dict(zip(places, rollouts, strict=True)), time.perf_counter() - started)
+        return RankRollouts(dict(zip(indices, rollouts, strict=True)), time.perf_counter() - started)
 
-    def gather(self, share: Share) -> list[Rollout]:
-        """The shares of all ranks, in the order of the prompts."""
-        rollouts = gather_items(self.accelerator, share.rollouts)
-        self.tokens_per_second = DecodeStats.of(rollouts).num_tokens / share.seconds
+    def gather(self, decoded: RankRollouts) -> list[Rollout]:
+        """The rollouts of all ranks, in the order of the prompts."""
+        rollouts = gather_items(self.accelerator, decoded.rollouts)
+        self.tokens_per_second = DecodeStats.of(rollouts).num_tokens / decoded.seconds
         return rollouts
 
-    def use_vllm(self, step: int) -> None:
-        """With `rollout.engine=vllm`: the engine that generates in this step, with the student's present
-        weights. Teacher and student, and students of two block sizes, are never there at once.
+    def prepare_vllm(self, step: int) -> None:
+        """With `rollout.engine=vllm`, start the engine of this step or give it the student's present weights.
+        At most one engine runs at a time.
         """
         if self.config.rollout.engine != "vllm":
             return
@@ -222,16 +213,16 @@ class RolloutSource:
                     self.model.student.config,
                     self.model.spec,
                     trust_remote_code=self.config.model.trust_remote_code,
-                    **self.vllm_size(),
+                    **self.vllm_limits(),
                 )
         elif isinstance(self.vllm, VllmStudent) and self.vllm.spec == self.model.spec:
             self.vllm.update(self.model)
         else:
             self.close()
-            self.vllm = start_student(self.model, student_decoding(self.config), **self.vllm_size())
+            self.vllm = start_student(self.model, student_decode_config(self.config), **self.vllm_limits())
 
-    def vllm_size(self) -> dict[str, Any]:
-        """What an engine has to hold."""
+    def vllm_limits(self) -> dict[str, Any]:
+        """The dtype, rows and tokens that an engine must support."""
         longest = max(len(prompt.ids) for prompt in self.prompts.prompts)
         return {
             "dtype": self.config.model.dtype,
@@ -240,7 +231,7 @@ class RolloutSource:
         }
 
     def close(self) -> None:
-        """Stop vLLM, whose process group must not be the one that ending the training destroys."""
+        """Stop vLLM before the end of training destroys the process group."""
         if self.vllm is not None:
             self.vllm.close()
             self.vllm = None

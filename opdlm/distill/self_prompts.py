@@ -1,9 +1,8 @@
-"""Conversion prompts that the model writes itself, for want of a file or to widen a narrow one.
+"""Conversion prompts that the model samples itself, instead of or in addition to a file.
 
-Given nothing but the start of a user's turn, a chat model continues with a request that it has learned to
-expect (Magpie, arXiv 2406.08464). Such prompts range over all that the model knows, each as often as the
-model would ask it: a fact has few phrasings and comes back, as training needs. They are text in a JSONL file
-of the run folder, so they can be read, and an interrupted run continues with the same ones.
+Given only the start of a user turn, a chat model continues with a typical request (Magpie, arXiv 2406.08464).
+Duplicates are kept, so the prompts follow the model's own distribution of requests. They are stored as text
+in a JSONL file of the run folder, from which a resumed run reads the same prompts.
 """
 
 from __future__ import annotations
@@ -27,11 +26,15 @@ from opdlm.seeds import generator_for
 
 SELF_PROMPTS_FILE = "self_prompts.jsonl"
 PLACEHOLDER = "PLACEHOLDER"
-DRAWS_PER_PROMPT = 20  # a model that ends fewer turns than one in this many does not know how to ask
+DRAWS_PER_PROMPT = 20
+"""Samples per requested prompt, after which the search is given up."""
 
 
 def user_turn(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> tuple[list[int], int]:
-    """Token ids up to where the user's text starts, and the special token that ends it."""
+    """Token ids up to the start of the user's text, and the special token that ends it.
+
+    DataError if the tokenizer has no chat template, or the turn does not end with a special token.
+    """
     if not tokenizer.chat_template:
         raise DataError(
             "data.self_prompts needs a chat template, and this tokenizer has none: set data.path."
@@ -57,9 +60,9 @@ def self_prompts(
     folder: Path,
     excluded: Collection[str],
 ) -> list[Prompt]:
-    """`data.self_prompts` prompts, read from `folder` or written by the teacher and kept there.
+    """`data.self_prompts` prompts, read from `folder`, or sampled from the teacher and saved there.
 
-    `excluded`: texts that must not be among them (the evaluation's prompts).
+    `excluded`: texts that must not occur (the evaluation prompts).
     """
     path = folder / SELF_PROMPTS_FILE
     if not path.is_file():
@@ -76,7 +79,10 @@ def write_prompts(
     config: Config,
     excluded: Collection[str],
 ) -> list[str]:
-    """Sample user turns at temperature 1 until enough have ended by themselves; what is asked twice stays."""
+    """Sample user turns at temperature 1 until enough have ended with the end-of-turn token; duplicates stay.
+
+    DataError if too few end.
+    """
     start, end = user_turn(tokenizer, config.data.system_prompt)
     wanted, rows = config.data.self_prompts, config.rollout.decode.batch_size
     decoder = model.teacher_decoder(stop_token_ids=(end,))

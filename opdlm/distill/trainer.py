@@ -1,13 +1,13 @@
-"""The loop: roll out, score, select states, learn. Everything a reader needs to follow is in `train_step`.
+"""On-policy distillation (OPDLM, arXiv 2606.06712; docs/concepts.md). `train_step` is one training step:
 
-    rollouts = student(prompts)                      on-policy (or the teacher's responses: the baselines)
-    targets  = teacher(prompt, rollout)              once per rollout
-    states   = masked versions of the rollout        those the sampler visited
-    loss     = D(teacher token | student at state)   at supervised positions only
+    rollouts = student(prompts)                 on-policy; baselines use the teacher's responses
+    p        = teacher(prompt, response)        once per rollout
+    states   = masked versions of the rollout   those of its trajectory, or random masks
+    loss     = mean of D(p, q)                  at supervised positions; q: the student's distribution
 
-`loop` runs, stops and continues it. Random draws belong to a prompt, so the number of ranks changes no
-gradient. With `rollout.asynchronous` step n generates for step n + 1 while it trains, with the weights it
-started from: what a run computes depends on no clock. METHOD parts 3 to 7.
+`training.loop` runs, stops and resumes the steps. Random draws belong to a prompt, so gradients do not depend
+on the number of ranks. With `rollout.asynchronous`, step n decodes the rollouts of step n + 1 with the
+weights from its own start while it trains, so results do not depend on timing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from opdlm.objectives.states import (
     select_states,
 )
 from opdlm.objectives.targets import needs_teacher, score_rows, targets_at_supervised
-from opdlm.seeds import generator_for
+from opdlm.seeds import Stream, generator_for
 from opdlm.training.loop import (
     EvalCallback,
     Loop,
@@ -67,8 +67,8 @@ from opdlm.training.metrics import MetricsLog
 
 
 class StudentLoss(nn.Module):
-    """The teacher's pass, the student's, and the loss as one module, so that wrappers (DDP, ZeRO) see every
-    use of the weights.
+    """The teacher's pass, the student's pass and the loss as one module, so that wrappers (DDP, ZeRO) see
+    every use of the weights.
     """
 
     def __init__(self, model: DiffusionLM, section: LossSection) -> None:
@@ -77,6 +77,7 @@ class StudentLoss(nn.Module):
         self.needs_teacher = needs_teacher(section, model.spec.format)
 
     def forward(self, states: StateBatch, weights_M: Tensor) -> LossOutput:
+        """Weighted sum of the divergences at the supervised slots, plus the AR term with `loss.ar_weight`."""
         scored = score_rows(self.model, states.text) if self.needs_teacher else None
         hidden_BSH = self.model.student_hidden(states.slots, scored.cache if scored else None)
         row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
@@ -86,14 +87,15 @@ class StudentLoss(nn.Module):
             return output
         assert scored is not None
         row_M, column_M = (states.text.group_BS == CLEAN).nonzero(as_tuple=True)
-        kept = self.divergence(
+        ar_output = self.divergence(
             self.model.student_hidden(states.text)[row_M, column_M],
             HiddenTargets(hidden_MH=scored.hidden_BLH[row_M, column_M], head=self.head(of_teacher=True)),
             self.section.ar_weight * text_weights(states, weights_M)[row_M, column_M],
         )
-        return LossOutput(output.loss + kept.loss, output.per_position_M)
+        return LossOutput(output.loss + ar_output.loss, output.per_position_M)
 
     def head(self, *, of_teacher: bool = False) -> Head:
+        """The LM head, without the banned tokens."""
         model = self.model.teacher if of_teacher and self.model.teacher else self.model.student
         banned = torch.tensor(self.model.spec.banned_token_ids, dtype=torch.long, device=self.model.device)
         return lm_head_of(model, banned)
@@ -112,7 +114,7 @@ class StudentLoss(nn.Module):
 
 
 def text_weights(states: StateBatch, weights_M: Tensor) -> Tensor:
-    """What the supervised slots of each document weigh, spread evenly over its clean text `[B, L]`."""
+    """The total weight of each document's supervised slots, spread evenly over its clean tokens: `[B, L]`."""
     num_columns = states.text.ids_BS.shape[1]
     row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
     zeros_BL = weights_M.new_zeros(states.text.ids_BS.shape)
@@ -133,7 +135,7 @@ class Run(Loop):
     config: Config
     source: RolloutSource
     pool: dict[int, list[Rollout]] = field(default_factory=dict)
-    """Rollouts that are still, or next, trained on, by the step they were made for."""
+    """Rollouts of the present, earlier (reused) and next (asynchronous) steps, by their step."""
 
     def progress(self, step: int) -> dict[str, Any]:
         pool = reusable(self, step).items()
@@ -155,8 +157,8 @@ def train(
     recorded: Sequence[Rollout] = (),
     eval_callback: EvalCallback | None = None,
 ) -> Run:
-    """Train to `train.num_steps`, or until retention stalls, continuing from the newest checkpoint in
-    `output_dir` if there is one.
+    """Train to `train.num_steps`, or until retention stalls. Resumes from the newest checkpoint in
+    `output_dir` if there is one. `recorded`: rollouts of `rollout.path`, instead of prompts.
     """
     run = start_run(model, prompts, config, recorded)
     run_steps(run, lambda step: train_step(run, step), log, eval_callback)
@@ -168,6 +170,7 @@ def train(
 def start_run(
     model: DiffusionLM, prompts: Sequence[Prompt], config: Config, recorded: Sequence[Rollout] = ()
 ) -> Run:
+    """Place the model on the devices and create the optimiser and the source of rollouts."""
     per_step, seed = config.rollout.prompts_per_step, config.train.seed
     started = start(model, StudentLoss(model, config.loss), config)
     source = RolloutSource(
@@ -188,40 +191,40 @@ def start_run(
 
 
 def ids_of(rollout: Rollout) -> tuple[int, ...]:
-    """What a rollout trains: its tokens, and when each was revealed."""
+    """The integers of a rollout that training depends on: its tokens and their reveal steps."""
     return (*rollout.prompt_ids, *rollout.response_ids, *rollout.unmask_step)
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
-    """One rollout step (0-based): generate, then `epochs_per_rollout` passes of updates over the rollouts."""
+    """Step `step` (0-based): decode rollouts, then update for `epochs_per_rollout` epochs; its metrics."""
     config, started = run.config, time.perf_counter()
     run.model.spec = replace(run.model.spec, block_size=block_size_at(config.format, step))
-    rollouts = run.pool.get(step) or run.source.rollouts_of(step)  # there already, if asynchronous
+    rollouts = run.pool.get(step) or run.source.rollouts_at(step)  # in the pool if asynchronous
     waited = time.perf_counter() - started
-    rng = generator_for(config.train.seed, step + 1, 10**6)
+    rng = generator_for(config.train.seed, step + 1, Stream.UPDATE_ORDER)
     run.pool = reusable(run, step) | {step: rollouts}
     pool = [rollout for made in run.pool.values() for rollout in made]
     selection, rates = selection_at(config, step), rates_at(config.masking, step)
     sums = UpdateSums()
-    with run.source.ahead_of(step + 1) as ahead:
+    with run.source.decoding_ahead(step + 1) as pending:
         for chosen in update_order(len(pool), config, rng):
             sums += update(run, pool, chosen, selection, rates)
-            ahead.check()
+            pending.raise_failure()
         ready = time.perf_counter()
-        if ahead.future:
-            run.pool[step + 1] = run.source.gather(ahead.future.result())
+        if pending.future:
+            run.pool[step + 1] = run.source.gather(pending.future.result())
         waited += time.perf_counter() - ready
     return step_metrics(run, rollouts, sums, waited, time.perf_counter() - started)
 
 
 def reusable(run: Run, step: int) -> dict[int, list[Rollout]]:
-    """Earlier rollouts that step `step` trains on again."""
+    """Rollouts of earlier steps that step `step` trains on again."""
     oldest = first_reused_step(run.config, step)
     return {made: rollouts for made, rollouts in run.pool.items() if made >= oldest}
 
 
 def update_order(num_rollouts: int, config: Config, rng: torch.Generator) -> Iterator[list[int]]:
-    """Which rollouts each optimiser update uses."""
+    """Indices of the rollouts of each optimiser update: every epoch is a new permutation."""
     rows = config.train.rows_per_update
     for _ in range(config.train.epochs_per_rollout):
         order = torch.randperm(num_rollouts, generator=rng).tolist()
@@ -236,7 +239,7 @@ def update(
     selection: Selection,
     rates: MaskRates = ANY_RATE,
 ) -> UpdateSums:
-    """One optimiser update on the chosen rollouts, in packed micro-batches; each rank takes its share."""
+    """One optimiser update on the chosen rollouts, split over the ranks, in packed micro-batches."""
     mine = chosen[run.accelerator.process_index :: run.accelerator.num_processes]
     states = [states_of(run, rollouts, i, selection, rates) for i in mine]
     weights = normalized_weights(run, states)
@@ -246,7 +249,7 @@ def update(
         if batch:
             one = pack_states([states[i] for i in batch])
             weights_M = torch.cat([weights[i] for i in batch])
-        else:  # takes part in what ranks do together, and teaches nothing
+        else:  # takes part in collectives, without a gradient
             one = states_of(run, rollouts, chosen[0], selection, rates).without_targets()
             weights_M = torch.zeros(0)
         return one.to(run.accelerator.device), weights_M.to(run.accelerator.device)
@@ -255,9 +258,7 @@ def update(
 
 
 def micro_batches(run: Run, states: list[StateBatch]) -> list[list[int]]:
-    """Which of this rank's rollouts share a packed row: as many columns as `micro_batch_rows` of the longest
-    would have.
-    """
+    """Indices of the states that share a packed row of at most `micro_batch_rows` * longest columns."""
     sizes = [one.num_columns for one in states]
     return first_fit(sizes, run.config.train.micro_batch_rows * max(sizes, default=0))
 
@@ -265,16 +266,16 @@ def micro_batches(run: Run, states: list[StateBatch]) -> list[list[int]]:
 def states_of(
     run: Run, rollouts: Sequence[Rollout], index: int, selection: Selection, rates: MaskRates
 ) -> StateBatch:
-    """States of one rollout; what is drawn depends on the update and the rollout alone."""
-    rng = generator_for(run.config.train.seed, 10**6 + run.num_updates, index)
+    """Denoising states of one rollout, with draws that depend on (update, index) only."""
+    rng = generator_for(run.config.train.seed, Stream.STATES + run.num_updates, index)
     return select_states([rollouts[index]], run.model.spec, selection, rng, rates)
 
 
 def normalized_weights(run: Run, states: list[StateBatch]) -> list[Tensor]:
-    """Weight of every supervised slot so that the update's loss is the mean over the global batch.
+    """Weights of the supervised slots that make the update's loss a mean over the global batch.
 
-    `token`: over supervised positions. `row`: over rows, of the mean over each row (the paper). `sft` weights
-    a position by 1 / (masked fraction of its block) first.
+    `token`: mean over supervised positions. `row`: mean over rows of the mean over each row (OPDLM, arXiv
+    2606.06712). `sft` first weights a position by 1 / (masked fraction of its block).
     """
     per_batch, total = [], torch.zeros(())
     for batch in states:
@@ -300,9 +301,7 @@ def step_metrics(
     waited: float,
     seconds: float,
 ) -> dict[str, float]:
-    """What is logged for one step; totals grow over the run. `waited`: seconds without training, for want of
-    rollouts.
-    """
+    """Metrics of a step; adds to `run.totals`. `waited`: seconds spent waiting for rollouts."""
     decoding = DecodeStats.of(rollouts)
     run.totals["rollout_tokens"] += decoding.num_tokens
     run.totals["loss_tokens"] += sums.positions

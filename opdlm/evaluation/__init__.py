@@ -1,1 +1,1 @@
-"""`opdlm eval` and `opdlm bench`: scores, retention, likelihoods, speed."""
+"""`opdlm eval` and `opdlm bench`: accuracy, retention, likelihood, speed."""

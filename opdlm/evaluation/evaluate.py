@@ -1,10 +1,9 @@
-"""What survived: the teacher and the student in every decoding mode, on the same prompts.
+"""The retention report: the teacher, and the student in every decoding mode, on the same prompts.
 
-Per skill: exact match, share of outputs identical to the teacher's, tokens per forward with every forward
-counted (prefill and commits included). Where prompts carry no answer, the teacher's greedy output is the
-reference. Retention is the student's mean over skills divided by the teacher's. Every score has its 95 %
-interval (`intervals`); student and teacher are compared on the same prompts. Numbers that two evaluations
-share and times, which they do not, are kept apart.
+Per skill: accuracy, share of responses identical to the teacher's, tokens per forward (all forwards count,
+the prefill included). If a prompt has no answer, the teacher's greedy response is the reference. Retention is
+the student's accuracy, averaged over skills, divided by the teacher's. Every score has its 95 % interval
+(`intervals`). The report holds no times, so that repeated evaluations give equal reports.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ from opdlm.evaluation.scoring import is_right, is_right_flexibly
 from opdlm.files import write_atomic
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 
-REPEATED_TOKENS = 4
-"""Length of the pieces whose recurrence within a response counts as repetition."""
+NGRAM_LENGTH = 4
+"""Length of the n-grams that measure repetition."""
 NUM_EXAMPLES = 3
 """Responses per mode that the report shows."""
 
 DENOISING_MODES = ("static", "threshold", "entropy", "left_to_right")
-ACTS_IN: dict[str, tuple[str, ...]] = {
+MODES_OF_SETTING: dict[str, tuple[str, ...]] = {
     "batch_size": (),
     "denoising_steps": ("static", "threshold", "left_to_right"),
     "confidence_threshold": ("threshold",),
@@ -46,12 +45,12 @@ ACTS_IN: dict[str, tuple[str, ...]] = {
     "ar_accept_threshold": DENOISING_MODES,
     "forward_overhead": ("lossless",),
 }
-"""Modes in which a decoding setting decides the response or its forwards; those not named act in all."""
+"""Modes whose responses or forwards a decode setting affects; all modes if it is not listed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModeReport:
-    """One model in one decoding mode. Shares are between 0 and 1, intervals are 95 %."""
+    """Metrics of one model in one decoding mode. Shares are between 0 and 1, intervals 95 %."""
 
     name: str
     accuracy: float
@@ -62,11 +61,11 @@ class ModeReport:
     accuracy_held_out: float | None
     accuracy_held_out_interval: Interval | None
     accuracy_flexible: float | None
-    """The last number of the response is right; where eval.scoring is gsm8k."""
+    """Share of responses whose last number is correct; only with eval.scoring=gsm8k."""
     by_skill: dict[str, float]
     by_skill_interval: dict[str, Interval]
     against_teacher: dict[str, PairedComparison]
-    """Prompt by prompt: all skills, and seen and held-out ones where both exist."""
+    """Paired by prompt: all skills, and seen and held-out skills if there are both."""
     identical_to_teacher: float
     """Share of responses equal to the teacher's, token for token."""
     identical_to_teacher_interval: Interval
@@ -75,35 +74,37 @@ class ModeReport:
     tokens_per_forward_held_out: float
     tokens_per_step: float
     stop_rate: float
+    """Share of responses that end with a stop token."""
     mean_response_tokens: float
     repetition: float
-    """Share of 4-token pieces that stood earlier in the same response."""
+    """Share of 4-grams that occurred earlier in the same response, averaged over responses."""
     num_prompts: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetentionReport:
-    """Teacher first, then the student's modes."""
+    """The teacher's metrics, and the student's in every mode."""
 
     teacher: ModeReport
     student: list[ModeReport]
     held_out_skills: list[str]
 
     def retention(self, mode: ModeReport) -> float:
-        """Student's accuracy as a share of the teacher's."""
+        """The student's accuracy divided by the teacher's; 0 if the teacher's is 0."""
         return mode.accuracy / self.teacher.accuracy if self.teacher.accuracy else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """As `retention.json` has it, but for tuples."""
+        """The entries of `retention.json`, with tuples instead of lists."""
         return asdict(self) | {"student": [self.with_retention(mode) for mode in self.student]}
 
     def with_retention(self, mode: ModeReport) -> dict[str, Any]:
+        """The metrics of a mode and its retention."""
         return asdict(mode) | {"retention": self.retention(mode)}
 
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Responses of one model in one mode, in the order of the tasks, and their keys in the log."""
+    """Responses of one model in one mode and their keys in the log, in the order of the tasks."""
 
     generations: list[Generation]
     keys: list[str]
@@ -127,8 +128,9 @@ def decode_tasks(
     name: str = "",
     seed: int = 0,
 ) -> Outputs:
-    """Responses for every task, prompts of similar length together. What the log holds is not decoded again;
-    `name` tells decodings of one mode apart there, and at a temperature above 0 so does `seed`.
+    """Responses to all tasks, in batches of prompts of similar length; those in the log are decoded once.
+
+    `name`, and `seed` at a temperature above 0, are part of a response's key in the log.
     """
     config = replace(section.decode, mode=mode)
     keys = [decoding_key(log, name or mode, config, task, seed) for task in tasks]
@@ -150,16 +152,16 @@ def decode_tasks(
 def decoding_key(
     log: GenerationLog | None, name: str, config: DecodeConfig, task: Task, seed: int = 0
 ) -> str:
-    """Without a log: the task's place."""
+    """Key of a response in the log; without a log, the index of the task."""
     if log is None:
         return str(task.prompt.index)
-    acting = {k: v for k, v in asdict(config).items() if config.mode in ACTS_IN.get(k, (config.mode,))}
-    drawn = {"seed": seed} if config.temperature else {}
-    return log.key(acting | {"name": name} | drawn, task.prompt.ids)
+    used = {k: v for k, v in asdict(config).items() if config.mode in MODES_OF_SETTING.get(k, (config.mode,))}
+    sampling = {"seed": seed} if config.temperature else {}
+    return log.key(used | {"name": name} | sampling, task.prompt.ids)
 
 
 def prompt_seed(seed: int, prompt_ids: Sequence[int]) -> int:
-    """The draws of a prompt depend on nothing else, so it may be decoded in any batch."""
+    """Seed of a prompt's draws, which therefore do not depend on its batch."""
     return int.from_bytes(hashlib.sha256(json.dumps([seed, list(prompt_ids)]).encode()).digest()[:7])
 
 
@@ -172,8 +174,9 @@ def evaluate(
     seed: int = 0,
     teacher: Outputs | None = None,
 ) -> tuple[RetentionReport, dict[str, Outputs]]:
-    """The retention report and the raw outputs per mode (`teacher` is the AR reference, decoded here unless
-    it is given).
+    """The retention report, and the outputs by mode. `teacher`: its outputs in mode `ar`, if decoded already.
+
+    ConfigError or DataError if checkpoint, tasks and settings do not fit together.
     """
     check_modes(model.spec, tasks, section)
     if teacher is None:
@@ -195,7 +198,7 @@ def evaluate(
 
 
 def check_modes(spec: DiffusionSpec, tasks: Sequence[Task], section: EvalSection) -> None:
-    """What the checkpoint or the prompts cannot do is refused before anything is decoded."""
+    """ConfigError or DataError if checkpoint or prompts do not support the settings of `eval`."""
     if spec.format == "sdar" and "lossless" in section.modes:
         raise ConfigError(
             "mode lossless needs format preserve; this checkpoint is sdar. Drop it from eval.modes."
@@ -209,19 +212,23 @@ def check_modes(spec: DiffusionSpec, tasks: Sequence[Task], section: EvalSection
 
 
 def default_modes(model: DiffusionLM) -> tuple[Mode, ...]:
+    """Modes that are evaluated if `eval.modes` is empty."""
     return ("static", "threshold", "lossless") if model.spec.format == "preserve" else ("static", "threshold")
 
 
 def response_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a response, stripped, without special tokens."""
     return str(tokenizer.decode(list(rollout.text_ids), skip_special_tokens=True)).strip()
 
 
 def report_mode(
     name: str, output: Outputs, teacher: Outputs, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase
 ) -> ModeReport:
+    """Metrics of the outputs of one mode; `teacher`: the reference outputs of the same tasks."""
     texts = [response_text(rollout, tokenizer) for rollout in output.rollouts]
     references = [response_text(rollout, tokenizer) for rollout in teacher.rollouts]
-    right, reference = judge(tasks, texts, references), judge(tasks, references, references)
+    right = score_responses(tasks, texts, references)
+    reference = score_responses(tasks, references, references)
     pairs: dict[str, list[tuple[bool, bool]]] = {}
     for task, pair in sorted(zip(tasks, zip(reference, right, strict=True), strict=True), key=skill_of):
         pairs.setdefault(task.skill, []).append(pair)
@@ -231,7 +238,7 @@ def report_mode(
         "seen": {skill: p for skill, p in pairs.items() if skill not in held_out},
         "held_out": {skill: p for skill, p in pairs.items() if skill in held_out},
     }
-    scores = {group: score(of_group) for group, of_group in groups.items() if of_group}
+    scores = {group: mean_over_skills(of_group) for group, of_group in groups.items() if of_group}
     overall = scores["all"]
     same = sum(a.text_ids == b.text_ids for a, b in zip(output.rollouts, teacher.rollouts, strict=True))
     stats = {
@@ -248,7 +255,7 @@ def report_mode(
         accuracy_held_out=scores["held_out"][0] if "held_out" in scores else None,
         accuracy_held_out_interval=scores["held_out"][1] if "held_out" in scores else None,
         accuracy_flexible=flexible_accuracy(texts, tasks),
-        by_skill={skill: share_right(p) for skill, p in pairs.items()},
+        by_skill={skill: accuracy_of(p) for skill, p in pairs.items()},
         by_skill_interval={skill: wilson(sum(r for _, r in p), len(p)) for skill, p in pairs.items()},
         against_teacher={group: compare_paired(groups[group]) for group in scores},
         identical_to_teacher=same / len(tasks),
@@ -264,8 +271,8 @@ def report_mode(
     )
 
 
-def judge(tasks: Sequence[Task], texts: Sequence[str], references: Sequence[str]) -> list[bool]:
-    """Which responses are right; the teacher's is the answer where the task has none."""
+def score_responses(tasks: Sequence[Task], texts: Sequence[str], references: Sequence[str]) -> list[bool]:
+    """Whether each response is correct; the reference is the answer of a task without one."""
     expected = [r if t.answer is None else t.answer for t, r in zip(tasks, references, strict=True)]
     return [is_right(x, e, t.scoring) for x, e, t in zip(texts, expected, tasks, strict=True)]
 
@@ -274,25 +281,27 @@ def skill_of(item: tuple[Task, Any]) -> str:
     return item[0].skill
 
 
-def share_right(pairs: Sequence[tuple[bool, bool]]) -> float:
+def accuracy_of(pairs: Sequence[tuple[bool, bool]]) -> float:
     return sum(right for _, right in pairs) / len(pairs)
 
 
-def score(pairs: dict[str, list[tuple[bool, bool]]]) -> tuple[float, Interval]:
-    """Mean over skills, with its interval."""
+def mean_over_skills(pairs: dict[str, list[tuple[bool, bool]]]) -> tuple[float, Interval]:
+    """Accuracy averaged over skills, and its interval, from (reference, response) correctness."""
     counts = [(sum(right for _, right in p), len(p)) for p in pairs.values()]
-    return sum(map(share_right, pairs.values())) / len(pairs), mean_of_shares(counts)
+    return sum(map(accuracy_of, pairs.values())) / len(pairs), mean_of_shares(counts)
 
 
 def flexible_accuracy(texts: Sequence[str], tasks: Sequence[Task]) -> float | None:
+    """Share of responses whose last number is correct; None without GSM8K tasks."""
     numeric = [(x, t.answer) for x, t in zip(texts, tasks, strict=True) if t.answer and t.scoring == "gsm8k"]
     return mean([float(is_right_flexibly(text, answer)) for text, answer in numeric])
 
 
 def repetition(rollout: Rollout) -> float:
+    """Share of n-grams that occurred earlier in the response."""
     ids = rollout.text_ids
-    pieces = [ids[i : i + REPEATED_TOKENS] for i in range(len(ids) - REPEATED_TOKENS + 1)]
-    return 1 - len(set(pieces)) / len(pieces) if pieces else 0.0
+    ngrams = [ids[i : i + NGRAM_LENGTH] for i in range(len(ids) - NGRAM_LENGTH + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -305,14 +314,14 @@ def differing_examples(
     tokenizer: PreTrainedTokenizerBase,
     per_mode: int = NUM_EXAMPLES,
 ) -> list[dict[str, Any]]:
-    """Responses per mode that are not the teacher's; those first where only one of the two is right."""
+    """Up to `per_mode` differing responses per mode; first those of which exactly one is correct."""
     texts = {name: [response_text(r, tokenizer) for r in out.rollouts] for name, out in outputs.items()}
     references = texts.pop("teacher")
-    teacher_right = judge(tasks, references, references)
+    teacher_right = score_responses(tasks, references, references)
     examples = []
     for name, responses in texts.items():
-        right = judge(tasks, responses, references)
-        places = [i for i, response in enumerate(responses) if response != references[i]]
+        right = score_responses(tasks, responses, references)
+        differing = [i for i, response in enumerate(responses) if response != references[i]]
         examples += [
             {
                 "mode": name,
@@ -324,7 +333,7 @@ def differing_examples(
                 "teacher_is_right": teacher_right[i],
                 "student_is_right": right[i],
             }
-            for i in sorted(places, key=lambda i: right[i] == teacher_right[i])[:per_mode]
+            for i in sorted(differing, key=lambda i: right[i] == teacher_right[i])[:per_mode]
         ]
     return examples
 
@@ -332,7 +341,7 @@ def differing_examples(
 def write_outputs(
     path: Path, tasks: Sequence[Task], outputs: dict[str, Outputs], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Every generation as one JSON line; replaces the log of the evaluation, which reads these lines too."""
+    """Write every response as a JSON line, in place of the log, which can read these lines."""
     lines = []
     for name, output in outputs.items():
         for task, generation, key in zip(tasks, output.generations, output.keys, strict=True):

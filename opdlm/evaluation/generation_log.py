@@ -1,8 +1,8 @@
-"""Responses on disk as soon as they exist: an evaluation that was killed continues where it stopped.
+"""A log of responses, written after every batch, from which an interrupted evaluation resumes.
 
-Append-only JSON lines. The key of a line is a hash of everything that decides the response (checkpoint,
-decoding, prompt), so a finished prompt is found again whatever else changed, and never taken for another's.
-A line that a kill cut in half is dropped on opening.
+Append-only JSON lines. The key of a line is a hash of everything that determines the response (checkpoint,
+decode settings, prompt), so a response is reused exactly if these are unchanged. A truncated last line is
+dropped when the log is opened.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from opdlm.decoding.rollout import Rollout
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One response and its share of the time that its batch took."""
+    """One response, and the time of its batch divided by the number of its prompts, in seconds."""
 
     rollout: Rollout
     seconds: float
@@ -34,7 +34,7 @@ class Generation:
 
 
 class GenerationLog:
-    """The generations file of one evaluation. `checkpoint` says which weights answer."""
+    """The log of one evaluation. `checkpoint` identifies the weights."""
 
     def __init__(self, path: Path, checkpoint: str) -> None:
         self.path, self.checkpoint = path, checkpoint
@@ -42,11 +42,12 @@ class GenerationLog:
         self.finished = read_finished(path)
 
     def key(self, decoding: dict[str, Any], prompt_ids: Sequence[int]) -> str:
+        """Key of a response: a hash of checkpoint, decode settings and prompt."""
         described = json.dumps([self.checkpoint, decoding, list(prompt_ids)], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()[:32]
 
     def add(self, generations: dict[str, Generation]) -> None:
-        """Append a batch in one write; it is on the disk when this returns."""
+        """Append a batch in one write and flush it to the disk."""
         lines = [json.dumps({"key": key} | g.to_record()) + "\n" for key, g in generations.items()]
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
@@ -56,7 +57,7 @@ class GenerationLog:
 
 
 def read_finished(path: Path) -> dict[str, Generation]:
-    """Every whole line by key; half a line at the end is cut off."""
+    """Complete lines by key. A truncated last line is removed from the file."""
     if not path.is_file():
         return {}
     content = path.read_bytes()
@@ -68,6 +69,6 @@ def read_finished(path: Path) -> dict[str, Generation]:
 
 
 def fingerprint(folder: str) -> str:
-    """Which weights lie in a folder, by size and time of its files; a hub id is its own name."""
+    """Identifies weights: sizes and modification times of the files in a folder, or the hub id."""
     files = sorted(Path(folder).rglob("*.safetensors"))
     return json.dumps([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]) if files else folder

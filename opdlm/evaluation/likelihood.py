@@ -1,17 +1,18 @@
-"""What the models think of given text: exact likelihood of the AR model, likelihood bounds of the diffusion
-student, and the distance between the two token by token.
+"""Likelihood of given text: exactly for the AR model, as a bound for the diffusion student; and the
+divergence between the two for each token.
 
 Revealing the k masked tokens of a block one by one in a uniformly random order gives the masked-diffusion
 bound without its integral over t, block by block:
 
     -log p(block) <= sum_k E_{|M| = k} [ (1/k) sum_{i in M} -log p(x_i | x_outside_M) ]
 
-One Monte-Carlo sample is one order: all its k at once, each averaged over M (the token that comes next is
-averaged out, not drawn), paired with the reversed order. In `preserve` the first unknown token of a block is
-predicted by the AR model, so the left-to-right chain is exactly the AR likelihood. Positions after the
-response stay masked and are not scored. arXiv 2503.09573 (bound per block), 2406.03736 (any order).
+One Monte-Carlo sample is one order with all its k. The loss at each k is averaged over M, which averages over
+the next token instead of drawing it, and each order is paired with its reverse. In `preserve` the AR model
+predicts the first unknown token of a block, so revealing from left to right gives exactly the AR likelihood.
+Positions after the response stay masked and are not scored. Bound per block: BD3LM (arXiv 2503.09573); any
+order: 2406.03736.
 
-Shape suffixes: B rows, C masked versions, N blocks, T positions of a block, S slots, L row, M supervised.
+Shape suffixes: B rows, C masked copies, N blocks, T positions of a block, S slots, L row, M supervised.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.objectives.states import (
     BlockTable,
     StateBatch,
-    as_rollout,
     block_table,
     make_states,
     select_states,
+    text_to_rollout,
 )
 from opdlm.objectives.targets import TeacherPass, score_rows
 from opdlm.seeds import generator_for
@@ -50,8 +51,8 @@ class Bound:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """Text to be judged: its blocks (on the CPU), its clean rows, and the teacher's pass over them."""
+class ScoredText:
+    """Text to be evaluated: its blocks (on the CPU), its token ids, and the teacher's pass over it."""
 
     rows: Sequence[Rollout]
     table: BlockTable
@@ -59,30 +60,31 @@ class Given:
     scored: TeacherPass
 
 
-def read_rows(model: DiffusionLM, rows: Sequence[Rollout]) -> Given:
+def score_text(model: DiffusionLM, rows: Sequence[Rollout]) -> ScoredText:
+    """One teacher pass over the rows."""
     table = block_table(rows, model.spec)
     text = make_states(rows, table, table.is_response_BNT[:, None], model.spec).text.to(model.device)
-    return Given(rows, table, text.ids_BS, score_rows(model, text))
+    return ScoredText(rows, table, text.ids_BS, score_rows(model, text))
 
 
 @torch.no_grad()
-def ar_nll(model: DiffusionLM, rows: Sequence[Rollout]) -> Tensor:
-    """Exact negative log-likelihood `[B]` of the responses under the AR model, in nats."""
-    return ar_cross_entropy(model, read_rows(model, rows)).sum((1, 2))
+def ar_response_nll(model: DiffusionLM, rows: Sequence[Rollout]) -> Tensor:
+    """Exact negative log-likelihood of the responses under the AR model, in nats: `[B]`."""
+    return ar_cross_entropy(model, score_text(model, rows)).sum((1, 2))
 
 
 @torch.no_grad()
 def chain_nll(model: DiffusionLM, rows: Sequence[Rollout], order: Order) -> Tensor:
-    """Exact negative log-likelihood `[B]` of revealing each block one token at a time in the given order."""
-    given = read_rows(model, rows)
+    """Exact negative log-likelihood of revealing one token at a time in this order, in nats: `[B]`."""
+    given = score_text(model, rows)
     masks_BCNT, next_BCNT = masks_of_order(given.table, order(given.table))
     return (masked_cross_entropy(model, given, masks_BCNT) * next_BCNT).sum((1, 2, 3))
 
 
 @torch.no_grad()
 def nll_bound(model: DiffusionLM, rows: Sequence[Rollout], num_samples: int, seed: int = 0) -> Bound:
-    """Monte-Carlo bound over `num_samples` pairs of orders (at least 2)."""
-    given = read_rows(model, rows)
+    """Monte-Carlo estimate of the student's bound from `num_samples` (at least 2) pairs of orders."""
+    given = score_text(model, rows)
     draw_order = random_order(generator_for(seed))
     samples = []
     for _ in range(num_samples):
@@ -92,8 +94,8 @@ def nll_bound(model: DiffusionLM, rows: Sequence[Rollout], num_samples: int, see
     return Bound(nats_B=samples_NB.mean(0), standard_error_B=samples_NB.std(0) / num_samples**0.5)
 
 
-def order_average(model: DiffusionLM, given: Given, order_BNT: Tensor) -> Tensor:
-    """One sample of the bound `[B]`: at each step of the order, the mean over what is still masked."""
+def order_average(model: DiffusionLM, given: ScoredText, order_BNT: Tensor) -> Tensor:
+    """One sample of the bound `[B]`: the sum over steps of the mean over positions that are still masked."""
     masks_BCNT, _ = masks_of_order(given.table, order_BNT)
     entropy_BCNT = masked_cross_entropy(model, given, masks_BCNT)
     return (entropy_BCNT.sum(-1) / masks_BCNT.sum(-1).clamp_min(1)).sum((1, 2))
@@ -112,7 +114,7 @@ def random_order(rng: torch.Generator) -> Order:
 
 
 def masks_of_order(table: BlockTable, order_BNT: Tensor) -> tuple[Tensor, Tensor]:
-    """Response positions still masked before each step, and the one revealed by it: bool `[B, C, N, T]`."""
+    """Response positions masked before each step, and the position that it reveals: bool `[B, C, N, T]`."""
     last = order_BNT.max() + 1
     rank_BNT = torch.where(table.is_response_BNT, order_BNT, last).argsort(-1).argsort(-1)
     step_C = torch.arange(order_BNT.shape[-1])[:, None, None]
@@ -121,8 +123,8 @@ def masks_of_order(table: BlockTable, order_BNT: Tensor) -> tuple[Tensor, Tensor
     return is_response_B1NT & (rank_B1NT >= step_C), is_response_B1NT & (rank_B1NT == step_C)
 
 
-def ar_cross_entropy(model: DiffusionLM, given: Given) -> Tensor:
-    """The AR model's -log p of every response token given all before it: `[B, N, T]`, 0 elsewhere."""
+def ar_cross_entropy(model: DiffusionLM, given: ScoredText) -> Tensor:
+    """The AR model's -log p of every response token given all earlier tokens: `[B, N, T]`, 0 elsewhere."""
     is_response_BNT = given.table.is_response_BNT
     row_M = is_response_BNT.nonzero()[:, 0].to(model.device)
     position_M = given.table.positions_BNT[is_response_BNT].to(model.device)
@@ -138,25 +140,26 @@ def teacher_logits(model: DiffusionLM, scored: TeacherPass, row_M: Tensor, posit
 
 
 def cross_entropy_of(logits_MV: Tensor, ids_M: Tensor) -> Tensor:
+    """-log p of the ids `[M]`."""
     return -logits_MV.log_softmax(-1).gather(-1, ids_M[:, None])[:, 0]
 
 
-def masked_cross_entropy(model: DiffusionLM, given: Given, masks_BCNT: Tensor) -> Tensor:
-    """-log p of every masked response token given what its version of the block shows: `[B, C, N, T]`."""
+def masked_cross_entropy(model: DiffusionLM, given: ScoredText, masks_BCNT: Tensor) -> Tensor:
+    """-log p of every masked response token given the rest of its copy: `[B, C, N, T]`, else 0."""
     table = given.table
     is_rest_BNT = table.is_inside_BNT & (table.step_BNT >= 0) & ~table.is_response_BNT
-    shown_masked_BCNT = masks_BCNT | (is_rest_BNT[:, None] & masks_BCNT.any(-1, keepdim=True))
-    states = make_states(given.rows, table, shown_masked_BCNT, model.spec).to(model.device)
+    all_masks_BCNT = masks_BCNT | (is_rest_BNT[:, None] & masks_BCNT.any(-1, keepdim=True))
+    states = make_states(given.rows, table, all_masks_BCNT, model.spec).to(model.device)
     row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
     target_M = states.target_BS[row_M, column_M]
     hidden_BSH = model.student_hidden(states.slots, given.scored.cache)
     entropy_M = cross_entropy_of(model.logits(hidden_BSH[row_M, column_M]), given.ids_BL[row_M, target_M])
     group_M = (states.slots.group_BS[row_M, column_M] - 1).cpu()
     row_M, target_M = row_M.cpu(), target_M.cpu()
-    version_M, block_M = group_M // masks_BCNT.shape[2], group_M % masks_BCNT.shape[2]
+    copy_M, block_M = group_M // masks_BCNT.shape[2], group_M % masks_BCNT.shape[2]
     offset_M = target_M - table.positions_BNT[row_M, block_M, 0]
     entropy_BCNT = torch.zeros(masks_BCNT.shape)
-    entropy_BCNT[row_M, version_M, block_M, offset_M] = entropy_M.cpu()
+    entropy_BCNT[row_M, copy_M, block_M, offset_M] = entropy_M.cpu()
     if model.spec.format == "sdar":
         return entropy_BCNT
     is_first_BCNT = masks_BCNT & (masks_BCNT.cumsum(-1) == 1)  # predicted by the clean slot before it
@@ -167,11 +170,11 @@ def masked_cross_entropy(model: DiffusionLM, given: Given, masks_BCNT: Tensor) -
 def likelihood_report(
     model: DiffusionLM, rollouts: Sequence[Rollout], num_samples: int, batch_size: int
 ) -> dict[str, float]:
-    """Nats per token of these responses: AR model exactly, student as a bound."""
+    """Nats per token of the responses: exact for the AR model, a bound for the student."""
     nll, bound, variance, num_tokens = 0.0, 0.0, 0.0, 0
     for rows in batches(rollouts, batch_size):
-        rows = [as_rollout(r.prompt_ids, r.text_ids, model.spec) for r in rows]
-        nll += float(ar_nll(model, rows).sum())
+        rows = [text_to_rollout(r.prompt_ids, r.text_ids, model.spec) for r in rows]
+        nll += float(ar_response_nll(model, rows).sum())
         bounds = nll_bound(model, rows, num_samples, seed=num_tokens)
         bound += float(bounds.nats_B.sum())
         variance += float((bounds.standard_error_B**2).sum())
@@ -187,12 +190,12 @@ def likelihood_report(
 
 @torch.no_grad()
 def agreement_report(model: DiffusionLM, rollouts: Sequence[Rollout], batch_size: int) -> dict[str, Any]:
-    """How far these responses and the states they went through are from the teacher.
+    """Agreement of responses and of the states of their trajectories with the teacher.
 
-    `argmax_agreement`: share of response tokens that are the teacher's arg-max after the same tokens.
-    `teacher_kl`: mean KL(teacher ‖ student) in nats over the masked tokens of the visited states (`preserve`:
-    without each state's first one, which the teacher itself predicts); `profile` splits it by masked share of
-    the block and by offset in the block.
+    `argmax_agreement`: share of response tokens that are the teacher's arg-max given the earlier tokens.
+    `teacher_kl`: mean KL(teacher ‖ student) in nats over the masked tokens of the states (`preserve`: without
+    the first of each state, which the AR model predicts). `profile` splits it by the masked share of the
+    block and by the offset in the block.
     """
     agreed, num_tokens = 0, 0
     cells: dict[tuple[float, int], list[float]] = {}
@@ -216,6 +219,7 @@ def agreement_report(model: DiffusionLM, rollouts: Sequence[Rollout], batch_size
 
 
 def num_agreed(model: DiffusionLM, rows: Sequence[Rollout], states: StateBatch, scored: TeacherPass) -> int:
+    """Number of response tokens that are the teacher's arg-max."""
     agreed = 0
     for i, row in enumerate(rows):  # one row at a time: logits are [R, V]
         num_prompt, end = len(row.prompt_ids), len(row.prompt_ids) + row.num_response
@@ -245,4 +249,5 @@ def divergences(
 
 
 def batches(rows: Sequence[Rollout], size: int) -> Iterator[Sequence[Rollout]]:
+    """Consecutive batches of at most `size` rows."""
     return (rows[i : i + size] for i in range(0, len(rows), size))

@@ -1,31 +1,35 @@
-"""lm-evaluation-harness on converted checkpoints: generation through our engine, likelihoods that are real.
+"""Converted checkpoints in lm-evaluation-harness: generation by `generate`, likelihoods exact or as bounds.
 
-`ar` and `lossless` score text with the AR model's exact likelihood; `static` and `threshold` with the
-diffusion bound (`likelihood.nll_bound`), and a continuation counts as greedy where decoding it in that mode
-gives it back. Tokenisation, truncation, chat templates, batching and stop strings are the harness's own
-Hugging Face class, so scores compare with `lm_eval --model hf`. lm-eval 0.4 finds models by name in its own
-table only; `python -m opdlm.evaluation.lm_eval run --model opdlm --model_args pretrained=DIR,mode=threshold`
-is its command with ours added. Needs the extra `eval`.
+`ar` and `lossless` score text with the AR model's exact likelihood, `static` and `threshold` with the
+diffusion bound (`likelihood.nll_bound`); in these modes a continuation is greedy if decoding returns it.
+Tokenisation, truncation, chat templates, batching and stop strings are those of the harness's Hugging Face
+class, so scores are comparable with `lm_eval --model hf`. Needs the extra `eval`. The harness's own command,
+with this model registered:
+
+    python -m opdlm.evaluation.lm_eval run --model opdlm --model_args pretrained=DIR,mode=threshold
 """
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opdlm.checkpoints.load import load
+from opdlm.checkpoints.load import load, read_spec
+from opdlm.config.sections import Config
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.generate import generate
 from opdlm.errors import ConfigError
 from opdlm.evaluation.likelihood import nll_bound
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.modeling.slots import clean_slots
-from opdlm.objectives.states import as_rollout
+from opdlm.objectives.states import text_to_rollout
 from opdlm.seeds import generator_for
 
 MODES: tuple[Mode, ...] = ("ar", "static", "threshold", "lossless")
@@ -34,7 +38,7 @@ SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "attention_mask"}
 
 @functools.cache
 def harness_class() -> type:
-    """The harness's model class; made here because lm_eval is optional."""
+    """The model class, defined here because lm_eval is optional. ConfigError if it is not installed."""
     try:
         from lm_eval.api.registry import register_model
         from lm_eval.models.huggingface import HFLM
@@ -58,7 +62,7 @@ def harness_class() -> type:
             **options: Any,
         ) -> None:
             self.diffusion, tokenizer = load(pretrained, dtype)
-            self.decoding = decoding_of(self.diffusion, mode, confidence_threshold, ar_accept_threshold)
+            self.decoding = mode_settings(self.diffusion, mode, confidence_threshold, ar_accept_threshold)
             self.likelihood_samples, self.seed = likelihood_samples, seed
             super().__init__(
                 pretrained=self.diffusion.student, tokenizer=tokenizer, batch_size=batch_size, **options
@@ -93,8 +97,8 @@ def harness_class() -> type:
             return [score for batch in batches for score in self._bounds(batch)]
 
         def _bounds(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-            """(bound on the log-likelihood, whether this mode decodes the continuation) of each pair."""
-            rows = [as_rollout(context, text, self.diffusion.spec) for context, text in pairs]
+            """(lower bound on the log-likelihood, whether decoding returns the continuation) of each pair."""
+            rows = [text_to_rollout(context, text, self.diffusion.spec) for context, text in pairs]
             bound = nll_bound(self.diffusion, rows, self.likelihood_samples, self.seed)
             longest = max(len(text) for _, text in pairs)
             decoding = replace(self.decoding, max_new_tokens=longest)
@@ -107,10 +111,10 @@ def harness_class() -> type:
     return OpdlmLM
 
 
-def decoding_of(
+def mode_settings(
     model: DiffusionLM, mode: Mode, confidence_threshold: float | None, ar_accept_threshold: float | None
 ) -> DecodeConfig:
-    """Settings of one mode; what the mode or the checkpoint cannot use is refused."""
+    """Decode settings of one mode. ConfigError if the mode or the checkpoint does not use one of them."""
     if mode not in MODES:
         raise ConfigError(f"mode ({mode}) must be one of {', '.join(MODES)}.")
     if model.spec.format == "sdar" and mode in ("ar", "lossless"):
@@ -130,7 +134,7 @@ def decoding_of(
 
 
 def with_sampling(config: DecodeConfig, settings: dict[str, Any], max_new_tokens: int) -> DecodeConfig:
-    """The task's generation settings as ours."""
+    """`config` with the generation settings of a task. ConfigError for settings without a counterpart."""
     unknown = sorted(set(settings) - SAMPLING)
     if unknown:
         raise ConfigError(f"generation settings {', '.join(unknown)} have no counterpart here: remove them.")
@@ -145,6 +149,7 @@ def with_sampling(config: DecodeConfig, settings: dict[str, Any], max_new_tokens
 
 
 def unpadded(context_BL: Tensor, kept_BL: Tensor) -> list[list[int]]:
+    """The token ids of each row without padding."""
     return [row[kept.bool()].tolist() for row, kept in zip(context_BL, kept_BL, strict=True)]
 
 
@@ -156,7 +161,10 @@ def run_tasks(
     include_path: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Results of the harness per mode: {mode: {task: {metric: value}}}. `options` go to `simple_evaluate`."""
+    """Results of the harness: {mode: {task: {metric: value}}}. `options` are passed to `simple_evaluate`.
+
+    ConfigError if lm_eval or a task is missing.
+    """
     model_class = harness_class()
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -173,12 +181,47 @@ def run_tasks(
     for mode in modes:
         model = model_class(pretrained=folder, mode=mode, batch_size=batch_size)
         evaluated = simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, **options)
-        assert evaluated is not None  # only other ranks get nothing
+        assert evaluated is not None  # None on other ranks only
         results[mode] = evaluated["results"]
     return results
 
 
+def evaluate_tasks(
+    folder: Path,
+    config: Config,
+    tasks: Sequence[str],
+    *,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    chat_template: bool = False,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Results per mode of a converted folder (`run_tasks`), in the modes of `eval.modes` or all that the
+    format has; written to lm_eval.json in `out`.
+    """
+    modes: tuple[Mode, ...] = config.eval.modes
+    if not modes:
+        preserves = read_spec(folder).format == "preserve"
+        modes = ("ar", "static", "threshold") if preserves else ("static", "threshold")
+    results = run_tasks(
+        str(folder),
+        tasks,
+        modes,
+        include_path=include_path,
+        num_fewshot=num_fewshot,
+        apply_chat_template=chat_template,
+        limit=config.eval.limit,
+        batch_size=config.eval.decode.batch_size,
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        record = {"folder": str(folder), "eval": config.to_dict()["eval"], "results": results}
+        (out / "lm_eval.json").write_text(json.dumps(record, indent=2, default=str))
+    return results
+
+
 def main() -> None:
+    """The harness's own command line."""
     harness_class()
     from lm_eval.__main__ import cli_evaluate
 

@@ -1,7 +1,8 @@
-"""From a converted folder to its report: load it as a user would, decode, judge, compare, write.
+"""`opdlm eval` of converted folders: load, decode, score, compare, write the report.
 
-The report of one student, or of several on the same prompts. Two evaluations give the same numbers, times
-excepted; one that was killed continues. Not here: how an answer is judged (`evaluate`), pages (`report`).
+One student, or several on the same prompts. Repeated evaluations give equal numbers, except times; an
+interrupted one resumes. Not here: metrics (`evaluate`), scoring of a response (`scoring`), pages
+(`reporting.pages`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlm import __version__
 from opdlm.checkpoints.load import check_fits, load, load_causal_lm, read_spec, vocabulary_rows
-from opdlm.config.rules import load_config
+from opdlm.config.loader import apply_override, build_section
+from opdlm.config.rules import check_config, load_config
 from opdlm.config.sections import CONFIG_COPY, Config, EvalSection, resolve_path
 from opdlm.data.prompts import Task, load_tasks
 from opdlm.errors import ConfigError, DataError, require_package
@@ -43,10 +45,13 @@ from opdlm.reporting.pages import write_comparison, write_retention
 MODEL_FOLDER = "model"
 RESULTS_FILE = "all_results.json"
 SAME_FOR_ALL = ("path", "scoring", "limit", "decode.max_new_tokens", "decode.temperature", "seeds")
-"""What students must share to be comparable."""
+"""Settings of `eval` that students must share to be comparable."""
+SEED_METRICS = ("accuracy", "accuracy_seen", "accuracy_held_out", "retention", "tokens_per_forward")
+"""Metrics whose spread over seeds is reported."""
 
 
 def versions() -> dict[str, str]:
+    """Versions and threads on which numbers may depend."""
     return {
         "opdlm": __version__,
         "torch": str(torch.__version__),
@@ -57,15 +62,28 @@ def versions() -> dict[str, str]:
 
 
 def read_config_of(folder: Path) -> Config:
-    """The settings a converted folder was made with."""
+    """The settings of the run that wrote a converted folder."""
     path = folder / CONFIG_COPY
     if not path.is_file():
         raise DataError(f"{folder} has no {CONFIG_COPY}: it was not written by opdlm convert.")
     return load_config(path)
 
 
+def eval_config(folder: Path, overrides: Sequence[str]) -> Config:
+    """The settings of the run that made the folder, with other `eval.*` keys."""
+    record = read_config_of(folder)
+    values = {"eval": record.to_dict()["eval"]}
+    for override in overrides:
+        if not override.startswith("eval."):
+            raise ConfigError(f"{override}: only eval.* keys matter here, for example eval.limit=10.")
+        apply_override(values, override)
+    config = replace(record, eval=build_section(Config, values).eval)
+    check_config(config)
+    return config
+
+
 def load_for_evaluation(folder: Path, teacher_path: str, dtype: str) -> tuple[DiffusionLM, Any]:
-    """A converted folder; a merged `sdar` folder no longer holds its teacher: it is loaded beside it."""
+    """Load a converted folder, and its teacher from `teacher_path` if the folder lacks it."""
     model, tokenizer = load(folder, dtype)
     if model.spec.format == "sdar" and not model.spec.adapter:
         teacher = load_causal_lm(teacher_path, dtype)
@@ -77,6 +95,7 @@ def load_for_evaluation(folder: Path, teacher_path: str, dtype: str) -> tuple[Di
 
 
 def load_eval_tasks(model: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[Task]:
+    """The tasks of `eval.path`; ConfigError or DataError if they do not fit the settings or the model."""
     if config.eval.scoring == "math":
         require_package("math_verify", "eval", "eval.scoring (math)")
     tasks = load_tasks(
@@ -104,7 +123,7 @@ def load_eval_tasks(model: DiffusionLM, tokenizer: PreTrainedTokenizerBase, conf
 
 
 def open_log(out: Path, folder: Path, teacher_path: str, dtype: str) -> GenerationLog:
-    """The generations already in `out`; those of other weights are not found again."""
+    """The log of an evaluation in `out`; its keys depend on the weights of student and teacher."""
     weights = [fingerprint(str(folder)), fingerprint(resolve_path(teacher_path)), dtype]
     return GenerationLog(out / "generations.jsonl", json.dumps(weights))
 
@@ -112,7 +131,7 @@ def open_log(out: Path, folder: Path, teacher_path: str, dtype: str) -> Generati
 def measure_folder(
     folder: Path, config: Config, out: Path | None = None, teacher_path: str | None = None
 ) -> dict[str, Any]:
-    """The report of a converted folder as plain values; written to `out` where that is given."""
+    """The report of a converted folder as JSON values, written to `out` if given."""
     teacher_path = teacher_path or config.model.path
     model, tokenizer = load_for_evaluation(folder, teacher_path, config.model.dtype)
     tasks = load_eval_tasks(model, tokenizer, config)
@@ -139,13 +158,13 @@ def measure_model(
     section: EvalSection,
     log: GenerationLog | None = None,
 ) -> tuple[dict[str, Any], dict[str, Outputs]]:
-    """All that is measured, as plain values, and every decoding by its name. Times are under `timing`.
+    """The report as JSON values, and the outputs by name. Tokens per second are under `timing`.
 
-    With several seeds the report is that of seed 0, `over_seeds` the spread of its main figures.
+    With several seeds the report is that of seed 0, and `over_seeds` holds the spread of its main metrics.
     """
     results = [evaluate(model, tokenizer, tasks, section, log, seed) for seed in range(section.seeds)]
     report, outputs = results[0]
-    values = report.to_dict() | text_measures(model, outputs, section)
+    values = report.to_dict() | text_metrics(model, outputs, section)
     values["examples"] = differing_examples(tasks, outputs, tokenizer)
     values["timing"] = {name: output.tokens_per_second for name, output in outputs.items()}
     decodings = dict(outputs)
@@ -171,7 +190,7 @@ def trade_off(
     teacher: Outputs,
     log: GenerationLog | None = None,
 ) -> dict[float, tuple[ModeReport, Outputs]]:
-    """Threshold decoding at every one of `eval.thresholds`: how much accuracy a larger step costs."""
+    """Accuracy against tokens per forward: threshold decoding at each of `eval.thresholds`."""
     points = {}
     for threshold in section.thresholds:
         at = replace(section, decode=replace(section.decode, confidence_threshold=threshold))
@@ -180,49 +199,49 @@ def trade_off(
     return points
 
 
-OVER_SEEDS = ("accuracy", "accuracy_seen", "accuracy_held_out", "retention", "tokens_per_forward")
-
-
 def spread_over_seeds(reports: Sequence[RetentionReport]) -> dict[str, dict[str, Any]]:
-    """Mean and standard deviation (of the sample) per mode; None where the prompts have no such skill."""
+    """Mean and sample standard deviation per mode and metric; None for missing metrics."""
     measured: dict[str, list[dict[str, Any]]] = {}
     for report in reports:
         for mode in (report.teacher, *report.student):
             measured.setdefault(mode.name, []).append(report.with_retention(mode))
     return {
-        name: {key: mean_and_deviation([row[key] for row in rows]) for key in OVER_SEEDS}
+        name: {key: mean_and_deviation([row[key] for row in rows]) for key in SEED_METRICS}
         for name, rows in measured.items()
     }
 
 
 def mean_and_deviation(values: Sequence[float | None]) -> dict[str, Any] | None:
+    """Over the values that are not None."""
     known = [value for value in values if value is not None]
     if not known:
         return None
     return {"mean": statistics.fmean(known), "standard_deviation": statistics.stdev(known), "by_seed": known}
 
 
-def text_measures(model: DiffusionLM, outputs: dict[str, Outputs], section: EvalSection) -> dict[str, Any]:
-    """What teacher and student think of the responses, where the settings ask for it."""
-    measures: dict[str, Any] = {}
+def text_metrics(model: DiffusionLM, outputs: dict[str, Outputs], section: EvalSection) -> dict[str, Any]:
+    """Agreement and likelihood of the responses, if `eval` enables them."""
+    metrics: dict[str, Any] = {}
     if section.agreement:
-        measures["agreement"] = {
+        metrics["agreement"] = {
             name: agreement_report(model, output.rollouts, section.decode.batch_size)
             for name, output in outputs.items()
             if name != "teacher"
         }
     if section.likelihood_samples:
         texts = outputs["teacher"].rollouts
-        measures["likelihood"] = likelihood_report(
+        metrics["likelihood"] = likelihood_report(
             model, texts, section.likelihood_samples, section.decode.batch_size
         )
-    return measures
+    return metrics
 
 
 def compare_folders(
     folders: Sequence[Path], configs: Sequence[Config], out: Path, teacher_path: str | None = None
 ) -> list[dict[str, Any]]:
-    """Several students, each with a report of its own in a folder of `out`, and one table of all."""
+    """Evaluate several students, each in a folder of `out`, and write a table of all. ConfigError or
+    DataError if they are not comparable.
+    """
     check_comparable(folders, configs)
     students = []
     for folder, config, name in zip(folders, configs, student_names(folders), strict=True):
@@ -243,7 +262,7 @@ def compare_folders(
 
 
 def check_comparable(folders: Sequence[Path], configs: Sequence[Config]) -> None:
-    """The same prompts for all, and nothing that a format cannot do, before the first one is measured."""
+    """ConfigError or DataError if the students are not comparable; called before evaluation."""
     for folder, config in zip(folders, configs, strict=True):
         if len([f for f in folders if f.resolve() == folder.resolve()]) > 1:
             raise ConfigError(f"{folder} is named twice: give every student once.")
@@ -260,7 +279,7 @@ def check_comparable(folders: Sequence[Path], configs: Sequence[Config]) -> None
 
 
 def student_names(folders: Sequence[Path]) -> list[str]:
-    """runs/a/model is called a; where two would have one name they are numbered."""
+    """Display names: `a` for runs/a/model; equal names are numbered."""
     resolved = [folder.resolve() for folder in folders]
     names = [path.parent.name if path.name == MODEL_FOLDER else path.name for path in resolved]
     return [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]

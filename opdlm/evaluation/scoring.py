@@ -1,8 +1,12 @@
-"""Whether a response is right. `exact`: it equals the answer. `gsm8k`: strict-match (the number after ####)
-and flexible-extract (the last number) exactly as lm-evaluation-harness 0.4 defines them for that task; its
-numbers are compared as text without commas, dollar signs and a final full stop. `math`: equal as mathematics
-(math-verify: LaTeX, fractions, percent; numbers to six decimals). `choice`: names the right letter. `code`:
-its code passes the tests in `answer`.
+"""Scoring of a response against the answer of a task.
+
+exact     the response equals the answer
+gsm8k     strict-match (the number after ####) and flexible-extract (the last number), as defined by
+          lm-evaluation-harness 0.4: numbers are compared as text without commas, dollar signs and a final
+          full stop
+math      mathematically equal according to math-verify: LaTeX, fractions, percent; six decimals
+choice    the response names the letter of the answer
+code      the code of the response passes the tests in the answer
 """
 
 from __future__ import annotations
@@ -25,15 +29,14 @@ STRICT_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")
 ANY_NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 NO_NUMBER = "[invalid]"
 NEXT_QUESTION = "Question:"
-"""A model that goes on to ask itself the next question has answered before."""
-
+"""Text from here on is ignored: the model has started another question after its answer."""
 
 FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 MAX_FILE_BYTES = 2**20
 
 
 def is_right(response: str, answer: str, scoring: Scoring) -> bool:
-    """The score that accuracy counts."""
+    """Whether a response is correct; gsm8k counts strict-match."""
     match scoring:
         case "exact":
             return response.strip() == answer.strip()
@@ -50,27 +53,30 @@ def is_right(response: str, answer: str, scoring: Scoring) -> bool:
 
 
 def chosen_letter(response: str) -> str:
-    """The letter after `answer is`, else the first of A to J (but I) that stands alone; empty without one."""
+    """The letter after `answer is`, else the first standalone letter A to J but I, else empty."""
     found = STATED_CHOICE.findall(response) or ANY_CHOICE.findall(response)
     return found[0].upper() if found else ""
 
 
 def is_right_flexibly(response: str, answer: str) -> bool:
-    """flexible-extract: the last thing in the response that looks like a number."""
+    """Whether the last number of the response is correct (flexible-extract)."""
     return same_number(last_number(response), answer)
 
 
 def strict_number(response: str) -> str:
+    """The number after `#### `."""
     found = STRICT_NUMBER.search(response.split(NEXT_QUESTION)[0])
     return found[1] if found else NO_NUMBER
 
 
 def last_number(response: str) -> str:
+    """The last number of the response."""
     found = ANY_NUMBER.findall(response.split(NEXT_QUESTION)[0])
     return next(filter(None, found[-1])) if found else NO_NUMBER
 
 
 def same_number(number: str, answer: str) -> bool:
+    """Whether two numbers are equal as normalised text."""
     return plain_number(number) == plain_number(answer)
 
 
@@ -82,18 +88,18 @@ def plain_number(text: str) -> str:
 
 
 def code_of(response: str) -> str:
-    """The last fenced block of a response, else all of it."""
+    """The last fenced code block of a response, else the whole response."""
     found = FENCE.findall(response)
     return found[-1] if found else response
 
 
 def passes(response: str, tests: str, *, seconds: int = 10, megabytes: int = 512) -> bool:
-    """Whether the response's code followed by the tests ends without an error, within `seconds` of CPU and of
-    wall-clock time and `megabytes` of memory.
+    """Whether the response's code, followed by the tests, exits without an error within `seconds` of CPU time
+    and of wall-clock time and `megabytes` of memory.
 
-    The process is Python in isolated mode, in an empty folder, without the environment of its parent. This
-    contains mistakes, not malice: the network is not cut off, so run unknown models in a container. It runs
-    only with `eval.run_code`, and on POSIX systems.
+    The process is Python in isolated mode, in an empty folder, with an empty environment. This limits
+    accidents, not malicious code: the network is not blocked, so run unknown models in a container. It
+    requires `eval.run_code` and a POSIX system.
     """
 
     import resource  # POSIX only
@@ -126,6 +132,6 @@ def passes(response: str, tests: str, *, seconds: int = 10, megabytes: int = 512
 
 
 def end_group(pid: int) -> None:
-    """What the program started ends with it."""
+    """Kill all processes of the program."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)

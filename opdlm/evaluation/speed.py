@@ -1,10 +1,10 @@
-"""Decoding speed of a converted checkpoint, against `transformers.generate` on the AR model in its folder.
+"""Decoding speed of a converted checkpoint, relative to `transformers.generate` on its AR model.
 
-Greedy, the same prompts for everyone, variants interleaved within each repeat, so that a busy machine slows
-them alike; the median over the repeats counts. `transformers.generate` gets left-padded batches in the
-order given and runs each until its last row is done; ours and vLLM's refill as rows finish. vLLM decodes the
-same AR model, at most a batch of rows at a time; starting it is not timed. Tokens count up to the stop token.
-Not here: accuracy (`evaluate`).
+Greedy decoding of the same prompts. Every repeat runs all decoders in turn, so that other load affects them
+equally, and the median over repeats counts. `transformers.generate` decodes left-padded batches in the given
+order, each until its last row ends; `generate` and vLLM refill a batch when rows finish. vLLM decodes the
+same AR model with at most a batch of rows; its start is not timed. Tokens count up to the stop token. Not
+here: accuracy (`evaluate`).
 """
 
 from __future__ import annotations
@@ -17,47 +17,59 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
+from rich.console import Console
 from transformers import PreTrainedModel
 
+from opdlm.checkpoints.load import check_decode, check_fits, load, load_causal_lm
+from opdlm.data.prompts import load_tasks
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
 from opdlm.errors import ConfigError
+from opdlm.evaluation.retention import read_config_of, versions
 from opdlm.modeling.compiled import compiled_decoding
 from opdlm.modeling.diffusion_lm import DiffusionLM
-from opdlm.reporting.tables import Table, count, percent
-from opdlm.vllm.engine import VllmTeacher, start_teacher
+from opdlm.reporting.tables import Table, count, percent, print_table
+from opdlm.vllm.engine import (
+    VllmTeacher,
+    check_vllm,
+    installed_version,
+    is_tested_version,
+    start_teacher,
+)
 
 AR_NAME = "transformers.generate"
 VLLM_NAME = "vllm"
 Responses = list[tuple[int, ...]]
-Way = Callable[[], tuple[Responses, float | None]]
-"""Decodes all prompts: responses, and tokens per forward where they are counted."""
+Decoder = Callable[[], tuple[Responses, float | None]]
+"""Decodes all prompts. Returns the responses, and tokens per forward (None if it does not count them)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """One way of decoding at one batch size."""
+    """Speed of one decoder at one batch size."""
 
     name: str
     batch_size: int
     tokens_per_second: float
     speedup: float
-    """Over `transformers.generate` at the same batch size: median of the ratios of each repeat."""
+    """Relative to `transformers.generate` at the same batch size: median of the ratios in each repeat."""
     tokens_per_forward: float | None
     identical: float
     """Share of responses equal to those of `transformers.generate`."""
     seconds: tuple[float, ...]
+    """Of each repeat."""
 
 
 def hf_responses(
     ar_model: PreTrainedModel, model: DiffusionLM, prompts: Sequence[Sequence[int]], config: DecodeConfig
 ) -> Responses:
-    """Greedy responses of the AR model by `transformers.generate`, cut after the stop token."""
+    """Greedy responses of the AR model by `transformers.generate`, up to and including the stop token."""
     found: Responses = []
     for first in range(0, len(prompts), config.batch_size):
         batch = prompts[first : first + config.batch_size]
@@ -80,8 +92,67 @@ def hf_responses(
 
 
 def cut_after_stop(ids: Sequence[int], stops: Sequence[int]) -> tuple[int, ...]:
-    end = next((place + 1 for place, token in enumerate(ids) if token in stops), len(ids))
+    """The ids up to and including the first stop token."""
+    end = next((index + 1 for index, token in enumerate(ids) if token in stops), len(ids))
     return tuple(ids[:end])
+
+
+def bench_folder(
+    folder: Path,
+    config: DecodeConfig,
+    *,
+    prompts: str | None,
+    modes: Sequence[Mode],
+    batch_sizes: Sequence[int],
+    limit: int,
+    repeats: int,
+    compiles: bool,
+    vllm: Literal["auto", "always", "never"],
+    out: Path | None,
+    console: Console,
+) -> list[Speed]:
+    """Measure a converted folder and print the table; `opdlm.bench` documents the arguments."""
+    if vllm == "always":
+        check_vllm("`vllm=always`")
+    with_vllm = vllm != "never" and is_tested_version(installed_version())
+    model, tokenizer = load(folder, device=str(PartialState().device))
+    is_preserve = model.spec.format == "preserve"
+    if not is_preserve and {"ar", "lossless"} & set(modes):
+        raise ConfigError("`modes` ar and lossless need a preserve checkpoint; this one is sdar.")
+    check_decode(config, model.spec)
+    path = prompts or read_config_of(folder).eval.path
+    if not path:
+        raise ConfigError("the run had no evaluation set: `prompts` must name a JSONL file.")
+    tasks = load_tasks(path, tokenizer, model.spec.mask_token_id, limit=None)
+    ids = [task.prompt.ids for task in tasks][:: max(1, len(tasks) // limit)][:limit]
+    check_fits(model, ids, config.max_new_tokens, "max_new_tokens")
+    ar_model = load_causal_lm(str(folder), "float32")
+    ar_model.to(model.device)  # type: ignore[arg-type]
+    rows = measure_speed(
+        model,
+        ar_model,
+        ids,
+        modes or default_modes(is_preserve),
+        batch_sizes,
+        config=config,
+        repeats=repeats,
+        compiles=compiles,
+        vllm_folder=str(folder) if with_vllm else None,
+        on_row=lambda row: console.print(
+            f"batch {row.batch_size}: {row.name} {row.tokens_per_second:.0f} tokens/s", soft_wrap=True
+        ),
+    )
+    print_table(speed_table(rows), console)
+    if out is not None:
+        settings: dict[str, Any] = {"prompts": len(ids), "file": path, "repeats": repeats}
+        settings |= {"vllm": installed_version()} if with_vllm else {}
+        write_speed(rows, out, settings | versions())
+    return rows
+
+
+def default_modes(is_preserve: bool) -> tuple[Mode, ...]:
+    """All that the format has."""
+    return ("ar", "lossless", "static", "threshold") if is_preserve else ("static", "threshold")
 
 
 def measure_speed(
@@ -91,21 +162,26 @@ def measure_speed(
     modes: Sequence[Mode],
     batch_sizes: Sequence[int],
     *,
-    max_new_tokens: int,
+    config: DecodeConfig,
     repeats: int,
     compiles: bool = False,
     vllm_folder: str | None = None,
     on_row: Callable[[Speed], None] = lambda _: None,
 ) -> list[Speed]:
-    """One row per batch size and way of decoding, `transformers.generate` first; vLLM where a folder is given
-    to it. `compiles`: every mode once more with a compiled forward.
+    """One row per batch size and decoder, `transformers.generate` first.
+
+    Mode, batch size and sampling of `config` are replaced. `compiles` adds every mode with a compiled
+    forward, `vllm_folder` adds vLLM. `on_row` is called with each row. ConfigError
+    if vLLM cannot run the folder.
     """
     rows = []
     for batch_size in batch_sizes:
-        plain = DecodeConfig(max_new_tokens=max_new_tokens, batch_size=batch_size)
+        plain = replace(
+            config, batch_size=batch_size, temperature=0.0, top_k=None, top_p=None, logprobs=False
+        )
         with running_vllm(vllm_folder, model, prompts, plain) as vllm:
-            ways = ways_to_decode(model, ar_model, prompts, modes, plain, compiles, vllm)
-            rows += measure_ways(ways, batch_size, repeats, on_row)
+            decoders = make_decoders(model, ar_model, prompts, modes, plain, compiles, vllm)
+            rows += time_decoders(decoders, batch_size, repeats, on_row)
     return rows
 
 
@@ -113,7 +189,7 @@ def measure_speed(
 def running_vllm(
     folder: str | None, model: DiffusionLM, prompts: Sequence[Sequence[int]], config: DecodeConfig
 ) -> Iterator[VllmTeacher | None]:
-    """vLLM with the AR model of the folder, at most `batch_size` rows at a time."""
+    """vLLM with the AR model of the folder and at most `batch_size` rows; None without a folder."""
     if folder is None:
         yield None
         return
@@ -135,7 +211,7 @@ def running_vllm(
         engine.close()
 
 
-def ways_to_decode(
+def make_decoders(
     model: DiffusionLM,
     ar_model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -143,8 +219,8 @@ def ways_to_decode(
     plain: DecodeConfig,
     compiles: bool,
     vllm: VllmTeacher | None,
-) -> dict[str, Way]:
-    """Each has decoded a batch before it is timed: first calls pay for allocations and compilers."""
+) -> dict[str, Decoder]:
+    """Decoders by name, warmed up on a batch, since first calls allocate and compile."""
 
     def of(rollouts: list[Rollout]) -> tuple[Responses, float | None]:
         return [rollout.text_ids for rollout in rollouts], DecodeStats.of(rollouts).tokens_per_forward
@@ -153,35 +229,35 @@ def ways_to_decode(
         with compiled_decoding(model, is_compiled):
             return of(generate(model, prompts, config))
 
-    ways: dict[str, Way] = {AR_NAME: lambda: (hf_responses(ar_model, model, prompts, plain), 1.0)}
+    decoders: dict[str, Decoder] = {AR_NAME: lambda: (hf_responses(ar_model, model, prompts, plain), 1.0)}
     if vllm is not None:
         vllm.responses(prompts[:1], plain, [0])
-        ways[VLLM_NAME] = lambda: of(vllm.responses(prompts, plain, range(len(prompts))))
+        decoders[VLLM_NAME] = lambda: of(vllm.responses(prompts, plain, range(len(prompts))))
     for mode in modes:
         config = replace(plain, mode=mode)
-        ways[mode] = partial(decode, config, is_compiled=False)
+        decoders[mode] = partial(decode, config, is_compiled=False)
         generate(model, prompts[:1], config)
         if compiles:
-            ways[f"{mode}, compiled"] = partial(decode, config, is_compiled=True)
+            decoders[f"{mode}, compiled"] = partial(decode, config, is_compiled=True)
             with compiled_decoding(model):
                 generate(model, prompts[: plain.batch_size + 1], config)
-    return ways
+    return decoders
 
 
-def measure_ways(
-    ways: dict[str, Way], batch_size: int, repeats: int, on_row: Callable[[Speed], None]
+def time_decoders(
+    decoders: dict[str, Decoder], batch_size: int, repeats: int, on_row: Callable[[Speed], None]
 ) -> list[Speed]:
-    """Every way once per repeat, in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    """Run every decoder once per repeat, in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in decoders}
     responses: dict[str, Responses] = {}
     per_forward: dict[str, float | None] = {}
     for _ in range(repeats):
-        for name, decode in ways.items():
+        for name, decode in decoders.items():
             started = time.perf_counter()
             responses[name], per_forward[name] = decode()
             seconds[name].append(time.perf_counter() - started)
     rows = []
-    for name in ways:
+    for name in decoders:
         rows.append(summarise(name, batch_size, seconds, responses, per_forward[name]))
         on_row(rows[-1])
     return rows
@@ -194,6 +270,8 @@ def summarise(
     responses: dict[str, Responses],
     tokens_per_forward: float | None,
 ) -> Speed:
+    """The row of one decoder from the times and responses of all."""
+
     def rates(which: str) -> list[float]:
         return [sum(len(ids) for ids in responses[which]) / one for one in seconds[which]]
 
@@ -231,7 +309,7 @@ def speed_table(rows: Sequence[Speed]) -> Table:
 
 
 def write_speed(rows: Sequence[Speed], folder: Path, settings: dict[str, Any]) -> None:
-    """`bench.json` and `bench.png`."""
+    """Write `bench.json` and `bench.png`."""
     from opdlm.reporting.plots import plot_bars
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""The model: slots, attention, caches. It travels with every result folder."""
+"""The model: slots, attention, caches, and the diffusion model on them. Needs torch and transformers only."""

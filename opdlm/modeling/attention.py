@@ -1,12 +1,12 @@
-"""Attention over slots: one function that stock models call, three backends behind it.
+"""Attention over slots: one attention function for models of transformers, with three backends.
 
 `sdpa` adds a dense mask `[B, 1, Q, K]`. `flex` compiles `visible` into a FlexAttention kernel (CUDA). `flash`
-gives each chunk of queries the keys it sees and no others: no tensor is Q x K, and half the work of a causal
-layout is never done. All three ask `blocks.visible` and nothing else who sees whom, sliding windows included.
-A forward with few queries (a decoding step) runs `sdpa` in any case: its mask is a few lines of K.
+computes chunks of queries over only the keys that they see: no tensor has Q x K elements, and a causal layout
+takes half the work. All three take the mask from `slots.visible`, sliding windows included. A forward with
+few queries, such as a decoding step, uses `sdpa` in any case (docs/concepts.md, "Attention backends").
 
-Masks are built once per forward, shared by its layers, and reach them as a forward keyword; never changed in
-place, since a checkpointed backward reads them again.
+Masks are built once per forward and passed to every layer as a keyword of the model's forward. They are never
+changed in place, because a checkpointed backward reads them again.
 
 Shape suffixes: B batch, S current slots, K keys, Q queries, H heads, D head dimension, N a flat selection,
 C queries of a chunk.
@@ -33,9 +33,9 @@ from .slots import Slots, join_slots, visible
 
 ATTENTION_NAME = "opdlm"
 CHUNK = 128
-"""Queries of a chunk of `flash`. A forward of one or two chunks runs `sdpa`: as fast, with a small mask."""
+"""Queries per chunk of `flash`. A forward of at most two chunks uses `sdpa`, which is as fast there."""
 KEPT_BYTES = 64 * 2**20
-"""Of the masks of `flash` that are kept between layers."""
+"""Largest total size of the `flash` masks that are kept between layers."""
 FLEX_MIN_HEAD_DIM = 16
 
 Backend = Literal["sdpa", "flex", "flash"]
@@ -43,7 +43,7 @@ AttentionChoice = Literal["auto", "sdpa", "flex", "flash"]
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[str]:
-    """What each layer attends to, as the family's config calls it."""
+    """The attention type of each layer in the words of transformers, such as `sliding_attention`."""
     text_config = config.get_text_config()
     values = text_config.to_dict()
     if values.get("layer_types") is not None:
@@ -53,20 +53,20 @@ def layer_kinds(config: PreTrainedConfig) -> list[str]:
 
 
 def layer_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    """The sliding window of each layer; None = everything."""
+    """The sliding window of each layer in positions; None where the layer has none."""
     window = config.get_text_config().to_dict().get("sliding_window")
     return tuple(window if kind == "sliding_attention" else None for kind in layer_kinds(config))
 
 
 def choose_backend(choice: AttentionChoice, device: torch.device, config: PreTrainedConfig) -> Backend:
-    """The backend that runs: `auto` is flex where it can run, else flash."""
+    """The backend for a choice: `auto` selects flex where it is supported, else flash."""
     if choice != "auto":
         return choice
     return "flash" if unsupported_reason("flex", device, config) else "flex"
 
 
 def unsupported_reason(choice: AttentionChoice, device: torch.device, config: PreTrainedConfig) -> str | None:
-    """Why this backend cannot train this model on this device; None where it can."""
+    """Why this backend cannot train this model on this device; None if it can."""
     text_config = config.get_text_config()
     head_dim = getattr(text_config, "head_dim", None)
     head_dim = head_dim or text_config.hidden_size // text_config.num_attention_heads
@@ -80,26 +80,26 @@ def unsupported_reason(choice: AttentionChoice, device: torch.device, config: Pr
 
 
 def additive_mask(seen_BQK: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where attention is allowed, the most negative number elsewhere: `[B, 1, Q, K]`.
+    """Mask to be added to scores, `[B, 1, Q, K]`: 0 where `seen_BQK` is true, the lowest number elsewhere.
 
-    Booleans would be right for sdpa too, but floats are faster on CPU.
+    sdpa accepts booleans too, but numbers are faster on CPUs.
     """
     mask_BQK = torch.zeros(seen_BQK.shape, dtype=dtype, device=seen_BQK.device)
     return mask_BQK.masked_fill_(~seen_BQK, torch.finfo(dtype).min)[:, None]
 
 
-def pick(slots: Slots, *index: Any) -> Slots:
-    """Every tensor of the slots at one index."""
+def slots_at(slots: Slots, *index: Any) -> Slots:
+    """The slots with every tensor indexed by `index`."""
     return Slots(*(getattr(slots, field.name)[index] for field in fields(slots)))
 
 
 def block_mask(queries: Slots, keys: Slots, window: int | None) -> BlockMask:
-    """`visible` as FlexAttention reads it: which tiles are empty, and a rule for the others."""
+    """`visible` as FlexAttention's BlockMask."""
 
     def mask_mod(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen_111 = visible(
-            pick(queries, row[None, None], query[None, None]),
-            pick(keys, row[None, None], key[None, None]),
+            slots_at(queries, row[None, None], query[None, None]),
+            slots_at(keys, row[None, None], key[None, None]),
             window,
         )
         return seen_111[0, 0, 0]
@@ -112,41 +112,42 @@ def block_mask(queries: Slots, keys: Slots, window: int | None) -> BlockMask:
 
 @cache
 def compiled_block_mask() -> Any:
-    """Compiled, it builds the tiles without a tensor of Q x K."""
+    """`create_block_mask`, compiled so that it allocates no tensor of Q x K elements."""
     return torch.compile(create_block_mask)
 
 
 @dataclass(frozen=True, slots=True)
 class QueryChunks:
-    """Which keys the queries of each chunk see. A chunk's mask is made when it is needed, and kept for other
-    layers and the backward up to KEPT_BYTES of all.
+    """The keys that the queries of each chunk see. The mask of a chunk is built when it is needed; up to
+    KEPT_BYTES of masks are kept for other layers and the backward.
     """
 
     queries: Slots
     keys: Slots
     window: int | None
     parts: tuple[tuple[slice, Tensor], ...]
-    """Queries of the chunk, key columns `[N]` that any of them sees."""
+    """For each chunk: its queries, and the key columns `[N]` that any of them sees."""
     kept: dict[Any, Tensor] = field(default_factory=dict)
     """Masks by chunk, repeats and dtype."""
 
     @classmethod
-    def plan(cls, queries: Slots, keys: Slots, window: int | None) -> QueryChunks:
+    def of(cls, queries: Slots, keys: Slots, window: int | None) -> QueryChunks:
+        """Split the queries into chunks and find the keys of each."""
         parts = []
         for first in range(0, queries.ids_BS.shape[1], CHUNK):
             rows = slice(first, first + CHUNK)
-            seen_K = visible(pick(queries, ..., rows), keys, window).any(1).any(0)
-            seen_K[0] |= ~seen_K.any()  # padding alone: attention over nothing is not defined
+            seen_K = visible(slots_at(queries, ..., rows), keys, window).any(1).any(0)
+            seen_K[0] |= ~seen_K.any()  # a chunk of padding sees no key, but a softmax needs one
             parts.append((rows, seen_K.nonzero()[:, 0]))
         return cls(queries, keys, window, tuple(parts))
 
     def with_masks(self, num_repeats: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Queries, key columns and mask `[B, 1, num_repeats * C, N]` of each chunk."""
+        """For each chunk: its queries, its key columns and its mask `[B, 1, num_repeats * C, N]`."""
         for number, (rows, columns_N) in enumerate(self.parts):
             mask = self.kept.get((number, num_repeats, dtype))
             if mask is None:
                 seen_BCN = visible(
-                    pick(self.queries, ..., rows), pick(self.keys, ..., columns_N), self.window
+                    slots_at(self.queries, ..., rows), slots_at(self.keys, ..., columns_N), self.window
                 )
                 mask = additive_mask(seen_BCN, dtype).repeat(1, 1, num_repeats, 1)
                 if mask.nbytes + sum(other.nbytes for other in self.kept.values()) <= KEPT_BYTES:
@@ -155,10 +156,11 @@ class QueryChunks:
 
 
 class ChunkedAttention(torch.autograd.Function):
-    """Attention chunk by chunk: `[B, H, Q, D]`, `[B, KV heads, K, D]` -> `[B, Q, H, D]`.
+    """Attention chunk by chunk: queries `[B, H, Q, D]`, keys and values `[B, KV heads, K, D]` ->
+    `[B, Q, H, D]`.
 
-    Query heads that share keys stand below each other as queries of one head, so keys are never repeated. The
-    backward makes the masks again that were not kept; what is kept beside them is linear in Q and K.
+    Query heads that share keys are stacked as queries of one head, so keys are never repeated. The backward
+    builds masks again that were not kept. Everything else that is saved for it is linear in Q and K.
     """
 
     @staticmethod
@@ -216,14 +218,14 @@ def unstack_heads(stacked: Tensor, shared: int) -> Tensor:
 
 
 def has_flash_kernel(query: Tensor, value: Tensor) -> bool:
-    """Whether torch has a flash kernel that takes a mask: on CPU only."""
+    """Whether torch has a flash kernel that accepts a mask: on CPUs only."""
     return query.device.type == "cpu" and query.shape[3] == value.shape[3]
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Output and, from the flash kernel, the log of the softmax's sums."""
+    """The output `[B, H, Q, D]` and, with the flash kernel, the log-sum-exp of the scores, else None."""
     if has_flash_kernel(query, value):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return flash(query, key, value, attn_mask=mask, scale=scale)
@@ -240,7 +242,7 @@ def attend_backward(
     mask: Tensor,
     scale: float | None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of query, key and value; without the log-sums the forward runs again."""
+    """Gradients of query, key and value. Without `log_sum` the forward is computed again."""
     if log_sum is not None:
         flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return flash_backward(grad, query, key, value, out, log_sum, 0.0, False, attn_mask=mask, scale=scale)
@@ -256,16 +258,17 @@ LayerMask = Tensor | BlockMask | QueryChunks
 def make_mask(
     queries: Slots, keys: Slots, window: int | None, dtype: torch.dtype, backend: Backend
 ) -> LayerMask:
-    """`visible` in the form that a backend reads."""
+    """`visible` in the form that the backend takes."""
     if backend == "sdpa" or queries.ids_BS.shape[1] <= 2 * CHUNK:
         return additive_mask(visible(queries, keys, window), dtype)
-    return block_mask(queries, keys, window) if backend == "flex" else QueryChunks.plan(queries, keys, window)
+    return block_mask(queries, keys, window) if backend == "flex" else QueryChunks.of(queries, keys, window)
 
 
 def keys_with_cache(slots: Slots, cache_length: int) -> Slots:
-    """Keys of a cached forward: every buffer column as a clean slot, then the current slots.
+    """The keys of a cached forward: every column of the buffer as a clean slot, then the current slots.
 
-    Current clean slots are turned off as keys here: they were just written to the buffer and are seen there.
+    Current clean slots are padding here, because they have just been written to the buffer and are read
+    there.
     """
     num_rows = slots.ids_BS.shape[0]
     columns_BK = torch.arange(cache_length, device=slots.ids_BS.device).expand(num_rows, -1)
@@ -276,15 +279,15 @@ def keys_with_cache(slots: Slots, cache_length: int) -> Slots:
 
 @dataclass(frozen=True, slots=True)
 class SlotForward:
-    """What the attention layers of one forward pass share."""
+    """The data that the attention layers of one forward pass share."""
 
     masks: dict[int | None, LayerMask]
-    """By window."""
+    """Mask of each sliding window."""
     windows: tuple[int | None, ...]
-    """By layer."""
+    """Sliding window of each layer."""
     cache: SlotCache | None
     attend: Callable[..., Tensor] | None = None
-    """`DecodeCache.attend`, or what stands for it in a compiled forward; None in training."""
+    """`DecodeCache.attend`, or `compiled.Layout.attend` in a compiled forward; None in training."""
 
 
 def start_forward(
@@ -294,7 +297,7 @@ def start_forward(
     backend: Backend,
     cache: SlotCache | None,
 ) -> SlotForward:
-    """Masks for every layer of a forward pass over `slots`; its clean slots are written to the cache."""
+    """The masks of a training forward over `slots`. With a cache, its clean slots are written there."""
     keys = slots
     if cache is not None:
         last = max(int((slots.start_BS + slots.visible_until_BS).max()), 0)
@@ -305,7 +308,7 @@ def start_forward(
 
 
 def start_decode(windows: tuple[int | None, ...], dtype: torch.dtype, cache: DecodeCache) -> SlotForward:
-    """The same for the packed forward that the decoding cache has begun."""
+    """The masks of the packed forward for which `cache.begin` has been called."""
     cache.lay_out()
     masks: dict[int | None, LayerMask] = {window: cache.mask(window, dtype) for window in set(windows)}
     return SlotForward(masks, windows, cache=None, attend=cache.attend)
@@ -320,7 +323,9 @@ def slot_attention(
     slot_forward: SlotForward | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function of stock models: `[B, H, Q, D]` -> `[B, Q, H, D]`; without slots plain sdpa."""
+    """The attention function that models call: queries `[B, H, Q, D]` -> `[B, Q, H, D]`. Without a
+    `slot_forward` it is transformers' own sdpa.
+    """
     if slot_forward is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     mask = slot_forward.masks[slot_forward.windows[module.layer_idx]]
@@ -333,18 +338,18 @@ def slot_attention(
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     if isinstance(mask, BlockMask):
         return flex_attention_forward(module, query, key, value, mask, **kwargs)
-    assert not kwargs.get("dropout"), "chunks are computed again in the backward: no dropout"
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast only values are sure to be cast
+    assert not kwargs.get("dropout"), "dropout would differ when the backward computes a chunk again"
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast may leave them in float32
     return ChunkedAttention.apply(query, key, value, mask, kwargs.get("scaling")), None
 
 
 def no_mask(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What models get as their mask: four dimensions, so that they build none of their own."""
+    """The `attention_mask` argument of models: it has four dimensions, so that they build none themselves."""
     return torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
 
 
 def use_slot_attention(model: PreTrainedModel) -> None:
-    """Make a stock model call `slot_attention`. Not stored in its config: done after every load."""
+    """Make a model call `slot_attention`. The config does not store this: call it after every load."""
     AttentionInterface.register(ATTENTION_NAME, slot_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
     model.set_attn_implementation(ATTENTION_NAME)

@@ -1,12 +1,12 @@
-"""Decoding with a compiled forward: `torch.compile` on what a step spends its time with.
+"""Decoding with a forward pass compiled by `torch.compile`.
 
-A step of a small model, or of few rows on a GPU, is calls rather than arithmetic. Compiled, the forward is
-one call; on CUDA its kernels are recorded once per shape and replayed (CUDA graphs: not yet run on a GPU).
-What varies from step to step are sizes, and the compiled code takes any; on CUDA they are padded to a few
-sizes, so that few graphs are recorded. Which slots are clean is data there, never a shape. Forwards in which
-a prompt joins run as they are.
+A step of a small model, or of few rows on a GPU, spends its time on kernel launches and Python calls rather
+than arithmetic. The compiled forward is one call; on CUDA its kernels are recorded once per shape and
+replayed (CUDA graphs; not yet run on a GPU). The compiled code accepts tensors of any size; on CUDA sizes are
+padded to a few values, so that few graphs are recorded. The number of clean slots is data, not a shape. A
+forward in which a prompt joins is not compiled.
 
-Results equal those of the plain forward up to rounding.
+Results equal those of the plain forward up to rounding. Not part of the remote code of result folders.
 
 Shape suffixes: N packed slots, B rows, W queries of a row, K keys, H heads, D head dimension.
 """
@@ -26,26 +26,27 @@ from transformers import PreTrainedModel
 
 from opdlm.errors import ConfigError
 from opdlm.modeling.attention import SlotForward, no_mask
-from opdlm.modeling.diffusion_lm import DiffusionLM, Gate, PackedForward, backbone
+from opdlm.modeling.diffusion_lm import DiffusionLM, PackedForward, backbone
+from opdlm.modeling.gate import Gate
 from opdlm.modeling.kv_cache import DecodeCache, attend_rows, store
 
 WIDE = 4
-"""A forward in which a row has more slots than so many blocks is not compiled: a prompt joins."""
+"""A forward in which a row has more slots than this many blocks contains a prompt and is not compiled."""
 NUM_VARIANTS = 64
-"""Compiled forms of the forward at most, over all models of a process: sizes of 1 have forms of their own."""
+"""Largest number of compiled variants in a process: every model, and every size of 1, has its own."""
 Buffers = dict[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """`DecodeCache.attend` over rows of one width, from tensors alone."""
+    """`DecodeCache.attend` for rows of equal width, as operations on tensors only."""
 
     layers: Buffers
     write_N: Tensor
     source_BW: Tensor
-    """The packed slot of every padded query."""
+    """The packed slot of each padded query."""
     back_N: Tensor
-    """The padded query of every packed slot."""
+    """The padded query of each packed slot."""
 
     def attend(
         self,
@@ -56,7 +57,7 @@ class Layout:
         mask: Tensor,
         scale: float | None,
     ) -> Tensor:
-        """`mask` is `[B, 1, W, K]`."""
+        """`[1, N, heads, head_dim]`; `mask` is `[B, 1, W, K]`."""
         num_rows, num_kv = mask.shape[0], key_HND.shape[0]
         num_heads = query_HND.shape[0]
         keys_BHKD, values_BHKD = store(self.layers[layer], key_HND, value_HND, self.write_N, mask.shape[-1])
@@ -81,7 +82,7 @@ def forward(
     layout: Layout,
     masks: dict[int | None, Tensor],
 ) -> Tensor:
-    """What is compiled: states `[N, H]`."""
+    """The function that is compiled: hidden states `[N, H]`."""
     if gate is not None:
         gate.is_open_N1 = is_open_N1
     hidden: Tensor = backbone(model)(
@@ -97,41 +98,41 @@ def forward(
 
 
 class CompiledForward:
-    """Stands for `PackedForward.run`."""
+    """Replaces `PackedForward.run`. ConfigError where torch cannot compile the model."""
 
     def __init__(self, block_size: int, backend: str = "inductor", pads: bool | None = None) -> None:
-        """`pads`: whether sizes are padded to a few; None: on CUDA."""
+        """`backend` of `torch.compile`. `pads`: whether sizes are padded to a few values; None: on CUDA."""
         self.block_size, self.backend, self.pads = block_size, backend, pads
         self._forward: Callable[..., Tensor] | None = None
         self._marked: DecodeCache | None = None
 
-    def __call__(self, asked: PackedForward) -> Tensor:
-        cache, device = asked.cache, asked.embedded_NH.device
+    def __call__(self, call: PackedForward) -> Tensor:
+        cache, device = call.cache, call.embedded_NH.device
         if not cache.layers or int(cache.count_B.max()) > WIDE * self.block_size:
-            return asked.run()
+            return call.run()
         is_cuda = device.type == "cuda"
         if self._forward is None:
             mode = "reduce-overhead" if is_cuda and self.backend == "inductor" else None
             self._forward = torch.compile(forward, fullgraph=True, backend=self.backend, mode=mode)
-        inputs = self.padded(asked, is_cuda if self.pads is None else self.pads)
+        inputs = self.padded(call, is_cuda if self.pads is None else self.pads)
         if is_cuda:
             torch.compiler.cudagraph_mark_step_begin()
         try:
             with torch._dynamo.config.patch(recompile_limit=NUM_VARIANTS):
-                hidden_NH = self._forward(asked.model, asked.gate, asked.windows, *inputs)
+                hidden_NH = self._forward(call.model, call.gate, call.windows, *inputs)
         except TorchDynamoException as error:
             reason = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:300]
             raise ConfigError(
-                f"torch.compile fails on {type(asked.model).__name__} ({reason}): leave out --compile, or "
+                f"torch.compile fails on {type(call.model).__name__} ({reason}): leave out --compile, or "
                 "set rollout.compile=false."
             ) from error
-        hidden_NH = hidden_NH[: len(asked.packed)]
-        return hidden_NH.clone() if is_cuda else hidden_NH  # a replay writes to the same memory
+        hidden_NH = hidden_NH[: len(call.packed)]
+        return hidden_NH.clone() if is_cuda else hidden_NH  # the next replay overwrites this memory
 
-    def padded(self, asked: PackedForward, pads: bool) -> tuple[Any, ...]:
-        """The arguments of `forward` from the embedded slots on."""
-        packed, cache, device = asked.packed, asked.cache, asked.embedded_NH.device
-        # a size of 1 would be compiled apart: none, but for the rows of a cache that has only one
+    def padded(self, call: PackedForward, pads: bool) -> tuple[Any, ...]:
+        """The arguments of `forward` after the windows, padded if `pads`."""
+        packed, cache, device = call.packed, call.cache, call.embedded_NH.device
+        # torch compiles sizes of 1 separately: avoid them, except in a cache of one row
         num_slots, width = max(len(packed), 2), max(int(cache.count_B.max()), 2)
         num_rows = max(cache.num_active, min(cache.num_rows, 2))
         if pads:
@@ -141,8 +142,8 @@ class CompiledForward:
         source_BW[packed.row_N, cache.place_N] = torch.arange(len(packed))
         source_BW = source_BW.to(device)
         masks = {}
-        for window in set(asked.windows):
-            mask_NK = cache.mask(window, asked.embedded_NH.dtype)[0, 0]
+        for window in set(call.windows):
+            mask_NK = cache.mask(window, call.embedded_NH.dtype)[0, 0]
             num_keys = mask_NK.shape[1]
             more = min(rounded(num_keys), cache.capacity) - num_keys if pads else 0
             mask_NK = F.pad(mask_NK, (0, more), value=torch.finfo(mask_NK.dtype).min)
@@ -150,7 +151,7 @@ class CompiledForward:
             mark_sizes(masks[window], 0, 2, 3)
         is_open_N1 = (torch.arange(num_slots) >= packed.num_clean)[:, None].to(device)
         flat = [
-            F.pad(asked.embedded_NH, (0, 0, 0, extra)),
+            F.pad(call.embedded_NH, (0, 0, 0, extra)),
             F.pad(packed.positions_N, (0, extra)).contiguous().to(device),
             is_open_N1,
             F.pad(cache.write_N, (0, extra), value=cache.capacity).to(device),
@@ -171,20 +172,20 @@ class CompiledForward:
 
 
 def mark_sizes(tensor: Tensor, *dims: int) -> None:
-    """These sizes vary between calls."""
+    """Mark dimensions whose size varies between calls."""
     for dim in dims:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def rounded(size: int) -> int:
-    """Up to a multiple of 8 that has few others near it: at most a quarter more."""
+    """The next of a few sizes: a multiple of 8, at most a quarter larger."""
     step = max(8, 1 << max(size.bit_length() - 3, 0))
     return -(-size // step) * step
 
 
 @contextmanager
 def compiled_decoding(model: DiffusionLM, wanted: bool = True, **options: Any) -> Iterator[None]:
-    """The model decodes by a compiled forward, if `wanted`; the first steps in a process wait for the
+    """Inside the block the model decodes with a compiled forward, if `wanted`; the first steps wait for the
     compiler. Further options are those of `CompiledForward`.
     """
     if wanted:

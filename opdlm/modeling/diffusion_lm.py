@@ -1,12 +1,12 @@
-"""The diffusion model: a stock causal LM asked about slots instead of sequences.
+"""The diffusion model: a causal LM of transformers whose forward pass takes slots instead of sequences.
 
-One object holds what both formats need: the student that computes noised slots, the frozen teacher that
-computes clean ones (`preserve`) or the targets, the mask embedding, and the block grid. Where teacher and
-student share weights (LoRA), the adapter is *gated*: it is computed for noised slots only, so one forward
-pass gives exact teacher states and drafts together. METHOD parts 2 and 8.
+`DiffusionLM` holds the student, which computes noised slots, the frozen teacher, which computes clean slots
+(`preserve`) or the targets, the mask embedding and the block grid. With LoRA, teacher and student share one
+set of weights, and the adapter is *gated*: it applies to noised slots only, so one forward pass returns exact
+AR predictions and drafts (docs/concepts.md, "The two formats" and "The gated adapter").
 
-This room and those that decode (`export.REMOTE_ROOMS`) import only torch and transformers: they travel inside
-every converted checkpoint as its remote code.
+This file is part of the remote code of converted checkpoints (`export.REMOTE_FILES`): it imports only torch
+and transformers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,111 +30,85 @@ from .attention import (
     start_forward,
     use_slot_attention,
 )
+from .gate import Adapted, Gate
 from .kv_cache import DecodeCache, Packed, SlotCache
 from .slots import Format, Grid, GridKind, Slots
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiffusionSpec:
-    """What a converted checkpoint must remember: `block_diffusion` in its config.json."""
+    """What defines a converted checkpoint beside its weights; stored as `block_diffusion` in config.json.
+
+    Raises ValueError where a value is outside its range.
+    """
 
     format: Format
     block_size: int
+    """Tokens per block."""
     grid: GridKind
     mask_token_id: int
+    """Id of [MASK]. An id beyond the vocabulary marks unknown text in models that have no mask token."""
     stop_token_ids: tuple[int, ...]
-    banned_token_ids: tuple[int, ...]
-    """Never sampled: [MASK] and the unused rows of the embedding."""
+    banned_token_ids: tuple[int, ...] = ()
+    """Ids that are never sampled: unused rows of the embedding, and always `mask_token_id`, which is added
+    here. A proposal of [MASK] would leave its position unknown, and decoding could not end.
+    """
     adapter: bool = False
-    """Student = teacher weights + LoRA (gated in `preserve`); else a full copy."""
+    """True: the student is the teacher's weights and LoRA (gated in `preserve`). False: a full copy."""
     version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"block_size ({self.block_size}) must be at least 1.")
+        for name, choices in (("format", get_args(Format)), ("grid", get_args(GridKind))):
+            value: str = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} ({value!r}) must be one of {', '.join(choices)}.")
+        if self.mask_token_id < 0:
+            raise ValueError(f"mask_token_id ({self.mask_token_id}) must be at least 0.")
+        for name in ("stop_token_ids", "banned_token_ids"):
+            ids: tuple[int, ...] = getattr(self, name)
+            if min(ids, default=0) < 0:
+                raise ValueError(f"{name} {ids} must be at least 0.")
+        if self.mask_token_id not in self.banned_token_ids:
+            banned = (*self.banned_token_ids, self.mask_token_id)
+            object.__setattr__(self, "banned_token_ids", banned)
 
     @property
     def block_grid(self) -> Grid:
         return Grid(block_size=self.block_size, kind=self.grid)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
         return {
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DiffusionSpec:
+        """The inverse of `to_dict`. TypeError for an unknown or missing key, ValueError for a bad value."""
         fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
         return cls(**fields)
 
 
-class Adapted(NamedTuple):
-    """A linear layer with an adapter: host(x) is y = base(x) after add_change(x, y), which adds in place to
-    `[N, out]`.
-    """
-
-    host: nn.Module
-    base: Callable[[Tensor], Tensor]
-    add_change: Callable[[Tensor, Tensor], object]
-
-
-class Gate:
-    """Keeps the adapter off the clean slots of a packed forward, which come first; computes it for no
-    others.
-    """
-
-    def __init__(self) -> None:
-        self.num_clean: int | None = None
-        self.is_open_N1: Tensor | None = None
-        """Which slots it is open for, in a compiled forward: there no shape depends on it."""
-
-    def attach(self, layers: Iterable[Adapted]) -> None:
-        """Replace each layer's forward by one that obeys the gate while it is set."""
-        for layer in layers:
-            layer.host.forward = self._gated(layer, layer.host.forward)
-
-    def _gated(self, layer: Adapted, ungated: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def forward(inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            first, is_open_N1 = self.num_clean, self.is_open_N1
-            if first is None and is_open_N1 is None:
-                return ungated(inputs, *args, **kwargs)
-            output = layer.base(inputs)
-            if is_open_N1 is not None:
-                changed = output.clone()
-                layer.add_change(inputs.flatten(0, -2), changed.flatten(0, -2))
-                return torch.where(is_open_N1, changed, output)
-            if first is not None and first < inputs.shape[-2]:
-                inputs_NI = inputs.reshape(-1, inputs.shape[-1])
-                layer.add_change(inputs_NI[first:], output.view(-1, output.shape[-1])[first:])
-            return output
-
-        return forward
-
-    @contextmanager
-    def after(self, num_clean: int) -> Iterator[None]:
-        """Open the gate from slot `num_clean` on. Inference only: a checkpointed backward would find it open
-        everywhere.
-        """
-        assert not torch.is_grad_enabled(), "the gate is for forwards without a backward"
-        self.num_clean = num_clean
-        try:
-            yield
-        finally:
-            self.num_clean = None
-
-
 @dataclass(frozen=True, slots=True)
 class PackedForward:
-    """What a packed forward through one backbone reads; `run` returns its states `[N, H]`."""
+    """The arguments of a packed forward pass through one backbone."""
 
     model: PreTrainedModel
     gate: Gate | None
-    """Where an adapter is to be computed for the noised slots only."""
+    """None: every slot is computed by the same weights."""
     windows: tuple[int | None, ...]
+    """Sliding window of each layer."""
     embedded_NH: Tensor
     packed: Packed
     cache: DecodeCache
-    """It has begun this forward."""
+    """`begin` has been called for this forward."""
 
     def run(self) -> Tensor:
+        """Hidden states `[N, H]`."""
         dtype, device = self.embedded_NH.dtype, self.embedded_NH.device
         gate = nullcontext() if self.gate is None else self.gate.after(self.packed.num_clean)
         with gate:
@@ -148,10 +122,11 @@ class PackedForward:
 
 
 class DiffusionLM(nn.Module):
-    """Student, teacher and mask embedding behind one call on slots.
+    """Student, teacher and mask embedding, computed on slots.
 
-    `teacher` is None where the student's base with the adapter off is the teacher (`adapter_off` then
-    switches it).
+    `teacher` is None where the teacher is the student with its adapter switched off by `adapter_off`.
+    `adapted` lists the layers that the gate controls. `mask_embedding` `[H]` replaces the student's embedding
+    of [MASK]; None: the row of the embedding matrix is used.
     """
 
     def __init__(
@@ -172,22 +147,22 @@ class DiffusionLM(nn.Module):
         self.adapter_off = adapter_off
         self.windows = layer_windows(student.config)
         self.teacher_windows = self.windows if teacher is None else layer_windows(teacher.config)
-        self._embedding: tuple[Any] = (student.get_input_embeddings(),)  # searched once; not a submodule
+        self._embedding: tuple[Any] = (student.get_input_embeddings(),)  # a tuple: not a second submodule
         self.attention: AttentionChoice = "auto"
         self.run_packed: Callable[[PackedForward], Tensor] = PackedForward.run
-        """`compiled.compiled_decoding` puts a compiled one here."""
-        self.head_constants = head_constants(student)  # reading a config is slow: not once a step
+        """Computes a packed forward; `compiled.compiled_decoding` replaces it by a compiled one."""
+        self.head_constants = head_constants(student)  # reading a config in every step would be slow
         for model in (student, teacher):
             if model is not None:
                 use_slot_attention(model)
 
     @property
     def device(self) -> torch.device:
-        return self._embedding[0].weight.device  # `student.device` searches every module
+        return self._embedding[0].weight.device  # `student.device` iterates over every module
 
     @property
     def backend(self) -> Backend:
-        """The attention backend that runs."""
+        """The attention backend that `attention` selects on this device."""
         return choose_backend(self.attention, self.device, self.student.config)
 
     @property
@@ -196,22 +171,24 @@ class DiffusionLM(nn.Module):
         return self.spec.format == "sdar" or self.spec.adapter
 
     def student_hidden(self, slots: Slots, cache: SlotCache | None = None) -> Tensor:
-        """Student states `[B, S, H]`, adapter open everywhere. With a cache, clean slots are written to
-        it.
+        """The student's hidden states `[B, S, H]` with the adapter on for every slot. With a cache, the keys
+        and values of clean slots are written to it.
         """
         return self._hidden(self.student, slots, cache)
 
     @torch.no_grad()
     def teacher_hidden(self, slots: Slots, cache: SlotCache | None = None) -> Tensor:
-        """Teacher states `[B, S, H]` of clean slots. Fills the cache that `preserve` students read."""
+        """The teacher's hidden states `[B, S, H]` of clean slots. Fills the cache that a `preserve` student
+        reads.
+        """
         with self.teacher_weights() as model:
             return self._hidden(model, slots, cache)
 
     @torch.no_grad()
     def decode_hidden(self, slots: Slots, cache: DecodeCache) -> tuple[Tensor, int]:
-        """States of one decoding step `[B, S, H]` and the number of forward passes it took (1 or 2).
+        """Hidden states `[B, S, H]` of one decoding step, and the number of forward passes (1 or 2).
 
-        `slots` lie on the CPU: laying out a forward needs no round trip to the device.
+        `slots` are CPU tensors, so that preparing a forward needs no transfer from the device.
         """
         packed, column_N = Packed.of(slots)
         hidden_NH, num_forwards = self.packed_hidden(packed, slots.ids_BS.shape[0], cache)
@@ -221,7 +198,7 @@ class DiffusionLM(nn.Module):
 
     @torch.no_grad()
     def packed_hidden(self, packed: Packed, num_rows: int, cache: DecodeCache) -> tuple[Tensor, int]:
-        """The same for slots that are packed already: `[N, H]`."""
+        """`decode_hidden` for slots that are packed already: hidden states `[N, H]`, number of forwards."""
         is_one = self.is_one_forward or packed.num_clean == len(packed)
         parts = [packed] if is_one else packed.split()
         length = max(int(packed.visible_until_N.max()), 0) + 1
@@ -232,7 +209,7 @@ class DiffusionLM(nn.Module):
         return hidden[0] if is_one else torch.cat(hidden), len(parts)
 
     def _packed_hidden(self, packed: Packed, cache: DecodeCache) -> Tensor:
-        """One packed forward `[N, H]`: gated student, or the one model that computes these slots."""
+        """One packed forward `[N, H]`, by the gated student or by the model that computes these slots."""
         model, gate = self.student, None
         if self.spec.format == "preserve" and self.teacher is not None:
             model = self.teacher if packed.num_clean else self.student
@@ -243,7 +220,7 @@ class DiffusionLM(nn.Module):
 
     @contextmanager
     def teacher_weights(self) -> Iterator[PreTrainedModel]:
-        """The frozen original: a model of its own, or the student with the adapter off."""
+        """The frozen AR model: a separate model, or the student with the adapter off."""
         if self.teacher is not None:
             yield self.teacher
         else:
@@ -251,19 +228,21 @@ class DiffusionLM(nn.Module):
                 yield self.student
 
     def logits(self, hidden: Tensor, is_clean: Tensor | None = None) -> Tensor:
-        """Float32 logits `[..., V]` with the banned ids at -inf. States of clean slots go through the
-        teacher's head.
+        """Hidden states `[..., H]` to float32 logits `[..., V]`, -inf at the banned ids. Where `is_clean`
+        `[...]` is true, the teacher's LM head is used.
         """
         scores = head_logits(self.student, hidden, self.head_constants)
         if is_clean is not None and self.teacher is not None:
             scores = torch.where(
                 is_clean[..., None], head_logits(self.teacher, hidden, self.head_constants), scores
             )
-        scores[..., list(self.spec.banned_token_ids)] = -torch.inf
+        scores[..., [i for i in self.spec.banned_token_ids if i < scores.shape[-1]]] = -torch.inf
         return scores
 
     def teacher_decoder(self, stop_token_ids: tuple[int, ...] | None = None) -> DiffusionLM:
-        """The frozen original behind the decode loop: mode `ar` only. It may stop at other tokens."""
+        """The frozen AR model as a DiffusionLM that decodes in mode `ar` only. `stop_token_ids` replaces the
+        student's.
+        """
         stops = self.spec.stop_token_ids if stop_token_ids is None else stop_token_ids
         spec = replace(self.spec, format="preserve", stop_token_ids=stops)
         decoder = DiffusionLM(self.student, spec, teacher=self.teacher, adapter_off=self.adapter_off)
@@ -271,7 +250,7 @@ class DiffusionLM(nn.Module):
         return decoder
 
     def embed(self, model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
-        """Input embeddings; the student's [MASK] may have an embedding of its own."""
+        """Input embeddings `[..., H]`, with the student's own embedding of [MASK] if it has one."""
         embedded_BSH = model.get_input_embeddings()(ids_BS)
         if self.mask_embedding is None or model is not self.student:
             return embedded_BSH
@@ -292,12 +271,12 @@ class DiffusionLM(nn.Module):
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """The transformer under the LM head, whatever its family calls it."""
+    """The transformer below the LM head."""
     return model.base_model
 
 
 def head_constants(model: PreTrainedModel) -> tuple[float | None, float]:
-    """(softcap, scale) that some families apply after the linear head."""
+    """(softcap, scale) of the logits: Gemma 2 caps them, Cohere and Granite scale them; else (None, 1.0)."""
     values = model.config.get_text_config().to_dict()
     scale = values.get("logit_scale") or 1.0
     return values.get("final_logit_softcapping"), scale / (values.get("logits_scaling") or 1.0)
@@ -306,7 +285,9 @@ def head_constants(model: PreTrainedModel) -> tuple[float | None, float]:
 def head_logits(
     model: PreTrainedModel, hidden: Tensor, constants: tuple[float | None, float] | None = None
 ) -> Tensor:
-    """Hidden states -> float32 logits, as the family's own forward computes them (`convert` checks that)."""
+    """Hidden states `[..., H]` to float32 logits `[..., V]`, as the model's own forward computes them, which
+    `convert` verifies.
+    """
     softcap, scale = constants or head_constants(model)
     scores = model.get_output_embeddings()(hidden).float() * scale
     return softcap * torch.tanh(scores / softcap) if softcap else scores

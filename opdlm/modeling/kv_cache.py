@@ -1,13 +1,14 @@
-"""The decoding cache: one buffer per layer for as many rows as decode at once, never reallocated.
+"""Key-value caches: `DecodeCache` for decoding, `SlotCache` for training (docs/concepts.md, "Caches").
 
-A forward pass is *packed*: the slots of all rows lie in one sequence, clean ones first, so that no linear
-layer ever computes padding; only attention pads, inside `attend`. Every forward writes its keys and values
-into the buffer (clean slots at their positions, noised ones behind the longest row) and attends to views of
-it: nothing is concatenated and grouped heads are not repeated. What lies beyond every `visible_until` is stale
-and unseen: rejected drafts, the noised slots of earlier forwards, rows that left.
+A forward pass of decoding is *packed*: the slots of all rows form one sequence, clean ones first, so linear
+layers compute no padding; only attention pads, in `DecodeCache.attend`. Every forward writes its keys and
+values into one buffer per layer, clean slots at their positions and noised slots behind the longest row, and
+attends to views of the buffer: tensors are not concatenated, and heads that share keys are not repeated.
+Entries that are no longer valid (rejected drafts, noised slots of earlier forwards, rows that finished) are
+not removed: they lie beyond every `visible_until` until they are overwritten.
 
 Shape suffixes: N packed slots, B rows, S padded slots, W padded queries of a row, K keys, J noised slots of a
-row, H heads (of keys, where queries come in groups G), D head dimension.
+row, H heads (of keys; queries come in groups G that share them), D head dimension.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from .slots import CLEAN, Slots
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """The real slots of all rows: first the clean ones, then the noised ones, both row by row."""
+    """The slots of all rows without padding: first the clean ones, then the noised ones, both row by row."""
 
     num_clean: int
     row_N: Tensor
+    """Row of each slot."""
     ids_N: Tensor
     positions_N: Tensor
     visible_until_N: Tensor
@@ -35,7 +37,7 @@ class Packed:
 
     @classmethod
     def of(cls, slots: Slots) -> tuple[Packed, Tensor]:
-        """What is not padding, and the column `[N]` where each slot came from."""
+        """Pack slots `[B, S]`. Also returns the column `[N]` of each packed slot in the input."""
         clean_N = (slots.group_BS == CLEAN).flatten().nonzero()[:, 0]
         flat_N = torch.cat([clean_N, slots.is_noised_BS.flatten().nonzero()[:, 0]])
         fields = (slots.ids_BS, slots.positions_BS, slots.visible_until_BS, slots.group_BS)
@@ -44,7 +46,7 @@ class Packed:
         return packed, flat_N % width
 
     def split(self) -> list[Packed]:
-        """The clean slots and the noised ones, for models that compute them with different weights."""
+        """The clean slots and the noised slots apart, for models that compute them with different weights."""
         fields = (self.row_N, self.ids_N, self.positions_N, self.visible_until_N, self.group_N)
         return [
             Packed(self.num_clean, *(field[: self.num_clean] for field in fields)),
@@ -56,7 +58,9 @@ class Packed:
 
 
 def place_in_row(row_N: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """How many earlier entries of the sorted `row_N` have the same row `[N]`, how many each row has `[B]`."""
+    """For a sorted `row_N`: the index of each entry within its row `[N]`, and the length of each row
+    `[B]`.
+    """
     count_B = row_N.bincount(minlength=num_rows)
     first_B = count_B.cumsum(0) - count_B
     return torch.arange(len(row_N)) - first_B[row_N], count_B
@@ -68,27 +72,29 @@ class Segment:
 
     first: int
     last: int
+    """First row and end (exclusive)."""
     source_N: Tensor | None
-    """Packed slot for every padded place (slot 0 where there is none); None: all, in their order."""
+    """The packed slot of each padded query (slot 0 for padding); None: all packed slots in order."""
 
     def pad(self, packed: Tensor) -> Tensor:
-        """What belongs to this segment's places, from a tensor whose first dimension is packed slots."""
+        """The padded queries of this segment, from a tensor whose first dimension is packed slots."""
         return packed if self.source_N is None else packed.index_select(0, self.source_N)
 
 
 class DecodeCache:
-    """Keys and values per layer, indexed by row and position."""
+    """Keys and values of decoding: one buffer per layer, indexed by row and position, allocated once."""
 
     def __init__(self, num_rows: int, capacity: int, device: torch.device) -> None:
+        """`capacity`: positions of each row, noised slots included."""
         self.num_rows, self.capacity, self.device = num_rows, capacity, device
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        """Buffers `[rows, capacity + 1, kv heads, head_dim]` of each layer, from its first forward on."""
+        """By layer: keys and values `[rows, capacity + 1, kv heads, head_dim]` from the first forward on."""
         self._padded: dict[int, list[Tensor]] = {}
         self._segments: list[Segment] = []
 
     def begin(self, packed: Packed, num_rows: int, length: int) -> None:
-        """Lay out the next forward pass over the first `num_rows` rows. It reads `length` positions of each;
-        noised slots are stored behind them.
+        """Prepare the next forward pass over the first `num_rows` rows. It reads `length` positions of each
+        row; noised slots are stored behind them.
         """
         self.packed, self.num_active, self._padded = packed, num_rows, {}
         self._length = length
@@ -108,10 +114,12 @@ class DecodeCache:
         self.count_B = clean_count_B + noised_count_B
 
     def lay_out(self) -> None:
-        """Pad the queries row by row; rows that just joined (wide, last) apart from the others."""
+        """Compute the padding of the queries. Rows that joined last are wide: they may form a segment of
+        their own.
+        """
         row_N, num_rows, count_B = self.packed.row_N, self.num_active, self.count_B
         self._write_N = self.write_N.to(self.device)
-        if num_rows == 1:  # in order already
+        if num_rows == 1:  # nothing to pad
             self._segments, self._back_N = [Segment(0, 1, None)], None
             return
         bounds = [0, *best_split(count_B), num_rows]
@@ -129,7 +137,7 @@ class DecodeCache:
         self._back_N = self._back_N.to(self.device)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Additive mask `[1, 1, N, K]` of the forward that was begun: who sees what of its own row."""
+        """Additive mask `[1, 1, N, K]` of the current forward; keys are those of the query's own row."""
         packed = self.packed
         key_K = torch.arange(self._length)
         seen_NK = key_K <= packed.visible_until_N[:, None]
@@ -150,7 +158,7 @@ class DecodeCache:
         mask: Tensor,
         scale: float | None,
     ) -> Tensor:
-        """Store this layer's keys and values, attend; `[1, N, heads, head_dim]`."""
+        """Store the keys and values of a layer and attend: `[1, N, heads, head_dim]`."""
         if layer not in self.layers:
             self.layers[layer] = (self._buffer(key_HND), self._buffer(value_HND))
         keys_BHKD, values_BHKD = store(self.layers[layer], key_HND, value_HND, self._write_N, mask.shape[-1])
@@ -167,7 +175,7 @@ class DecodeCache:
         return (padded if self._back_N is None else padded.index_select(0, self._back_N))[None]
 
     def _buffer(self, new_HND: Tensor) -> Tensor:
-        """One column more than is ever read: what is computed for shapes only is stored there."""
+        """The last column is never read: a compiled forward stores its padding there."""
         return new_HND.new_zeros(self.num_rows, self.capacity + 1, new_HND.shape[0], new_HND.shape[2])
 
     def _padded_masks(self, mask: Tensor, share: int) -> list[Tensor]:
@@ -182,7 +190,7 @@ class DecodeCache:
         return self._padded[id(mask)]
 
     def move(self, from_N: Tensor, to_N: Tensor) -> None:
-        """Copy rows over others (finished rows leave, the last rows take their places)."""
+        """Copy the rows `from_N` to the rows `to_N`."""
         for buffers in self.layers.values():
             for buffer in buffers:
                 buffer[to_N, : self._length] = buffer[from_N, : self._length]
@@ -191,7 +199,9 @@ class DecodeCache:
 def store(
     buffers: tuple[Tensor, Tensor], key_HND: Tensor, value_HND: Tensor, write_N: Tensor, num_keys: int
 ) -> tuple[Tensor, Tensor]:
-    """Write new keys and values at the flat indices `write_N`; views of all `[B, H, num_keys, D]`."""
+    """Write new keys and values at the flat indices `write_N`; returns views of the buffers
+    `[B, H, num_keys, D]`.
+    """
     views = []
     for buffer, new_HND in zip(buffers, (key_HND, value_HND), strict=True):
         buffer.view(-1, *buffer.shape[2:]).index_copy_(0, write_N, new_HND.transpose(0, 1))
@@ -202,8 +212,9 @@ def store(
 def attend_rows(
     query_BWHGD: Tensor, keys_BHKD: Tensor, values_BHKD: Tensor, mask: Tensor, scale: float | None
 ) -> Tensor:
-    """Attention of rows of equally many queries, whose heads come in groups G that share keys and values;
-    `[B * W, heads, head_dim]`. The mask `[B, 1, G * W, K]` is repeated for a group, keys and values are not.
+    """Attention of rows with W queries each, whose heads come in groups G that share keys and values:
+    `[B * W, heads, head_dim]`. The mask `[B, 1, G * W, K]` is repeated for each group; keys and values are
+    not.
     """
     num_rows, width, num_kv, share, dim = query_BWHGD.shape
     folded = query_BWHGD.permute(0, 2, 3, 1, 4).reshape(num_rows, num_kv, share * width, dim)
@@ -213,7 +224,7 @@ def attend_rows(
 
 
 def best_split(count_B: Tensor) -> list[int]:
-    """Where to cut the rows in two so that padding shrinks by a third at least; [] if nowhere."""
+    """The row at which to split the batch so that its padded size shrinks by at least a third; [] if none."""
     num_rows = len(count_B)
     before_B, after_B = count_B.cummax(0).values, count_B.flip(0).cummax(0).values.flip(0)
     cut_B = torch.arange(1, num_rows)
@@ -223,12 +234,11 @@ def best_split(count_B: Tensor) -> list[int]:
 
 
 class SlotCache:
-    """Keys and values of clean slots, one buffer per layer, indexed by column (the position, unless a row is
-    packed): no cropping, no reallocation.
+    """Keys and values of clean slots in training: one buffer `[B, kv heads, capacity, head_dim]` per layer,
+    indexed by the column of the clean row.
 
-    For training; decoding has `DecodeCache`. A forward pass writes its clean slots at their columns and reads
-    `[0, length)`; the mask decides who sees what (`keys_with_cache`). Tensors are `[B, kv heads, capacity,
-    head_dim]`.
+    A forward pass writes its clean slots at their columns and reads the columns [0, length); the mask
+    restricts them further (`attention.keys_with_cache`).
     """
 
     def __init__(self, num_rows: int, capacity: int) -> None:
@@ -237,14 +247,16 @@ class SlotCache:
         self._write: tuple[Tensor, Tensor, Tensor] | None = None
 
     def begin(self, slots: Slots, length: int) -> None:
-        """Announce the next forward pass: which of its slots are written, how many columns it reads."""
+        """Prepare the next forward pass: it writes the clean slots of `slots` and reads `length` columns."""
         assert length <= self.capacity
         rows_N, slots_N = (slots.group_BS == CLEAN).nonzero(as_tuple=True)
         self._write = (rows_N, slots_N, slots.key_columns_BS[rows_N, slots_N]) if len(rows_N) else None
         self.length = length
 
     def extend(self, layer: int, keys_BHSD: Tensor, values_BHSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this layer's clean slots; return buffer ++ current."""
+        """Store the clean slots of a layer; returns the buffer and the current slots, `[B, H, K, D]` each for
+        keys and values.
+        """
         if layer not in self._layers:
             shape = (self.num_rows, keys_BHSD.shape[1], self.capacity, keys_BHSD.shape[3])
             self._layers[layer] = (keys_BHSD.new_zeros(shape), values_BHSD.new_zeros(shape))

@@ -1,19 +1,19 @@
-"""Index arithmetic: the block grid, slots, and who sees whom. No model, no token is looked at here.
+"""The block grid, slots, and the rule that defines every attention mask. Index arithmetic without a model.
 
-A *slot* is one column of a forward pass: a token id at a position. Clean slots carry known text and belong to
+A *slot* is one column of a forward pass: a token id at a position. Clean slots carry known text and have
 group 0. Noised slots carry a denoising state of one block; the slots of one state of one block form a group.
-Two numbers per slot decide every mask of the project (training rows, cached decoding, lossless drafting):
+Two integers per slot define the masks of training rows, cached decoding and lossless decoding:
 
     visible(q, k) = k is clean and position(k) <= visible_until(q)      or      group(k) == group(q) != 0
 
-`visible_until` of a clean slot is its own position (`preserve`: token-causal, exactly the teacher) or the end of
-its block (`sdar`: block-causal). `visible_until` of a noised slot is the group's *anchor*, the last clean token
-before it. METHOD parts 1, 2 and 5; layout of arXiv 2503.09573 (BD3LM).
+`visible_until` of a clean slot is its own position (`preserve`: token-causal, as in the AR model) or the end
+of its block (`sdar`: block-causal). `visible_until` of a noised slot is the *anchor* of its group, the last
+clean token before it (docs/concepts.md, "Slots and masks"; layout of BD3LM, arXiv 2503.09573).
 
-Several documents may share a row. Each slot names the column where its document's clean text starts; a
-position counts from there, so clean slots of other documents are out of range and groups are never shared.
+Several documents may share a row. Each slot stores the column at which the clean text of its document starts,
+and positions count from there; group numbers are never shared between documents.
 
-Shape suffixes: B batch, S slots, Q query slots, K key slots.
+Shape suffixes: B batch, S slots, Q query slots, K key slots, L clean row.
 """
 
 from __future__ import annotations
@@ -30,18 +30,24 @@ GridKind = Literal["absolute", "response"]
 Position = TypeVar("Position", int, Tensor)
 
 CLEAN = 0
-FAR = 2**30  # the position of a padding slot: beyond every `visible_until`
+"""The group of clean slots."""
+FAR = 2**30
+"""The key column of a padding slot: beyond every `visible_until`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """Where blocks start. `absolute` counts from token 0, `response` so that the response starts a block."""
+    """Which positions form a block. `absolute`: blocks are counted from token 0. `response`: the response
+    starts a block.
+    """
 
     block_size: int
     kind: GridKind = "absolute"
 
     def block_start(self, position: Position, num_prompt: Position) -> Position:
-        """First position of the block that holds `position` (ints or tensors). The only grid function."""
+        """First position of the block that contains `position`; ints or tensors that broadcast. Training and
+        decoding both use this function.
+        """
         origin = num_prompt % self.block_size if self.kind == "response" else num_prompt * 0
         return (position - origin) // self.block_size * self.block_size + origin
 
@@ -50,8 +56,8 @@ class Grid:
 class Slots:
     """The columns of one forward pass; all tensors are int64 `[B, S]`.
 
-    A padding slot has position 0 for the model, `key_columns` FAR, and a group of its own, so it sees only
-    itself and nothing sees it.
+    A padding slot has position 0, key column FAR and a negative group of its own: it sees only itself, and no
+    other slot sees it.
     """
 
     ids_BS: Tensor
@@ -59,7 +65,7 @@ class Slots:
     visible_until_BS: Tensor
     group_BS: Tensor
     start_BS: Tensor
-    """Column of the row of clean text at which the slot's document starts: 0 where a row holds only one."""
+    """Column of the clean row at which the document of the slot starts; 0 if the row holds one document."""
 
     @property
     def is_noised_BS(self) -> Tensor:
@@ -67,11 +73,11 @@ class Slots:
 
     @property
     def key_columns_BS(self) -> Tensor:
-        """Columns of the row of clean text; padding is visible to no slot."""
+        """Columns of the slots in the clean row; FAR for padding."""
         return (self.start_BS + self.positions_BS).masked_fill(self.group_BS < CLEAN, FAR)
 
     def only(self, keep_BS: Tensor) -> Slots:
-        """The same columns with everything outside `keep_BS` turned into padding."""
+        """The same slots, with those outside `keep_BS` replaced by padding."""
         keep_BS = keep_BS & (self.group_BS >= CLEAN)
         slots = make_slots(self.ids_BS, self.positions_BS, self.visible_until_BS, self.group_BS, keep_BS)
         return replace(slots, start_BS=self.start_BS)
@@ -87,7 +93,7 @@ class Slots:
 def make_slots(
     ids_BS: Tensor, positions_BS: Tensor, visible_until_BS: Tensor, group_BS: Tensor, valid_BS: Tensor
 ) -> Slots:
-    """Slots of one document per row, with everything outside `valid_BS` turned into padding."""
+    """Slots of one document per row; those outside `valid_BS` become padding."""
     column_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
     return Slots(
         torch.where(valid_BS, ids_BS, 0),
@@ -99,16 +105,17 @@ def make_slots(
 
 
 def join_slots(first: Slots, second: Slots) -> Slots:
-    """Columns of `second` after those of `first`; padding groups stay unique."""
+    """The slots of `second` after those of `first`, row by row; padding groups stay unique."""
     shifted = torch.where(second.group_BS < CLEAN, second.group_BS - first.ids_BS.shape[1], second.group_BS)
     second = replace(second, group_BS=shifted)
     return Slots(*(torch.cat(pair, 1) for pair in zip(first.tensors, second.tensors, strict=True)))
 
 
-def pack_slots(documents: Sequence[Slots], starts: Sequence[int], num_groups: int) -> Slots:
-    """Documents `[1, S_i]` side by side in one row `[1, S]`; `starts` are their columns in the clean row.
+def pack_documents(documents: Sequence[Slots], starts: Sequence[int], num_groups: int) -> Slots:
+    """Concatenate the slots of documents, `[1, S_i]` each, into one row `[1, S]`.
 
-    `num_groups` is at least the number of groups of any document.
+    `starts` are the columns in the clean row at which the documents start. `num_groups` is at least the
+    largest number of groups in a document.
     """
     moved = [
         replace(
@@ -122,14 +129,14 @@ def pack_slots(documents: Sequence[Slots], starts: Sequence[int], num_groups: in
 
 
 def clean_visible_until(positions: Tensor, num_prompt: Tensor, grid: Grid, fmt: Format) -> Tensor:
-    """The last position a clean slot sees: itself (`preserve`) or the end of its block (`sdar`)."""
+    """The last position that a clean slot sees: its own (`preserve`) or the end of its block (`sdar`)."""
     if fmt == "preserve":
         return positions
     return grid.block_start(positions, num_prompt) + grid.block_size - 1
 
 
 def clean_slots(ids_BL: Tensor, lengths_B: Tensor, num_prompt_B: Tensor, grid: Grid, fmt: Format) -> Slots:
-    """Whole sequences as clean slots, right-padded; `lengths_B` counts the real tokens."""
+    """Right-padded sequences as clean slots; `lengths_B` counts the tokens without padding."""
     positions_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
     valid_BL = positions_BL < lengths_B[:, None]
     visible_until_BL = clean_visible_until(positions_BL, num_prompt_B[:, None], grid, fmt)
@@ -137,7 +144,9 @@ def clean_slots(ids_BL: Tensor, lengths_B: Tensor, num_prompt_B: Tensor, grid: G
 
 
 def visible(queries: Slots, keys: Slots, window: int | None = None) -> Tensor:
-    """Which keys each query attends to: bool `[B, Q, K]`. `window` keeps the last `window` positions only."""
+    """Bool `[B, Q, K]`: the keys that each query attends to. A sliding `window` keeps those whose position is
+    less than `window` before the query's.
+    """
     position_BQK = keys.key_columns_BS[:, None, :] - queries.start_BS[:, :, None]  # in the query's document
     keys_clean_BQK = (position_BQK >= 0) & (position_BQK <= queries.visible_until_BS[:, :, None])
     keys_clean_BQK &= (keys.group_BS == CLEAN)[:, None, :]

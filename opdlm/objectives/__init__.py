@@ -1,1 +1,1 @@
-"""What is learnt: states, targets, losses, masks."""
+"""What is trained: denoising states, their targets, the divergence, and random masks."""

@@ -1,15 +1,16 @@
-"""Divergence between teacher and student at the supervised positions, without ever building [M, V].
+"""Divergence between teacher and student at the supervised positions, without a tensor [M, V].
 
-The LM head and the loss run over chunks of supervised rows; each chunk's gradient is formed analytically
-and folded into grad_hidden and grad_weight at once, so only one [chunk, V] is alive. Outcomes k are the
-vocabulary, or the teacher's top-K and one tail bucket for the rest. With p teacher, q student, z logits:
+The LM head and the loss run over chunks of positions. The gradient of each chunk is computed in closed form
+and added to those of the hidden states and the head, so only one [chunk, V] exists at a time. Outcomes k are
+the vocabulary, or the teacher's top-K tokens and one more for the tail. With p teacher, q student, z logits:
     a_k = dD / dlog q_k       forward_kl: -p_k     reverse_kl: q_k (log q_k - log p_k + 1)
                               jsd: (1-beta) q_k (log q_k - log m_k),  m = beta p + (1-beta) q
     dD / dz_v = [v = k] a_k + [v in tail] (q_v / q_tail) a_tail - q_v sum_k a_k
-It does not choose positions, weights or a normalisation. Source: arXiv 2606.06712; METHOD.md, part 6.
+The caller chooses positions, weights and normalisation. Sources: OPDLM (arXiv 2606.06712); docs/concepts.md,
+"Targets and losses".
 
-Shapes: C rows of one chunk, H hidden, K top-k (in a helper: any set of outcomes), M supervised positions,
-N positions to score, V vocabulary.
+Shape suffixes: C positions of one chunk, H hidden, K top-k (in helpers: any set of outcomes), M supervised
+positions, N positions to score, V vocabulary.
 """
 
 import math
@@ -31,11 +32,11 @@ OutcomeDivergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(teacher log p_CK, student log q_CK) -> (D_C, slopes a_CK); may overwrite log p."""
 
 CHUNK_BYTES = {"cpu": 128 * 2**20}
-"""Of one chunk's temporaries, by device."""
+"""Size of the temporary tensors of one chunk, by device."""
 CHUNK_BYTES_ELSEWHERE = 2**30
-"""More rows for each reading of the head: a GPU multiplies some 200 times per byte that it reads."""
+"""The same on GPUs, where larger chunks pay: every chunk reads the head once."""
 WEIGHT_SLICE = 8192
-"""Rows of the head whose gradient is converted at a time."""
+"""Rows of the head whose gradient is converted to float32 at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,15 +47,15 @@ class Head:
     """[V, H]; the matrix products run in its dtype."""
     bias: Tensor | None = None
     softcap: float | None = None
-    """Gemma 2's final logit cap; None = none."""
+    """Cap of the logits in Gemma 2; None = none."""
     scale: float = 1.0
-    """Cohere multiplies its logits by this, Granite divides by the inverse."""
+    """Factor of the logits: `logit_scale` in Cohere, 1 / `logits_scaling` in Granite."""
     banned: Tensor | None = None
-    """Ids (long) whose logit is -inf: [MASK], unused rows. Ban the same ids in teacher and student: a token
-    that only one of them can produce makes the divergence infinite."""
+    """Ids (int64) whose logit is -inf: [MASK], unused rows. Teacher and student must ban the same ids,
+    because a token that only one of them can produce makes the divergence infinite."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., V], float32 (float64 if the product is)."""
+        """[..., H] -> [..., V] in float32, or float64 for a float64 product."""
         logits = linear(hidden.to(self.weight.dtype), self.weight, self.bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.scale != 1.0:
@@ -64,7 +65,7 @@ class Head:
         return logits if self.banned is None else logits.index_fill_(-1, self.banned, -math.inf)
 
     def slope(self, logits_CV: Tensor) -> Tensor | None:
-        """What the cap multiplies gradients by."""
+        """Derivative of the capped logits by the uncapped ones; None without a cap."""
         return None if self.softcap is None else (logits_CV / self.softcap).square_().neg_().add_(1)
 
     def backpropagate_(self, grad_CV: Tensor, slope_CV: Tensor | None) -> Tensor:
@@ -77,7 +78,7 @@ class Head:
 
 
 def lm_head_of(model: PreTrainedModel, banned: Tensor | None = None) -> Head:
-    """The LM head as plain tensors, for the chunked loss."""
+    """The LM head of a model as tensors."""
     softcap, scale = head_constants(model)
     linear = model.get_output_embeddings()
     return Head(
@@ -87,7 +88,7 @@ def lm_head_of(model: PreTrainedModel, banned: Tensor | None = None) -> Head:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HiddenTargets:
-    """The teacher's full distribution, recomputed chunk by chunk so that [M, V] is never stored."""
+    """The teacher's full distribution as hidden states, from which each chunk computes its logits."""
 
     hidden_MH: Tensor
     head: Head
@@ -100,8 +101,8 @@ class TopKTargets:
     ids_MK: Tensor
     logprobs_MK: Tensor
     tail: bool = True
-    """Count the rest of the mass as one more outcome. False: the paper's sparse variant, which may be
-    negative."""
+    """Treat the rest of the mass as one more outcome. False: the sparse variant of the paper, whose value may
+    be negative."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +116,7 @@ Targets = HiddenTargets | TopKTargets | TokenTargets
 
 
 class LossOutput(NamedTuple):
-    """What wrappers around the loss (DDP, ZeRO) can walk through."""
+    """The loss. A tuple, because wrappers such as DDP and ZeRO look for tensors inside the output."""
 
     loss: Tensor
     """Scalar, differentiable."""
@@ -124,17 +125,17 @@ class LossOutput(NamedTuple):
 
 
 def check_divergence(divergence: Divergence, top_k: int | None, tail: bool) -> None:
-    """Refuse the choice whose optimum is degenerate: ValueError."""
+    """ValueError for reverse KL over the top-k without the tail, whose optimum is degenerate."""
     if divergence == "reverse_kl" and top_k is not None and not tail:
         raise ValueError(
             f"loss.divergence (reverse_kl) does not work with targets.top_k ({top_k}) and no tail: the "
-            "student would minimise it by leaving the teacher's top-k tokens altogether, so keep the tail, "
-            "use the full vocabulary, or choose forward_kl or jsd."
+            "student would minimise it by moving all mass away from the teacher's top-k tokens, so keep the "
+            "tail, use the full vocabulary, or choose forward_kl or jsd."
         )
 
 
 def num_temporaries(divergence: Divergence, reverse_weight: float = 0.0) -> int:
-    """[C, V] float32 tensors alive at the peak of one chunk."""
+    """Number of [C, V] float32 tensors that exist at the peak of one chunk."""
     if divergence == "jsd":
         return 7
     return 5 if reverse_weight else 4
@@ -143,10 +144,10 @@ def num_temporaries(divergence: Divergence, reverse_weight: float = 0.0) -> int:
 def default_chunk_size(
     vocabulary: int, hidden: int, temporaries: int, *, trains_head: bool, device: str = "cpu"
 ) -> int:
-    """Rows per chunk, at least 16, whose temporaries stay within the device's CHUNK_BYTES, or within the
-    size of the head's float32 gradient where there is one.
+    """Positions per chunk, at least 16. The temporaries of a chunk take at most the CHUNK_BYTES of the
+    device, or the size of the head's float32 gradient if the head is trained and that is larger.
 
-    Every chunk reads the heads of student and teacher, and updates the gradient as a whole.
+    Larger chunks are faster, because every chunk reads both heads and updates the whole gradient.
     """
     gradient = 4 * vocabulary * hidden if trains_head else 0
     budget = max(CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE), gradient)
@@ -157,7 +158,7 @@ def default_chunk_size(
 def top_k_targets(
     hidden_NH: Tensor, head: Head, k: int, tail: bool = True, chunk: int | None = None
 ) -> TopKTargets:
-    """The teacher's top-k log-probabilities, normalised over the full vocabulary."""
+    """The teacher's `k` most likely tokens, with log-probabilities normalised over the full vocabulary."""
     ids_NK = torch.empty(len(hidden_NH), k, dtype=torch.long, device=hidden_NH.device)
     logprobs_NK = torch.empty_like(ids_NK, dtype=_loss_dtype(hidden_NH))
     vocabulary, hidden = head.weight.shape
@@ -182,11 +183,12 @@ def chunked_divergence(
     reverse_weight: float = 0.0,
     chunk_size: int | None = None,
 ) -> LossOutput:
-    """sum_i weights_i * D(teacher_i, student_i), differentiable in the student's hidden states and head.
+    """sum_i weights_i * D(teacher_i, student_i) in nats, differentiable in the student's hidden states and
+    head.
 
-    `beta` in (0, 1) is the teacher's share of the mixture (jsd only). `reverse_weight` replaces forward_kl
-    by (1 - reverse_weight) * forward_kl + reverse_weight * reverse_kl. Targets and weights get no gradient;
-    M = 0 is allowed.
+    `beta` in (0, 1) is the teacher's weight in the mixture (jsd only). `reverse_weight` replaces forward_kl
+    by (1 - reverse_weight) * forward_kl + reverse_weight * reverse_kl. Targets and weights get no gradient.
+    M may be 0.
     """
     assert (divergence == "cross_entropy") == isinstance(targets, TokenTargets)
     assert reverse_weight == 0.0 or divergence == "forward_kl"
@@ -199,7 +201,7 @@ def chunked_divergence(
             measure = _reverse_kl
         case "jsd":
             measure = partial(_jsd, beta=beta)
-    # Without a graph no gradient will be asked for: detach, so that none is computed.
+    # The forward computes the gradients that are required: detach where autograd is off.
     hidden_MH, weight_VH, bias_V = (
         x if x is None or torch.is_grad_enabled() else x.detach()
         for x in (student_hidden_MH, student_head.weight, student_head.bias)
@@ -220,7 +222,7 @@ def chunked_divergence(
 
 
 class _ChunkedDivergence(torch.autograd.Function):
-    """Computes the gradients of the sum in forward, scales them in backward."""
+    """Computes the gradients of the sum in its forward and scales them in its backward."""
 
     @staticmethod
     def forward(
@@ -238,7 +240,7 @@ class _ChunkedDivergence(torch.autograd.Function):
         weights_M = weights_M.to(dtype)
         per_position_M = torch.empty(len(hidden_MH), dtype=dtype, device=hidden_MH.device)
         grad_hidden_MH = torch.zeros_like(hidden_MH) if ctx.needs_input_grad[0] else None
-        # Summed over chunks, so never in bfloat16.
+        # A sum over chunks would lose precision in bfloat16.
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=dtype) if ctx.needs_input_grad[1] else None
         grad_bias_V = None
         if bias_V is not None and ctx.needs_input_grad[2]:
@@ -257,7 +259,7 @@ class _ChunkedDivergence(torch.autograd.Function):
                 grad_hidden_MH[rows] = linear(grad_CV, weight_VH.T)
             if grad_weight_VH is not None:
                 _add_product_(grad_weight_VH, grad_CV.T, hidden_MH[rows].to(weight_VH.dtype))
-            del logits_CV, slope_CV, grad_CV  # else they live on beside the next chunk's
+            del logits_CV, slope_CV, grad_CV  # before the next chunk allocates its own
         grads = (grad_hidden_MH, grad_weight_VH, grad_bias_V)
         inputs = (hidden_MH, weight_VH, bias_V)
         ctx.grads = [g if g is None else g.to(x) for g, x in zip(grads, inputs, strict=True)]
@@ -275,7 +277,7 @@ class _ChunkedDivergence(torch.autograd.Function):
         if torch._C._autograd._get_current_graph_task_keep_graph():
             grads = [g if g is None else g.clone() for g in grads]
         else:
-            ctx.grads = None  # given away: one tensor of the size of the head is enough
+            ctx.grads = None  # scaled in place: a second tensor of the head's size would cost memory
         grads = (g if g is None else g.mul_(grad_loss) for g in grads)
         return *grads, None, None, None, None, None
 
@@ -286,7 +288,7 @@ def _divergence_and_gradient(
     rows: slice,
     measure: OutcomeDivergence,
 ) -> tuple[Tensor, Tensor]:
-    """D_C and d D / d logits_CV for one chunk of rows; overwrites the logits."""
+    """D_C and d D / d logits_CV of one chunk; overwrites the logits."""
     logq_CV = _log_softmax_(logits_CV)
     match targets:
         case HiddenTargets():
@@ -306,7 +308,7 @@ def _divergence_and_gradient(
 def _sparse_divergence(
     logq_CV: Tensor, ids_CK: Tensor, logp_CK: Tensor, tail: bool, measure: OutcomeDivergence
 ) -> tuple[Tensor, Tensor]:
-    """The same when the outcomes are K ids and perhaps a tail; overwrites logq_CV with the gradient."""
+    """D_C and its gradient for the outcomes of K ids and, optionally, a tail; overwrites logq_CV."""
     num_top, num_vocabulary = ids_CK.shape[-1], logq_CV.shape[-1]
     logq_CK = logq_CV.gather(-1, ids_CK)
     q_CK = logq_CK.exp()
@@ -315,7 +317,7 @@ def _sparse_divergence(
         loss_C, slopes_CK = measure(logp_CK, logq_CK)
         total_C1 = slopes_CK.sum(-1, keepdim=True)
         return loss_C, q_CV.mul_(-total_C1).scatter_(-1, ids_CK, slopes_CK - q_CK * total_C1)
-    # The student's tail is summed, not taken as 1 - sum(q_CK): the gradient divides by it.
+    # The student's tail is summed: 1 - sum(q_CK) would be inexact, and the gradient divides by it.
     q_tail_C1 = q_CV.scatter_(-1, ids_CK, 0.0).sum(-1, keepdim=True).clamp_min_(torch.finfo(q_CV.dtype).tiny)
     loss_C, slopes = measure(
         torch.cat([logp_CK, _log_rest(logp_CK)], -1), torch.cat([logq_CK, q_tail_C1.log()], -1)
@@ -357,18 +359,20 @@ def _jsd(logp_CK: Tensor, logq_CK: Tensor, beta: float) -> tuple[Tensor, Tensor]
 
 
 def _times(p_CK: Tensor, log_ratio_CK: Tensor) -> Tensor:
-    """p * log_ratio, where an impossible outcome adds nothing, even if its log_ratio is infinite or NaN."""
+    """p * log_ratio, and 0 where p = 0, even if log_ratio is infinite or NaN; overwrites log_ratio."""
     return log_ratio_CK.mul_(p_CK).masked_fill_(p_CK == 0, 0.0)
 
 
 def _log_rest(logp_CK: Tensor) -> Tensor:
-    """log(1 - sum_k p_k), [C, 1]; a rest below the precision counts as one unit of it, so it stays finite."""
+    """log(1 - sum_k p_k), [C, 1]; a rest below the precision counts as one unit of it and stays finite."""
     log_mass_C1 = logp_CK.logsumexp(-1, keepdim=True).clamp_max_(-torch.finfo(logp_CK.dtype).eps)
     return torch.where(log_mass_C1 > -math.log(2), (-log_mass_C1.expm1()).log(), (-log_mass_C1.exp()).log1p())
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right; a product of another dtype is converted in slices that stay in the cache."""
+    """total += left @ right. A product of another dtype is converted in slices that fit into the CPU
+    cache.
+    """
     if total.dtype == left.dtype:
         total.addmm_(left, right)
         return

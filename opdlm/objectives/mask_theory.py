@@ -1,9 +1,11 @@
-"""What theory says before anything is trained: mask rates, shares of objectives, repetition, crossover.
+"""Closed formulas for mask rates, the share of the AR loss, repeated data and the crossover of two curves.
 
-k-parity: y is the product of k hidden ones of n bits. A mask teaches the relation where exactly one of the
-k + 1 tokens is masked (the signal regime), P_S(t) = (k + 1) t (1 - t)^k; text is a mixture over orders i,
-Signal(t) = Σ_i w_i t (1 - t)^(i - 1). Plain formulas on plain numbers; whoever trains decides what to do with
-them. OBJECTIVES parts 1 to 4; arXiv 2601.22450, 2512.14549, 2507.15857, 2511.03276.
+k-parity: y is the product of k unknown ones of n bits. A mask is informative if exactly one of the k + 1
+tokens is masked (the signal regime), which has probability P_S(t) = (k + 1) t (1 - t)^k. Text is a mixture of
+orders i: Signal(t) = Σ_i w_i t (1 - t)^(i - 1). The functions take and return Python numbers.
+
+Sources: mask rates arXiv 2601.22450, dual training 2512.14549, repeated data and critical compute 2507.15857,
+crossover 2511.03276; docs/masking.md compares them with measurements.
 """
 
 from __future__ import annotations
@@ -16,16 +18,16 @@ from itertools import islice
 from opdlm.errors import DataError
 
 WIKITEXT_WEIGHTS = (0.7427, 0.2063, 0.0401, 0.0084, 0.0024)
-"""Published shares of the orders 2 to 6 in WikiText: t* = 0.463."""
+"""Published shares of the orders 2 to 6 in WikiText; they give t* = 0.463."""
 R_STAR_AR, R_STAR_DIFFUSION = 32.0, 513.0
-"""Reported repetitions after which a token is worth 1/e of a new one."""
+"""Reported number of repetitions after which a repeated token is worth 1/e of a new one (2507.15857)."""
 
 
 def p_signal(k: int, t0: float, t1: float) -> float:
-    """Probability that t ~ U[t0, t1] masks exactly one of k + 1 tokens, (k + 1) E_t[t (1 - t)^k].
+    """Probability that exactly one of k + 1 tokens is masked for t ~ U[t0, t1]: (k + 1) E_t[t (1 - t)^k].
 
-    The integral is a difference of powers of a = 1 - t0 and b = 1 - t1 over a - b, written as the sum that
-    this division leaves, so t0 = t1 is no special case.
+    The integral is a difference of powers of a = 1 - t0 and b = 1 - t1 divided by a - b. The division is
+    written as a sum, so that t0 = t1 needs no special case.
     """
     a, b = 1 - t0, 1 - t1
     first, second = (math.fsum(a**i * b ** (n - 1 - i) for i in range(n)) for n in (k + 1, k + 2))
@@ -33,12 +35,12 @@ def p_signal(k: int, t0: float, t1: float) -> float:
 
 
 def signal_optimal_t(k: int) -> float:
-    """The single mask rate of the highest P_S."""
+    """The mask rate with the highest P_S."""
     return 1 / (k + 1)
 
 
 def best_t1(k: int) -> float:
-    """The end of the window [0, t1] of the highest P_S: there t1 itself is worth the mean of the window."""
+    """The end of the window [0, t1] with the highest mean P_S: there P_S(t1) equals the mean."""
     return root(lambda t1: p_signal(k, t1, t1) - p_signal(k, 0, t1), signal_optimal_t(k), 1.0)
 
 
@@ -54,7 +56,9 @@ def sample_complexity_t1(k: int) -> float:
 
 
 def root(function: Callable[[float], float], low: float, high: float) -> float:
-    """The zero between two places where the function has different signs, by bisection to the last bit."""
+    """The zero between two arguments at which the function has different signs, by bisection to the last
+    bit.
+    """
     is_positive = function(low) > 0
     assert is_positive != (function(high) > 0), "no change of sign"
     while low < (middle := (low + high) / 2) < high:
@@ -70,20 +74,20 @@ def ngram_signal_weights(
 ) -> tuple[float, ...]:
     """Share w_i of the dependencies of order i = 2 ... max_order in sequences of token ids.
 
-    The dependency of order i is what the token i - 1 places back still says about a token when those between
-    are known: the conditional mutual information I_i = Σ c(a m x) log [c(a m x) c(m) / (c(a m) c(m x))] over
-    the i-grams (a m x), m of i - 2 tokens, that occur `min_count` times or more (c counts them; for i = 2,
-    c(m) is the number of tokens). w_i = I_i / Σ I. n-grams end where a sequence ends. Of more than
-    `max_tokens` tokens every n-th sequence is read: time and memory grow with tokens × orders. DataError
-    where there is nothing to count. The exact counts behind the published weights are not known to us: on
-    English prose these weights fall like those; shares of occurrences or of distinct n-grams do not
-    (docs/masking.md).
+    The dependency of order i is the information about a token in the token i - 1 positions before it, given
+    those between: the conditional mutual information I_i = Σ c(a m x) log [c(a m x) c(m) / (c(a m) c(m x))].
+    The sum runs over the i-grams (a m x), m of i - 2 tokens, with count c of at least `min_count`; for i = 2,
+    c(m) is the number of tokens. w_i = I_i / Σ I. n-grams do not cross the end of a sequence. If there are
+    more than `max_tokens` tokens, every n-th sequence is read: time and memory grow with tokens × orders.
+    DataError if no n-gram is frequent enough. How the published weights were counted is not known to us. On
+    English prose these weights decrease as the published ones do; shares of occurrences or of distinct
+    n-grams do not (docs/masking.md).
     """
     sequences = sequences[:: math.ceil(sum(map(len, sequences)) / max_tokens) or 1]
     frequent: list[dict[tuple[Hashable, ...], int]] = [{(): sum(map(len, sequences))}]
     information = []
     for order in range(1, max_order + 1):
-        shorter = frequent[-1]  # an n-gram is not more frequent than its beginning
+        shorter = frequent[-1]  # an n-gram is at most as frequent as its beginning
         counts = Counter(
             gram
             for tokens in sequences
@@ -109,12 +113,12 @@ def ngram_signal_weights(
 
 
 def signal(t: float, weights: Sequence[float]) -> float:
-    """Signal(t) = Σ w_i t (1 - t)^(i - 1), weights from order 2 on."""
+    """Signal(t) = Σ w_i t (1 - t)^(i - 1); `weights` start with order 2."""
     return math.fsum(weight * t * (1 - t) ** order for order, weight in enumerate(weights, 1))
 
 
 def optimal_t(weights: Sequence[float]) -> float:
-    """t*, the mask rate of the highest signal; for a single order i it is 1 / i."""
+    """t*, the mask rate with the highest signal; for a single order i it is 1 / i."""
 
     def slope(t: float) -> float:
         return math.fsum(
@@ -137,7 +141,7 @@ def critical_compute(unique_tokens: float) -> float:
 
 
 def effective_data(unique_tokens: float, repetitions: float, r_star: float) -> float:
-    """D' = U + U R* (1 - exp(-R_D / R*)): how many new tokens U tokens seen 1 + R_D times are worth."""
+    """Number of new tokens that equal U tokens seen 1 + R_D times: U + U R* (1 - exp(-R_D / R*))."""
     return unique_tokens * (1 - r_star * math.expm1(-repetitions / r_star))
 
 
@@ -149,11 +153,12 @@ def crossover(
     higher_is_better: bool = False,
     smoothing: int = 5,
 ) -> float | None:
-    """The x of the first point from which on the diffusion curve stays better; None if it is not at the end.
+    """The first x from which on the diffusion curve is better at every point; None if it is not at the last.
 
     Both curves are smoothed by the mean over `smoothing` neighbouring points (odd; fewer at the ends), so
-    that a single noisy measurement neither makes nor hides a crossing. Losses by default; accuracies with
-    `higher_is_better`. A diffusion loss is a bound: a crossing on it is late rather than early.
+    that a single noisy point neither creates nor hides a crossing. The values are losses, or accuracies with
+    `higher_is_better`. A diffusion loss is an upper bound, so a crossing found on it is late rather than
+    early.
     """
     sign = 1 if higher_is_better else -1
     pairs = list(zip(smoothed(dlm, smoothing), smoothed(ar, smoothing), strict=True))
@@ -163,7 +168,7 @@ def crossover(
 
 
 def smoothed(values: Sequence[float], width: int) -> list[float]:
-    """Mean over each point and its width // 2 neighbours on both sides, as far as there are any."""
+    """Mean over each point and up to width // 2 neighbours on both sides."""
     half_width = width // 2
     near = (values[max(0, i - half_width) : i + half_width + 1] for i in range(len(values)))
     return [math.fsum(part) / len(part) for part in near]

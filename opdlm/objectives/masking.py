@@ -1,15 +1,16 @@
-"""How many tokens are masked, which, and what a masked one then weighs.
+"""Random masks: the number of masked tokens, which tokens they are, and their weights in the loss.
 
-Every row (or block) draws t from a mixture of windows; a token is masked with probability
-p_i = min(1, m_i ((1 - ε) t + ε)), ε = `floor`, m_i its multiplier (`position_rates`). `bernoulli` decides for
-each token alone, `exact` masks ⌈p n⌉ of n. A masked token weighs 1 / P(masked | t), hence
+Each row (or block) draws a rate t from a mixture of windows. Token i is masked with probability
+p_i = min(1, m_i ((1 - ε) t + ε)), with ε = `floor` and m_i its multiplier (`position_rates`). `bernoulli`
+masks every token independently, `exact` masks ⌈p n⌉ of n tokens. A masked token has weight 1 / P(masked | t),
+so that
 
-    E[Σ_masked weight] = number of tokens that can be masked,   whatever the windows:
+    E[Σ_masked weight] = number of tokens that can be masked,   for every distribution of t.
 
-they move the training to other mask rates and do not rescale the loss (OBJECTIVES parts 0 and 2). Not here:
-which window is good (`analytics`), which tokens may be masked (the caller).
+Windows therefore change which masks are learned, but not the scale of the loss (docs/concepts.md, "Mask
+rates"). `mask_theory` computes good windows; the caller decides which tokens can be masked.
 
-Shape suffixes: T tokens of a row or block; leading indices (`...`) each draw their own t.
+Shape suffixes: T tokens of a row or block; every leading index (`...`) has a t of its own.
 """
 
 from __future__ import annotations
@@ -23,20 +24,24 @@ from torch import Tensor
 from opdlm.config.sections import MaskSection, Windows, scheduled
 
 COUNT_SLACK = 1e-4
-"""⌈p n⌉ where p n is an integer up to rounding."""
+"""Subtracted from p n before it is rounded up, so that rounding errors mask no additional token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaskRates:
-    """The distribution of masks at one step of the training: `MaskSection` with everything decided."""
+    """The distribution of masks at one training step: `MaskSection` without schedule, ramp and `auto`."""
 
     windows: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
     window_weights: tuple[float, ...] = ()
-    """Relative; empty: equal."""
+    """Relative weights of the windows; empty: equal."""
     floor: float = 0.0
+    """ε: the lowest mask rate."""
     exact: bool = False
+    """Mask exactly ⌈p n⌉ tokens."""
     position_rates: tuple[float, ...] = ()
+    """Multipliers of the mask rate along the tokens that can be masked, interpolated linearly."""
     always_mask: tuple[int, ...] = ()
+    """Indices of tokens that are always masked, counted among those that can be; negative from the end."""
 
 
 ANY_RATE = MaskRates()
@@ -44,17 +49,17 @@ ANY_RATE = MaskRates()
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """Masked tokens of every row, `[..., T]`."""
+    """The masked tokens of every row and their weights, `[..., T]`."""
 
     is_masked: Tensor
     weight: Tensor
-    """1 / P(masked | t) where masked, 0 elsewhere."""
+    """1 / P(masked | t) for masked tokens, 0 for the others."""
 
 
 def rates_at(section: MaskSection, step: int) -> MaskRates:
-    """The distribution at step `step` (0-based). `auto` must be resolved (`resolve_auto`)."""
+    """The distribution at `step` (0-based). `auto` windows must have been resolved by `resolve_auto`."""
     windows = scheduled(section.schedule, step, section.windows)
-    assert windows != "auto", "resolve_auto first: t* comes from the corpus"
+    assert windows != "auto", "call resolve_auto first: t* depends on the text"
     if step + 1 < section.ramp_steps:
         grown = (step + 1) / section.ramp_steps
         windows = tuple((low, low + (high - low) * grown) for low, high in windows)
@@ -69,18 +74,18 @@ def rates_at(section: MaskSection, step: int) -> MaskRates:
 
 
 def needs_optimal_t(section: MaskSection) -> bool:
-    """Whether `auto` appears anywhere: whoever trains must then call `resolve_auto`."""
+    """Whether a window is `auto`, so that `resolve_auto` must be called before training."""
     return "auto" in (section.windows, *(windows for _, windows in section.schedule))
 
 
 def auto_window(optimal_t: float, width: float) -> tuple[float, float]:
-    """The window of this width around t*, moved inside [0, 1]; to three decimals."""
+    """The window of this width around t*, shifted into [0, 1], rounded to three decimals."""
     low = min(max(optimal_t - width / 2, 0.0), 1 - width)
     return round(low, 3), round(low + width, 3)
 
 
 def resolve_auto(section: MaskSection, optimal_t: float) -> MaskSection:
-    """The section with the window around t* in place of `auto`."""
+    """The section with `auto` replaced by the window around t*."""
     window = auto_window(optimal_t, section.auto_width)
 
     def resolved(windows: Windows) -> Windows:
@@ -98,13 +103,12 @@ def draw_masks(
     at_least_one: bool = False,
     stratified: bool = False,
 ) -> Masks:
-    """Masks of rows `[..., T]`, drawn with a CPU generator; each leading index draws its own t.
+    """Draw masks of rows `[..., T]` with a CPU generator; every leading index draws its own t.
 
-    at_least_one: a row of `bernoulli` where nothing was masked gets one token (with equal rates the one with
-    the lowest uniform). This adds Π(1 - p_j) / n to every P(masked | t), which the weights know. `exact`
-    always masks one. stratified: the i-th of B rows along the last leading axis draws from the i-th of B
-    equally likely parts of the distribution of t. A token of rate 0 is never masked, and no sum of weights
-    counts it.
+    `at_least_one`: if `bernoulli` masks no token of a row, one token is masked (with equal rates the one with
+    the lowest uniform number). This adds Π(1 - p_j) / n to every P(masked | t), and the weights include it.
+    `exact` always masks a token. `stratified`: of B rows along the last leading axis, row i draws t from the
+    i-th of B equally likely parts of its distribution. A token of rate 0 counts as one that cannot be masked.
     """
     factor, is_always = position_factors(can_mask, rates)
     can_mask = can_mask & (factor > 0)
@@ -118,7 +122,7 @@ def draw_masks(
 
 
 def exact_masks(uniform: Tensor, can_mask: Tensor, rate: Tensor) -> Masks:
-    """The ⌈rate · n⌉ tokens with the lowest uniforms; each weighs n over their number."""
+    """Mask the ⌈rate · n⌉ tokens with the lowest uniform numbers; each has weight n / ⌈rate · n⌉."""
     count = can_mask.sum(-1, keepdim=True)
     num_masked = (rate * count - COUNT_SLACK).ceil().clamp_min(1)
     rank = uniform.masked_fill(~can_mask, 2.0).argsort(-1).argsort(-1)
@@ -127,10 +131,12 @@ def exact_masks(uniform: Tensor, can_mask: Tensor, rate: Tensor) -> Masks:
 
 
 def bernoulli_masks(uniform: Tensor, can_mask: Tensor, p: Tensor, *, at_least_one: bool) -> Masks:
-    """Every token alone with its own probability, and one of those that can be masked if that masks none."""
+    """Mask every token independently with probability `p`; with `at_least_one`, one token if none is
+    masked.
+    """
     is_masked, included = uniform < p, p
     if at_least_one:
-        # Given that nothing is masked, (u - p) / (1 - p) is uniform: each token has it lowest equally often.
+        # If no token is masked, (u - p) / (1 - p) is uniform: every token has the lowest equally often.
         spare = ((uniform.double() - p) / (1 - p.double())).masked_fill(~can_mask, torch.inf)
         is_lowest = torch.zeros_like(is_masked).scatter_(-1, spare.argmin(-1, keepdim=True), True)
         is_masked = is_masked | (can_mask & is_lowest & ~is_masked.any(-1, keepdim=True))
@@ -140,7 +146,7 @@ def bernoulli_masks(uniform: Tensor, can_mask: Tensor, p: Tensor, *, at_least_on
 
 
 def draw_t(shape: Sequence[int], rates: MaskRates, rng: torch.Generator, *, stratified: bool) -> Tensor:
-    """t for every leading index: uniform draws through the inverse distribution function of the mixture."""
+    """One t per leading index: uniform numbers through the inverse distribution function of the mixture."""
     if stratified:
         offset = torch.rand((*shape[:-1], 1), generator=rng)
         quantile = (torch.arange(shape[-1]) + offset) / shape[-1]
@@ -159,10 +165,10 @@ def draw_t(shape: Sequence[int], rates: MaskRates, rng: torch.Generator, *, stra
 
 
 def position_factors(can_mask: Tensor, rates: MaskRates) -> tuple[Tensor, Tensor]:
-    """The multiplier of every token, and which are always masked, `[..., T]`.
+    """The multiplier of every token and whether it is always masked, `[..., T]` each.
 
-    Both count the tokens of a row that can be masked: `position_rates` are the knots of a line from the first
-    to the last of them.
+    Both count only tokens that can be masked. `position_rates` are the knots of a piecewise linear function
+    from the first to the last of them.
     """
     count = can_mask.sum(-1, keepdim=True)
     rank = can_mask.cumsum(-1) - 1

@@ -1,11 +1,12 @@
-"""Which denoising states of a rollout are trained on, and the slots that present them to the student.
+"""The denoising states of a rollout that are trained, and the slots that represent them.
 
-A state of a block is the set of its positions that are still [MASK]. With distinct reveal steps v_1 < ... <
-v_T, state k masks {i : unmask_step_i >= v_k}. Selections (METHOD part 4): `one_per_block` draws one state per
-block, `all` takes every realised one, `complementary` masks M and then the rest, `random_mask` draws a mask
-(`mask_rates`) and needs no trajectory. Several states of a rollout share one clean half (part 5).
+A state of a block is given by its masked positions. Let v_1 < ... < v_T be the distinct unmask steps of a
+block: state k masks {i : unmask_step_i >= v_k}. Selections: `all` takes every state of the trajectory,
+`one_per_block` draws one per block (OPDLM, arXiv 2606.06712), `complementary` takes a random mask and its
+complement, `random_mask` a random mask (`masking.MaskRates`) without a trajectory. All states of a rollout
+share one clean half (docs/concepts.md, "Denoising states").
 
-Shape suffixes: B rollouts, C copies (states), N blocks, T positions of a block, L clean row, S noised slots.
+Shape suffixes: B rollouts, C copies (states), N blocks, T positions of a block, L clean row, S slots.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ from torch.nn.utils.rnn import pad_sequence
 from opdlm.config.sections import Selection
 from opdlm.decoding.rollout import NEVER, Rollout
 from opdlm.modeling.diffusion_lm import DiffusionSpec
-from opdlm.modeling.slots import Slots, clean_slots, join_slots, make_slots, pack_slots
+from opdlm.modeling.slots import Slots, clean_slots, join_slots, make_slots, pack_documents
 from opdlm.objectives.masking import ANY_RATE, MaskRates, draw_masks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateBatch:
-    """Training rows: what the teacher reads and what the student computes."""
+    """Training rows: the input of the teacher and that of the student."""
 
     text: Slots
-    """The clean text, token-causal: column = position, counted from the start of the document."""
+    """The teacher's input: the clean text, token-causal. The column is the position in the document."""
     slots: Slots
-    """The chosen states as noised slots; in `sdar` after the clean text that they look at."""
+    """The student's input: the states as noised slots, in `sdar` after the clean text that they see."""
     target_BS: Tensor
     """The position that a supervised slot predicts, -1 elsewhere."""
     masked_fraction_BS: Tensor
-    """Masked share of the block's response positions in this state, for metrics."""
+    """Masked fraction of the response positions of the slot's block in this state."""
 
     @property
     def is_supervised_BS(self) -> Tensor:
@@ -45,7 +46,7 @@ class StateBatch:
 
     @property
     def num_columns(self) -> int:
-        """Columns that the two passes compute."""
+        """Number of columns that the two forward passes compute."""
         return self.text.ids_BS.numel() + self.slots.ids_BS.numel()
 
     def to(self, device: torch.device) -> StateBatch:
@@ -57,26 +58,26 @@ class StateBatch:
         )
 
     def without_targets(self) -> StateBatch:
-        """The same rows, teaching nothing."""
+        """The same rows without supervised slots."""
         return replace(self, target_BS=torch.full_like(self.target_BS, -1))
 
 
 @dataclass(frozen=True, slots=True)
 class BlockTable:
-    """The blocks of a batch of rollouts that hold response positions, as `[B, N, T]`."""
+    """The blocks of a batch of rollouts that contain response positions, `[B, N, T]`."""
 
     ids_BNT: Tensor
     positions_BNT: Tensor
     step_BNT: Tensor
-    """Reveal step; -1 for prompt tokens."""
+    """Unmask step; -1 for prompt tokens."""
     is_response_BNT: Tensor
     """Response positions up to and including the stop token."""
     is_inside_BNT: Tensor
-    """Positions of the row at all: prompt, response, and the rest of the last block."""
+    """Positions of the row: prompt, response, and the rest of the last block; False for padding."""
 
 
-def as_rollout(prompt_ids: Sequence[int], response_ids: Sequence[int], spec: DiffusionSpec) -> Rollout:
-    """Given text in the form that rollouts have; the rest of its last block is masked."""
+def text_to_rollout(prompt_ids: Sequence[int], response_ids: Sequence[int], spec: DiffusionSpec) -> Rollout:
+    """A rollout of given text, revealed from left to right; the rest of its last block is [MASK]."""
     last = len(prompt_ids) + len(response_ids) - 1
     end = spec.block_grid.block_start(last, len(prompt_ids)) + spec.block_size
     rest = end - last - 1
@@ -90,6 +91,7 @@ def as_rollout(prompt_ids: Sequence[int], response_ids: Sequence[int], spec: Dif
 
 
 def block_table(rollouts: Sequence[Rollout], spec: DiffusionSpec) -> BlockTable:
+    """The blocks from the first to the last response position of each rollout, padded to the same number."""
     grid, size = spec.block_grid, spec.block_size
     starts = [grid.block_start(len(r.prompt_ids), len(r.prompt_ids)) for r in rollouts]
     ends = [len(r.prompt_ids) + r.num_response for r in rollouts]
@@ -116,7 +118,9 @@ def block_table(rollouts: Sequence[Rollout], spec: DiffusionSpec) -> BlockTable:
 def select_masks(
     table: BlockTable, selection: Selection, rng: torch.Generator, rates: MaskRates = ANY_RATE
 ) -> Tensor:
-    """Masked positions of every chosen state: bool `[B, C, N, T]`. A block may be absent (nothing masked)."""
+    """Masked positions of the selected states: bool `[B, C, N, T]`. A block without masks has no state in
+    that copy. `rng` is a CPU generator.
+    """
     can_mask_BNT = (table.step_BNT >= 0) & table.is_inside_BNT
     match selection:
         case "one_per_block":
@@ -131,7 +135,9 @@ def select_masks(
 
 
 def trajectory_masks(table: BlockTable, can_mask_BNT: Tensor, rng: torch.Generator, *, every: bool) -> Tensor:
-    """States that the sampler was in: thresholds are the distinct reveal steps of each block."""
+    """Masked positions of the states of the trajectory: all of them if `every`, else one drawn per block;
+    bool `[B, C, N, T]`.
+    """
     step_BNT = table.step_BNT.masked_fill(~can_mask_BNT, NEVER)
     sorted_BNT = step_BNT.sort(-1).values
     is_new_BNT = torch.ones_like(sorted_BNT, dtype=torch.bool)
@@ -155,7 +161,7 @@ def select_states(
     rng: torch.Generator,
     rates: MaskRates = ANY_RATE,
 ) -> StateBatch:
-    """Pick the denoising states to train on, one row per rollout. `rng` is a CPU generator."""
+    """Select the denoising states to train, one row per rollout. `rng` is a CPU generator."""
     table = block_table(rollouts, spec)
     return make_states(rollouts, table, select_masks(table, selection, rng, rates), spec)
 
@@ -163,7 +169,7 @@ def select_states(
 def make_states(
     rollouts: Sequence[Rollout], table: BlockTable, masked_BCNT: Tensor, spec: DiffusionSpec
 ) -> StateBatch:
-    """The states with these masked positions, one row per rollout."""
+    """Training rows for the states with these masked positions, one row per rollout."""
     noised, target_BS, fraction_BS = noised_slots(table, masked_BCNT, spec)
     lengths_B = torch.tensor([len(r.prompt_ids) + r.num_response for r in rollouts])
     ids = [torch.tensor(r.prompt_ids + r.text_ids) for r in rollouts]
@@ -180,9 +186,9 @@ def make_states(
 
 
 def clean_context(ids_BL: Tensor, noised: Slots, num_prompt_B: Tensor, spec: DiffusionSpec) -> Slots:
-    """The clean slots that the student computes: none in `preserve`, which reads the teacher's.
+    """The clean slots that the student computes: none in `preserve`, whose student reads the teacher's cache.
 
-    In `sdar` the text before the last block that carries loss: nobody looks at the rest.
+    In `sdar` they are the text before the last block that carries loss; no slot sees the rest.
     """
     lengths_B = noised.visible_until_BS.amax(1) + 1
     if spec.format == "preserve":
@@ -192,38 +198,39 @@ def clean_context(ids_BL: Tensor, noised: Slots, num_prompt_B: Tensor, spec: Dif
 
 
 def pack_states(batches: Sequence[StateBatch]) -> StateBatch:
-    """Rollouts selected one by one, side by side in one row without padding."""
+    """Concatenate batches of one rollout each into one row without padding."""
     starts = [0, *accumulate(batch.text.ids_BS.shape[1] for batch in batches)][:-1]
     num_groups = max(int(batch.slots.group_BS.max()) for batch in batches)
     return StateBatch(
-        text=pack_slots([batch.text for batch in batches], starts, num_groups),
-        slots=pack_slots([batch.slots for batch in batches], starts, num_groups),
+        text=pack_documents([batch.text for batch in batches], starts, num_groups),
+        slots=pack_documents([batch.slots for batch in batches], starts, num_groups),
         target_BS=torch.cat([batch.target_BS for batch in batches], 1),
         masked_fraction_BS=torch.cat([batch.masked_fraction_BS for batch in batches], 1),
     )
 
 
 def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices in bins of at most `capacity`, largest first into the first bin with room for it."""
+    """Bin packing by first-fit decreasing: indices of `sizes` in bins of total size `capacity` at most."""
     bins: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        fitting = (b for b, left in enumerate(room) if sizes[index] <= left)
+        fitting = (b for b, left in enumerate(free) if sizes[index] <= left)
         chosen = next(fitting, len(bins))
         if chosen == len(bins):
             bins.append([])
-            room.append(capacity)
+            free.append(capacity)
         bins[chosen].append(index)
-        room[chosen] -= sizes[index]
+        free[chosen] -= sizes[index]
     return bins
 
 
 def noised_slots(table: BlockTable, masked_BCNT: Tensor, spec: DiffusionSpec) -> tuple[Slots, Tensor, Tensor]:
-    """The student's slots for these states, what each predicts, and the masked fraction of its block.
+    """The student's slots of these states, the position that each predicts (-1: none), and the masked
+    fraction of its block; `[B, S]` each.
 
-    `sdar`: the whole block, slot i predicts token i. `preserve`: the first masked token is predicted by the
-    clean slot before it (the teacher: nothing to learn), so the slots run from it to the last but one
-    position and slot i predicts token i + 1.
+    `sdar`: the slots are the whole block, and slot i predicts token i. `preserve`: slot i predicts token i +
+    1, and the slots are those from the first [MASK] to the last position but one. The first masked token
+    itself is predicted by the clean slot before it, that is, by the teacher, and carries no loss.
     """
     num_copies, size = masked_BCNT.shape[1], spec.block_size
     offset_T = torch.arange(size)
@@ -266,7 +273,7 @@ def noised_slots(table: BlockTable, masked_BCNT: Tensor, spec: DiffusionSpec) ->
 
 
 def compact_columns(keep_BX: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of the kept entries of each row, left-aligned `[B, S]`, and which of them are real."""
+    """Columns of the kept entries of each row, left-aligned `[B, S]`, and which of them are not padding."""
     counts_B = keep_BX.sum(1)
     width = max(int(counts_B.max()), 1)
     order_BS = keep_BX.long().argsort(dim=1, descending=True, stable=True)[:, :width]

@@ -1,9 +1,9 @@
-"""What the frozen teacher says about a rollout: one causal pass, once per rollout, whatever states are
-trained on.
+"""The teacher's targets: one causal forward pass per rollout, whatever states are trained.
 
-The teacher's prediction of the token at position t is its state at t - 1. Only states are kept; the loss
-turns them into log-probs chunk by chunk, so `[R, V]` is never stored. In `preserve` the same pass fills the
-cache with the clean keys and values that the student reads. METHOD part 6.
+The teacher predicts the token at position t from its hidden state at t - 1. Only hidden states are kept; the
+loss computes their log-probabilities chunk by chunk, so no tensor of all positions x V is stored. In
+`preserve` the same pass fills the cache with the clean keys and values that the student reads
+(docs/concepts.md, "Targets and losses"; OPDLM, arXiv 2606.06712).
 
 Shape suffixes: B rows, L clean row, M supervised positions, H hidden.
 """
@@ -25,16 +25,15 @@ from opdlm.objectives.states import StateBatch
 
 @dataclass(frozen=True, slots=True)
 class TeacherPass:
-    """Teacher states `[B, L, H]` of the clean rows, and (`preserve`) the cache that holds their keys and
-    values.
-    """
+    """The result of the teacher's forward pass over clean rows."""
 
     hidden_BLH: Tensor
     cache: SlotCache | None
+    """Keys and values of the clean slots in `preserve`, else None."""
 
 
 def needs_teacher(section: LossSection, fmt: Format) -> bool:
-    """Whether training reads the teacher's pass: hard targets do not, but `preserve` reads its cache."""
+    """Whether training needs the teacher's pass: `sft` does not, unless it reads the cache of `preserve`."""
     return section.objective != "sft" or section.ar_weight > 0 or fmt == "preserve"
 
 
@@ -48,7 +47,9 @@ def score_rows(model: DiffusionLM, text: Slots) -> TeacherPass:
 def targets_at_supervised(
     model: DiffusionLM, states: StateBatch, scored: TeacherPass | None, section: LossSection
 ) -> Targets:
-    """Targets of the supervised slots, in the order of `is_supervised_BS.nonzero()`; `sft`: no teacher."""
+    """Targets of the supervised slots, in the order of `is_supervised_BS.nonzero()`. `scored` may be None for
+    `sft`, whose targets are the tokens themselves.
+    """
     row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
     target_M = states.slots.start_BS[row_M, column_M] + states.target_BS[row_M, column_M]
     if section.objective == "sft":

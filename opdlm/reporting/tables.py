@@ -285,6 +285,14 @@ def main_tables(report: Values) -> list[Table]:
     return [table for make in makers if (table := make(report)).rows]
 
 
+def print_report(report: Values, console: Console, extra: Sequence[Table] = ()) -> None:
+    """The main tables, those of `extra` and the note about likelihoods."""
+    for table in (*main_tables(report), *extra):
+        print_table(table, console)
+    if note := likelihood_note(report):
+        console.print(note, markup=False, soft_wrap=True)
+
+
 def measured_text(report: Values) -> str:
     """The main tables in Markdown, with their notes."""
     parts = [part for table in main_tables(report) for part in (table.markdown(), table.note)]

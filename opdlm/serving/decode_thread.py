@@ -1,12 +1,13 @@
-"""A thread that decodes for whoever asks: requests join while others run, and leave when they are done.
+"""One thread decodes all requests. A request joins while others run and leaves when it is complete.
 
-Requests with the same settings share forwards; others wait until those before them are through, so nobody
-waits for ever. Answers come back by callbacks, which run in this thread.
+Requests with equal settings share forward passes. A request with other settings waits until the requests
+before it are complete, so none waits for ever. Results come back through callbacks, which run in this thread.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,10 +22,12 @@ from opdlm.decoding.generate import Decoder, FindEnd
 from opdlm.decoding.rollout import Rollout
 from opdlm.modeling.diffusion_lm import DiffusionLM
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One response that somebody waits for."""
+    """One response to decode."""
 
     ids: tuple[int, ...]
     seed: int
@@ -32,16 +35,16 @@ class Job:
     config: DecodeConfig
     find_end: FindEnd | None = None
     on_step: Callable[[list[int]], None] | None = None
-    """Gets the row's tokens after every step, masks where nothing is known."""
+    """Receives the row's tokens after every step, mask tokens where nothing is known."""
     on_end: Callable[[Rollout | Exception], None]
-    """Gets the response, or why there is none."""
+    """Receives the response, or the error that ended decoding."""
     cancelled: Event = field(default_factory=Event)
-    """Set by whoever waits no more; `on_end` is not called then."""
+    """Set when the response is no longer wanted. `on_end` is not called then."""
 
 
 class DecodeThread(Thread):
-    """Decodes up to `num_rows` jobs at once, each of at most `max_length` tokens, prompt and response
-    together. Ends with the process.
+    """Decodes up to `num_rows` jobs at once. `max_length` bounds the tokens of prompt and response together.
+    A daemon: it ends with the process.
     """
 
     def __init__(self, model: DiffusionLM, num_rows: int, max_length: int) -> None:
@@ -59,11 +62,12 @@ class DecodeThread(Thread):
             self._advance()
 
     def _advance(self) -> None:
-        """One forward; who is through or has failed hears of it."""
+        """One forward pass. Completed jobs receive their responses; an error goes to every running job."""
         try:
             decoder = self._admit()
             finished = decoder.step() if decoder.is_busy else {}
-        except Exception as error:  # whatever it is, those who wait must hear of it
+        except Exception as error:  # any error: the clients of the running jobs wait for an answer
+            log.exception("decoding failed")
             failed = list(self.running.values()) or [self.waiting.popleft()]
             self._decoder, self.running = None, {}
             for job in failed:
@@ -73,20 +77,20 @@ class DecodeThread(Thread):
             self.running.pop(index).on_end(rollout)
 
     def _receive(self) -> None:
-        """Take what has arrived; with nothing to do, wait for it."""
+        """Take the jobs that have arrived. Block while there is nothing to do."""
         while not (self.arrivals.empty() and (self.waiting or self.running)):
             self.waiting.append(self.arrivals.get())
 
     def _admit(self) -> Decoder:
-        """Drop who left, let those in whose settings are those of the forwards under way."""
+        """Drop cancelled jobs and admit waiting jobs whose settings are those of the running ones."""
         if self._decoder is None or not (self.running or self.waiting[0].config == self._decoder.config):
             config = self.waiting[0].config
             self._decoder = Decoder(self.model, config, self.num_rows, self.max_length, self._on_step)
         decoder = self._decoder
-        gone = [index for index, job in self.running.items() if job.cancelled.is_set()]
-        if gone:
-            decoder.drop(gone)
-            self.running = {index: job for index, job in self.running.items() if index not in gone}
+        cancelled = [index for index, job in self.running.items() if job.cancelled.is_set()]
+        if cancelled:
+            decoder.drop(cancelled)
+            self.running = {index: job for index, job in self.running.items() if index not in cancelled}
         while self.waiting and self.waiting[0].config == decoder.config:
             job, index = self.waiting.popleft(), next(self._count)
             if job.cancelled.is_set():

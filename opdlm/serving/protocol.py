@@ -1,146 +1,209 @@
-"""OpenAI's protocol: what a request may hold, and the shapes of answers.
+"""Requests of OpenAI's protocol as pydantic models: every field with its bounds.
 
-A key that would change the answer and is not known here is refused, never ignored.
-https://platform.openai.com/docs/api-reference
+A key that would change the answer and is not known here is refused, never ignored; an unknown key with a
+neutral value (null, false, 0, empty) is accepted, as some clients send every key they know. The description
+of a field is the end of its error message. https://platform.openai.com/docs/api-reference
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import time
-import uuid
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from reprlib import Repr
+from typing import Annotated, Any, Literal
 
-from opdlm.decoding.decode_state import DecodeStats
-from opdlm.decoding.rollout import Rollout
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from opdlm.decoding.decode_config import LIMITS, DecodeConfig
 from opdlm.errors import OpdlmError
 
-Body = dict[str, Any]
-KNOWN = {
-    *("model", "messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k"),
-    *("seed", "stop", "n", "stream", "stream_options", "user", "logprobs", "top_logprobs"),
-}
+LARGEST = 2**62
+SMALLEST_TEMPERATURE = 1e-5
+"""Below it the arg-max is taken: the draw is the same, and logits over the temperature stay finite."""
+SMALLEST_TOP_P = 1e-9
+"""Below it only the most likely token is left, and float32 would round the bound to 0."""
+CHOSEN_ONLY = "only the log-probabilities of the chosen tokens are computed"
+USER_TEXT = ("messages", "prompt", "stop")
+"""Fields whose values error messages do not repeat."""
 
 
 class InvalidRequest(OpdlmError):
-    """A request that cannot be answered; the status goes to the client with the sentence."""
+    """A request that cannot be answered. `status` is the HTTP status of the answer."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
         self.status = status
 
 
-def check_body(body: Any, model: str) -> Body:
-    """A JSON object of known keys, for this model."""
-    if not isinstance(body, dict):
-        raise InvalidRequest("the body must be a JSON object.")
-    unknown = sorted(key for key, value in body.items() if key not in KNOWN and value)
-    if unknown:
-        raise InvalidRequest(
-            f"{unknown[0]} is not supported: leave it out. Known: {', '.join(sorted(KNOWN))}."
+def number(low: float, high: float) -> Any:
+    """A field for a number between bounds, both included."""
+    return Field(None, ge=low, le=high, description=f"a number from {low:g} to {high:g}")
+
+
+def whole_number(low: int, high: int) -> Any:
+    """A field for a whole number between bounds, both included."""
+    return Field(None, ge=low, le=high, description=f"a whole number from {low} to {high}")
+
+
+class StrictModel(BaseModel):
+    """JSON types are taken as they are (no `"1"` for 1), and unknown keys are refused."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_neutral_keys(cls, values: Any) -> Any:
+        """Leave out unknown keys that ask for nothing."""
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if key in cls.model_fields or value}
+
+
+class StreamOptions(StrictModel):
+    """What a stream sends beside its text."""
+
+    include_usage: bool | None = None
+
+
+class TextPart(BaseModel):
+    """One part of a message's content."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One message. Other keys (`name`, `reasoning_content`, ...) go to the chat template."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: str
+    content: str | list[TextPart]
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates expect it, its content in one piece."""
+        parts = self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        return {**(self.model_extra or {}), "role": self.role, "content": text}
+
+
+class GenerationRequest(StrictModel):
+    """The fields that chats and completions share. None: as the server was started."""
+
+    model: str | None = Field(None, description="the name of the model as text")
+    max_tokens: int | None = whole_number(1, LARGEST)
+    max_completion_tokens: int | None = whole_number(1, LARGEST)
+    temperature: float | None = number(0, LIMITS["temperature"])
+    top_p: float | None = Field(None, gt=0, le=1, description="a number above 0 and at most 1")
+    top_k: int | None = whole_number(0, LARGEST)
+    seed: int | None = whole_number(-LARGEST, LARGEST)
+    stop: str | list[Annotated[str, StringConstraints(min_length=1)]] | None = Field(
+        None, description="a text or a list of texts, none of them empty"
+    )
+    n: int | None = whole_number(1, 128)
+    stream: bool | None = Field(None, description="true or false")
+    stream_options: StreamOptions | None = Field(
+        None, description="an object whose only key, include_usage, is true or false"
+    )
+    user: str | None = Field(None, description="text")
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with token counts."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return ((self.stop,) if self.stop else ()) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def length_limit(self, default: int) -> tuple[str, int]:
+        """The response tokens asked for, and the key that says so."""
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", default if self.max_tokens is None else self.max_tokens
+
+    def decode_config(self, default: DecodeConfig, *, logprobs: bool) -> DecodeConfig:
+        """The server's settings with those of the request. top_k=0 and top_p=1 turn a filter off: settings of
+        one meaning must compare equal, as only requests with equal settings share forwards.
+        """
+        changes: dict[str, Any] = {"logprobs": logprobs}
+        if self.temperature is not None:
+            changes["temperature"] = self.temperature if self.temperature >= SMALLEST_TEMPERATURE else 0.0
+        if self.top_k is not None:
+            changes["top_k"] = self.top_k or None
+        if self.top_p is not None:
+            changes["top_p"] = max(self.top_p, SMALLEST_TOP_P) if self.top_p < 1 else None
+        return replace(default, **changes)
+
+
+class ChatRequest(GenerationRequest):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(
+        min_length=1,
+        description="a list of objects with `role` and `content`, both text; parts of content are text only",
+    )
+    logprobs: bool | None = Field(None, description="true or false")
+    top_logprobs: Literal[0] | None = Field(None, description=f"0: {CHOSEN_ONLY}")
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return bool(self.logprobs)
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages up to the response: an assistant's message at the end is left out."""
+        messages = [message.for_template() for message in self.messages]
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages or not messages[-1]["content"].strip():
+            raise InvalidRequest("messages end with an empty message: give it some text.")
+        return messages
+
+
+class CompletionRequest(GenerationRequest):
+    """The body of POST /v1/completions."""
+
+    prompt: str | list[int] | list[str | list[int]] = Field(
+        description="text, token ids, or a list of texts or of token ids"
+    )
+    logprobs: bool | Literal[0] | None = Field(None, description=f"0: {CHOSEN_ONLY}")
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """0 asks for those of the chosen tokens and for no alternatives."""
+        return self.logprobs is not None and self.logprobs is not False
+
+    def prompts(self) -> list[str | list[int]]:
+        """One prompt, or several."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [item for item in self.prompt if isinstance(item, int)]
+        if len(ids) == len(self.prompt):
+            return [ids]
+        return [item for item in self.prompt if not isinstance(item, int)]
+
+
+def explain(model: type[GenerationRequest], body: Any, location: Sequence[str | int]) -> str:
+    """Why pydantic refused what is at a location of the body, as a sentence: key, value, rule."""
+    if not isinstance(body, dict) or not location:
+        return "the body must be a JSON object."
+    key, *inner = location
+    field = model.model_fields.get(str(key))
+    if field is None:
+        return (
+            f"{str(key)[:80]} is not supported: leave it out. Known: {', '.join(sorted(model.model_fields))}."
         )
-    if body.get("model") not in (None, model):
-        raise InvalidRequest(f"model ({body['model']}) is not served here; {model} is.", status=404)
-    return body
+    if key not in body:
+        return f"{key} is missing: give {field.description}."
+    value = "" if key in USER_TEXT else f" ({shorten(body[key])})"
+    place = f" See {key}[{inner[0]}]." if inner and isinstance(inner[0], int) else ""
+    return f"{key}{value} must be {field.description}.{place}"
 
 
-def number(body: Body, key: str, default: float, low: float, high: float) -> float:
-    value = default if body.get(key) is None else body[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise InvalidRequest(f"{key} ({value!r}) must be a number from {low:g} to {high:g}.")
-    return float(value)
-
-
-def whole(body: Body, key: str, default: int, low: int, high: int) -> int:
-    value = default if body.get(key) is None else body[key]
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequest(f"{key} ({value!r}) must be a whole number from {low} to {high}.")
-    return value
-
-
-def switch(body: Body, key: str) -> bool:
-    value = body.get(key) or False
-    if not isinstance(value, bool):
-        raise InvalidRequest(f"{key} ({value!r}) must be true or false.")
-    return value
-
-
-def asks_for_usage(body: Body) -> bool:
-    options = body.get("stream_options") or {}
-    if not isinstance(options, dict):
-        raise InvalidRequest(f"stream_options ({options!r}) must be an object.")
-    return switch(options, "include_usage")
-
-
-def asks_for_logprobs(body: Body, *, is_chat: bool) -> bool:
-    """Those of the chosen tokens: `true` in a chat, 0 alternatives in a completion. There are no others."""
-    value = body.get("logprobs")
-    if body.get("top_logprobs") or not (value is None or isinstance(value, bool) or value == 0):
-        raise InvalidRequest(
-            f"logprobs ({value!r}) and top_logprobs ({body.get('top_logprobs')!r}): only those of the chosen "
-            "tokens are computed. Ask a chat for logprobs true, a completion for logprobs 0."
-        )
-    return bool(value) if is_chat else value is not None and value is not False
-
-
-def strings(body: Body, key: str) -> tuple[str, ...]:
-    value = body.get(key) or []
-    found = [value] if isinstance(value, str) else value
-    if not isinstance(found, list) or not all(isinstance(text, str) and text for text in found):
-        raise InvalidRequest(f"{key} must be a text or a list of texts, none of them empty.")
-    return tuple(found)
-
-
-def is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(x, int) and not isinstance(x, bool) for x in value)
-
-
-def with_plain_text(message: Any) -> Any:
-    """A message whose content comes in parts of text, in one."""
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, list):
-        return message
-    if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        raise InvalidRequest("messages may hold text only: other parts of a content are not supported.")
-    return message | {"content": "".join(str(part.get("text", "")) for part in content)}
-
-
-def head(kind: str, model: str) -> Body:
-    return {"id": f"opdlm-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
-
-
-def usage_of(rollouts: Sequence[Rollout]) -> Body:
-    stats, num_prompt = DecodeStats.of(rollouts), sum(len(rollout.prompt_ids) for rollout in rollouts)
-    return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": stats.num_tokens,
-        "total_tokens": num_prompt + stats.num_tokens,
-        "num_forwards": stats.num_forwards,
-    }
-
-
-def logprobs_of(rollout: Rollout, pieces: Sequence[str], *, is_chat: bool) -> Body:
-    """Log-probabilities of the chosen tokens, at temperature 1 and unfiltered; `pieces`: text of each."""
-    pairs = list(zip(pieces, rollout.logprobs, strict=False))
-    if is_chat:
-        content = [
-            {"token": text, "logprob": value, "bytes": list(text.encode()), "top_logprobs": []}
-            for text, value in pairs
-        ]
-        return {"content": content}
-    return {
-        "tokens": [text for text, _ in pairs],
-        "token_logprobs": [value for _, value in pairs],
-        "top_logprobs": None,
-        "text_offset": [0, *itertools.accumulate(len(text) for text, _ in pairs[:-1])][: len(pairs)],
-    }
-
-
-def error_body(message: str, kind: str = "invalid_request_error") -> Body:
-    return {"error": {"message": message, "type": kind}}
-
-
-def sse(event: Body) -> str:
-    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+def shorten(value: Any) -> str:
+    """The value as text, cut to a readable length."""
+    printer = Repr()
+    printer.maxstring = printer.maxother = 80
+    return printer.repr(value)

@@ -1,155 +1,162 @@
-"""`opdlm serve`: OpenAI's protocol over HTTP around our own decode loop, lossless drafting included.
+"""`opdlm serve`: requests of OpenAI's protocol, answered by our own decoder, lossless mode included.
 
-POST /v1/chat/completions and /v1/completions (streamed or not), GET /v1/models and /health. What a request
-does not say is as the command line has it. starlette and uvicorn are an extra.
+A request is checked, split into choices and decoded by one thread; its answer is written whole or as a
+stream. Settings that a request leaves out are those of the server. The HTTP routes are in `app`.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import hmac
-import json
 import os
 import random
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from opdlm.checkpoints.load import max_total_tokens
-from opdlm.cli.verbs import check_decoding, decode_config, load_decoder
-from opdlm.data.prompts import encode_prompt, messages_of
+from opdlm.checkpoints.convert import load_decoder
+from opdlm.checkpoints.load import check_decode, max_total_tokens
+from opdlm.data.prompts import encode_prompt
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import grid_of
 from opdlm.decoding.rollout import Rollout
 from opdlm.decoding.streaming import StablePrefix, StopStrings
-from opdlm.errors import ConfigError, OpdlmError, require_package
+from opdlm.errors import ConfigError, require_package
 from opdlm.modeling.compiled import compiled_decoding
 from opdlm.seeds import seed_of
-from opdlm.serving.decode_thread import DecodeThread, Job
-from opdlm.serving.protocol import (
-    Body,
-    InvalidRequest,
-    asks_for_logprobs,
-    asks_for_usage,
-    check_body,
-    error_body,
-    head,
-    is_ids,
-    logprobs_of,
-    number,
+from opdlm.serving.answers import (
+    AnswerFormat,
+    ChatCompletion,
+    ErrorAnswer,
+    FinishedChoice,
+    TextCompletion,
+    Usage,
     sse,
-    strings,
-    switch,
-    usage_of,
-    whole,
-    with_plain_text,
 )
+from opdlm.serving.app import make_app
+from opdlm.serving.decode_thread import DecodeThread, Job
+from opdlm.serving.protocol import ChatRequest, CompletionRequest, InvalidRequest
 
+DEFAULT_DECODE = DecodeConfig()
 DEFAULT_LENGTH = 4096
-MOST_CHOICES = 128
-LARGEST = 2**62
+MAX_CHOICES = 4096
+"""Of one request, over all of its prompts."""
 API_KEY_VARIABLE = "OPDLM_API_KEY"
 
 
 @dataclass(frozen=True, slots=True)
-class ParsedRequest:
-    """A request as it was understood: its choices, prompt by prompt."""
-
-    jobs: tuple[PendingChoice, ...]
-    is_streamed: bool
-    with_usage: bool
-
-
-@dataclass(frozen=True, slots=True)
 class PendingChoice:
-    """A choice while it is written: text as it settles, then the response or what went wrong."""
+    """A choice while it is decoded. Events: the text that is final so far, then the rollout or an error."""
 
     job: Job
     stable_prefix: StablePrefix
     events: asyncio.Queue[str | Rollout | Exception]
 
+    async def rollout(self) -> Rollout:
+        """The response of a job that is not streamed. Raises what decoding raises."""
+        event = await self.events.get()
+        if isinstance(event, Exception):
+            raise event
+        assert isinstance(event, Rollout)
+        return event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParsedRequest:
+    """A checked request: its choices, prompt by prompt."""
+
+    choices: tuple[PendingChoice, ...]
+    is_chat: bool
+    is_streamed: bool
+    wants_usage: bool
+
+    def cancel(self) -> None:
+        """Stop decoding; choices that are complete are not affected."""
+        for choice in self.choices:
+            choice.job.cancelled.set()
+
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """What answers requests."""
+    """Answers requests with one model."""
 
     thread: DecodeThread
     tokenizer: PreTrainedTokenizerBase
     name: str
     config: DecodeConfig
-    """What a request does not say."""
+    """Settings of requests that name none."""
     api_key: str = ""
-    """What requests must bring; empty: nothing."""
+    """The key that requests must carry. Empty: none."""
 
     def check_key(self, authorization: str) -> None:
-        wanted = f"Bearer {self.api_key}".encode()
-        if self.api_key and not hmac.compare_digest(authorization.encode(), wanted):
+        """Raises InvalidRequest (401) unless the header (bytes read as latin-1) carries the key."""
+        given, expected = authorization.encode("latin-1"), f"Bearer {self.api_key}".encode()
+        if self.api_key and not hmac.compare_digest(given, expected):
             raise InvalidRequest(
                 "this server wants `Authorization: Bearer KEY` with its --api-key.", status=401
             )
 
-    def read(self, body: Any, *, is_chat: bool) -> ParsedRequest:
-        """Check a request and prepare its jobs; InvalidRequest says which key, which value, which rule."""
-        body = check_body(body, self.name)
-        config = replace(
-            self.config,
-            temperature=number(body, "temperature", self.config.temperature, 0, 100),
-            top_p=number(body, "top_p", self.config.top_p or 1.0, 1e-9, 1),
-            top_k=whole(body, "top_k", self.config.top_k or 0, 0, LARGEST) or None,
-            logprobs=asks_for_logprobs(body, is_chat=is_chat),
-        )
-        stops = StopStrings(self.tokenizer, strings(body, "stop"))
-        prompts = [self.chat_ids(body)] if is_chat else self.prompt_ids(body)
-        num_tokens = self.limit(body, prompts)
-        num_choices = whole(body, "n", 1, 1, MOST_CHOICES)
-        seed = whole(body, "seed", random.getrandbits(62), -LARGEST, LARGEST)
-        is_streamed = switch(body, "stream")
-        places = [ids for ids in prompts for _ in range(num_choices)]
-        jobs = [
-            self.pending(ids, seed_of(seed, place), num_tokens, config, stops, is_streamed)
-            for place, ids in enumerate(places)
+    def parse(self, request: ChatRequest | CompletionRequest) -> ParsedRequest:
+        """Prepare the jobs of a request. Raises InvalidRequest with key, value and rule."""
+        if request.model not in (None, self.name):
+            raise InvalidRequest(f"model ({request.model}) is not served here; {self.name} is.", status=404)
+        is_chat, is_streamed = isinstance(request, ChatRequest), bool(request.stream)
+        config = request.decode_config(self.config, logprobs=request.wants_logprobs)
+        stops = StopStrings(self.tokenizer, request.stop_strings)
+        prompts = [self.chat_ids(request)] if isinstance(request, ChatRequest) else self.prompt_ids(request)
+        num_tokens, n = self.check_lengths(request, prompts), request.n or 1
+        if len(prompts) * n > MAX_CHOICES:
+            raise InvalidRequest(
+                f"{len(prompts)} prompts with n ({n}) are {len(prompts) * n} choices: ask for at most "
+                f"{MAX_CHOICES} in a request."
+            )
+        seed = random.getrandbits(62) if request.seed is None else request.seed
+        choices = [
+            self.pending_choice(ids, seed_of(seed, place), num_tokens, config, stops, is_streamed)
+            for place, ids in enumerate(ids for ids in prompts for _ in range(n))
         ]
-        return ParsedRequest(tuple(jobs), is_streamed, asks_for_usage(body))
+        return ParsedRequest(
+            choices=tuple(choices),
+            is_chat=is_chat,
+            is_streamed=is_streamed,
+            wants_usage=request.wants_usage,
+        )
 
-    def chat_ids(self, body: Body) -> list[int]:
-        messages = body.get("messages")
-        if isinstance(messages, list):
-            messages = [with_plain_text(message) for message in messages]
+    def chat_ids(self, request: ChatRequest) -> list[int]:
+        """Token ids of a conversation."""
+        conversation = request.conversation()
         try:
-            return encode_prompt(self.tokenizer, messages_of("the request", {"messages": messages}, ""))
-        except TemplateError as error:
+            return encode_prompt(self.tokenizer, conversation)
+        except Exception as error:  # the template is a program of the checkpoint: it may raise anything
             raise InvalidRequest(f"messages do not fit the model's chat template: {error}.") from error
 
-    def prompt_ids(self, body: Body) -> list[list[int]]:
-        """One text, several, one list of token ids, or several."""
-        prompt = body.get("prompt")
-        prompts = prompt if isinstance(prompt, list) and prompt and not is_ids(prompt) else [prompt]
-        found = []
-        for one in prompts:
-            if not (isinstance(one, str) or is_ids(one)):
-                raise InvalidRequest("prompt must be text, a list of texts, or token ids.")
-            ids = list(self.tokenizer(one)["input_ids"]) if isinstance(one, str) else one
-            if not ids:
-                raise InvalidRequest("prompt is empty: give some text.")
-            found.append(ids)
-        return found
+    def prompt_ids(self, request: CompletionRequest) -> list[list[int]]:
+        """Token ids of each prompt."""
+        prompts = [
+            list(self.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else prompt
+            for prompt in request.prompts()
+        ]
+        if not all(prompts):
+            raise InvalidRequest("prompt is empty: give some text.")
+        return prompts
 
-    def limit(self, body: Body, prompts: Sequence[Sequence[int]]) -> int:
-        """New tokens; prompts that leave no room for them, or hold the mask token, are refused."""
-        key = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-        num_tokens = whole(body, key, self.config.max_new_tokens, 1, LARGEST)
-        spec, longest = self.thread.model.spec, max(len(ids) for ids in prompts)
-        num_rows = len(self.tokenizer)
-        if any(not 0 <= token < num_rows or token == spec.mask_token_id for ids in prompts for token in ids):
+    def check_lengths(
+        self, request: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[int]]
+    ) -> int:
+        """The response tokens at most. Raises InvalidRequest for prompts that do not fit beside them, and for
+        token ids that no prompt may have.
+        """
+        key, num_tokens = request.length_limit(self.config.max_new_tokens)
+        mask_token_id, num_ids = self.thread.model.spec.mask_token_id, len(self.tokenizer)
+        if any(not 0 <= token < num_ids or token == mask_token_id for ids in prompts for token in ids):
             raise InvalidRequest(
-                f"prompt has token ids beyond {num_rows - 1}, or the mask token: remove them."
+                f"prompt has token ids beyond {num_ids - 1}, or the mask token: remove them."
             )
+        longest = max(len(ids) for ids in prompts)
         if longest + num_tokens > self.thread.max_length:
             raise InvalidRequest(
                 f"the prompt ({longest} tokens) and {key} ({num_tokens}) exceed the {self.thread.max_length} "
@@ -157,7 +164,7 @@ class Server:
             )
         return num_tokens
 
-    def pending(
+    def pending_choice(
         self,
         ids: Sequence[int],
         seed: int,
@@ -166,8 +173,8 @@ class Server:
         stops: StopStrings,
         is_streamed: bool,
     ) -> PendingChoice:
-        spec, shown = self.thread.model.spec, range(len(ids), len(ids) + num_tokens)
-        stable_prefix = StablePrefix(stops, spec, grid_of(config.mode, spec), shown)
+        spec, response = self.thread.model.spec, range(len(ids), len(ids) + num_tokens)
+        stable_prefix = StablePrefix(stops, spec, grid_of(config.mode, spec), response)
         events: asyncio.Queue[str | Rollout | Exception] = asyncio.Queue()
         put = thread_safe(events.put_nowait)
         job = Job(
@@ -181,178 +188,127 @@ class Server:
         )
         return PendingChoice(job, stable_prefix, events)
 
-    def with_logprobs(self, choice: Body, pending: PendingChoice, rollout: Rollout, *, is_chat: bool) -> Body:
-        """The choice, and what it was asked to say about its tokens (the stop token left out)."""
-        if not pending.job.config.logprobs:
-            return choice
-        stops = self.thread.model.spec.stop_token_ids
-        pieces = [str(self.tokenizer.decode([token])) for token in rollout.text_ids if token not in stops]
-        return choice | {"logprobs": logprobs_of(rollout, pieces, is_chat=is_chat)}
+    def submit(self, parsed: ParsedRequest) -> None:
+        """Let the thread decode the choices of a request."""
+        for choice in parsed.choices:
+            self.thread.arrivals.put(choice.job)
 
-    async def whole_answer(self, asked: ParsedRequest, is_chat: bool) -> Body:
-        """Every choice when all are written."""
-        rollouts = [await ending(pending) for pending in asked.jobs]
-        choices = []
-        for index, (pending, rollout) in enumerate(zip(asked.jobs, rollouts, strict=True)):
-            text = pending.stable_prefix.whole(rollout)
-            answer = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
-            choice = {"index": index, **answer, "finish_reason": rollout.finish_reason}
-            choices.append(self.with_logprobs(choice, pending, rollout, is_chat=is_chat))
-        kind = "chat.completion" if is_chat else "text_completion"
-        return head(kind, self.name) | {"choices": choices, "usage": usage_of(rollouts)}
+    def finished(self, choice: PendingChoice, rollout: Rollout) -> FinishedChoice:
+        """The text of a complete response, and its tokens without the stop token if they are asked for."""
+        tokens = None
+        if choice.job.config.logprobs:
+            stops = self.thread.model.spec.stop_token_ids
+            ids = [token for token in rollout.text_ids if token not in stops]
+            texts = [str(self.tokenizer.decode([token])) for token in ids]
+            tokens = list(zip(texts, rollout.logprobs, strict=False))
+        text = choice.stable_prefix.whole(rollout)
+        return FinishedChoice(text=text, finish_reason=rollout.finish_reason, tokens=tokens)
 
-    async def streamed_answer(self, asked: ParsedRequest, is_chat: bool) -> AsyncIterator[str]:
-        """Server-sent events; the choices of a request are sent one after the other."""
-        kind = "chat.completion.chunk" if is_chat else "text_completion"
-        start = head(kind, self.name)
-        rollouts = []
+    async def answer(self, parsed: ParsedRequest) -> ChatCompletion | TextCompletion:
+        """Decode all choices of a request and answer when they are complete. Raises what decoding raises."""
+        self.submit(parsed)
+        rollouts = [await choice.rollout() for choice in parsed.choices]
+        finished = [self.finished(*pair) for pair in zip(parsed.choices, rollouts, strict=True)]
+        return AnswerFormat.new(self.name, is_chat=parsed.is_chat).whole(finished, Usage.of(rollouts))
+
+    async def stream(self, parsed: ParsedRequest) -> AsyncIterator[str]:
+        """Decode a request and answer with server-sent events, the choices one after the other."""
+        answer, rollouts = AnswerFormat.new(self.name, is_chat=parsed.is_chat), list[Rollout]()
         try:
-            for index, pending in enumerate(asked.jobs):
-                sent, rollout = "", None
-                while rollout is None:
-                    event = await pending.events.get()
+            self.submit(parsed)
+            for index, choice in enumerate(parsed.choices):
+                num_sent, finished = 0, None
+                while finished is None:
+                    event = await choice.events.get()
                     if isinstance(event, Exception):
-                        yield sse({"error": {"message": str(event), "type": "server_error"}})
+                        yield sse(ErrorAnswer.of(f"decoding failed: {event}", status=500))
                         return
-                    rollout = event if isinstance(event, Rollout) else None
-                    text = pending.stable_prefix.whole(event) if isinstance(event, Rollout) else event
-                    reason = None if rollout is None else rollout.finish_reason
-                    if len(text) > len(sent) or reason:
-                        new = text[len(sent) :]
-                        part: Body = {"delta": {"content": new}} if is_chat else {"text": new}
-                        if is_chat and not sent:
-                            part["delta"]["role"] = "assistant"
-                        choice = {"index": index, **part, "finish_reason": reason}
-                        if rollout is not None:  # all at the end: pieces of text are not tokens
-                            choice = self.with_logprobs(choice, pending, rollout, is_chat=is_chat)
-                        yield sse(start | {"choices": [choice]})
-                        sent = text
-                rollouts.append(rollout)
-            if asked.with_usage:
-                yield sse(start | {"choices": [], "usage": usage_of(rollouts)})
+                    if isinstance(event, str):
+                        text = event
+                    else:
+                        rollouts.append(event)
+                        finished = self.finished(choice, event)
+                        text = finished.text
+                    if len(text) > num_sent or finished is not None:
+                        new, is_first = text[num_sent:], num_sent == 0
+                        yield sse(answer.piece(index, new, is_first=is_first, finished=finished))
+                        num_sent = len(text)
+            if parsed.wants_usage:
+                yield sse(answer.usage(Usage.of(rollouts)))
             yield "data: [DONE]\n\n"
         finally:
-            cancel(asked)
-
-    async def answer(self, request: Any, *, is_chat: bool) -> Any:
-        """One POST, whichever it is."""
-        from starlette.responses import JSONResponse, StreamingResponse
-
-        try:
-            self.check_key(request.headers.get("authorization", ""))
-            asked = self.read(json.loads(await request.body()), is_chat=is_chat)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            return JSONResponse(error_body(f"the body is not JSON: {error}."), 400)
-        except OpdlmError as error:
-            status = error.status if isinstance(error, InvalidRequest) else 400
-            return JSONResponse(error_body(str(error)), status)
-        for pending in asked.jobs:
-            self.thread.arrivals.put(pending.job)
-        if asked.is_streamed:
-            return StreamingResponse(self.streamed_answer(asked, is_chat), media_type="text/event-stream")
-        answer = asyncio.create_task(self.whole_answer(asked, is_chat))
-        gone = asyncio.create_task(until_gone(request))
-        try:
-            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-            return JSONResponse(await answer) if answer.done() else JSONResponse({}, 499)
-        except Exception as error:
-            return JSONResponse(error_body(f"decoding failed: {error}", "server_error"), 500)
-        finally:
-            cancel(asked)
-            answer.cancel()
-            gone.cancel()
-
-    def app(self) -> Any:
-        """The ASGI application."""
-        from starlette.applications import Starlette
-        from starlette.responses import JSONResponse
-        from starlette.routing import Route
-
-        async def chat(request: Any) -> Any:
-            return await self.answer(request, is_chat=True)
-
-        async def complete(request: Any) -> Any:
-            return await self.answer(request, is_chat=False)
-
-        async def models(_: Any) -> Any:
-            entry = {"id": self.name, "object": "model", "owned_by": "opdlm"}
-            return JSONResponse({"object": "list", "data": [entry]})
-
-        async def health(_: Any) -> Any:
-            return JSONResponse({"status": "ok"} if self.thread.is_alive() else {"status": "stopped"})
-
-        return Starlette(
-            routes=[
-                Route("/v1/chat/completions", chat, methods=["POST"]),
-                Route("/v1/completions", complete, methods=["POST"]),
-                Route("/v1/models", models),
-                Route("/health", health),
-            ]
-        )
+            parsed.cancel()
 
 
 def thread_safe(call: Callable[[Any], object]) -> Callable[[Any], None]:
-    """The same from another thread, as long as the server runs."""
+    """The same call for another thread; it has no effect once the event loop is closed."""
     loop = asyncio.get_running_loop()
 
-    def later(value: Any) -> None:
-        with suppress(RuntimeError):  # the loop has been closed
+    def call_later(value: Any) -> None:
+        with suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(call, value)
 
-    return later
+    return call_later
 
 
-async def ending(pending: PendingChoice) -> Rollout:
-    event = await pending.events.get()
-    if isinstance(event, Exception):
-        raise event
-    assert isinstance(event, Rollout)
-    return event
-
-
-async def until_gone(request: Any) -> None:
-    """Return when the client has left."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def cancel(asked: ParsedRequest) -> None:
-    for pending in asked.jobs:
-        pending.job.cancelled.set()
-
-
-def serve_folder(options: argparse.Namespace) -> int:
-    """`opdlm serve`: until Ctrl-C."""
-    check_decoding(options)
-    if options.max_rows < 1:
-        raise ConfigError(f"--max-rows ({options.max_rows}) must be at least 1.")
-    for package in ("starlette", "uvicorn"):
-        require_package(package, "serve", "opdlm serve")
-    model, tokenizer = load_decoder(options.folder, options.mode, options.dtype)
-    room = max_total_tokens(model)
-    max_length = options.max_length or int(min(room, DEFAULT_LENGTH))
-    if not options.max_new_tokens < max_length <= room:
-        raise ConfigError(
-            f"--max-length ({max_length}) must be more than --max-new-tokens ({options.max_new_tokens}) "
-            f"and at most {room}, the model's context less two blocks of drafts."
-        )
-    config = decode_config(options, model.spec)
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that accepts connections. Small packets leave at once: otherwise an answer that follows its
+    headers, or an event of a stream, waits up to 40 ms for the client's acknowledgement.
+    """
+    if not 0 <= port < 2**16:
+        raise ConfigError(f"port ({port}) must lie between 0 (any free one) and {2**16 - 1}.")
     try:
-        listener = socket.create_server((options.host, options.port))
+        listener = socket.create_server((host, port))
     except OSError as error:
         raise ConfigError(
-            f"--host {options.host} --port {options.port} cannot be listened on: {error.strerror}. Choose "
-            "another --port (0: any free one)."
+            f"`host={host}` `port={port}` cannot be listened on: {error.strerror}. Choose another `port` "
+            "(0: any free one)."
         ) from error
-    thread = DecodeThread(model, options.max_rows, max_length)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def serve_folder(
+    folder: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    api_key: str | None = None,
+    max_rows: int = 16,
+    max_length: int | None = None,
+    decode: DecodeConfig = DEFAULT_DECODE,
+    dtype: str = "float32",
+    compile: bool = False,
+) -> None:
+    """Serve a converted folder (mode ar: any checkpoint) until Ctrl-C.
+
+    `name`: of the model in requests, by default `folder`. `port` 0: any free one. `max_rows`: responses
+    decoded at once. `max_length`: tokens of prompt and response together, by default the model's context, at
+    most 4096. `decode`: settings of requests that name none. `api_key`: by default $OPDLM_API_KEY. Raises
+    ConfigError for settings that do not fit the model or the machine.
+    """
+    if max_rows < 1:
+        raise ConfigError(f"max_rows ({max_rows}) must be at least 1.")
+    for package in ("fastapi", "uvicorn"):
+        require_package(package, "serve", "opdlm serve")
+    model, tokenizer = load_decoder(folder, dtype)
+    check_decode(decode, model.spec)
+    longest = max_total_tokens(model)
+    max_length = max_length or int(min(longest, DEFAULT_LENGTH))
+    if not decode.max_new_tokens < max_length <= longest:
+        raise ConfigError(
+            f"max_length ({max_length}) must be more than max_new_tokens ({decode.max_new_tokens}) "
+            f"and at most {longest}, the model's context less two blocks of drafts."
+        )
+    listener = listen(host, port)
+    thread = DecodeThread(model, max_rows, max_length)
     thread.start()
-    name = options.name or options.folder
+    key = api_key or os.environ.get(API_KEY_VARIABLE, "")
+    app = make_app(Server(thread, tokenizer, name or folder, decode, key))
     host, port = listener.getsockname()[:2]
-    print(f"serving {name} ({options.mode}) at http://{host}:{port}/v1, until Ctrl-C", flush=True)
+    print(f"serving {name or folder} ({decode.mode}) at http://{host}:{port}/v1, until Ctrl-C", flush=True)
     import uvicorn
 
-    api_key = options.api_key or os.environ.get(API_KEY_VARIABLE, "")
-    app = Server(thread, tokenizer, name, config, api_key).app()
-    with compiled_decoding(model, options.compile), suppress(KeyboardInterrupt):  # uvicorn raises it again
+    with compiled_decoding(model, compile), suppress(KeyboardInterrupt):  # uvicorn raises it again
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
-    return 0

@@ -67,10 +67,10 @@ class Claim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """The tables of a study and its claims with their verdicts."""
+    """What a study concludes: tables, and every claim with its verdict."""
 
     tables: list[Table]
-    predictions: list[Claim]
+    claims: list[Claim]
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:

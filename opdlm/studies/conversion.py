@@ -1,7 +1,7 @@
-"""Study `conversion`: do mask windows or an autoregressive term make conversion better, token for token?
+"""Study `conversion`: whether mask windows or an autoregressive term improve conversion at the same budget.
 
-Every variant is a conversion of the same checkpoint with the same number of steps and prompts, changed by a
-few settings; it is compared with its baseline on the same seeds.
+Every variant converts the same checkpoint with the same number of steps and prompts and a few other settings.
+It is compared with its baseline on the same seeds.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ Measure = Callable[[Values], float]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversionGrid:
     variants: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Name -> settings that it changes, as section.key=value. The first one is the baseline of the others."""
+    """Name -> changed settings as section.key=value. The first variant is the baseline of the others."""
     against: dict[str, str] = field(default_factory=dict)
-    """Variants with another baseline: name -> name."""
+    """Variant -> its baseline, where that is not the first variant."""
 
     def baseline(self, name: str) -> str:
         return self.against.get(name, next(iter(self.variants)))
@@ -77,7 +77,7 @@ def conversion_config(values: Values, output_dir: Path) -> Config:
 
 
 def run_cell(settings: Values, folder: Path) -> Values:
-    """Convert, and keep what the report says of every mode."""
+    """Convert. Returns accuracy and tokens per forward of every mode from the report of the folder."""
     config = conversion_config(settings["config"], folder / "run")
     model_folder = convert_checkpoint(config, Console(quiet=True))
     report = json.loads((model_folder / "retention.json").read_text())
@@ -92,7 +92,7 @@ def measure_of(mode: str, key: str) -> Measure:
 
 
 def measures(record: Values) -> dict[str, Measure]:
-    """What is compared: accuracy where it can differ, and the speed of what drafts."""
+    """Accuracy of every mode but lossless, and tokens per forward of every mode but static."""
     found = {}
     for mode in record["result"]["modes"]:
         if mode != "lossless":
@@ -111,7 +111,7 @@ def conclude(records: Sequence[Values], grid: ConversionGrid, _: Path) -> Findin
     pairs = [(name, grid.baseline(name)) for name in present if name != grid.baseline(name)]
     return Findings(
         tables=[variant_table(records, grid, present)],
-        predictions=[
+        claims=[
             is_better(records, name, other, what, measure)
             for name, other in pairs
             if other in present
@@ -152,7 +152,7 @@ def is_better(records: Sequence[Values], name: str, other: str, what: str, measu
 
 
 def draw(records: Sequence[Values], grid: ConversionGrid, _: Path, path: Path) -> None:
-    """Accuracy against tokens per forward in threshold decoding, a colour per variant."""
+    """Accuracy against tokens per forward of threshold decoding, a colour per variant."""
     figure, axes = new_figure(1, 6.5, 4.5)
     axis: Any = axes[0][0]
     for number, name in enumerate(grid.variants):

@@ -1,8 +1,8 @@
-"""Text that every installation has: Python's own standard library as a corpus, without a download.
+"""Python's standard library as a corpus: text that every installation has, without a download.
 
-Files sorted by path; a hash of the path decides which are held out, so a file keeps its side whatever else is
-installed. They come in passages: a few thousand bytes, drawn by a seed, are then a sample of the library and
-not one file of it. The text depends on the Python version: results must name it.
+Files are sorted by path, and a hash of its path decides whether a file is held out, whatever else is
+installed. Files are cut into passages, so that a few thousand bytes drawn by a seed come from many files. The
+text depends on the Python version, which results have to name.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from opdlm.files import write_atomic
 HELD_OUT_SHARE = 0.1
 LEFT_OUT = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3")
 MAX_BYTES = 30_000
-"""Longer files are left out: otherwise a few hundred pages of tables would make a tenth of the text."""
+"""Longer files are left out; a few large tables would otherwise make a tenth of the text."""
 PASSAGE_CHARACTERS = 1000
-"""A passage ends with the line that reaches this length, or with the file."""
+"""A passage ends after the first line that makes it this long, or with the file."""
 
 
 def stdlib_files() -> list[Path]:
@@ -37,7 +37,7 @@ def is_held_out(path: Path) -> bool:
 
 
 def passages(text: str) -> Iterator[str]:
-    """Whole lines; together they are the text."""
+    """Cut a text into passages of whole lines."""
     lines, length = list[str](), 0
     for line in text.splitlines(keepends=True):
         lines.append(line)
@@ -50,7 +50,7 @@ def passages(text: str) -> Iterator[str]:
 
 
 def stdlib_corpus(folder: Path) -> dict[str, Path]:
-    """Writes train.jsonl and held_out.jsonl to `folder`, a passage per line as `text`, with its `path`."""
+    """Write train.jsonl and held_out.jsonl to `folder`: one passage per line as `text`, with its `path`."""
     root = Path(sysconfig.get_paths()["stdlib"])
     splits = {name: folder / f"{name}.jsonl" for name in ("train", "held_out")}
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Study `crossover`: at which epoch masked diffusion overtakes AR on repeated data, by data and by size.
+"""Study `crossover`: the epoch at which masked diffusion overtakes AR on repeated data, by U and model size.
 
-Plain masked diffusion (same position) against AR (causal) on U unique tokens, the same number of steps for
-both; controls are AR with masked inputs, dropout or strong weight decay. The diffusion loss is a bound, so a
-crossing on it is late rather than early. arXiv 2511.03276, 2507.15857, OBJECTIVES part 3.
+Masked diffusion (same position) and AR train for the same number of steps on U unique tokens. Controls are
+AR with masked inputs, dropout or strong weight decay. The diffusion loss is a bound, so that a measured
+crossover is late rather than early. arXiv 2511.03276, 2507.15857.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ CONTROLS: dict[str, dict[str, Any]] = {
 }
 Control = Literal["input_masking", "dropout", "weight_decay"]
 TURN = 0.05
-"""Nats by which a curve has to rise from its minimum, or not, to count."""
+"""A curve turns up if it rises by more nats than this from its minimum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CrossoverGrid:
     unique_tokens: tuple[int, ...] = (3200, 6400, 12800)
-    """Tokens of text: U."""
+    """U: unique tokens of text."""
     sizes: tuple[tuple[int, int], ...] = ((2, 32), (2, 64))
-    """Layers and width of the models, the smallest first."""
+    """Layers and width of the models, smallest first."""
     head_dim: int = 16
     """Width of an attention head, for all sizes."""
     controls: tuple[Control, ...] = ("input_masking", "dropout", "weight_decay")
-    """AR runs of the largest size that are regularised, on `control_tokens`."""
+    """Regularised AR runs at the largest size on `control_tokens`."""
     control_tokens: int = 6400
     """Unique tokens of the controls, one of `unique_tokens`."""
 
@@ -106,7 +106,7 @@ def runs_of(records: Sequence[Values], objective: str, unique: int, size: Sequen
 
 
 def crossing(ar: Values, md: Values) -> float:
-    """Epoch from which the diffusion bound stays below the AR loss; infinite if that does not happen."""
+    """Epoch from which the diffusion bound stays below the AR loss; infinite if there is none."""
     ar_curve, md_curve = ar["result"]["curve"], md["result"]["curve"]
     epochs = [point["epoch"] for point in md_curve]
     losses = [point[AR] for point in ar_curve], [point[MD] for point in md_curve]
@@ -118,14 +118,14 @@ def crossings(
     records: Sequence[Values], unique: int, size: Sequence[int], ar: str = "ar"
 ) -> dict[int, float]:
     """Crossover epoch by seed."""
-    ours, theirs = runs_of(records, "md", unique, size), runs_of(records, ar, unique, size)
-    return {seed: crossing(theirs[seed], ours[seed]) for seed in sorted(set(ours) & set(theirs))}
+    md_runs, ar_runs = runs_of(records, "md", unique, size), runs_of(records, ar, unique, size)
+    return {seed: crossing(ar_runs[seed], md_runs[seed]) for seed in sorted(set(md_runs) & set(ar_runs))}
 
 
 def conclude(records: Sequence[Values], grid: CrossoverGrid, _: Path) -> Findings:
     return Findings(
         tables=[crossover_table(records, grid)],
-        predictions=[
+        claims=[
             less_data_earlier(records, grid),
             larger_earlier(records, grid),
             turns_up(records, grid),
@@ -139,13 +139,16 @@ def crossover_table(records: Sequence[Values], grid: CrossoverGrid) -> Table:
     kinds += [(control, grid.control_tokens, grid.sizes[-1]) for control in grid.controls]
     rows = []
     for ar, unique, size in kinds:
-        theirs, ours = runs_of(records, ar, unique, size), runs_of(records, "md", unique, size)
+        ar_runs, md_runs = runs_of(records, ar, unique, size), runs_of(records, "md", unique, size)
         measures = [
             *[
-                over_seeds([measure(AR)(run) for run in theirs.values()])
+                over_seeds([measure(AR)(run) for run in ar_runs.values()])
                 for measure in (final_loss, best_loss)
             ],
-            *[over_seeds([measure(MD)(run) for run in ours.values()]) for measure in (final_loss, best_loss)],
+            *[
+                over_seeds([measure(MD)(run) for run in md_runs.values()])
+                for measure in (final_loss, best_loss)
+            ],
         ]
         found = crossings(records, unique, size, ar)
         rows.append(
@@ -175,7 +178,7 @@ def shown(epochs: Mapping[int, float]) -> str:
 
 
 def earlier(claim: str, first_and_second: Mapping[str, tuple[dict[int, float], dict[int, float]]]) -> Claim:
-    """Whether the first crosses at an earlier epoch than the second; by regime."""
+    """Whether the first crosses at an earlier epoch than the second, in each regime."""
     verdicts, numbers = dict[str, Verdict](), dict[str, object]()
     for name, (first, second) in first_and_second.items():
         pairs = [(first[seed], second[seed]) for seed in sorted(set(first) & set(second))]
@@ -242,12 +245,12 @@ def turns_up(records: Sequence[Values], grid: CrossoverGrid) -> Claim:
 
 
 def controls_do_not_help(records: Sequence[Values], grid: CrossoverGrid) -> Claim:
-    ours = runs_of(records, "md", grid.control_tokens, grid.sizes[-1])
+    md_runs = runs_of(records, "md", grid.control_tokens, grid.sizes[-1])
     verdicts, numbers = dict[str, Verdict](), dict[str, object]()
     for control in grid.controls:
-        theirs = runs_of(records, control, grid.control_tokens, grid.sizes[-1])
-        both = sorted(set(ours) & set(theirs))
-        gaps = [final_loss(MD)(ours[seed]) - final_loss(AR)(theirs[seed]) for seed in both]
+        ar_runs = runs_of(records, control, grid.control_tokens, grid.sizes[-1])
+        seeds = sorted(set(md_runs) & set(ar_runs))
+        gaps = [final_loss(MD)(md_runs[seed]) - final_loss(AR)(ar_runs[seed]) for seed in seeds]
         verdicts[control], numbers[control] = is_below(gaps, worth=WORTH), over_seeds(gaps)
     return Claim(
         claim=f"Diffusion ends below regularised AR too (U = {grid.control_tokens:,})",
@@ -258,7 +261,7 @@ def controls_do_not_help(records: Sequence[Values], grid: CrossoverGrid) -> Clai
 
 
 def draw(records: Sequence[Values], grid: CrossoverGrid, _: Path, path: Path) -> None:
-    """Validation curves against epochs, a panel per U and size; controls dotted; crossover as a line."""
+    """Validation curves against epochs, a panel per U and size, with the median crossover as a line."""
     figure, axes = new_figure(
         len(grid.unique_tokens), 4 * len(grid.unique_tokens), 3.2 * len(grid.sizes), len(grid.sizes)
     )
@@ -283,7 +286,7 @@ def draw(records: Sequence[Values], grid: CrossoverGrid, _: Path, path: Path) ->
 
 
 def draw_runs(axis: Any, runs: Mapping[int, Values], loss: str, color: str, label: str) -> None:
-    """Seeds thin, their mean thick."""
+    """Every seed as a thin line, the mean as a thick one."""
     curves = [run["result"]["curve"] for run in runs.values()]
     for curve in curves:
         axis.plot(

@@ -1,8 +1,8 @@
-"""Study `dual_repetition`: which share α of autoregressive rows, when the same text is seen R times.
+"""Study `dual_repetition`: the best share α of autoregressive rows when text is repeated R times.
 
-Every cell trains for the same number of tokens; R says how few of them are unique. The optimum of α is that
-of a Gaussian process (Matérn 3/2) over (log R, logit-like α), whose noise is the variance over seeds; what
-the posterior leaves open is the optimum's uncertainty. arXiv 2512.14549, OBJECTIVES part 1.
+Every cell trains on the same number of tokens, of which one in R is unique. The loss is fitted by a Gaussian
+process (Matérn 3/2) over log R and a logit of α, with the variance over seeds as noise. Draws from its
+posterior give the optimum of α and its uncertainty. arXiv 2512.14549.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ from opdlm.studies.text_runs import (
 )
 
 HIGH = 32
-"""Repetitions from which the prediction is α R = 16; up to half of it, it is 63/64."""
+"""From this R on the claim is α R = 16 at the optimum; up to half of it, α = 63/64."""
 END = 1 / 64
-"""Keeps the ends of α at finite places of the logit."""
+"""ε: keeps the logit of α = 0 and of α = 1 finite."""
 NUM_DRAWS = 2000
 ALPHAS = np.linspace(0, 1, 257)
 Draws = dict[tuple[float, str], NDArray[np.float64]]
@@ -63,17 +63,17 @@ Draws = dict[tuple[float, str], NDArray[np.float64]]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DualGrid:
     repetitions: tuple[float, ...] = (8, 32, 128)
-    """How often the text is seen: R. Unique tokens = all tokens / R."""
+    """R, how often the text is repeated: unique tokens = all tokens / R."""
     alphas: tuple[float, ...] = (0, 0.125, 0.5, 0.984375, 1)
     """Shares of autoregressive rows."""
 
 
 def check(_: DualGrid) -> None:
-    """Nothing beyond the types."""
+    """All grids of the right types are valid."""
 
 
 def prepare(_grid: DualGrid, _run: Values, out: Path) -> None:
-    """What the conclusion needs is asked for before anything runs."""
+    """Check the packages that the conclusion needs, and write the corpus."""
     require_package("sklearn", "study", "opdlm study dual_repetition")
     prepare_text(out)
 
@@ -96,7 +96,7 @@ def make_cells(grid: DualGrid, base: Values, seeds: Sequence[int]) -> list[Cell]
 
 def conclude(records: Sequence[Values], grid: DualGrid, _: Path) -> Findings:
     draws = optimum_draws(records, grid)
-    predictions = [
+    claims = [
         both_ends(records, grid),
         sixteen(draws),
         mostly_ar(draws),
@@ -105,7 +105,7 @@ def conclude(records: Sequence[Values], grid: DualGrid, _: Path) -> Findings:
     ]
     return Findings(
         tables=[loss_table(records, grid), optimum_table(draws)],
-        predictions=[p for p in predictions if p.evidence],  # those with a regime in this grid
+        claims=[claim for claim in claims if claim.evidence],  # claims that this grid can test
     )
 
 
@@ -126,15 +126,15 @@ def loss_table(records: Sequence[Values], grid: DualGrid) -> Table:
 
 
 def coordinates_of(repetitions: float, alphas: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Places of the Gaussian process `[N, 2]`: log R and log((α + ε) / (1 - α + ε))."""
+    """Inputs of the Gaussian process `[N, 2]`: log R and log((α + ε) / (1 - α + ε))."""
     logit = np.log((alphas + END) / (1 - alphas + END))
     return np.stack([np.full_like(logit, math.log(repetitions)), logit], 1)
 
 
 def optimum_draws(records: Sequence[Values], grid: DualGrid) -> Draws:
-    """Draws of the best α from the posterior of each loss, within the α that ran.
+    """Draws of the best α from the posterior of each loss, within the range of α that was trained.
 
-    The bound at α = 1, where nothing was ever masked, is a cliff that no smooth process describes: left out.
+    The bound at α = 1 is left out: no mask was ever trained there, and a smooth process cannot fit the jump.
     """
     draws: Draws = {}
     for loss in (AR, MD):
@@ -143,15 +143,15 @@ def optimum_draws(records: Sequence[Values], grid: DualGrid) -> Draws:
             (r, alpha): [final_loss(loss)(run) for run in chosen(records, R=r, alpha=alpha).values()]
             for r, alpha in itertools.product(grid.repetitions, alphas)
         }
-        found = {place: values for place, values in losses.items() if values}
-        curves = posterior_curves(found) if found else {}
+        measured = {cell: values for cell, values in losses.items() if values}
+        curves = posterior_curves(measured) if measured else {}
         inside = (min(alphas) <= ALPHAS) & (max(alphas) >= ALPHAS)
         draws |= {(r, loss): ALPHAS[inside][curve[inside].argmin(0)] for r, curve in curves.items()}
     return draws
 
 
 def posterior_curves(losses: Mapping[tuple[float, float], list[float]]) -> dict[float, NDArray[np.float64]]:
-    """Draws of the loss over `ALPHAS` by R, `[N, draws]`. Each R is taken relative to its own mean."""
+    """Posterior draws of the loss over `ALPHAS` by R, `[N, draws]`, relative to the mean loss at that R."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import ConstantKernel, Matern
@@ -166,7 +166,9 @@ def posterior_curves(losses: Mapping[tuple[float, float], list[float]]) -> dict[
     noise_N = np.array([noise / len(values) for values in losses.values()]) / scale**2
     kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern([1.0, 1.0], (0.3, 30.0), nu=1.5)
     process = GaussianProcessRegressor(kernel, alpha=noise_N + 1e-8, n_restarts_optimizer=4, random_state=0)
-    with warnings.catch_warnings():  # a length at its bound: the loss does not depend on that coordinate
+    with (
+        warnings.catch_warnings()
+    ):  # a length scale at its bound: the loss does not depend on that coordinate
         warnings.simplefilter("ignore", ConvergenceWarning)
         process.fit(x_N2, y_N / scale)
     return {r: process.sample_y(coordinates_of(r, ALPHAS), NUM_DRAWS, random_state=0) for r in repetitions}
@@ -222,14 +224,15 @@ def both_ends(records: Sequence[Values], grid: DualGrid) -> Claim:
 
 
 def some_beats_both(against: Sequence[Sequence[Sequence[float]]]) -> Verdict:
-    """Of several α, each with its differences to both ends."""
-    found = [{is_below(to_end, worth=WORTH) for to_end in ends} for ends in against]
-    if {"holds"} in found:
+    """Verdict over several α, each with its differences to both ends."""
+    verdicts = [{is_below(to_end, worth=WORTH) for to_end in ends} for ends in against]
+    if {"holds"} in verdicts:
         return "holds"
-    return "does not hold" if found and all("does not hold" in ends for ends in found) else "undecided"
+    fails = verdicts and all("does not hold" in ends for ends in verdicts)
+    return "does not hold" if fails else "undecided"
 
 
-def posterior_prediction(claim: str, rule: str, probabilities: Mapping[str, float]) -> Claim:
+def posterior_claim(claim: str, rule: str, probabilities: Mapping[str, float]) -> Claim:
     verdicts = {name: is_likely(probability) for name, probability in probabilities.items()}
     shown = {name: f"{probability:.2f}" for name, probability in probabilities.items()}
     return Claim(
@@ -250,18 +253,18 @@ def sixteen(draws: Draws) -> Claim:
         for (r, loss), best in draws.items()
         if r >= HIGH
     }
-    return posterior_prediction(f"α R ≈ 16 at the optimum for R ≥ {HIGH}", "8 ≤ α R ≤ 32", near)
+    return posterior_claim(f"α R ≈ 16 at the optimum for R ≥ {HIGH}", "8 ≤ α R ≤ 32", near)
 
 
 def mostly_ar(draws: Draws) -> Claim:
     near = {
         regime(r, loss): float((best >= 0.9).mean()) for (r, loss), best in draws.items() if r <= HIGH / 2
     }
-    return posterior_prediction(f"α ≈ 63/64 at the optimum for R ≤ {HIGH // 2}", "α ≥ 0.9", near)
+    return posterior_claim(f"α ≈ 63/64 at the optimum for R ≤ {HIGH // 2}", "α ≥ 0.9", near)
 
 
 def same_optimum(records: Sequence[Values], grid: DualGrid) -> Claim:
-    """A flat optimum has no place: what counts is what the other mode's costs."""
+    """Compares losses rather than positions, because a flat optimum has no exact position."""
     verdicts, numbers = dict[str, Verdict](), dict[str, object]()
     inner = [alpha for alpha in grid.alphas if 0 < alpha < 1]
     for r in grid.repetitions if inner else ():
@@ -285,7 +288,7 @@ def same_optimum(records: Sequence[Values], grid: DualGrid) -> Claim:
 
 
 def early_stopping(records: Sequence[Values], grid: DualGrid) -> Claim:
-    """The caveat: what dual training wins in AR mode may be what early stopping gives as well."""
+    """A control: early stopping may give the same gain in AR mode as dual training."""
     verdicts, numbers = dict[str, Verdict](), dict[str, object]()
     for r in [r for r in grid.repetitions if r >= HIGH]:
         pure = chosen(records, R=r, alpha=1)
@@ -333,7 +336,7 @@ def position(alphas: Sequence[float]) -> list[float]:
 def draw_losses(
     axis: Any, records: Sequence[Values], grid: DualGrid, repetitions: float, loss: str, color: str
 ) -> None:
-    """One R: every seed as a point, a line through the medians."""
+    """The runs of one R: every seed as a point, a line through the medians."""
     by_alpha = {alpha: chosen(records, R=repetitions, alpha=alpha).values() for alpha in grid.alphas}
     values = {alpha: [final_loss(loss)(run) for run in runs] for alpha, runs in by_alpha.items() if runs}
     middle = [median(losses) for losses in values.values()]

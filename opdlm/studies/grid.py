@@ -1,9 +1,9 @@
-"""A grid of small jobs: each in a process of its own with one thread, resumable cell by cell.
+"""A grid of small jobs, each in its own process with one thread, resumable cell by cell.
 
-A cell is a name and settings; what it does is a function of (settings, work folder) that returns plain
-values. The process writes OUT/cells/NAME.json itself, atomically, so whatever ends the command (Ctrl-C, kill
--9, a failing cell) loses no finished cell, and the same command continues with the others. The work folder
-OUT/work/NAME stays until its cell is finished: a job with checkpoints of its own continues from them.
+A cell has a name and settings; a function of (settings, work folder) runs it and returns plain values. Its
+process writes OUT/cells/NAME.json atomically. However the command ends (Ctrl-C, kill -9, a failing cell),
+finished cells are kept, and the same command continues with the others. The work folder OUT/work/NAME is
+deleted when its cell is finished; until then a job can continue from its checkpoints there.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**33),
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
 }
-"""Of the processes: one thread each, and glibc keeps memory that was freed, for fresh memory is slow on some
+"""Environment of the processes: one thread each; glibc keeps freed memory, because new memory is slow on some
 virtual machines (docs/lab/cpu.md)."""
 LOG_FILE = "log.txt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One job of a grid. `name` is a file name; `settings` are plain values and decide the result."""
+    """One job of a grid. `name` is a file name; `settings` are plain values that determine the result."""
 
     name: str
     settings: Values
@@ -56,7 +56,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GridResult:
-    """What is finished (settings, result, CPU seconds; in the order of the cells), and what failed."""
+    """Records (settings, result, CPU seconds) of finished cells in the order of the cells, and errors."""
 
     records: dict[str, Values]
     errors: dict[str, str]
@@ -69,9 +69,9 @@ def run_grid(
     console: Console,
     processes: int | None = None,
 ) -> GridResult:
-    """Run the cells that are not finished yet, `processes` at a time (default: one per core).
+    """Run the cells that are not finished, `processes` at a time (default: one per core).
 
-    Raises ConfigError where a finished cell was made with other settings. A failing cell loses no other.
+    Raises ConfigError if a finished cell was made with other settings. The other cells run if one fails.
     """
     waiting = [cell for cell in cells if read_finished(cell, out) is None]
     if len(waiting) < len(cells):
@@ -95,7 +95,7 @@ def work_folder(cell: Cell, out: Path) -> Path:
 
 
 def read_finished(cell: Cell, out: Path) -> Values | None:
-    """The record of a finished cell; None if it is not finished."""
+    """The record of a cell; None if it is not finished."""
     path = cell_file(cell, out)
     if not path.is_file():
         return None
@@ -123,7 +123,7 @@ def first_difference(there: Values, here: Values) -> str:
 def run_processes(
     waiting: Sequence[Cell], run_cell: RunCell, out: Path, console: Console, processes: int
 ) -> dict[str, str]:
-    """Every cell in a fresh process; returns the errors by cell. Whatever ends this ends the processes."""
+    """Run every cell in a new process; returns errors by cell. The processes end with this function."""
     queue, errors = list(waiting), dict[str, str]()
     running: dict[Any, tuple[Cell, BaseProcess]] = {}
     started = time.monotonic()
@@ -152,7 +152,7 @@ def run_processes(
 
 
 def report_cell(console: Console, cell: Cell, error: str, done: int, total: int, seconds: float) -> None:
-    """What failed; also what succeeded where no progress bar can be drawn."""
+    """Print a failure, and without a progress bar also a success."""
     if error:
         console.print(f"{cell.name} failed: {error}", markup=False, soft_wrap=True)
     elif not console.is_terminal:
@@ -161,8 +161,9 @@ def report_cell(console: Console, cell: Cell, error: str, done: int, total: int,
 
 
 def start_process(cell: Cell, run_cell: RunCell, out: Path) -> BaseProcess:
-    """Never a fork of this process: it would keep the threads of our torch. On Linux it is the fork of a
-    server that has imported everything and computed nothing.
+    """Start a process that does not inherit the threads of our torch.
+
+    On Linux it is a fork of a server that has imported everything and computed nothing.
     """
     on_linux = sys.platform == "linux"
     context = multiprocessing.get_context("forkserver") if on_linux else multiprocessing.get_context("spawn")
@@ -175,7 +176,7 @@ def start_process(cell: Cell, run_cell: RunCell, out: Path) -> BaseProcess:
 
 @contextmanager
 def environment() -> Iterator[None]:
-    """Processes started in here get ENVIRONMENT: libraries read it when they are loaded."""
+    """Processes started inside get ENVIRONMENT, which libraries read when they are loaded."""
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)
     try:
@@ -189,15 +190,15 @@ def environment() -> Iterator[None]:
 
 
 def work(run_cell: RunCell, cell: Cell, out: Path) -> None:
-    """The life of a process: all that it prints, its last words included, goes to the cell's log."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its processes
+    """Main function of a process: run a cell, and write its output to its log and its record to OUT/cells."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its processes
     threading.Thread(target=end_with_parent, daemon=True).start()
     folder = work_folder(cell, out)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOG_FILE).open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    started = time.process_time()  # not what other work on the machine adds
+    started = time.process_time()  # CPU time, independent of other load
     result = run_cell(cell.settings, folder)
     record = {"settings": cell.settings, "result": result, "seconds": round(time.process_time() - started, 1)}
     path = cell_file(cell, out)
@@ -207,7 +208,7 @@ def work(run_cell: RunCell, cell: Cell, out: Path) -> None:
 
 
 def end_with_parent() -> None:
-    """An orphan would compute a cell that the restarted command computes as well."""
+    """End with the parent: an orphan would compute a cell that the restarted command computes again."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
@@ -215,7 +216,7 @@ def end_with_parent() -> None:
 
 
 def error_of(cell: Cell, process: BaseProcess, out: Path) -> str:
-    """The last line that a failed process wrote and where the rest is; empty if it succeeded."""
+    """The last line that a failed process printed, and the path of its log; empty after a success."""
     if process.exitcode == 0:
         return ""
     log = work_folder(cell, out) / LOG_FILE
@@ -227,7 +228,7 @@ def error_of(cell: Cell, process: BaseProcess, out: Path) -> str:
 
 
 def chosen(records: Sequence[Values], **coordinates: Any) -> dict[int, Values]:
-    """Records with these coordinates, by seed."""
+    """Records with these coordinates by seed."""
     return {
         record["settings"]["seed"]: record
         for record in records

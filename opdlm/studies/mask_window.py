@@ -1,7 +1,7 @@
-"""Study `mask_window`: the bound on t ~ U(0, 1) of models trained on narrow windows of mask rates.
+"""Study `mask_window`: the bound at t ~ U(0, 1) of models that were trained on narrow windows of mask rates.
 
-The prediction is a U-shape over the window's midpoint with its minimum near t*, the rate of the highest
-signal under the n-gram statistics of the same text. arXiv 2601.22450, OBJECTIVES part 2.
+The published claim is a U-shape over the midpoint of the window, with the minimum near t*, the rate of the
+highest signal under the n-gram statistics of the same text. arXiv 2601.22450.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Window = tuple[float, float]
 EVERYTHING = (0.0, 1.0)
 NEAR = 0.15
 COUNTED_TOKENS = 400_000
-"""Of the text, for the n-gram statistics."""
+"""Tokens of the text from which the n-gram statistics are counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +50,11 @@ class WindowGrid:
         (0.75, 0.85),
         (0.9, 1),
     )
-    """Ranges of t; (0, 1) is always trained as well."""
+    """Ranges of t; (0, 1) is always added."""
 
 
 def check(_: WindowGrid) -> None:
-    """Nothing beyond the types."""
+    """All grids of the right types are valid."""
 
 
 def make_cells(grid: WindowGrid, base: Values, seeds: Sequence[int]) -> list[Cell]:
@@ -70,7 +70,7 @@ def of_window(records: Sequence[Values], window: Sequence[float]) -> dict[int, V
 
 
 def best_rate(records: Sequence[Values], out: Path) -> float:
-    """t* of the text that the runs were trained on."""
+    """t* of the training text of the runs."""
     config = text_config(records[0]["settings"]["config"], out / "data", out)
     tokenizer = load_tokenizer(config.model.path, needs_weights=False)
     tokens, left = list[Sequence[int]](), COUNTED_TOKENS
@@ -89,7 +89,7 @@ def conclude(records: Sequence[Values], grid: WindowGrid, out: Path) -> Findings
     everything = of_window(records, EVERYTHING)
     return Findings(
         tables=[bound_table(narrow, everything, t_star)],
-        predictions=[
+        claims=[
             u_shape(narrow),
             near_t_star(narrow, t_star),
             better_than_everything(narrow, everything, t_star),
@@ -144,7 +144,7 @@ def u_shape(narrow: Mapping[Window, Mapping[int, Values]]) -> Claim:
 
 
 def lowest_midpoint(points: Sequence[tuple[float, float]]) -> float:
-    """Vertex of the parabola through the lowest of (midpoint, bound) and its neighbours; an end is itself."""
+    """Vertex of the parabola through the lowest (midpoint, bound) and its neighbours; at an end, the end."""
     place = min(range(len(points)), key=lambda i: points[i][1])
     if place in (0, len(points) - 1):
         return points[place][0]
@@ -171,7 +171,7 @@ def near_t_star(narrow: Mapping[Window, Mapping[int, Values]], t_star: float) ->
 def better_than_everything(
     narrow: Mapping[Window, Mapping[int, Values]], everything: Mapping[int, Values], t_star: float
 ) -> Claim:
-    """The window is chosen by t*, not by its result."""
+    """The window nearest to t* is compared, whatever its result."""
     window = min(narrow, key=lambda w: abs(fmean(w) - t_star), default=EVERYTHING)
     gaps = differences(narrow.get(window, {}), everything, final_loss(MD))
     return Claim(
@@ -183,7 +183,7 @@ def better_than_everything(
 
 
 def draw(records: Sequence[Values], grid: WindowGrid, out: Path, path: Path) -> None:
-    """Bound against midpoint, every seed a point, and t*."""
+    """Bound against midpoint with every seed as a point, and t*."""
     t_star = best_rate(records, out)
     figure, axes = new_figure(1, 7, 4.5)
     axis = axes[0][0]

@@ -1,9 +1,9 @@
-"""Study `parity`: when does masked diffusion learn a k-parity, and when does always asking for y?
+"""Study `parity`: when a k-parity is learnt by masked diffusion, and when by a baseline that masks only y.
 
-A secret set S of k of n bits; y is their product; a sequence is (x, y) with tokens -1, +1 and [MASK]. N
-sequences are trained on, and y is asked for on inputs that were not. Masking with t ~ U[t0, t1] meets exactly
-one masked token of S and y with probability P_S (`analytics.p_signal`); the other masks regularise. The
-baseline masks exactly y. arXiv 2601.22450, OBJECTIVES part 2.
+The label y is the product of a secret set S of k out of n bits; a sequence is (x, y) with tokens -1, +1 and
+[MASK]. N sequences are trained on, and y is predicted for other inputs. With t ~ U[t0, t1] exactly one token
+of S and y is masked with probability P_S (`mask_theory.p_signal`); the other masks regularise. arXiv
+2601.22450.
 """
 
 from __future__ import annotations
@@ -54,29 +54,29 @@ Window = tuple[float, float]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityGrid:
     tasks: tuple[Task, ...] = ((12, 3, 100), (12, 3, 200))
-    """Bits n, bits of the secret k, and training sequences N."""
+    """Number of bits n, of secret bits k, and of training sequences N."""
     windows: tuple[Window, ...] = ((0, 1), (0, 0.42), (0.2, 0.3), (0.5, 1))
-    """Ranges of t. The baseline, which masks exactly y, always runs as well."""
+    """Ranges of t. The baseline, which masks only y, is always added."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityRun:
-    """One training."""
+    """Settings of one training."""
 
     layers: int = 2
-    """Of a bidirectional GPT-2."""
+    """Layers of a bidirectional GPT-2."""
     width: int = 64
-    """Hidden size; heads are 16 wide."""
+    """Hidden size; a head has 16 dimensions."""
     learning_rate: float = 1e-3
-    """Of AdamW, constant."""
+    """Of AdamW; constant."""
     weight_decay: float = 0.1
     """Of AdamW."""
     batch_size: int = 100
-    """Sequences per step; all of them where N is not larger."""
+    """Sequences per step; at most N."""
     num_steps: int = 2000
-    """At most; a run ends when it has learnt the parity."""
+    """Upper limit; a run ends when it has learnt the parity."""
     eval_every: int = 50
-    """Steps between tests: the resolution of every number here."""
+    """Steps between tests, and the resolution of the measured steps."""
 
 
 def check(grid: ParityGrid) -> None:
@@ -106,14 +106,14 @@ def window_name(window: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ParityData:
-    """Sequences `[N, n + 1]` of MINUS and PLUS, y last, that are trained on and that are not."""
+    """Training and test sequences `[N, n + 1]` of MINUS and PLUS, y last."""
 
     train_NL: Tensor
     test_NL: Tensor
 
 
 def make_data(task: Task, seed: int) -> ParityData:
-    """Secret and sequences of one seed; no test sequence was trained on."""
+    """The sequences of one seed; no sequence is in both parts."""
     n, k, num_train = task
     rng = generator_for(seed, 1)
     secret = torch.randperm(n, generator=rng)[:k]
@@ -129,8 +129,10 @@ def make_data(task: Task, seed: int) -> ParityData:
 
 
 def make_model(run: ParityRun, length: int, seed: int) -> PreTrainedModel:
-    """A stock GPT-2 without dropout and with random weights of this seed: which bit a token is, its learned
-    position says at once (rotary positions leave even the training set unlearnt for thousands of steps).
+    """A stock GPT-2 without dropout, with random weights of this seed.
+
+    Its learned position embeddings identify each bit from the start; with rotary positions even the training
+    set was not learnt within thousands of steps.
     """
     config = GPT2Config(
         vocab_size=3,
@@ -164,7 +166,7 @@ def mask_rates(window: Any) -> MaskRates:
 
 
 def masked_loss(model: nn.Module, ids_BL: Tensor, rates: MaskRates, rng: torch.Generator) -> Tensor:
-    """The bound per token, weights 1 / P(masked | t): a uniform predictor has log V whatever the window."""
+    """The bound per token with weights 1 / P(masked | t); a uniform predictor has log V in every window."""
     masks = draw_masks(torch.ones_like(ids_BL, dtype=torch.bool), rates, rng)
     logits_BLV = logits_of(model, ids_BL.masked_fill(masks.is_masked, MASK))
     loss_BL = F.cross_entropy(logits_BLV.transpose(1, 2), ids_BL, reduction="none")
@@ -174,7 +176,7 @@ def masked_loss(model: nn.Module, ids_BL: Tensor, rates: MaskRates, rng: torch.G
 
 @torch.no_grad()
 def accuracy(model: nn.Module, ids_BL: Tensor) -> float:
-    """Share of sequences whose y is the more likely sign when only y is masked."""
+    """Share of sequences whose y is predicted when only y is masked."""
     hidden_BL = ids_BL.clone()
     hidden_BL[:, -1] = MASK
     signs_B = logits_of(model, hidden_BL)[:, -1, [MINUS, PLUS]].argmax(-1)
@@ -182,7 +184,7 @@ def accuracy(model: nn.Module, ids_BL: Tensor) -> float:
 
 
 def run_cell(settings: Values, _: Path) -> Values:
-    """Train until the parity is learnt; accuracy on trained and on other inputs along the way."""
+    """Train until the parity is learnt. Returns the steps, and the accuracy on training and test inputs."""
     run, seed = build_section(ParityRun, settings["run"], "run."), settings["seed"]
     data = make_data(tuple(settings["task"]), seed)
     model = make_model(run, data.train_NL.shape[1], seed)
@@ -204,7 +206,7 @@ def run_cell(settings: Values, _: Path) -> Values:
 
 
 def steps_of(record: Values) -> float:
-    """Steps to 0.99 on inputs that were not trained on; infinite if that did not happen."""
+    """Steps to an accuracy of 0.99 on test inputs; infinite if it was not attained."""
     steps = record["result"]["steps"]
     return math.inf if steps is None else steps
 
@@ -216,7 +218,7 @@ def signal_of(window: Any, k: int) -> float:
 def conclude(records: Sequence[Values], grid: ParityGrid, _: Path) -> Findings:
     return Findings(
         tables=[steps_table(records, grid)],
-        predictions=[
+        claims=[
             higher_signal_sooner(records, grid),
             sooner_than_baseline(records, grid),
             memorises(records, grid),
@@ -319,7 +321,7 @@ def is_stuck(record: Mapping[str, Any]) -> bool:
 
 
 def draw(records: Sequence[Values], grid: ParityGrid, _: Path, path: Path) -> None:
-    """Grokking curves: accuracy on other inputs (trained ones dotted) against steps, a row per task."""
+    """Accuracy on test inputs against steps (training inputs dotted), a row per task."""
     windows = all_windows(grid)
     figure, axes = new_figure(len(windows), 3 * len(windows), 2.6 * len(grid.tasks), len(grid.tasks))
     for (row, task), (column, window) in itertools.product(enumerate(grid.tasks), enumerate(windows)):

@@ -1,9 +1,8 @@
-"""`opdlm study`: a grid of small trainings with several seeds, and what they say about published predictions.
+"""`opdlm study`: a grid of small trainings with several seeds that tests published claims.
 
-A recipe names the study, its seeds, its grid, and what every run shares. The runs go through `grid`, one
-process per core, resumable run by run; the table, the picture and the verdicts are computed from their
-results. Every study is a room of its own (`study_*`) with the same functions: `check`, `make_cells`,
-`conclude`, `draw`.
+A recipe names the study, its seeds, its grid, and the settings that all runs share. `grid` executes the runs,
+one process per core, resumable run by run. Tables, plot and verdicts are computed from their results. Every
+study is a module with the same functions: `check`, `make_cells`, `conclude`, `draw`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from opdlm.config.loader import apply_override, build_section, plain, read_recipe
+from opdlm.config.loader import apply_override, build_section, plain, read_recipe, rename_old_keys
 from opdlm.errors import ConfigError
 from opdlm.evaluation.retention import versions
 from opdlm.files import write_atomic
@@ -35,13 +34,13 @@ TABLE_FILE, RESULTS_FILE, PICTURE_FILE = "table.md", "results.json", "study.png"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """How one kind of study makes its cells, runs one, and reads the results."""
+    """The functions of one study."""
 
     grid: type
-    """Its `grid` section."""
+    """Dataclass of the `grid` section."""
     check: Callable[[Any], None]
     prepare: Callable[[Any, Values, Path], None]
-    """(grid, run, out): what all cells read."""
+    """(grid, run, out): writes files that all cells read."""
     make_cells: Callable[[Any, Values, Sequence[int]], list[Cell]]
     run_cell: RunCell
     conclude: Callable[[Sequence[Values], Any, Path], Findings]
@@ -56,15 +55,17 @@ def prepare_nothing(_grid: Any, _run: Values, _out: Path) -> None:
     """The cells need no file."""
 
 
-def study_of(room: Any, grid: type, run_cell: RunCell, prepare: Callable[[Any, Values, Path], None]) -> Study:
+def study_of(
+    module: Any, grid: type, run_cell: RunCell, prepare: Callable[[Any, Values, Path], None]
+) -> Study:
     return Study(
         grid=grid,
-        check=room.check,
+        check=module.check,
         prepare=prepare,
-        make_cells=room.make_cells,
+        make_cells=module.make_cells,
         run_cell=run_cell,
-        conclude=room.conclude,
-        draw=room.draw,
+        conclude=module.conclude,
+        draw=module.draw,
     )
 
 
@@ -81,12 +82,12 @@ STUDIES = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """A study with everything decided: its cells are checked."""
+class StudyPlan:
+    """A study with its settings; the settings of all cells are checked."""
 
     name: str
     title: str
-    """First line of the recipe."""
+    """The first line of the recipe."""
     study: Study
     grid: Any
     run: Values
@@ -94,9 +95,10 @@ class Plan:
     cells: list[Cell]
 
 
-def read_plan(recipe: Path, overrides: Sequence[str], num_seeds: int | None = None) -> Plan:
-    """Recipe, then `section.key=value`; all settings of all cells are checked here."""
+def read_plan(recipe: Path, overrides: Sequence[str], num_seeds: int | None = None) -> StudyPlan:
+    """Read a recipe and overrides `section.key=value`. Raises ConfigError for any setting of any cell."""
     values = read_recipe(recipe)
+    rename_old_keys(values.get("run", {}))
     for override in overrides:
         apply_override(values, override)
     name = values.pop("study", None)
@@ -112,19 +114,19 @@ def read_plan(recipe: Path, overrides: Sequence[str], num_seeds: int | None = No
     run = values.get("run", {})
     cells = study.make_cells(grid, run, seeds)
     title = recipe.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
-    return Plan(name=name, title=title, study=study, grid=grid, run=run, seeds=seeds, cells=cells)
+    return StudyPlan(name=name, title=title, study=study, grid=grid, run=run, seeds=seeds, cells=cells)
 
 
 def read_seeds(value: Any) -> tuple[int, ...]:
-    """A list, or `0,1,2` as overrides give it."""
+    """A list of numbers, or an override such as `0,1,2`."""
     items = value if isinstance(value, list) else str(value).split(",")
     if not items or not all(str(item).strip().isdigit() for item in items):
         raise ConfigError(f"seeds ({value}) must be whole numbers: seeds=0,1,2.")
     return tuple(int(item) for item in items)
 
 
-def run_study(plan: Plan, out: Path, console: Console, processes: int | None = None) -> GridResult:
-    """Run what is not finished, and write table.md, results.json and study.png to `out`."""
+def run_study(plan: StudyPlan, out: Path, console: Console, processes: int | None = None) -> GridResult:
+    """Run all cells that are not finished, and write table.md, results.json and study.png to `out`."""
     plan.study.prepare(plan.grid, plan.run, out)
     result = run_grid(plan.cells, plan.study.run_cell, out, console, processes)
     if result.records:
@@ -132,26 +134,26 @@ def run_study(plan: Plan, out: Path, console: Console, processes: int | None = N
     return result
 
 
-def write_study(plan: Plan, result: GridResult, out: Path) -> None:
+def write_study(plan: StudyPlan, result: GridResult, out: Path) -> None:
     records = list(result.records.values())
     findings = plan.study.conclude(records, plan.grid, out)
     plan.study.draw(records, plan.grid, out, out / PICTURE_FILE)
     write_atomic(out / TABLE_FILE, study_text(plan, result, findings))
-    made = {
+    results = {
         "study": plan.name,
         "seeds": plan.seeds,
         "grid": asdict(plan.grid),
         "run": plan.run,
         "versions": versions() | {"threads": "1 per run"},
-        "predictions": [asdict(prediction) for prediction in findings.predictions],
+        "predictions": [asdict(claim) for claim in findings.claims],
         "errors": result.errors,
         "cells": result.records,
     }
-    write_atomic(out / RESULTS_FILE, json.dumps(plain(made), indent=1))
+    write_atomic(out / RESULTS_FILE, json.dumps(plain(results), indent=1))
 
 
-def study_text(plan: Plan, result: GridResult, findings: Findings) -> str:
-    """table.md: what ran, the numbers, the verdicts, the picture."""
+def study_text(plan: StudyPlan, result: GridResult, findings: Findings) -> str:
+    """The text of table.md: runs, verdicts, tables and plot."""
     minutes = sum(record["seconds"] for record in result.records.values()) / 60
     seeds = ", ".join(map(str, plan.seeds))
     shown = " ".join(f"{key} {value}," for key, value in versions().items() if key != "threads")
@@ -161,14 +163,14 @@ def study_text(plan: Plan, result: GridResult, findings: Findings) -> str:
         f"of one core in all; {shown.rstrip(',')}.",
     ]
     parts += [f"`{name}` failed: {error}" for name, error in result.errors.items()]
-    parts += ["## Conclusion", conclusion(findings.predictions)]
+    parts += ["## Conclusion", conclusion(findings.claims)]
     for table in findings.tables:
         parts += [f"## {table.title}", table.markdown(), table.note]
     parts += [f"![{plan.name}]({PICTURE_FILE})"]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def describe_plan(plan: Plan) -> str:
-    """What would run."""
+def describe_plan(plan: StudyPlan) -> str:
+    """The runs of a study, for `--dry-run`."""
     names = "\n".join(f"  {cell.name}" for cell in plan.cells)
     return f"{plan.name}: {plan.title}\n{len(plan.cells)} runs:\n{names}"

@@ -1,7 +1,7 @@
-"""What the studies of text objectives share: one training per cell, its curves, and pairs of seeds.
+"""Runs of studies on text objectives: one `opdlm train` per cell, with its final losses and curves.
 
-A cell's settings hold the coordinates of the grid (`seed` among them) and `config`, all settings of its
-`opdlm train`. Without `data.path` the text is the standard library; its paths follow from the study's folder.
+The settings of a cell are the coordinates of the grid, including `seed`, and `config`, all settings of its
+training. Without `data.path` the text is the standard library, stored in the folder of the study.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOSS_NAMES = {AR: "AR loss, nats per byte", MD: "MD bound, nats per byte"}
 
 
 def text_cell(coordinates: Values, base: Values, changes: Mapping[str, Any]) -> Cell:
-    """One training: the settings of all with these `section.key` changed, checked before anything runs."""
+    """One training: the shared settings with changes `section.key`. Raises ConfigError for invalid ones."""
     values = copy.deepcopy(base)
     for key, value in {"train.seed": coordinates["seed"], **changes}.items():
         section, name = key.split(".")
@@ -44,14 +44,14 @@ def text_cell(coordinates: Values, base: Values, changes: Mapping[str, Any]) -> 
 
 
 def short(value: Any) -> str:
-    """A coordinate as part of a file name."""
+    """A coordinate for a file name."""
     if isinstance(value, list | tuple):
         return "_".join(map(short, value))
     return f"{value:.4g}" if isinstance(value, int | float) else str(value)
 
 
 def text_config(values: Values, data: Path, output_dir: Path) -> TextConfig:
-    """The settings of one training with its paths."""
+    """The settings of one training, with its paths."""
     values = copy.deepcopy(values) | {"output_dir": str(output_dir)}
     if not values.setdefault("data", {}).get("path"):
         values["data"]["path"] = str(data / "train.jsonl")
@@ -60,14 +60,14 @@ def text_config(values: Values, data: Path, output_dir: Path) -> TextConfig:
 
 
 def check_curves(base: Values) -> None:
-    """For studies that read the losses during training."""
+    """Raise ConfigError unless losses are measured during training."""
     every = base.get("eval", {}).get("every", 0)
     if not isinstance(every, int) or every < 1:
         raise ConfigError(f"run.eval.every ({every}) must be at least 1: this study reads the curves.")
 
 
 def prepare_text(out: Path) -> None:
-    """The corpus on the disk, before any cell reads it."""
+    """Write the corpus, which the cells read."""
     stdlib_corpus(out / "data")
 
 
@@ -88,5 +88,5 @@ def final_loss(loss: str) -> Callable[[Values], float]:
 
 
 def best_loss(loss: str) -> Callable[[Values], float]:
-    """The lowest along the training: what early stopping would give."""
+    """The lowest loss during training, as with early stopping."""
     return lambda record: min(point[loss] for point in record["result"]["curve"])

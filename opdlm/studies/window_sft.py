@@ -1,8 +1,8 @@
-"""Study `window_sft`: is the mask window that is best for likelihood also best for what is generated?
+"""Study `window_sft`: whether the mask window that is best for likelihood is also best for generation.
 
 The bundled teacher, or another checkpoint, is fine-tuned into a block-diffusion model on its own responses,
-which are decoded once for all cells. Likelihood is the bound on the teacher's responses (random orders, so
-every mask rate counts), generation the share of right answers. arXiv 2601.22450, OBJECTIVES part 2.
+which are generated once for all cells. Likelihood is measured as the bound on the teacher's responses, over
+all mask rates; generation as the share of right answers. arXiv 2601.22450.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from opdlm.studies.grid import Cell, Values, chosen
 Window = tuple[float, float]
 Measure = Callable[[Values], float]
 LIKELIHOOD, GENERATION = (0.45, 0.55), (0.5, 1.0)
-"""The windows that are published as best for likelihood and for generative fine-tuning."""
+"""The published best windows for likelihood and for generative fine-tuning."""
 SAME_ORDER = 0.5
 ROLLOUTS = "teacher.parquet"
 
@@ -56,7 +56,7 @@ class SftGrid:
 
 
 def check(_: SftGrid) -> None:
-    """Nothing beyond the types."""
+    """All grids of the right types are valid."""
 
 
 def make_cells(grid: SftGrid, base: Values, seeds: Sequence[int]) -> list[Cell]:
@@ -76,7 +76,7 @@ def make_cells(grid: SftGrid, base: Values, seeds: Sequence[int]) -> list[Cell]:
 
 
 def sft_config(values: Values, data: Path, output_dir: Path) -> Config:
-    """The settings of one conversion with its paths."""
+    """The settings of one conversion, with its paths."""
     values = copy.deepcopy(values) | {"output_dir": str(output_dir)}
     values.setdefault("rollout", {})["path"] = str(data / ROLLOUTS)
     config = build_section(Config, values)
@@ -85,7 +85,7 @@ def sft_config(values: Values, data: Path, output_dir: Path) -> Config:
 
 
 def prepare(grid: SftGrid, base: Values, out: Path) -> None:
-    """The teacher's responses to `num_prompts` prompts, once; an interrupted call continues."""
+    """Generate the teacher's responses to `num_prompts` prompts; an interrupted call continues."""
     (out / "data").mkdir(parents=True, exist_ok=True)
     config = sft_config(base, Path("data"), Path("run"))
     path = config.data.path if isinstance(config.data.path, str) else config.data.path[0]
@@ -104,7 +104,7 @@ def prepare(grid: SftGrid, base: Values, out: Path) -> None:
 
 
 def run_cell(settings: Values, folder: Path) -> Values:
-    """Convert, and measure what the report of the folder says."""
+    """Convert. Returns the bound, and the accuracy of every mode, from the report of the folder."""
     config = sft_config(settings["config"], folder.parent.parent / "data", folder / "run")
     report = json.loads((convert_checkpoint(config, Console(quiet=True)) / "retention.json").read_text())
     modes = {row["name"]: {"accuracy": row["accuracy"]} for row in report["student"]}
@@ -129,16 +129,16 @@ def of_window(records: Sequence[Values], window: Sequence[float]) -> dict[int, V
 
 def conclude(records: Sequence[Values], grid: SftGrid, _: Path) -> Findings:
     modes = list(records[0]["result"]["modes"])
-    asked: list[tuple[Window, Measure, str, float]] = [
+    comparisons: list[tuple[Window, Measure, str, float]] = [
         (LIKELIHOOD, bound_of, "likelihood (the bound)", WORTH),
         *[(GENERATION, errors_of(mode), f"{mode} accuracy", WORTH_ACCURACY) for mode in modes],
     ]
     return Findings(
         tables=[window_table(records, grid, modes)],
-        predictions=[
+        claims=[
             *[
                 better_window(records, window, other, measure, what, worth)
-                for window, measure, what, worth in asked
+                for window, measure, what, worth in comparisons
                 for other in grid.windows
                 if window in grid.windows and other != window
             ],
@@ -166,7 +166,7 @@ def window_table(records: Sequence[Values], grid: SftGrid, modes: Sequence[str])
 def better_window(
     records: Sequence[Values], window: Window, other: Window, measure: Measure, what: str, worth: float
 ) -> Claim:
-    """`measure`: lower is better."""
+    """Compares two windows by `measure`, of which lower is better."""
     gaps = differences(of_window(records, window), of_window(records, other), measure)
     return Claim(
         claim=f"[{window[0]:g}, {window[1]:g}] is better than [{other[0]:g}, {other[1]:g}] for {what}",
@@ -192,7 +192,7 @@ def other_order(records: Sequence[Values], grid: SftGrid, mode: str) -> Claim:
 
 
 def draw(records: Sequence[Values], grid: SftGrid, _: Path, path: Path) -> None:
-    """Accuracy against the bound, a colour per window, a mark per mode."""
+    """Accuracy against the bound, a colour per window and a mark per mode."""
     figure, axes = new_figure(1, 6.5, 4.5)
     axis: Any = axes[0][0]
     modes = list(records[0]["result"]["modes"])

@@ -1,12 +1,13 @@
-"""Rows of text as slots, and what is learnt from them: causal, bidirectional, prefix and block-causal rows.
+"""Rows of text as slots, with their targets: causal, bidirectional, prefix and block-causal rows.
 
-The `visible_until` of a slot says which kind a row is: its own position (causal), the end of its document
-(masked diffusion), the end of a prefix, so rows of different kinds share one forward. Masked diffusion weighs a
-masked token by 1 / P(masked | t): the sum over a row is an unbiased estimate of the bound, whatever the
-distribution of t. With `next_position`, input i predicts token i + 1 also in masked rows: masks are drawn
-over inputs, and the last token of a row, which is never an input, is always predicted (arXiv 2512.14549).
+`visible_until` of a slot decides the kind of its row: its own position (causal), the end of its document
+(masked diffusion) or the end of a prefix. Rows of different kinds can share one forward. Masked diffusion
+weighs a masked token by 1 / P(masked | t): the sum over a row is an unbiased estimate of the bound, whatever
+the distribution of t. With `next_position`, input i predicts token i + 1 in masked rows as well: masks are
+drawn over inputs, and the last token of a row, which is never an input, is always predicted (arXiv
+2512.14549).
 
-Shape suffixes: B rows, L inputs of a row (R has one token more), M supervised places.
+Shape suffixes: B rows, L inputs of a row (R has one token more), M supervised positions.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from opdlm.decoding.rollout import Rollout
 from opdlm.modeling.diffusion_lm import DiffusionSpec
 from opdlm.modeling.slots import Slots, make_slots
 from opdlm.objectives.masking import MaskRates, Masks, draw_masks
-from opdlm.objectives.states import StateBatch, as_rollout, block_table, make_states, pack_states
+from opdlm.objectives.states import StateBatch, block_table, make_states, pack_states, text_to_rollout
 
 Prediction = Literal["same_position", "next_position"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextBatch:
-    """One forward: what the student reads, and what it should say where."""
+    """One forward: what the student reads, and the targets."""
 
     slots: Slots
     text: Slots
@@ -43,11 +44,11 @@ class TextBatch:
     """Where `text` predicts the target, in the same row; -1 for the first token of a piece."""
     weight_M: Tensor
     is_ar_M: Tensor
-    """Places of autoregressive rows."""
+    """Targets in autoregressive rows."""
     num_ar: float
     """Tokens that autoregressive rows learn."""
     num_masked: float
-    """Tokens that masked rows learn: what their weights sum to, on average over masks."""
+    """Tokens that masked rows learn, which is the expectation of the sum of their weights over masks."""
 
     def to(self, device: torch.device) -> TextBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -60,45 +61,45 @@ class TextBatch:
         return replace(self, num_ar=0.0, num_masked=0.0, **places)
 
 
-def causal_slots(columns: RowBatch, ids_BL: Tensor | None = None) -> Slots:
+def causal_slots(row_batch: RowBatch, ids_BL: Tensor | None = None) -> Slots:
     """Every input sees its piece up to itself."""
     return slots_visible_until(
-        columns, columns.ids_BR[:, :-1] if ids_BL is None else ids_BL, positions(columns)
+        row_batch, row_batch.ids_BR[:, :-1] if ids_BL is None else ids_BL, positions(row_batch)
     )
 
 
-def positions(columns: RowBatch) -> Tensor:
-    start_BL = columns.start_BR[:, :-1]
+def positions(row_batch: RowBatch) -> Tensor:
+    start_BL = row_batch.start_BR[:, :-1]
     return torch.arange(start_BL.shape[1]) - start_BL
 
 
-def slots_visible_until(columns: RowBatch, ids_BL: Tensor, visible_until_BL: Tensor) -> Slots:
+def slots_visible_until(row_batch: RowBatch, ids_BL: Tensor, visible_until_BL: Tensor) -> Slots:
     """Clean slots; padding sees itself."""
-    start_BL = columns.start_BR[:, :-1]
+    start_BL = row_batch.start_BR[:, :-1]
     zeros_BL = torch.zeros_like(start_BL)
-    slots = make_slots(ids_BL, positions(columns), visible_until_BL, zeros_BL, columns.is_text_BL)
+    slots = make_slots(ids_BL, positions(row_batch), visible_until_BL, zeros_BL, row_batch.is_text_BL)
     return replace(slots, start_BS=start_BL.clamp_min(0))
 
 
-def end_of_piece(columns: RowBatch) -> Tensor:
-    """Position of the last input of each slot's piece: what a bidirectional row reaches, `[B, L]`."""
-    start_BL = columns.start_BR[:, :-1].clamp_min(0)
+def end_of_piece(row_batch: RowBatch) -> Tensor:
+    """Position of the last input of each slot's piece `[B, L]`: `visible_until` of a bidirectional row."""
+    start_BL = row_batch.start_BR[:, :-1].clamp_min(0)
     last_BL = torch.zeros_like(start_BL).scatter_reduce_(
-        1, start_BL, torch.arange(start_BL.shape[1]).expand_as(start_BL) * columns.is_text_BL, "amax"
+        1, start_BL, torch.arange(start_BL.shape[1]).expand_as(start_BL) * row_batch.is_text_BL, "amax"
     )
     return last_BL.gather(1, start_BL) - start_BL
 
 
-def can_mask(columns: RowBatch, prediction: Prediction) -> Tensor:
-    """Inputs that may be masked `[B, L]`: those that are learnt, and are predicted if they are."""
-    can_BL = columns.is_learnt_BR[:, :-1].clone()
+def can_mask(row_batch: RowBatch, prediction: Prediction) -> Tensor:
+    """Inputs that may be masked `[B, L]`: those whose tokens are learnt and can be predicted."""
+    can_BL = row_batch.is_learnt_BR[:, :-1].clone()
     if prediction == "next_position":  # nothing predicts the first token of a piece
-        can_BL &= positions(columns) > 0
+        can_BL &= positions(row_batch) > 0
     return can_BL
 
 
 def mixed_rows(
-    columns: RowBatch,
+    row_batch: RowBatch,
     num_causal: int,
     masks: Masks,
     prediction: Prediction,
@@ -107,35 +108,35 @@ def mixed_rows(
     ar_weight: float = 1.0,
     masks_causal: bool = False,
 ) -> TextBatch:
-    """The first `num_causal` rows autoregressive, the others masked diffusion; `masks` `[B, L]` of all rows.
+    """The first `num_causal` rows are autoregressive, the others masked; `masks` `[B, L]` cover all rows.
 
-    masks_causal: also the inputs of autoregressive rows are masked; they still predict every next token.
+    masks_causal: mask the inputs of autoregressive rows as well; they still predict every next token.
     """
-    num_rows, length = columns.is_text_BL.shape
+    num_rows, length = row_batch.is_text_BL.shape
     is_ar_B1 = (torch.arange(num_rows) < num_causal)[:, None]
     hidden_BL = masks.is_masked & (~is_ar_B1 | masks_causal)
-    visible_until_BL = torch.where(is_ar_B1, positions(columns), end_of_piece(columns))
-    ids_BL = columns.ids_BR[:, :-1].masked_fill(hidden_BL, mask_token_id)
+    visible_until_BL = torch.where(is_ar_B1, positions(row_batch), end_of_piece(row_batch))
+    ids_BL = row_batch.ids_BR[:, :-1].masked_fill(hidden_BL, mask_token_id)
 
-    follows_BL = columns.follows_BL
+    follows_BL = row_batch.follows_BL
     if prediction == "next_position":
         next_BL = torch.ones(num_rows, length)  # the last token is no input and always predicted
         next_BL[:, :-1] = masks.weight[:, 1:]
         learnt_BL, weight_BL = follows_BL, next_BL * follows_BL
     else:
-        learnt_BL = can_mask(columns, prediction)
+        learnt_BL = can_mask(row_batch, prediction)
         weight_BL = masks.weight * learnt_BL
     is_own_B1 = ~is_ar_B1 & (prediction == "same_position")
-    target_BL = torch.where(is_own_B1, columns.ids_BR[:, :-1], columns.ids_BR[:, 1:])
+    target_BL = torch.where(is_own_B1, row_batch.ids_BR[:, :-1], row_batch.ids_BR[:, 1:])
     weight_BL = torch.where(is_ar_B1, ar_weight * follows_BL, weight_BL)
 
     row_M, column_M = (weight_BL > 0).nonzero(as_tuple=True)
     is_ar_M = row_M < num_causal
     is_own_M = is_own_B1[row_M, 0]
-    has_teacher_M = ~is_own_M | (positions(columns)[row_M, column_M] > 0)
+    has_teacher_M = ~is_own_M | (positions(row_batch)[row_M, column_M] > 0)
     return TextBatch(
-        slots=slots_visible_until(columns, ids_BL, visible_until_BL),
-        text=causal_slots(columns),
+        slots=slots_visible_until(row_batch, ids_BL, visible_until_BL),
+        text=causal_slots(row_batch),
         row_M=row_M,
         column_M=column_M,
         target_M=target_BL[row_M, column_M],
@@ -170,7 +171,7 @@ def block_batch(
             states.append(make_states([rollout], table, shown, spec))
             weights.append(weight[versions])
             num_masked += rollout.num_response
-    if not states:  # prompts fill these rows: any masks do, and teach nothing
+    if not states:  # only prompts: the forward still runs, on any masks, without targets
         row = TextRow(rows[0].ids_R, torch.zeros_like(rows[0].start_R), rows[0].ids_R < 0)
         return block_batch([row], spec, rates, rngs, complementary=complementary).without_targets()
     packed = pack_states(states)
@@ -197,4 +198,4 @@ def pieces(row: TextRow, spec: DiffusionSpec) -> Iterator[Rollout]:
         ids = row.ids_R[inside_R].tolist()
         num_prompt = max(1, int(row.is_given_R[inside_R].sum()))
         if len(ids) > num_prompt:
-            yield as_rollout(ids[:num_prompt], ids[num_prompt:], spec)
+            yield text_to_rollout(ids[:num_prompt], ids[num_prompt:], spec)

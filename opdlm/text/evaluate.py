@@ -1,7 +1,8 @@
-"""`opdlm eval --text`: what models think of a file of text, or of questions with options.
+"""`opdlm eval --text`: the likelihood of a file of text, or the ranking of options in a file of questions.
 
-What a model was never trained to predict is left out, and refused where it is asked for by name. Texts are
-cut into the rows the model was trained on; only models with one tokenizer compare per token.
+By default a model is measured on what it was trained to predict; a metric that it cannot have is an error if
+the user names it. Texts are cut into the rows that the model was trained on. Numbers per token compare only
+between models with the same tokenizer.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from opdlm.errors import ConfigError, DataError
 from opdlm.evaluation.retention import student_names, versions
 from opdlm.reporting.tables import NOTHING, Table, percent, with_interval
 from opdlm.text.likelihood import RowNats
-from opdlm.text.likelihood_models import METRICS, LikelihoodModel, LikelihoodOptions, load_subject
+from opdlm.text.likelihood_models import METRICS, LikelihoodModel, LikelihoodOptions, load_likelihood_model
 from opdlm.text.options import rank_options, read_questions
 
 OPTIONS = "options"
-"""Named among the metrics: the file must hold questions."""
+"""As a metric: the file must hold questions."""
 RESULT_FILE = "text_likelihood.json"
 DEFAULT_ROWS = 64
 Values = dict[str, Any]
@@ -33,14 +34,15 @@ def evaluate_text(
     path: str,
     metrics: Sequence[str],
     limit: int | None,
-    asked: LikelihoodOptions,
+    options: LikelihoodOptions,
     out: Path | None = None,
 ) -> Table:
-    """Measure every folder on the file; all numbers also go to `out`.
+    """Measure every folder on the file, and write all numbers to `out`.
 
-    metrics: none means all that a model was trained for. limit: rows (64) or questions (all), evenly spaced.
+    metrics: if empty, all that a model was trained for. limit: number of rows (default 64) or of questions
+    (default all), evenly spaced.
     """
-    check_asked(metrics, limit, asked)
+    check_arguments(metrics, limit, options)
     is_questions = any(OPTIONS in row for _, row in read_rows(path))
     if OPTIONS in metrics and not is_questions:
         raise DataError(f"--metrics options needs rows with `prompt`, `options`, `answer`; {path} has none.")
@@ -48,63 +50,62 @@ def evaluate_text(
     measure = measure_questions if is_questions else measure_rows
     models = []
     for folder, name in zip(folders, student_names(folders), strict=True):
-        subject = load_subject(folder, asked)
-        measured = measure(subject, subject.chosen(named, folder), path, limit)
-        models.append({"name": name, "folder": str(folder), "trained": subject.trained, **measured})
+        model = load_likelihood_model(folder, options)
+        measured = measure(model, model.choose_metrics(named, folder), path, limit)
+        models.append({"name": name, "folder": str(folder), "trained": model.trained, **measured})
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        settings = {"path": path, "limit": limit, **asdict(asked)}
+        settings = {"path": path, "limit": limit, **asdict(options)}
         result = {"settings": settings, "versions": versions(), "models": models}
         (out / RESULT_FILE).write_text(json.dumps(result, indent=2))
     return options_table(models) if is_questions else nats_table(models)
 
 
-def check_asked(metrics: Sequence[str], limit: int | None, asked: LikelihoodOptions) -> None:
+def check_arguments(metrics: Sequence[str], limit: int | None, options: LikelihoodOptions) -> None:
     """Raises ConfigError before any model is loaded."""
     known = (*METRICS, OPTIONS)
     for name in metrics:
         if name not in known:
             raise ConfigError(f"--metrics: {name} is none of {', '.join(known)}.")
-    if asked.num_rates < 2 or asked.num_rates % 2:
+    if options.num_rates < 2 or options.num_rates % 2:
         raise ConfigError(
-            f"--num-rates ({asked.num_rates}) must be even and positive: pairs of rates give the error."
+            f"--num-rates ({options.num_rates}) must be even and positive: pairs of rates give the error."
         )
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit ({limit}) must be at least 1.")
-    for override in asked.overrides:
+    for override in options.overrides:
         if not override.startswith("data."):
             raise ConfigError(
                 f"{override}: with --text only data.* keys matter, for example data.sequence_length=128."
             )
 
 
-def measure_rows(subject: LikelihoodModel, metrics: Sequence[str], path: str, limit: int | None) -> Values:
-    """Nats of the text's rows, cut as the model was trained."""
-    section = replace(subject.data, path=path)
-    documents = load_documents(section, subject.tokenizer, subject.model.spec.mask_token_id, "--text")
+def measure_rows(model: LikelihoodModel, metrics: Sequence[str], path: str, limit: int | None) -> Values:
+    """Nats of rows of the text, which is cut as in the training of the model."""
+    section = replace(model.data, path=path)
+    documents = load_documents(section, model.tokenizer, model.diffusion_lm.spec.mask_token_id, "--text")
     rows = PackedDataset(documents, section, 0, "--text").evenly(limit or DEFAULT_ROWS)
-    found = {name: nats_values(subject.scores[name](rows, 0)) for name in metrics}
-    return {"metrics": found, "num_rows": len(rows), "sequence_length": subject.data.sequence_length}
+    found = {name: nats_values(model.scores[name](rows, 0)) for name in metrics}
+    return {"metrics": found, "num_rows": len(rows), "sequence_length": model.data.sequence_length}
 
 
-def nats_values(found: RowNats) -> Values:
+def nats_values(nats: RowNats) -> Values:
     return {
-        "per_token": found.per_token,
-        "standard_error": found.standard_error,
-        "total": float(found.nats_B.sum()),
-        "num_tokens": int(found.tokens_B.sum()),
+        "per_token": nats.per_token,
+        "standard_error": nats.standard_error,
+        "total": float(nats.nats_B.sum()),
+        "num_tokens": int(nats.tokens_B.sum()),
     }
 
 
-def measure_questions(
-    subject: LikelihoodModel, metrics: Sequence[str], path: str, limit: int | None
-) -> Values:
-    """The ranking of options by every metric."""
+def measure_questions(model: LikelihoodModel, metrics: Sequence[str], path: str, limit: int | None) -> Values:
+    """How well every metric ranks the options."""
     rows = read_rows(path)
     num = min(limit or len(rows), len(rows))
-    some = [rows[i * len(rows) // num] for i in range(num)]
-    questions = read_questions(some, subject.tokenizer, subject.model.spec.mask_token_id, subject.context)
-    return {"metrics": {name: asdict(rank_options(subject.scores[name], questions)) for name in metrics}}
+    chosen = [rows[i * len(rows) // num] for i in range(num)]
+    mask_token_id = model.diffusion_lm.spec.mask_token_id
+    questions = read_questions(chosen, model.tokenizer, mask_token_id, model.context_length)
+    return {"metrics": {name: asdict(rank_options(model.scores[name], questions)) for name in metrics}}
 
 
 def nats_table(models: Sequence[Values]) -> Table:
@@ -119,8 +120,8 @@ def nats_table(models: Sequence[Values]) -> Table:
         title="Nats per token",
         head=["model", "trained", *names, "tokens"],
         rows=rows,
-        note="md_bound bounds the likelihood from above, at mask rates t ~ U(0, 1) whatever was trained; "
-        "the error behind ± is that of the masks drawn.",
+        note="md_bound is an upper bound of the negative log-likelihood at t ~ U(0, 1), whatever mask rates "
+        "were trained; ± is the standard error from drawing masks.",
     )
 
 

@@ -1,13 +1,12 @@
-"""What a folder can be asked about text: the model, its scores by name, and why others are refused.
+"""The model of a folder with the likelihoods that can be measured on it, and why others cannot.
 
-A folder of `opdlm train` is asked in the way it was trained (its settings lie beside the weights), a folder
-of `opdlm convert` as its format decodes, any other checkpoint autoregressively, or as masked diffusion where
-the user says what its masked positions predict.
+A folder of `opdlm train` is measured as it was trained (its settings are stored beside the weights), a folder
+of `opdlm convert` as its format decodes. Any other checkpoint is measured autoregressively, and as masked
+diffusion if the user says what its masked positions predict.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.checkpoints.convert import make_spec, probe, stop_token_ids
+from opdlm.checkpoints.folders import is_converted
 from opdlm.checkpoints.load import load, load_causal_lm, load_tokenizer, vocabulary_rows
 from opdlm.config.loader import apply_override, build_section
 from opdlm.config.rules import load_config
@@ -27,15 +27,14 @@ from opdlm.config.text import TEXT_CONFIG_COPY, TextConfig, TextSection, load_te
 from opdlm.data.documents import RowBatch, TextRow
 from opdlm.decoding.rollout import Rollout
 from opdlm.errors import ConfigError
-from opdlm.evaluation.likelihood import ar_nll as exact_nll
-from opdlm.evaluation.likelihood import nll_bound
+from opdlm.evaluation.likelihood import ar_response_nll, nll_bound
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from opdlm.text.batches import Prediction, pieces
 from opdlm.text.likelihood import (
     RowNats,
     Score,
-    ar_nll,
     block_bound,
+    causal_nll,
     md_bound,
     prefix_nll,
     pseudo_nll,
@@ -48,60 +47,61 @@ METRICS = (*FORWARD, *MASKED)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LikelihoodOptions:
-    """What the user says about how models are asked."""
+    """How likelihoods are measured."""
 
     num_rates: int = 32
-    """Mask rates of the bound, even."""
+    """Mask rates of the bound; an even number."""
     prediction: Prediction | None = None
-    """Of a plain checkpoint with a mask token."""
+    """What masked positions of a plain checkpoint predict."""
     overrides: tuple[str, ...] = ()
-    """data.key=value: how the text is cut."""
+    """`data.key=value`: how the text is cut into rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LikelihoodModel:
-    """A model and the questions it can be asked."""
+    """A model and the likelihoods that can be measured on it."""
 
-    model: DiffusionLM
+    diffusion_lm: DiffusionLM
     tokenizer: PreTrainedTokenizerBase
     data: TextSection
     trained: str
-    """As the table names it."""
+    """How it was trained, as the table shows it."""
     scores: dict[str, Score]
+    """Functions by the name of the metric."""
     default: tuple[str, ...]
-    refused: dict[str, str] = field(default_factory=dict)
-    """Metrics that it cannot have, and why."""
+    """Metrics that it was trained for."""
+    unsupported: dict[str, str] = field(default_factory=dict)
+    """Metrics that cannot be measured, and why."""
 
     @property
-    def context(self) -> int | None:
-        return getattr(self.model.student.config.get_text_config(), "max_position_embeddings", None)
+    def context_length(self) -> int | None:
+        return getattr(self.diffusion_lm.student.config.get_text_config(), "max_position_embeddings", None)
 
-    def chosen(self, metrics: Sequence[str], folder: Path) -> tuple[str, ...]:
-        """The metrics named, or all that the model was trained for."""
+    def choose_metrics(self, metrics: Sequence[str], folder: Path) -> tuple[str, ...]:
+        """The metrics that the user named, or all that the model was trained for."""
         for name in metrics:
-            if name in self.refused:
-                raise ConfigError(f"--metrics {name} cannot be measured for {folder}: {self.refused[name]}.")
+            if name in self.unsupported:
+                raise ConfigError(
+                    f"--metrics {name} cannot be measured for {folder}: {self.unsupported[name]}."
+                )
         return tuple(metrics) or self.default
 
 
-def load_subject(folder: Path, asked: LikelihoodOptions) -> LikelihoodModel:
-    """The model of a folder, with what it can be asked."""
+def load_likelihood_model(folder: Path, options: LikelihoodOptions) -> LikelihoodModel:
+    """The model of a folder. Raises ConfigError where `options.prediction` contradicts the folder."""
     is_trained = (folder / TEXT_CONFIG_COPY).is_file()
-    if asked.prediction and (is_trained or is_converted(folder)):
+    if options.prediction and (is_trained or is_converted(folder)):
         raise ConfigError(f"--prediction is for plain checkpoints; {folder} knows its own: leave it out.")
     if is_trained:
-        return trained_subject(folder, asked)
-    return converted_subject(folder, asked) if is_converted(folder) else plain_subject(folder, asked)
+        return from_train_folder(folder, options)
+    if is_converted(folder):
+        return from_convert_folder(folder, options)
+    return from_plain_folder(folder, options)
 
 
-def is_converted(folder: Path) -> bool:
-    file = folder / "config.json"
-    return file.is_file() and "block_diffusion" in json.loads(file.read_text())
-
-
-def trained_subject(folder: Path, asked: LikelihoodOptions) -> LikelihoodModel:
-    """A folder of `opdlm train`."""
-    config = load_text_config(folder / TEXT_CONFIG_COPY, asked.overrides)
+def from_train_folder(folder: Path, options: LikelihoodOptions) -> LikelihoodModel:
+    """A folder of `opdlm train`: its objective decides what is measured."""
+    config = load_text_config(folder / TEXT_CONFIG_COPY, options.overrides)
     section = config.objective
     if is_converted(folder):
         model, tokenizer = load(folder, config.model.dtype)
@@ -111,7 +111,7 @@ def trained_subject(folder: Path, asked: LikelihoodOptions) -> LikelihoodModel:
         spec = replace(make_spec(base, tokenizer, config, mask_token_id), adapter=False)
         model = DiffusionLM(base, spec).eval().requires_grad_(False)
 
-    def columns(rows: Sequence[TextRow]) -> RowBatch:
+    def to_row_batch(rows: Sequence[TextRow]) -> RowBatch:
         if section.token_order == "random" and len(rows[0].ids_R) != config.data.sequence_length + 1:
             raise ConfigError(
                 f"{folder} reads whole rows in one random order (objective.token_order): it cannot rank "
@@ -119,106 +119,107 @@ def trained_subject(folder: Path, asked: LikelihoodOptions) -> LikelihoodModel:
             )
         return in_order(RowBatch.of(rows), section, config.train.seed)
 
-    scores = row_scores(model, section.prediction, asked.num_rates, columns)
+    scores = row_scores(model, section.prediction, options.num_rates, to_row_batch)
     default: tuple[str, ...] = ("md_bound",)
-    refused: dict[str, str] = {}
+    unsupported: dict[str, str] = {}
     match section.name:
         case "autoregressive":
             default = ("ar_nll",)
-            refused = dict.fromkeys(MASKED, "it was trained autoregressively only (objective.name)")
+            unsupported = dict.fromkeys(MASKED, "it was trained autoregressively only (objective.name)")
         case "block_diffusion":
-            scores["md_bound"] = block_score(model, asked.num_rates)
-            refused = dict.fromkeys(METRICS, "blocks see nothing after them (objective.name=block_diffusion)")
-            del refused["md_bound"]
+            scores["md_bound"] = block_score(model, options.num_rates)
+            unsupported = dict.fromkeys(
+                METRICS, "blocks see nothing after them (objective.name=block_diffusion)"
+            )
+            del unsupported["md_bound"]
         case "masked_diffusion" if section.prediction == "same_position":
-            refused = dict.fromkeys(FORWARD, "its positions predict themselves (objective.prediction)")
+            unsupported = dict.fromkeys(FORWARD, "its positions predict themselves (objective.prediction)")
         case "dual":
             forward = FORWARD if section.prediction == "next_position" else FORWARD[:1]
             default = (*forward, "md_bound")
     return LikelihoodModel(
-        model=model,
+        diffusion_lm=model,
         tokenizer=tokenizer,
         data=config.data,
         trained=section.name,
         scores=scores,
         default=default,
-        refused=refused,
+        unsupported=unsupported,
     )
 
 
-def converted_subject(folder: Path, asked: LikelihoodOptions) -> LikelihoodModel:
-    """A folder of `opdlm convert`: its bound, and its AR model where it holds one."""
+def from_convert_folder(folder: Path, options: LikelihoodOptions) -> LikelihoodModel:
+    """A folder of `opdlm convert`: the bound of the student, and its AR model if the folder holds one."""
     model, tokenizer = load(folder)
     spec = model.spec
     if spec.format == "preserve":
-        num_samples = max(2, asked.num_rates // (2 * spec.block_size))  # each is two orders of a block
+        num_samples = max(2, options.num_rates // (2 * spec.block_size))  # each is two orders of a block
         scores: dict[str, Score] = {
-            "ar_nll": lambda rows, _: over_pieces(model, rows, partial(exact_parts, model)),
+            "ar_nll": lambda rows, _: over_pieces(model, rows, partial(ar_parts, model)),
             "md_bound": lambda rows, seed: over_pieces(
                 model, rows, partial(bound_parts, model, num_samples, seed)
             ),
         }
     else:
-        scores = {"md_bound": block_score(model, asked.num_rates)}
+        scores = {"md_bound": block_score(model, options.num_rates)}
         if load_config(folder / CONFIG_COPY).loss.ar_weight:
-            scores["ar_nll"] = lambda rows, _: ar_nll(model, RowBatch.of(rows))
-    refused = {name: "a converted model sees no later block" for name in METRICS if name not in scores}
+            scores["ar_nll"] = lambda rows, _: causal_nll(model, RowBatch.of(rows))
+    unsupported = {name: "a converted model sees no later block" for name in METRICS if name not in scores}
     if "ar_nll" not in scores:
-        refused["ar_nll"] = "its autoregressive model is the checkpoint it was made from: measure that"
+        unsupported["ar_nll"] = "its autoregressive model is the checkpoint it was made from: measure that"
     return LikelihoodModel(
-        model=model,
+        diffusion_lm=model,
         tokenizer=tokenizer,
-        data=plain_section(model, asked),
+        data=plain_section(model, options),
         trained=f"converted, {spec.format} {spec.block_size}",
         scores=scores,
         default=tuple(name for name in METRICS if name in scores),
-        refused=refused,
+        unsupported=unsupported,
     )
 
 
-def plain_subject(folder: Path, asked: LikelihoodOptions) -> LikelihoodModel:
-    """Any causal checkpoint; a masked one where its prediction is told."""
+def from_plain_folder(folder: Path, options: LikelihoodOptions) -> LikelihoodModel:
+    """Any causal checkpoint; also masked diffusion if the user names its prediction."""
     base, tokenizer = load_causal_lm(str(folder), "float32"), load_tokenizer(str(folder))
     mask_token_id = tokenizer.mask_token_id
-    unknown = vocabulary_rows(base)  # an id that no forward ever sees
+    is_masked = options.prediction is not None and mask_token_id is not None
     spec = DiffusionSpec(
         format="sdar",
         block_size=1,
         grid="absolute",
-        mask_token_id=unknown if mask_token_id is None else mask_token_id,
+        mask_token_id=mask_token_id if is_masked else vocabulary_rows(base),  # or an id that no forward sees
         stop_token_ids=stop_token_ids(base, tokenizer),
-        banned_token_ids=() if asked.prediction is None or mask_token_id is None else (mask_token_id,),
     )
     probe(base, spec)
     model = DiffusionLM(base, spec).eval().requires_grad_(False)
-    refused: dict[str, str] = {}
+    unsupported: dict[str, str] = {}
     default: tuple[str, ...] = ("ar_nll",)
-    if asked.prediction is None or mask_token_id is None:
-        why = "it has no mask token" if mask_token_id is None else "say what its masked positions predict"
-        refused = dict.fromkeys(
+    if not is_masked:
+        why = "it has no mask token" if mask_token_id is None else "what its masks predict is unknown"
+        unsupported = dict.fromkeys(
             MASKED,
             f"{why} (needed: a mask token in the tokenizer, and --prediction next_position or same_position)",
         )
-    elif asked.prediction == "same_position":
-        default, refused = ("md_bound",), dict.fromkeys(FORWARD, "its positions predict themselves")
+    elif options.prediction == "same_position":
+        default, unsupported = ("md_bound",), dict.fromkeys(FORWARD, "its positions predict themselves")
     else:
         default = ("ar_nll", "md_bound")
     return LikelihoodModel(
-        model=model,
+        diffusion_lm=model,
         tokenizer=tokenizer,
-        data=plain_section(model, asked),
+        data=plain_section(model, options),
         trained="plain checkpoint",
-        scores=row_scores(model, asked.prediction or "next_position", asked.num_rates, RowBatch.of),
+        scores=row_scores(model, options.prediction or "next_position", options.num_rates, RowBatch.of),
         default=default,
-        refused=refused,
+        unsupported=unsupported,
     )
 
 
-def plain_section(model: DiffusionLM, asked: LikelihoodOptions) -> TextSection:
-    """How text is cut for models that were not trained on rows."""
+def plain_section(model: DiffusionLM, options: LikelihoodOptions) -> TextSection:
+    """How text is cut into rows for models that were not trained on rows."""
     context = getattr(model.student.config.get_text_config(), "max_position_embeddings", None)
     values: dict[str, Any] = {"data": {"sequence_length": min(TextSection().sequence_length, context or 512)}}
-    for override in asked.overrides:
+    for override in options.overrides:
         apply_override(values, override)
     return build_section(TextConfig, values).data
 
@@ -227,17 +228,17 @@ def row_scores(
     model: DiffusionLM,
     prediction: Prediction,
     num_rates: int,
-    columns: Callable[[Sequence[TextRow]], RowBatch],
+    to_row_batch: Callable[[Sequence[TextRow]], RowBatch],
 ) -> dict[str, Score]:
-    """Every metric of a model that sees whole rows."""
+    """All metrics of a model that reads whole rows."""
 
     def pll(num_right: int) -> Score:
-        return lambda rows, seed: pseudo_nll(model, columns(rows), prediction, num_right)
+        return lambda rows, seed: pseudo_nll(model, to_row_batch(rows), prediction, num_right)
 
     return {
-        "ar_nll": lambda rows, seed: ar_nll(model, columns(rows)),
-        "prefix_nll": lambda rows, seed: prefix_nll(model, columns(rows)),
-        "md_bound": lambda rows, seed: md_bound(model, columns(rows), prediction, num_rates, seed),
+        "ar_nll": lambda rows, seed: causal_nll(model, to_row_batch(rows)),
+        "prefix_nll": lambda rows, seed: prefix_nll(model, to_row_batch(rows)),
+        "md_bound": lambda rows, seed: md_bound(model, to_row_batch(rows), prediction, num_rates, seed),
         "pll": pll(0),
         "pll_right1": pll(1),
         "pll_right2": pll(2),
@@ -251,7 +252,7 @@ def block_score(model: DiffusionLM, num_rates: int) -> Score:
 def over_pieces(
     model: DiffusionLM, rows: Sequence[TextRow], measure: Callable[[Sequence[Rollout]], tuple[Tensor, Tensor]]
 ) -> RowNats:
-    """Sums over the documents of each row; `measure` gives nats and their error per document."""
+    """Sums over the documents of each row; `measure` returns nats and their standard error per document."""
     nats, tokens, errors = list[Tensor](), list[int](), list[Tensor]()
     for row in rows:
         parts = list(pieces(row, model.spec))
@@ -262,8 +263,8 @@ def over_pieces(
     return RowNats(nats_B=torch.stack(nats), tokens_B=torch.tensor(tokens), error_B=torch.stack(errors))
 
 
-def exact_parts(model: DiffusionLM, parts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
-    nats_P = exact_nll(model, parts)
+def ar_parts(model: DiffusionLM, parts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
+    nats_P = ar_response_nll(model, parts)
     return nats_P, torch.zeros_like(nats_P)
 
 

@@ -1,7 +1,7 @@
-"""Questions with options: which one a model finds most likely, and by how much the right one.
+"""Questions with options: the option that a model finds likeliest, and the margin of the right one.
 
-A `Score` says how unlikely a continuation is; nothing else about the model is known here. One question's
-options are judged with the same random numbers.
+A `Score` is the negative log-likelihood of a continuation. All options of a question are scored with the same
+random numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Question:
     answer: int
 
     def row(self, option: int) -> TextRow:
-        """Prompt and option; the column behind the option makes each of its tokens an input."""
+        """Prompt and option; one padding token follows, so that every token of the option is an input."""
         ids = torch.tensor([*self.prompt_ids, *self.options[option], 0])
         start = torch.zeros_like(ids)
         start[-1] = PADDING
@@ -38,16 +38,16 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptionReport:
-    """How options were ranked, over all questions."""
+    """How well options were ranked, over all questions."""
 
     accuracy: float
-    """Share of questions whose right option has the fewest nats; a tie counts in parts."""
+    """Share of questions whose right option has the fewest nats; a tie counts as 1 / n."""
     accuracy_interval: tuple[float, float]
     """95 %, Wilson, with the right answers rounded to a whole number."""
     accuracy_per_token: float
     """The same with nats per token of the option."""
     delta_nll: float
-    """Mean of wrong minus right, in nats: positive where the right option is likelier."""
+    """Mean of wrong minus right, in nats: positive if the right option is likelier."""
     delta_nll_per_token: float
     right_per_token: float
     """Nats per token of the right options."""
@@ -55,7 +55,7 @@ class OptionReport:
 
 
 def rank_options(score: Score, questions: Sequence[Question]) -> OptionReport:
-    """Judge every option of every question."""
+    """Score every option of every question."""
     hits, hits_per_token, deltas, deltas_per_token = [], [], [], []
     right_nats, right_tokens = 0.0, 0
     for seed, question in enumerate(questions):
@@ -80,7 +80,7 @@ def rank_options(score: Score, questions: Sequence[Question]) -> OptionReport:
 
 
 def share_of_best(values: Sequence[float], answer: int) -> float:
-    """1 if the answer alone has the lowest value, 1 / n if n share it, else 0."""
+    """1 if the answer alone has the lowest value, 1 / n if n options share it, else 0."""
     return (values[answer] == min(values)) / values.count(min(values))
 
 
@@ -92,17 +92,17 @@ def read_questions(
     rows: Sequence[tuple[str, Row]],
     tokenizer: PreTrainedTokenizerBase,
     mask_token_id: int,
-    longest: int | None,
+    context_length: int | None,
 ) -> list[Question]:
-    """Rows with `prompt` (or `messages`), `options` (texts, with the space they start with) and `answer`."""
+    """Rows with `prompt` (or `messages`), `options` (texts, with their leading space) and `answer`."""
     questions = []
     for place, row in rows:
         question = read_question(place, row, tokenizer)
         num_tokens = len(question.prompt_ids) + max(map(len, question.options))
-        if longest is not None and num_tokens > longest:
+        if context_length is not None and num_tokens > context_length:
             raise DataError(
                 f"{place} has {num_tokens} tokens of prompt and option, more than the model's context "
-                f"({longest}). Shorten or remove the row."
+                f"({context_length}). Shorten or remove the row."
             )
         if any(mask_token_id in ids for ids in (question.prompt_ids, *question.options)):
             raise DataError(f"{place} contains the mask token. Remove the row.")

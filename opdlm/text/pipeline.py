@@ -1,8 +1,8 @@
 """`opdlm train` from start to end: check everything, train on text, write the folder, measure held-out loss.
 
-The result folder is a Hugging Face checkpoint. Where masked tokens predict their own position it is a block-
-diffusion model too (`generate`, `eval`, `export`); with next_position it is an autoregressive model, which
-`convert` and `generate --mode ar` take.
+The result folder is a Hugging Face checkpoint. If masked tokens predict their own position, it is also a
+block-diffusion model (`generate`, `eval`, `export`). With next_position it is an autoregressive model for
+`convert` and `generate --mode ar`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from opdlm.checkpoints.load import (
     set_embedding_row,
     vocabulary_rows,
 )
-from opdlm.checkpoints.lora import merged
+from opdlm.checkpoints.lora import merge_adapter
 from opdlm.config.text import TEXT_CONFIG_COPY, TextConfig
 from opdlm.data.documents import PackedDataset, RowBatch, TextRow, keep_tokens, load_documents
 from opdlm.errors import ConfigError, DataError, require_package
@@ -40,7 +40,7 @@ from opdlm.objectives.mask_theory import alpha_rule, ngram_signal_weights, optim
 from opdlm.objectives.masking import auto_window, needs_optimal_t, resolve_auto
 from opdlm.reporting.card import text_card
 from opdlm.reporting.plots import plot_metrics, plot_signal
-from opdlm.text.likelihood import ar_nll, block_bound, md_bound
+from opdlm.text.likelihood import block_bound, causal_nll, md_bound
 from opdlm.text.trainer import in_order, train
 from opdlm.training.checkpoint import (
     find_checkpoints,
@@ -48,10 +48,10 @@ from opdlm.training.checkpoint import (
     load_weights,
     trainable_weights,
 )
-from opdlm.training.devices import is_sharded, join_ranks
+from opdlm.training.devices import check_trackers, is_sharded, join_ranks
 from opdlm.training.dropout import add_output_dropout
-from opdlm.training.loop import check_trackers, prepare_output
 from opdlm.training.metrics import MetricsLog, read_metrics
+from opdlm.training.run_folder import prepare_output
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +65,13 @@ class TextInputs:
     config: TextConfig
     """With every `auto` and `data.epochs` resolved."""
     notes: tuple[str, ...]
-    """What was resolved, and why."""
+    """What was resolved, and from what."""
     signal_weights: tuple[float, ...] = ()
-    """Of the text's n-grams, where `masking.windows=auto` counted them."""
+    """Of the n-grams of the text; empty unless `masking.windows=auto`."""
 
 
 def train_text(config: TextConfig, console: Console) -> Path:
-    """Run a training on text (or continue it); returns the folder of the model."""
+    """Run or continue a training on text; returns the folder of the model."""
     ranks = join_ranks(config)
     inputs = load_text_inputs(config)
     config = inputs.config
@@ -87,11 +87,11 @@ def train_text(config: TextConfig, console: Console) -> Path:
     folder = output_dir / MODEL_FOLDER
     if ranks.is_main_process:
         model = trained_model(run.model, config).eval()
-        found = held_out_loss(inputs)(model) if inputs.held_out else {}
+        losses = held_out_loss(inputs)(model) if inputs.held_out else {}
         with atomic_folder(folder) as partial:
             write_result(partial, model, inputs.tokenizer, config)
-            write_record(partial, output_dir, config, found)
-        for name, value in found.items():
+            write_record(partial, output_dir, config, losses)
+        for name, value in losses.items():
             if name != "score":
                 console.print(f"{name} {value:.4f} nats per token", soft_wrap=True)
     return folder
@@ -110,7 +110,7 @@ def load_text_inputs(config: TextConfig) -> TextInputs:
         require_package("bitsandbytes", "quant", "optimizer.name (adamw8bit)")
     model, tokenizer = load_text_model(config)
     context = getattr(model.student.config.get_text_config(), "max_position_embeddings", None)
-    is_block = config.objective.name == "block_diffusion"  # reads the last token and the rest of its block
+    is_block = config.objective.name == "block_diffusion"  # its forward completes the last block
     if context is not None and config.data.sequence_length > context - is_block * config.format.block_size:
         block = f" less a block ({config.format.block_size})" if is_block else ""
         raise ConfigError(
@@ -129,9 +129,9 @@ def load_text_inputs(config: TextConfig) -> TextInputs:
     held_out = []
     if config.eval.path:
         section = replace(config.data, path=config.eval.path)
-        told = load_documents(section, tokenizer, model.spec.mask_token_id, "eval.path")
-        held_rows = PackedDataset(told, section, 0, "eval.path")
-        held_out = held_rows.evenly(config.eval.limit)
+        held_out_documents = load_documents(section, tokenizer, model.spec.mask_token_id, "eval.path")
+        held_out_rows = PackedDataset(held_out_documents, section, 0, "eval.path")
+        held_out = held_out_rows.evenly(config.eval.limit)
     weights: tuple[float, ...] = ()
     if needs_optimal_t(config.masking):
         weights = ngram_signal_weights([document.ids for document in documents])
@@ -140,8 +140,9 @@ def load_text_inputs(config: TextConfig) -> TextInputs:
 
 
 def load_text_model(config: TextConfig) -> tuple[DiffusionLM, PreTrainedTokenizerBase]:
-    """The model at step 0, with its teacher where one is asked, and the tokenizer with [MASK]; one seed, one
-    model.
+    """The model at step 0, with its teacher if there is one, and the tokenizer with [MASK].
+
+    The seed of the run decides all new weights, whatever was drawn before.
     """
     with torch.random.fork_rng(devices=[]):  # PEFT and new embedding rows draw from the global generator
         torch.manual_seed(config.train.seed)
@@ -179,7 +180,7 @@ def build_text_model(config: TextConfig) -> tuple[DiffusionLM, PreTrainedTokeniz
 
 
 def load_teacher(config: TextConfig, model: PreTrainedModel) -> PreTrainedModel | None:
-    """The frozen model of `objective.teacher`; None where none is asked, or it is the adapter's base."""
+    """The frozen teacher; None without distillation, or if the base of the adapter is the teacher."""
     if not config.objective.distill_weight:
         return None
     if not config.objective.teacher:
@@ -204,7 +205,7 @@ def load_teacher(config: TextConfig, model: PreTrainedModel) -> PreTrainedModel 
 def resolve(
     config: TextConfig, rows: PackedDataset, signal_weights: tuple[float, ...]
 ) -> tuple[TextConfig, tuple[str, ...]]:
-    """Numbers for what depends on the data: steps from epochs, the share of autoregressive rows, windows."""
+    """Replace what depends on the data by numbers: epochs, the share of autoregressive rows, mask windows."""
     notes = []
     if config.data.epochs is not None:
         steps = max(1, math.ceil(config.data.epochs * rows.per_epoch / config.train.rows_per_update))
@@ -217,15 +218,13 @@ def resolve(
             share = alpha_rule(repeats)
             config = replace(config, objective=replace(config.objective, ar_share=share))
             notes.append(f"objective.ar_share auto: {share:.4g}")
-        notes.append(f"autoregressive rows see the data {share * repeats:.1f} times (share x passes)")
+        notes.append(f"autoregressive rows see the data {share * repeats:.1f} times (share x epochs)")
     if signal_weights:
         best = optimal_t(signal_weights)
         config = replace(config, masking=resolve_auto(config.masking, best))
-        notes.append(
-            f"masking.windows auto: t* = {best:.3f} from the n-grams of the text, so "
-            f"{[list(window) for window in config.masking.windows]}"
-        )
-    return config, (f"{repeats:.2f} passes over {rows.num_tokens} tokens", *notes)
+        windows = [list(window) for window in config.masking.windows]
+        notes.append(f"masking.windows auto: t* = {best:.3f} from the n-grams of the text, so {windows}")
+    return config, (f"{repeats:.2f} epochs of {rows.num_tokens} tokens", *notes)
 
 
 def describe(inputs: TextInputs, console: Console) -> None:
@@ -243,18 +242,19 @@ def describe(inputs: TextInputs, console: Console) -> None:
 
 
 def held_out_loss(inputs: TextInputs) -> Callable[[DiffusionLM], dict[str, float]]:
-    """Losses of what the objective trains, in nats per token; `score` is minus their mean, weighted as in
-    training.
+    """A function that measures the losses of the objective on held-out rows, in nats per token.
+
+    Its `score` is minus the mean of the losses, weighted as in training.
     """
     config, section = inputs.config, inputs.config.objective
 
     def measure(model: DiffusionLM) -> dict[str, float]:
         found, num_rates = {}, config.eval.num_rates
-        columns = in_order(RowBatch.of(inputs.held_out), section, config.train.seed)
+        row_batch = in_order(RowBatch.of(inputs.held_out), section, config.train.seed)
         if section.name in ("autoregressive", "dual"):
-            found["heldout_ar_nll"] = ar_nll(model, columns).per_token
+            found["heldout_ar_nll"] = causal_nll(model, row_batch).per_token
         if section.name in ("masked_diffusion", "dual"):
-            found["heldout_md_bound"] = md_bound(model, columns, section.prediction, num_rates).per_token
+            found["heldout_md_bound"] = md_bound(model, row_batch, section.prediction, num_rates).per_token
         if section.name == "block_diffusion":
             found["heldout_md_bound"] = block_bound(model, inputs.held_out, num_rates).per_token
         share = float(section.ar_share) if section.name == "dual" else 0.0
@@ -266,7 +266,7 @@ def held_out_loss(inputs: TextInputs) -> Callable[[DiffusionLM], dict[str, float
 
 
 def trained_model(model: DiffusionLM, config: TextConfig) -> DiffusionLM:
-    """The trained model in one piece; after a sharded run, built again from the last checkpoint."""
+    """The trained model in one piece; after a sharded run it is rebuilt from the last checkpoint."""
     if not is_sharded(model):
         return model
     whole, _ = load_text_model(config)
@@ -280,13 +280,13 @@ def trained_model(model: DiffusionLM, config: TextConfig) -> DiffusionLM:
 def write_result(
     folder: Path, model: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: TextConfig
 ) -> None:
-    """A diffusion folder where that is what the model is; else a plain checkpoint."""
+    """A diffusion folder if masked tokens predict their own position, else a plain checkpoint."""
     section = config.objective
     if section.name != "autoregressive" and section.prediction == "same_position":
         write_model(folder, model, tokenizer)
         return
     peft_model = vars(model).get("peft_model")
-    base = model.student if peft_model is None else merged(peft_model)
+    base = model.student if peft_model is None else merge_adapter(peft_model)
     if model.mask_embedding is not None:
         set_embedding_row(base, model.spec.mask_token_id, model.mask_embedding)
     for name in ("block_diffusion", "auto_map"):  # of the diffusion folder that the run started from
@@ -296,13 +296,13 @@ def write_result(
     tokenizer.save_pretrained(folder)
 
 
-def write_record(folder: Path, output_dir: Path, config: TextConfig, found: dict[str, float]) -> None:
-    """Settings, versions, losses and curves of the run, beside the weights."""
+def write_record(folder: Path, output_dir: Path, config: TextConfig, losses: dict[str, float]) -> None:
+    """Write settings, versions, losses and curves of the run beside the weights."""
     (folder / TEXT_CONFIG_COPY).write_text(config.to_yaml())
     metrics = read_metrics(output_dir / "metrics.jsonl")
     seconds = sum(row["seconds"] for row in metrics)
     results = {"train_seconds": round(seconds, 1), "versions": versions(), **(metrics[-1] if metrics else {})}
-    results |= found
+    results |= losses
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2))
     (folder / "README.md").write_text(text_card(config, results))
     plot_metrics(metrics, folder / "training.png")

@@ -1,10 +1,10 @@
 """Training on given text: autoregressive, masked diffusion, block diffusion, both at once, or distilled.
 
-`train_step` reads rows, masks them, and makes one update of `loop`. The loss is nats per learnt token:
+`train_step` reads rows, masks them and makes one update. The loss is in nats per learnt token:
     autoregressive     mean of -log p(next token)
     masked diffusion   sum over masked tokens of -log p / P(masked | t), over all tokens (a bound)
     dual               (ar_weight * sum of the first + sum of the second) / (ar_weight * tokens + tokens)
-and with `distill_weight` w: (1 - w) * (that) + w * (the same sums of KL(teacher || student)).
+With `distill_weight` w it is (1 - w) * (that) + w * (the same sums over KL(teacher || student)).
 arXiv 2512.14549 (dual), 2601.22450 (mask rates), 2503.09573 (block diffusion).
 """
 
@@ -25,7 +25,7 @@ from opdlm.decoding.rollout import digest_of
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from opdlm.objectives.losses import HiddenTargets, LossOutput, TokenTargets, chunked_divergence, lm_head_of
 from opdlm.objectives.masking import MaskRates, Masks, draw_masks, rates_at
-from opdlm.seeds import generator_for
+from opdlm.seeds import Stream, generator_for
 from opdlm.text.batches import TextBatch, block_batch, can_mask, mixed_rows
 from opdlm.training.devices import sum_over_ranks
 from opdlm.training.dropout import without_output_dropout
@@ -42,11 +42,11 @@ class TextLoss(nn.Module):
 
     def forward(self, batch: TextBatch, weight_M: Tensor) -> LossOutput:
         """`per_position_M` is the cross-entropy, or the divergence where nothing else is trained."""
-        share = self.section.distill_weight
+        distill_weight = self.section.distill_weight
         hidden_MH = self.model.student_hidden(batch.slots)[batch.row_M, batch.column_M]
         banned = torch.tensor(self.model.spec.banned_token_ids, dtype=torch.long, device=hidden_MH.device)
         head = lm_head_of(self.model.student, banned)
-        if share == 0:
+        if distill_weight == 0:
             return chunked_divergence(
                 hidden_MH, head, TokenTargets(ids_M=batch.target_M), weight_M, divergence="cross_entropy"
             )
@@ -59,20 +59,22 @@ class TextLoss(nn.Module):
             head=lm_head_of(self.model.teacher or self.model.student, banned),
         )
         distilled = chunked_divergence(hidden_MH[has_teacher_M], head, targets, weight_M[has_teacher_M])
-        if share == 1:
+        if distill_weight == 1:
             per_position_M = torch.zeros_like(weight_M).masked_scatter_(
                 has_teacher_M, distilled.per_position_M.to(weight_M)
             )
             return LossOutput(distilled.loss, per_position_M)
-        told = chunked_divergence(
+        supervised = chunked_divergence(
             hidden_MH, head, TokenTargets(ids_M=batch.target_M), weight_M, divergence="cross_entropy"
         )
-        return LossOutput(torch.lerp(told.loss, distilled.loss, share), told.per_position_M)
+        return LossOutput(
+            torch.lerp(supervised.loss, distilled.loss, distill_weight), supervised.per_position_M
+        )
 
 
 @dataclass(slots=True, kw_only=True)
 class TextRun(Loop):
-    """A training on text. `config.masking` and `config.objective.ar_share` hold no `auto` any more."""
+    """The state of a training on text; `config.masking` and `config.objective.ar_share` are resolved."""
 
     config: TextConfig
     rows: PackedDataset
@@ -85,7 +87,7 @@ def train(
     log: MetricsLog,
     eval_callback: EvalCallback | None = None,
 ) -> TextRun:
-    """Train to `train.num_steps`, or until the held-out loss stalls, continuing from the newest
+    """Train until `train.num_steps`, or until the held-out loss stalls; continue from the newest
     checkpoint.
     """
     run = start_run(model, rows, config)
@@ -106,7 +108,7 @@ def start_run(model: DiffusionLM, rows: PackedDataset, config: TextConfig) -> Te
 
 @dataclass(slots=True)
 class KindSums:
-    """Weighted cross-entropy and tokens of autoregressive and of masked rows, of one rank."""
+    """Weighted cross-entropy and tokens of autoregressive and of masked rows on one rank."""
 
     ar_nats: float = 0.0
     ar_tokens: float = 0.0
@@ -154,7 +156,7 @@ def train_step(run: TextRun, step: int) -> dict[str, float]:
 
 
 def make_batches(run: TextRun, step: int) -> list[TextBatch]:
-    """This rank's micro-batches of one update. Masks are drawn for all rows on every rank."""
+    """This rank's micro-batches of one update. Every rank draws the masks of all rows."""
     config, accelerator = run.config, run.accelerator
     num_rows = config.train.rows_per_update
     rows = [run.rows.at(index) for index in range(step * num_rows, (step + 1) * num_rows)]
@@ -163,14 +165,16 @@ def make_batches(run: TextRun, step: int) -> list[TextBatch]:
     chosen = equally_many(accelerator, [mine[first : first + size] for first in range(0, len(mine), size)])
     rates = rates_at(config.masking, step)
     if config.objective.name == "block_diffusion":
-        seeds = [generator_for(config.train.seed, 5 * 10**6, step, place) for place in range(num_rows)]
-        make = partial(some_blocks, rows, run.model.spec, rates, seeds, config.objective)
+        seeds = [generator_for(config.train.seed, Stream.MASKS, step, place) for place in range(num_rows)]
+        make = partial(block_micro_batch, rows, run.model.spec, rates, seeds, config.objective)
     else:
-        make = partial(some_rows, *masked_columns(rows, rates, config, step), run.model.spec, config, step)
-    return [make(some) if some else make([0]).without_targets() for some in chosen]
+        make = partial(
+            row_micro_batch, *rows_and_masks(rows, rates, config, step), run.model.spec, config, step
+        )
+    return [make(part) if part else make([0]).without_targets() for part in chosen]
 
 
-def some_blocks(
+def block_micro_batch(
     rows: Sequence[TextRow],
     spec: DiffusionSpec,
     rates: MaskRates,
@@ -182,32 +186,37 @@ def some_blocks(
     return block_batch(*parts, complementary=section.complementary)
 
 
-def masked_columns(
+def rows_and_masks(
     rows: Sequence[TextRow], rates: MaskRates, config: TextConfig, step: int
 ) -> tuple[RowBatch, Masks]:
-    """The rows of an update and their masks; also those that autoregressive rows have not."""
-    section, rng = config.objective, generator_for(config.train.seed, 5 * 10**6, step)
-    columns = in_order(RowBatch.of(rows), section, config.train.seed)
+    """The rows of an update with masks; autoregressive rows use theirs under `objective.input_masking`."""
+    section, rng = config.objective, generator_for(config.train.seed, Stream.MASKS, step)
+    row_batch = in_order(RowBatch.of(rows), section, config.train.seed)
     if section.input_masking is not None:
         rates = MaskRates(windows=(section.input_masking,))
-        return columns, draw_masks(columns.is_text_BL, rates, rng)
-    return columns, draw_masks(can_mask(columns, section.prediction), rates, rng)
+        return row_batch, draw_masks(row_batch.is_text_BL, rates, rng)
+    return row_batch, draw_masks(can_mask(row_batch, section.prediction), rates, rng)
 
 
-def some_rows(
-    columns: RowBatch, masks: Masks, spec: DiffusionSpec, config: TextConfig, step: int, chosen: Sequence[int]
+def row_micro_batch(
+    row_batch: RowBatch,
+    masks: Masks,
+    spec: DiffusionSpec,
+    config: TextConfig,
+    step: int,
+    chosen: Sequence[int],
 ) -> TextBatch:
-    """One micro-batch: the update's first rows are autoregressive."""
+    """One micro-batch; the first rows of the update are autoregressive."""
     section, picked = config.objective, torch.tensor(chosen)
     num_causal = int((picked < num_causal_rows(config, step)).sum())
     masks = Masks(masks.is_masked[picked], masks.weight[picked])
-    columns = columns.pick(picked)
+    row_batch = row_batch.pick(picked)
     if section.complementary:
-        masked_BL, can_BL = masks.is_masked, can_mask(columns, section.prediction)
+        masked_BL, can_BL = masks.is_masked, can_mask(row_batch, section.prediction)
         both = torch.cat([masked_BL, can_BL & ~masked_BL])
-        columns, masks = columns.pick(torch.arange(len(picked)).repeat(2)), Masks(both, both.float())
+        row_batch, masks = row_batch.pick(torch.arange(len(picked)).repeat(2)), Masks(both, both.float())
     batch = mixed_rows(
-        columns,
+        row_batch,
         num_causal,
         masks,
         section.prediction,
@@ -219,17 +228,17 @@ def some_rows(
 
 
 def num_causal_rows(config: TextConfig, step: int) -> int:
-    """Autoregressive rows of an update: all, none, or so that their share over the steps is `ar_share`."""
+    """Autoregressive rows of an update: all, none, or such that their share over the steps is `ar_share`."""
     num_rows, share = config.train.rows_per_update, config.objective.ar_share
     if config.objective.name != "dual":
         return num_rows if config.objective.name == "autoregressive" else 0
-    assert share != "auto", "resolve it first: it depends on the data"
+    assert share != "auto", "resolved before training: it depends on the data"
     return math.floor((step + 1) * num_rows * share + 1e-9) - math.floor(step * num_rows * share + 1e-9)
 
 
-def in_order(columns: RowBatch, section: ObjectiveSection, seed: int) -> RowBatch:
-    """The tokens of every row in the one order of the run (`objective.token_order`)."""
+def in_order(row_batch: RowBatch, section: ObjectiveSection, seed: int) -> RowBatch:
+    """The tokens of every row in the order of the run (`objective.token_order`)."""
     if section.token_order == "left_to_right":
-        return columns
-    order_R = torch.randperm(columns.ids_BR.shape[1], generator=generator_for(seed, 6 * 10**6))
-    return RowBatch(columns.ids_BR[:, order_R], columns.start_BR, columns.is_given_BR[:, order_R])
+        return row_batch
+    order_R = torch.randperm(row_batch.ids_BR.shape[1], generator=generator_for(seed, Stream.TOKEN_ORDER))
+    return RowBatch(row_batch.ids_BR[:, order_R], row_batch.start_BR, row_batch.is_given_BR[:, order_R])

@@ -1,1 +1,1 @@
-"""The training engine that conversion and text training share."""
+"""The training loop, devices and checkpoints that `opdlm convert` and `opdlm train` share."""

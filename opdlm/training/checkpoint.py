@@ -1,10 +1,10 @@
-"""Atomic saving, finding and resuming of a run's state. safetensors and JSON only.
+"""Save, find and load the checkpoints of a run, as safetensors and JSON.
 
-A `checkpoint-N/` holds the trainable weights (and their average), the optimiser's moments, counters, and
-rollouts that are used again: everything else (prompts,
-random draws, curriculum) is a function of (seed, step), so a run that continues is bit for bit the run that
-never stopped. A folder is written beside its final name and renamed when it is complete. Tensors are whole,
-however many ranks hold pieces of them: a run may continue on another number of ranks.
+`checkpoint-N/` holds the trainable weights (and their average), the optimiser's moments, the counters, and
+the rollouts that later steps use again. Everything else (prompts, random draws, schedules) is a function of
+(seed, step), so a resumed run equals an uninterrupted one bit for bit. A folder is written under a temporary
+name and renamed when it is complete. Tensors are saved unsharded, so a run may resume on another number of
+ranks.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from opdlm.files import atomic_folder
 
 PREFIX = "checkpoint-"
 AVERAGE_FILE = "average.safetensors"
-SHARED = ("qmap1", "qmap2")
-"""Tables that all 8-bit moments share; a safetensors file holds no tensor twice."""
+SHARED_TABLES = ("qmap1", "qmap2")
+"""Quantisation tables that all 8-bit moments share; they are cloned, as safetensors refuses shared memory."""
 
 
 def trainable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -35,13 +35,13 @@ def trainable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Moments and counters as `index.name` -> tensor; bitsandbytes nests its own and shares some."""
+    """Moments and counters as `index.name` -> tensor; bitsandbytes nests and shares some."""
     state = flat_state(optimizer.state_dict()["state"])
-    return {key: value.clone() if key.endswith(SHARED) else value for key, value in state}
+    return {key: value.clone() if key.endswith(SHARED_TABLES) else value for key, value in state}
 
 
 def whole_tensors(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
-    """Gather sharded tensors, one at a time; ranks that do not `keep` them only send theirs."""
+    """Gather sharded tensors, one at a time. A rank without `keep` sends its shards and returns nothing."""
     whole = {}
     for name, tensor in tensors:
         tensor = tensor.detach()
@@ -53,7 +53,7 @@ def whole_tensors(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[
 
 
 def flat_state(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Leaves of nested mappings by dotted name; a Python counter becomes an int64 tensor."""
+    """Leaves of nested mappings by dotted name. A Python integer becomes an int64 tensor."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from flat_state(value, f"{prefix}{name}.")
@@ -62,7 +62,7 @@ def flat_state(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def nested_state(flat: dict[str, Tensor]) -> dict[int, dict[str, Any]]:
-    """What `flat_state` took apart."""
+    """Inverse of `flat_state`, by parameter index."""
     state: dict[Any, Any] = {}
     for key, value in flat.items():
         index, *path, name = key.split(".")
@@ -85,7 +85,9 @@ def save_checkpoint(
     *,
     writes: bool = True,
 ) -> None:
-    """Write `checkpoint-{step}` and delete the oldest beyond `keep`. One rank writes, all take part."""
+    """Write `checkpoint-{step}` and delete all but the newest `keep`. Every rank must call this, since
+    sharded tensors are gathered; only the one with `writes` writes files.
+    """
     weights = whole_tensors(trainable_weights(model).items(), keep=writes)
     averages = whole_tensors(average.items(), keep=writes)
     moments = whole_tensors(optimizer_tensors(optimizer).items(), keep=writes)
@@ -108,18 +110,21 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore weights and optimiser in place; returns the progress record (`step` and totals)."""
+    """Restore weights and optimiser in place; return `progress.json` (`step`, counters, totals).
+
+    DataError if the weights do not belong to this model.
+    """
     load_weights(folder, model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     saved = load_file(folder / "optimizer.safetensors")
-    state = nested_state({k: share_of(v, parameters[int(k.split(".")[0])]) for k, v in saved.items()})
+    state = nested_state({k: local_shard(v, parameters[int(k.split(".")[0])]) for k, v in saved.items()})
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return json.loads((folder / "progress.json").read_text())
 
 
 @torch.no_grad()
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Put the trained weights of a checkpoint into a model, sharded or not."""
+    """Copy the trained weights of a checkpoint into a model; DataError if they do not match."""
     weights = load_file(folder / "trainable.safetensors")
     parameters = trainable_weights(model)
     if set(weights) != set(parameters) or any(weights[n].shape != p.shape for n, p in parameters.items()):
@@ -128,18 +133,18 @@ def load_weights(folder: Path, model: nn.Module) -> None:
             "(its config.yaml), or choose another output_dir."
         )
     for name, parameter in parameters.items():
-        parameter.copy_(share_of(weights[name], parameter))
+        parameter.copy_(local_shard(weights[name], parameter))
 
 
 @torch.no_grad()
 def load_average(folder: Path, average: Mapping[str, Tensor]) -> None:
     """Restore the running average of the weights in place."""
     for name, saved in load_file(folder / AVERAGE_FILE).items():
-        average[name].copy_(share_of(saved, average[name]))
+        average[name].copy_(local_shard(saved, average[name]))
 
 
-def share_of(whole: Tensor, part: Tensor) -> Tensor:
-    """This rank's piece of a tensor that is laid out like `part`; counters are whole everywhere."""
+def local_shard(whole: Tensor, part: Tensor) -> Tensor:
+    """This rank's shard of `whole`, laid out like `part`. Counters are never sharded."""
     if not isinstance(part, DTensor) or whole.shape != part.shape:
         return whole
     return distribute_tensor(whole.to(part.device), part.device_mesh, part.placements, src_data_rank=None)

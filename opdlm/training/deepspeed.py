@@ -1,9 +1,10 @@
-"""DeepSpeed ZeRO: optimiser and gradients (stage 2), and weights (stage 3), cut into one piece per rank.
+"""DeepSpeed ZeRO (arXiv 1910.02054): optimiser state and gradients (stage 2), and weights (stage 3),
+partitioned over the ranks.
 
-DeepSpeed's engine wraps the student's loss: it gathers weights around every module (stage 3), reduces
-gradients to the rank that holds their piece, clips and steps. The loop stays ours, and so do the checkpoints:
-whole tensors, as of an optimiser that was never cut, so a run continues under any launch file on any number
-of ranks. `devices` calls this room where the launch asks for ZeRO. arXiv 1910.02054.
+DeepSpeed's engine wraps the student's loss. It gathers weights around every module (stage 3), reduces each
+gradient to the rank that holds its partition, clips and steps. The training loop and the checkpoints are
+ours. Checkpoints hold unpartitioned tensors, so a run resumes under any launch file on any number of ranks.
+`training.devices` calls this module if the launch requests ZeRO.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def zero_stage() -> int:
-    """The stage that the launch asks for; 0 = no ZeRO."""
+    """The ZeRO stage that the launch requests; 0 without ZeRO."""
     if not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return 0
     return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
 
 
 def check_zero(config: RunConfig) -> None:
-    """What this launch cannot do is said before anything is loaded."""
+    """ConfigError if the settings cannot run under the ZeRO stage of the launch."""
     stage = zero_stage()
     if stage not in (0, 2, 3):
         raise ConfigError(f"zero_stage of the launch ({stage}) must be 2 or 3: see recipes/accelerate.")
@@ -43,14 +44,14 @@ def check_zero(config: RunConfig) -> None:
         raise ConfigError("the launch asks for DeepSpeed, which is missing: pip install 'opdlm[deepspeed]'.")
     if stage and config.optimizer.name == "adamw8bit":
         raise ConfigError(
-            "optimizer.name (adamw8bit) does not work with ZeRO, which cuts tensors inside the blocks that "
-            "share a scale: use adamw, or launch with recipes/accelerate/ddp.yaml."
+            "optimizer.name (adamw8bit) does not work with ZeRO, which splits tensors inside the blocks "
+            "that share a scale: use adamw, or launch with recipes/accelerate/ddp.yaml."
         )
     is_full_preserve = config.format.name == "preserve" and not config.lora.enabled
     if stage and is_full_preserve and config.model.dtype != "float32":
         raise ConfigError(
             f"model.dtype ({config.model.dtype}) with format.name=preserve and lora.enabled=false trains "
-            "weights of two dtypes, which ZeRO cannot: use model.dtype=float32 with "
+            "weights of two dtypes, which ZeRO does not support: use model.dtype=float32 with "
             "train.mixed_precision=bf16, or launch with recipes/accelerate/ddp.yaml."
         )
     for key, is_used in {
@@ -67,7 +68,7 @@ def check_zero(config: RunConfig) -> None:
 def start_zero(
     student_loss: nn.Module, optimizer: Optimizer, config: RunConfig
 ) -> tuple[nn.Module, ZeroOptimizer]:
-    """The engine, called like the module it wraps, and the optimiser in pieces."""
+    """DeepSpeed's engine, which is called like the module that it wraps, and the partitioned optimiser."""
     import deepspeed
 
     parameters = optimizer.param_groups[0]["params"]
@@ -88,13 +89,13 @@ def start_zero(
     }
     engine, *_ = deepspeed.initialize(model=student_loss, optimizer=optimizer, config=settings)
     if zero_stage() == 3:
-        for parameter in outside_layers(student_loss):
+        for parameter in parameters_outside_layers(student_loss):
             deepspeed.zero.register_external_parameter(student_loss, parameter)
     return engine, ZeroOptimizer(engine, parameters, config.optimizer.learning_rate)
 
 
-def outside_layers(module: nn.Module) -> list[nn.Parameter]:
-    """Embeddings, norms, head: the loss reads some of them past their own module's forward."""
+def parameters_outside_layers(module: nn.Module) -> list[nn.Parameter]:
+    """Embeddings, norms and head; the loss reads some of them outside their module's forward."""
     layers = [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
     inside = {p for layer in layers for p in layer.parameters()}
     return [p for p in module.parameters() if p not in inside]
@@ -102,7 +103,7 @@ def outside_layers(module: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def gathered_for_rollouts(engine: nn.Module) -> Iterator[None]:
-    """Stage 3: all weights on every rank, and no exchange in any forward."""
+    """Stage 3: all weights on every rank, so that no forward communicates."""
     import deepspeed
 
     with deepspeed.zero.unwrap_model_for_generation(engine):
@@ -111,7 +112,7 @@ def gathered_for_rollouts(engine: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def whole_weights(parameters: Iterable[nn.Parameter], *, changed: bool = False) -> Iterator[None]:
-    """Stage 3: these weights on every rank, to be read or, if `changed`, written. Else nothing to do."""
+    """Stage 3: gather these weights on every rank, to be read or, if `changed`, written."""
     if zero_stage() != 3:
         yield
         return
@@ -122,10 +123,10 @@ def whole_weights(parameters: Iterable[nn.Parameter], *, changed: bool = False) 
 
 
 class ZeroOptimizer(Optimizer):
-    """DeepSpeed's optimiser in pieces, which saves and loads what one on whole tensors would.
+    """DeepSpeed's partitioned optimiser with the state dict of an unpartitioned one.
 
-    Weights that are not float32 have float32 masters in the engine; like those of `MasterWeights` they are
-    saved with the moments.
+    The engine holds float32 master weights of weights that are not float32. They are saved with the moments,
+    like those of `MasterWeights`.
     """
 
     def __init__(self, engine: Any, parameters: Sequence[nn.Parameter], learning_rate: float) -> None:
@@ -135,11 +136,11 @@ class ZeroOptimizer(Optimizer):
 
     @property
     def moments(self) -> dict[Tensor, dict[str, Tensor]]:
-        """AdamW's state of this rank's flat pieces; empty before the first step."""
+        """AdamW's state of this rank's flat partitions; empty before the first step."""
         return self.engine.optimizer.optimizer.state
 
     def clip_and_step(self) -> float:
-        """One update on clipped gradients; their norm before."""
+        """One optimiser update on clipped gradients; returns their norm before clipping."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.param_groups[0]["lr"]
         self.step()
@@ -149,7 +150,7 @@ class ZeroOptimizer(Optimizer):
         self.engine.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Whole tensors on rank 0's CPU; the other ranks only send their pieces."""
+        """Unpartitioned tensors, on the CPU of rank 0; the other ranks only send their partitions."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         def keep(whole: Tensor) -> Tensor:
@@ -165,16 +166,16 @@ class ZeroOptimizer(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take this rank's pieces; the weights must be gathered, and loaded before."""
-        self.make_moments(state_dict["state"][0]["step"])
+        """Copy this rank's partitions. The weights must be gathered and loaded beforehand."""
+        self.allocate_moments(state_dict["state"][0]["step"])
         for i, parameter in enumerate(self.parameters):
             saved = state_dict["state"][i]
-            set_piece(parameter, saved.get("master", parameter))
+            set_partition(parameter, saved.get("master", parameter))
             for key in MOMENTS:
-                set_piece(parameter, saved[key], key)
+                set_partition(parameter, saved[key], key)
 
-    def make_moments(self, step: Tensor) -> None:
-        """AdamW would make them in its first step."""
+    def allocate_moments(self, step: Tensor) -> None:
+        """Create the moments as zeros, which AdamW itself does only in its first step."""
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
         zero = self.engine.optimizer
@@ -190,8 +191,8 @@ class ZeroOptimizer(Optimizer):
                 lazy_init_hp_params_optimizer_state(group, flat, self.moments)
 
 
-def set_piece(parameter: Any, whole: Tensor, *moment: str) -> None:
-    """Write this rank's piece of a moment, or of the float32 weight if none is named."""
+def set_partition(parameter: Any, whole: Tensor, *moment: str) -> None:
+    """Write this rank's partition of `whole` into a moment, or into the float32 weight if none is named."""
     from deepspeed import comm, utils
 
     if zero_stage() == 2:

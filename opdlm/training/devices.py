@@ -1,12 +1,11 @@
-"""One run on many devices: who does which share, weights sharded over ranks, values gathered from all ranks.
+"""One run on many devices: ranks, sharded weights (DDP, FSDP2), values gathered from all ranks.
 
-A run's result does not depend on the number of ranks: prompts, rollouts and updates are those of the whole
-run, every rank takes a share of them, and random draws belong to a prompt, not to a rank. DDP is what
-accelerate makes of it. FSDP2 is applied here, because rollouts and the teacher's pass go around the forward
-that accelerate wraps: every decoder layer is a shard of its own; embeddings, norm and head form the root's,
-which the first forward after an update gathers and the backward pass frees, so the loss can read the head.
-DeepSpeed's ZeRO is in `zero`.
-Not here: the launch (`accelerate launch`, docs/many_devices.md).
+The result of a run does not depend on the number of ranks. Prompts, rollouts and updates are those of the
+whole run, each rank processes a part of them, and random draws belong to a prompt, not to a rank. accelerate
+applies DDP. FSDP2 is applied here, because rollouts and the teacher's pass bypass the forward that accelerate
+wraps. Every decoder layer is an FSDP unit; embeddings, norm and head form the root unit. The first forward
+after an update gathers the root and the backward pass frees it, so the loss can read the head. Not here: ZeRO
+(`training.deepspeed`) and the launch (`accelerate launch`, docs/many_devices.md).
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opdlm.config.sections import RunConfig
+from opdlm.errors import ConfigError
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.modeling.slots import clean_slots
 from opdlm.training.deepspeed import ZeroOptimizer, check_zero, gathered_for_rollouts, start_zero, zero_stage
@@ -36,17 +37,17 @@ Item = TypeVar("Item")
 
 
 def join_ranks(config: RunConfig) -> PartialState:
-    """Meet the other ranks of the launch. accelerate looks for them on CPUs only when told to."""
+    """Join the process group of the launch. accelerate uses CPU ranks only with `cpu=True`."""
     check_zero(config)
-    with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):  # `zero` drives the engine, not accelerate
+    with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):  # `training.deepspeed` starts the engine
         state = PartialState(cpu=not torch.accelerator.is_available())
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", "1")), "every rank would run alone"
     return state
 
 
 def leave_ranks(accelerator: Accelerator) -> None:
-    """End trackers and process group. gloo's threads need Python's lock to drop the tensors of the last
-    exchange, and abort a process that ends before they had it (seen with torch 2.13).
+    """Close trackers and the process group. gloo's threads need Python's lock to free the tensors of the last
+    collective, and abort a process that exits earlier (seen with torch 2.13), so this waits for a moment.
     """
     num_processes = accelerator.num_processes
     accelerator.end_training()
@@ -54,8 +55,19 @@ def leave_ranks(accelerator: Accelerator) -> None:
         time.sleep(0.2)
 
 
+def check_trackers(config: RunConfig) -> None:
+    """ConfigError if a tracker of `train.report_to` is not installed."""
+    for tracker in config.train.report_to:
+        if find_spec(tracker) is None:
+            raise ConfigError(
+                f"train.report_to names {tracker}, which is not installed: pip install 'opdlm[track]'."
+            )
+
+
 def start_accelerator(config: RunConfig) -> Accelerator:
-    """Device, precision and trackers. A second run in one process may choose another precision."""
+    """An Accelerator with the device, precision and trackers of the run. State of an earlier run in the same
+    process is reset, since that run may have used another precision.
+    """
     join_ranks(config)
     AcceleratorState._reset_state(reset_partial_state=False)
     with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
@@ -72,10 +84,10 @@ def start_accelerator(config: RunConfig) -> Accelerator:
 
 
 def place(model: DiffusionLM, accelerator: Accelerator) -> None:
-    """Move the model to this rank's device, or its share of the weights if the launch asks for FSDP. Make the
-    optimiser afterwards: sharding replaces the parameters.
+    """Move the model to this rank's device, sharded if the launch requests FSDP. Create the optimiser
+    afterwards, because sharding replaces the parameters.
     """
-    if not launch_shards(accelerator.num_processes):
+    if not is_fsdp_launch(accelerator.num_processes):
         model.to(accelerator.device)
         return
     reshard = parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True)
@@ -85,7 +97,7 @@ def place(model: DiffusionLM, accelerator: Accelerator) -> None:
     fully_shard(model)
     for name in ("_hidden", "_packed_hidden"):  # every forward pass goes through one of them
         register_fsdp_forward_method(model, name)
-    # The first forward decides which module is the root; a rank without prompts would start elsewhere.
+    # The first forward determines the root module; on a rank without prompts it would be another one.
     one = torch.ones((1, 1), dtype=torch.long, device=accelerator.device)
     model.teacher_hidden(clean_slots(one, one[0], one[0], model.spec.block_grid, "preserve"))
     for module in model.modules():
@@ -96,7 +108,7 @@ def place(model: DiffusionLM, accelerator: Accelerator) -> None:
 def wrap(
     student_loss: nn.Module, optimizer: Optimizer, accelerator: Accelerator, config: RunConfig
 ) -> tuple[nn.Module, Optimizer]:
-    """Loss and optimiser that exchange gradients: in ZeRO's engine, in FSDP's layers (as placed), in DDP."""
+    """Loss and optimiser whose gradients are reduced over the ranks (ZeRO, FSDP, DDP)."""
     if zero_stage():
         return start_zero(student_loss, optimizer, config)
     if any(isinstance(module, FSDPModule) for module in student_loss.modules()):
@@ -104,40 +116,41 @@ def wrap(
     return accelerator.prepare(student_loss, optimizer)
 
 
-def launch_shards(num_processes: int) -> bool:
-    """Whether the launch asks for weights in pieces (FSDP2)."""
+def is_fsdp_launch(num_processes: int) -> bool:
+    """Whether the launch requests sharded weights (FSDP2)."""
     return num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Whether this rank holds a part of the weights only (FSDP2, ZeRO-3)."""
     return isinstance(model, FSDPModule) or zero_stage() == 3
 
 
 @contextmanager
 def gathered_weights(student_loss: nn.Module) -> Iterator[None]:
-    """All weights on every rank, without communication inside: ranks decode different numbers of steps."""
+    """All weights on every rank without communication: ranks decode different numbers of steps."""
     if zero_stage() == 3:
         with gathered_for_rollouts(student_loss):
             yield
         return
-    shards = [module for module in student_loss.modules() if isinstance(module, FSDPModule)]
-    layers = shards[1:]  # the root comes first
+    units = [module for module in student_loss.modules() if isinstance(module, FSDPModule)]
+    layers = units[1:]  # the root comes first
     reshard = parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True)
     for layer in layers:
         layer.set_reshard_after_forward(False, recurse=False)
-    for shard in shards:
-        shard.unshard()
+    for unit in units:
+        unit.unshard()
     try:
         yield
     finally:
         for layer in layers:
             layer.set_reshard_after_forward(reshard, recurse=False)
-        for shard in shards:  # of the root too: what was gathered must not outlive a change of the weights
-            shard.reshard()
+        for unit in units:  # the root too: gathered weights must not outlive an update
+            unit.reshard()
 
 
 def without_sync(module: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
-    """DDP sums gradients over ranks in the last micro-batch; FSDP and ZeRO scatter them in each."""
+    """Skip DDP's reduction of gradients in all micro-batches but the last; FSDP and ZeRO reduce in each."""
     if zero_stage():
         engine: Any = module
         engine.set_gradient_accumulation_boundary(is_last)
@@ -149,7 +162,7 @@ def without_sync(module: nn.Module, *, is_last: bool) -> AbstractContextManager[
 def clip_and_step(
     student_loss: nn.Module, optimizer: Optimizer, accelerator: Accelerator, max_norm: float
 ) -> float:
-    """One optimiser update on clipped gradients, which are then cleared; their norm before."""
+    """One optimiser update on clipped gradients, then cleared; returns the norm before clipping."""
     if isinstance(optimizer, ZeroOptimizer):
         return optimizer.clip_and_step()
     norm = accelerator.clip_grad_norm_(student_loss.parameters(), max_norm)
@@ -159,11 +172,12 @@ def clip_and_step(
 
 
 def gather_items(accelerator: Accelerator, items: dict[int, Item]) -> list[Item]:
-    """What all ranks hold under their own keys, on every rank, in the order of the keys."""
+    """The items of all ranks, on every rank, in the order of their keys, which are unique over the ranks."""
     found: list[tuple[int, Item]] = gather_object(list(items.items()))
     return [item for _, item in sorted(found, key=lambda pair: pair[0])]
 
 
 def sum_over_ranks(accelerator: Accelerator, *values: float) -> list[float]:
+    """The sum of each value over the ranks, on every rank."""
     total = accelerator.reduce(torch.tensor(values, device=accelerator.device), "sum")
     return total.tolist()

@@ -1,6 +1,5 @@
-"""Dropout that acts in updates only: the rest of the model stays in evaluation mode throughout.
-
-Rollouts, targets and measurements are computed without it. What is dropped depends on a seed alone.
+"""Dropout that is active in updates only. Rollouts, targets and evaluations are computed without it, and all
+other modules stay in evaluation mode. The dropout masks depend on a seed alone.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from opdlm.errors import ConfigError
 
 SUBLAYERS = ("att", "mlp", "feed_forward", "ffn")
-"""How families name the two halves of a decoder layer."""
+"""Parts of the names that families give to attention and MLP modules."""
 
 
 class OutputDropout(nn.Dropout):
-    """On what a sublayer adds to the residual stream."""
+    """Dropout on the output of a sublayer, before it is added to the residual stream."""
 
     def hook(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
@@ -31,8 +30,8 @@ class OutputDropout(nn.Dropout):
 
 
 def add_output_dropout(model: PreTrainedModel, p: float) -> None:
-    """Dropout after every attention and every MLP layer; off until `training_dropout`. ConfigError where none
-    is found.
+    """Add dropout after every attention and every MLP module, inactive outside `training_dropout`.
+    ConfigError if the model has no such module.
     """
     num_added = 0
     for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
@@ -52,7 +51,7 @@ def add_output_dropout(model: PreTrainedModel, p: float) -> None:
 
 @contextmanager
 def without_output_dropout(model: nn.Module) -> Iterator[None]:
-    """For the pass of a teacher that shares its weights with the student, inside an update."""
+    """Disable output dropout inside an update, for a teacher that shares the student's weights."""
     active: list[nn.Module] = [m for m in model.modules() if isinstance(m, OutputDropout) and m.training]
     switch_training_mode(active, False)
     try:
@@ -63,7 +62,7 @@ def without_output_dropout(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def training_dropout(model: nn.Module, seed: int) -> Iterator[None]:
-    """Let dropout act, forward and backward, with draws that depend on `seed` alone."""
+    """Activate dropout for forward and backward passes, with masks that depend on `seed` alone."""
     modules: list[Any] = list(model.modules())
     layers: list[Any] = [m for m in modules if isinstance(m, LoraLayer)]
     dropouts = [dropout for layer in layers for dropout in layer.lora_dropout.values()]
@@ -82,6 +81,6 @@ def training_dropout(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 def switch_training_mode(modules: list[nn.Module], mode: bool) -> None:
-    """For these modules alone: `train()` would reach the base layers inside them."""
+    """Set the mode of these modules only; `train()` would also set that of the base layers inside them."""
     for module in modules:
         module.training = mode

@@ -1,4 +1,4 @@
-"""Work made visible: one progress line with ETA, and `metrics.jsonl` of a run."""
+"""Progress on the console and the file `metrics.jsonl` of a run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SHOWN = {
     "rollout_tokens_per_second": "{:.0f} tok/s",
     "tokens_per_second": "{:.0f} tok/s",
 }
-"""What of a step's metrics stands beside the progress."""
+"""Metrics that the progress line shows, and their formats."""
 
 
 def progress_line(verb: str, console: Console) -> Progress:
-    """How much is done, time left, and what else `status` says; on terminals only."""
+    """A progress bar with counts, remaining time and the field `status`; shown on terminals only."""
     return Progress(
         TextColumn(f"[bold]{verb}"),
         BarColumn(bar_width=24),
@@ -51,9 +51,7 @@ class MetricsLog:
         self.progress.stop()
 
     def start(self, num_steps: int, first_step: int) -> None:
-        """Begin at `first_step`: later lines of an interrupted run are dropped, they will be written
-        again.
-        """
+        """Begin at `first_step`; lines of later steps, which run again, are dropped."""
         keep = [row for row in read_metrics(self.path) if row["step"] <= first_step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in keep))
         self.num_steps, self.first_step, self.started = num_steps, first_step, time.monotonic()
@@ -63,9 +61,11 @@ class MetricsLog:
             self.console.print(f"resumed at step {first_step} of {num_steps}")
 
     def note(self, text: str) -> None:
+        """Print a message above the progress line."""
         self.console.print(text, soft_wrap=True)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of step `step` (counted from 1) and show the progress."""
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         status = "  ".join(text.format(metrics[key]) for key, text in SHOWN.items() if key in metrics)
@@ -79,7 +79,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Complete lines of a `metrics.jsonl`; a line cut off by a crash is ignored."""
+    """The complete lines of a `metrics.jsonl`; a line truncated by a crash is ignored."""
     rows = []
     if path.is_file():
         for line in path.read_text().splitlines():
@@ -91,7 +91,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class DecodingProgress:
-    """One line while prompts are answered: how many, tokens per second, time left."""
+    """Progress of `opdlm rollout`: finished prompts, tokens per second, remaining time."""
 
     def __init__(self, num_prompts: int, console: Console) -> None:
         self.num_prompts, self.console = num_prompts, console
@@ -111,7 +111,7 @@ class DecodingProgress:
         return self.num_tokens / max(1e-9, time.monotonic() - self.started)
 
     def begin(self, now: float) -> TaskID:
-        """The clock runs from the first step, not from loading."""
+        """Start the timer at the first decoding step, so that loading is not counted."""
         if self.task is None:
             self.first_done, self.started = self.done, now
             self.task = self.progress.add_task("", total=self.num_prompts, completed=self.done, status="")
@@ -119,7 +119,7 @@ class DecodingProgress:
         return self.task
 
     def on_step(self, index_B: Tensor, tokens_BL: Tensor, revealed_BL: Tensor) -> None:
-        """After every decoding step (`generate`)."""
+        """Callback of `generate` after every decoding step."""
         task = self.begin(time.monotonic())
         self.seen.update(index_B.tolist())
         self.num_tokens += int(revealed_BL.sum())
@@ -127,8 +127,8 @@ class DecodingProgress:
         self.progress.update(task, completed=finished, status=f"{self.tokens_per_second:.0f} tok/s")
 
     def on_piece(self, rollouts: Sequence[Rollout], seconds: float) -> None:
-        """These are on the disk; 0 seconds: they were there."""
-        if seconds and self.task is None:  # an engine that shows no steps
+        """Callback after a chunk was saved; `seconds` is 0 if an earlier run had saved it."""
+        if seconds and self.task is None:  # an engine that reports no steps
             self.begin(time.monotonic() - seconds)
         if not self.seen and seconds:
             self.num_tokens += sum(rollout.num_response for rollout in rollouts)

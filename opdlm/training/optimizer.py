@@ -17,9 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.checkpoint import checkpoint
 from transformers import get_scheduler
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opdlm.config.sections import OptimizerSection
 
@@ -103,14 +101,3 @@ class MasterWeights(Optimizer):
             self.masters[i].copy_(values["master"])
             moments[i] = {name: value for name, value in values.items() if name != "master"}
         self.inner.load_state_dict(state_dict | {"state": moments})
-
-
-def checkpoint_layers(model: nn.Module, every: int) -> None:
-    """Recompute the activations of every `every`-th layer in the backward pass."""
-    recompute: Any = partial(checkpoint, use_reentrant=False)
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for layer in layers[::every]:
-        layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = recompute
-        # Acts in training mode only; entered by the layers alone, it turns no dropout on.
-        layer.training = True

@@ -1,1 +1,1 @@
-"""vLLM: an engine for rollouts, and a plugin that serves students."""
+"""vLLM: an engine for responses of teacher and student, and a plugin that serves students."""

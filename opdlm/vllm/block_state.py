@@ -1,16 +1,17 @@
-"""Blocks that denoise in vLLM: their tokens, the slots that predict them, and who sees whom.
+"""The blocks that requests denoise in vLLM: their tokens, the slots that predict them, the attention queries.
 
-On the absolute grid the last P mod b tokens of a prompt lie in the block that the response starts in. They
-are prefilled like the others, then taken back, so that the first block starts with them; of that block only
-the response's tokens are new text.
+On the absolute grid the last P mod b tokens of a prompt lie in the block in which the response starts. They
+are prefilled with the rest of the prompt and then rolled back, so that the first block contains them. Of that
+block only the tokens of the response are new text.
 
-In `preserve` slot i - 1 predicts token i, so a block is the b slots before its tokens: one more token of
-the prompt is taken back. What a block knows from its left edge on is clean.
+In `preserve`, slot i - 1 predicts token i. A block is computed at the b slots before its tokens, and one more
+token of the prompt is rolled back. The slots of a block up to its first masked token are clean.
 
-Proposals, draws and remasking are `unmasking`'s, so rollouts equal our decoder's. No vLLM here.
+Proposals, random draws and remasking come from `decoding.unmasking`, so that rollouts equal those of our
+decoder. This module does not import vLLM.
 
-Shape suffixes: R request places, T tokens of a block, D requests that decode now, V vocabulary, M masked,
-N places whose logits were computed.
+Shape suffixes: R rows of vLLM's request table, T tokens of a block, D requests that decode now, V vocabulary,
+M masked tokens, N positions with logits.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from opdlm.modeling.slots import GridKind
 
 
 class BlockStates:
-    """The block that every request is denoising, and the trajectories of what was committed."""
+    """The block that each request denoises, and the trajectories of committed blocks."""
 
     def __init__(
         self, spec: DiffusionSpec, decode: DecodeConfig, max_requests: int, device: torch.device
@@ -39,15 +40,17 @@ class BlockStates:
         self.step_RT = torch.zeros(size, dtype=torch.long, device=device)
         zeros_R = torch.zeros(max_requests, dtype=torch.long, device=device)
         self.start_R, self.seed_R = zeros_R, zeros_R.clone()
-        self.num_known_R, self.num_taken_back_R = zeros_R.clone(), zeros_R.clone()
+        self.num_known_R, self.num_rolled_back_R = zeros_R.clone(), zeros_R.clone()
         self.before_R = zeros_R.clone()
         self.block_step_R, self.num_steps_R = zeros_R.clone(), zeros_R.clone()
         self.row_of: dict[int, int | None] = {}
         self.committed: dict[int, list[tuple[int, int]]] = {}
 
     def start(self, place: int, ids: list[int], seed: int, row: int | None) -> None:
-        """A request takes a place; `ids` are its prompt, and what it had written where vLLM lets it start
-        again. The trajectory is kept if it has a `row`.
+        """A request takes the table row `place`.
+
+        ids: its prompt, followed by its previous output if vLLM restarts it after a preemption. row: index
+        under which its trajectory is recorded; None records nothing.
         """
         size = self.spec.block_size
         num_known = len(ids) % size if self.spec.grid == "absolute" else 0
@@ -56,7 +59,7 @@ class BlockStates:
         self.ids_RT[place, :num_known] = known
         self.step_RT[place] = 0
         self.start_R[place], self.seed_R[place] = len(ids) - num_known, seed
-        self.num_known_R[place], self.num_taken_back_R[place] = num_known, num_known + self.shift
+        self.num_known_R[place], self.num_rolled_back_R[place] = num_known, num_known + self.shift
         self.before_R[place] = ids[len(ids) - num_known - 1]
         self.block_step_R[place], self.num_steps_R[place] = 0, 0
         self.row_of[place] = row
@@ -75,15 +78,17 @@ class BlockStates:
         size = self.spec.block_size
         return torch.where(masked_DT.any(1), masked_DT.long().argmax(1) + 1, size)
 
-    def take_back(self, place_D: Tensor) -> Tensor:
-        """How many tokens of their prompts, now prefilled, the first block_states start with `[D]`."""
-        num_D = self.num_taken_back_R[place_D]
-        self.num_taken_back_R[place_D] = 0
+    def roll_back(self, place_D: Tensor) -> Tensor:
+        """How many prefilled prompt tokens the first blocks compute again `[D]`; 0 at the next call."""
+        num_D = self.num_rolled_back_R[place_D]
+        self.num_rolled_back_R[place_D] = 0
         return num_D
 
     def advance(self, place_D: Tensor, logits_NV: Tensor, first_D: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of the requests in these places, whose logits start at rows `first_D`: ids `[D, T]`, and
-        how many of them, from the left, are new text `[D]`: none while the block has masks.
+        """One step of the requests at `place_D`, whose logits start at rows `first_D`.
+
+        Returns token ids `[D, T]`, and how many of them, from the left, are new text `[D]`: 0 while the block
+        contains masks.
         """
         ids_DT, mask_id, size = self.ids_RT[place_D], self.spec.mask_token_id, self.spec.block_size
         offset_T = torch.arange(size, device=self.device)
@@ -105,7 +110,7 @@ class BlockStates:
         return new_DT, done_D.long() * (size - num_known_D)
 
     def record(self, place_D: Tensor) -> None:
-        """Keep the trajectories of blocks that are committed, without the prompt's tokens."""
+        """Append committed blocks, without tokens of the prompt, to the trajectories of their requests."""
         for place in place_D.tolist():
             row, num_known = self.row_of[place], int(self.num_known_R[place])
             if row is not None:
@@ -121,7 +126,7 @@ class BlockStates:
         logits_NV: Tensor,
         first_D: Tensor,
     ) -> Tensor:
-        """The blocks after one denoising step; those without masks stay as they are."""
+        """The blocks after one denoising step; blocks without masks are unchanged."""
         row_M, offset_M = masked_DT.nonzero(as_tuple=True)
         logits_MV = logits_NV[first_D[row_M] + offset_M].float()
         logits_MV[:, list(self.spec.banned_token_ids)] = -torch.inf
@@ -140,26 +145,27 @@ class BlockStates:
 
 
 def block_queries(num_tokens: Iterable[int], size: int, grid: GridKind) -> tuple[list[int], list[int]]:
-    """Every block of every request is a query of the attention: its request, and where it ends.
+    """Every block of a request is one query of the attention. Returns requests and ends of the queries.
 
-    A request's tokens are a whole prompt or a block; on the response grid a prompt's first block is short.
+    The tokens of a request are a whole prompt or one block; on the response grid the first block of a prompt
+    is short.
     """
     rows, ends, first = [], [], 0
     for row, count in enumerate(num_tokens):
         short = count % size if grid == "response" else 0
-        found = [*range(first + (short or size), first + count, size), first + count]
-        rows += [row] * len(found)
-        ends += found
+        block_ends = [*range(first + (short or size), first + count, size), first + count]
+        rows += [row] * len(block_ends)
+        ends += block_ends
         first += count
     return rows, ends
 
 
 def slot_queries(num_tokens: Iterable[int], num_clean: Iterable[int]) -> tuple[list[int], list[int]]:
-    """`preserve`: every clean slot is a query, and the noised slots after them are one."""
+    """`preserve`: every clean slot is one query, and all noised slots of a request are one query."""
     rows, ends, first = [], [], 0
     for row, (count, clean) in enumerate(zip(num_tokens, num_clean, strict=True)):
-        found = [*range(first + 1, first + clean + 1), *([first + count] if clean < count else [])]
-        rows += [row] * len(found)
-        ends += found
+        query_ends = [*range(first + 1, first + clean + 1), *([first + count] if clean < count else [])]
+        rows += [row] * len(query_ends)
+        ends += query_ends
         first += count
     return rows, ends

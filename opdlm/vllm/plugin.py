@@ -1,19 +1,20 @@
 """Block-diffusion decoding in vLLM's diffusion path (0.32, Model Runner V2: CUDA).
 
-vLLM schedules a block ("block") as draft tokens. A denoising step accepts none of them, so its keys and
-values are rolled back; a complete block is forwarded once more and accepted: that commits it. To the
-attention every block of a prompt is a query of its own, which makes the context block-causal; in `preserve`
-every clean slot is one, and the adapter is computed for the others (`vllm_gate`).
+vLLM schedules a block (its "canvas") as draft tokens. A denoising step accepts none of them, so their keys
+and values are rolled back. A complete block is computed once more and accepted, which commits it. Every block
+of a prompt is one query of the attention, which makes the context block-causal. In `preserve` every clean
+slot is one query, and the adapter acts on the other slots (`gate`).
 
-Tokens of a prompt that a first block starts with (`block_state`) are taken back after the prefill:
-reported as rejected, which vLLM's worker heeds and its scheduler does not, as it looks at drafts only. The
-first commit reports the new tokens, and the scheduler takes the others for rejected drafts: both agree again
-(in `preserve` but for one token, which every block computes again).
+Tokens of a prompt that belong to the first block (`block_state`) are rolled back after the prefill: the
+sampler reports them as rejected. vLLM's worker follows that report; its scheduler ignores it, because it
+counts drafts only. The first commit reports only new tokens, and the scheduler counts the others as rejected
+drafts. After it worker and scheduler agree (in `preserve` except for one token, which every block computes
+again).
 
-vLLM loads this room itself (entry point `vllm.general_plugins`); config.json says all it needs
+vLLM loads this module itself (entry point `vllm.general_plugins`); it reads all settings from config.json
 (`vllm_config_values`).
 
-Shape suffixes: R request places, T tokens of a block, B requests, D those that decode now.
+Shape suffixes: R rows of vLLM's request table, T tokens of a block, B requests, D those that decode now.
 """
 
 from __future__ import annotations
@@ -38,16 +39,14 @@ from opdlm.vllm.block_state import BlockStates, block_queries, slot_queries
 from opdlm.vllm.gate import SlotGate
 
 VERSION = "0.32.0"
-"""Of vLLM: what is used of it here is internal and changes."""
+"""The only tested version of vLLM: the interfaces used here are internal and change."""
 FAMILIES = {"qwen3": ("OpdlmQwen3", "Qwen3ForCausalLM"), "llama": ("OpdlmLlama", "LlamaForCausalLM")}
-"""model_type: our architecture, and vLLM's class that it extends."""
-
-
+"""model_type -> our architecture, and the class of vLLM that it extends."""
 MODES = ("static", "threshold", "left_to_right")
 
 
 def vllm_config_values(config: PretrainedConfig, spec: DiffusionSpec, decode: DecodeConfig) -> dict[str, Any]:
-    """What config.json says to vLLM beyond the base architecture; ConfigError for students it cannot run."""
+    """Keys that vLLM needs in config.json. Raises ConfigError for students that it cannot run."""
     check_runs_in_vllm(config, spec, decode)
     return {
         "architectures": [FAMILIES[config.model_type][0]],
@@ -65,8 +64,8 @@ def check_runs_in_vllm(config: PretrainedConfig, spec: DiffusionSpec, decode: De
         )
     if spec.format == "preserve" and decode.ar_accept_threshold:
         raise ConfigError(
-            f"ar_accept_threshold ({decode.ar_accept_threshold:g}) does not run in vLLM: a committed block stays. "
-            "Set it to 0."
+            f"ar_accept_threshold ({decode.ar_accept_threshold:g}) does not run in vLLM: a committed block "
+            "stays. Set it to 0."
         )
     if config.model_type not in FAMILIES or any(window is not None for window in layer_windows(config)):
         raise ConfigError(
@@ -78,7 +77,7 @@ def check_runs_in_vllm(config: PretrainedConfig, spec: DiffusionSpec, decode: De
 
 
 class Sampler:
-    """What vLLM calls after every forward, in place of its own sampler."""
+    """Replaces vLLM's own sampler, which runs after every forward."""
 
     penalties_state = SimpleNamespace(output_bin_counts=None)
 
@@ -86,7 +85,7 @@ class Sampler:
         self.block_states, self.draft_tokens_RT = block_states, draft_tokens_RT
 
     def add_request(self, place: int, params: Any) -> None:
-        """The model state has seen the request already."""
+        """Nothing to do: `BlockDiffusionState.add_request` has added it."""
 
     def apply_staged_writes(self) -> None:
         """Nothing is staged."""
@@ -110,13 +109,13 @@ class Sampler:
             num_sampled[whole_D] = num_new_D
             num_rejected[whole_D] = (num_new_D == 0).long() * size
             self.draft_tokens_RT[place_B[whole_D], :size] = block_states.slots(place_B[whole_D])
-            # the context ends inside this block: no token of it is known, and these masks are the last
+            # the context ends inside this block: its masks are reported as text, and the request ends
             cut_B = (width_B > 0) & (width_B < size)
             num_sampled = torch.where(cut_B, width_B, num_sampled)
             prefilled_D = (width_B == 0).nonzero()[:, 0]
         else:
             prefilled_D = torch.arange(batch.num_reqs, device=block_states.device)
-        num_rejected[prefilled_D] = block_states.take_back(place_B[prefilled_D])
+        num_rejected[prefilled_D] = block_states.roll_back(place_B[prefilled_D])
         return SamplerOutput(
             sampled_token_ids=sampled.int(),
             logprobs_tensors=None,
@@ -128,13 +127,13 @@ class Sampler:
 
 @functools.cache
 def state_class() -> type:
-    """vLLM's model state, made here because vLLM is optional."""
+    """Our model state for vLLM; a function, because importing vLLM is optional."""
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
     class BlockDiffusionState(DefaultModelState):
-        """Requests denoise blocks; in every forward a block sees itself and all before it."""
+        """Requests denoise blocks; a block sees itself and everything before it."""
 
         num_new_sampled_tokens_per_step = 0
 
@@ -201,9 +200,10 @@ def state_class() -> type:
             )
 
         def begin_blocks(self, batch: Any) -> list[int]:
-            """`preserve`: how many slots of each request are clean; the gate opens for the others.
+            """`preserve`: how many slots of each request are clean; the adapter acts on the others.
 
-            Writes the block_states' ids: to vLLM a first block may look like the rest of a prompt.
+            Writes the token ids of the blocks, because vLLM may schedule a first block as the rest of its
+            prompt.
             """
             counts = torch.as_tensor(batch.num_scheduled_tokens).long()
             first_B = counts.cumsum(0) - counts
@@ -226,20 +226,20 @@ def state_class() -> type:
 
 @functools.cache
 def model_class(architecture: str, base_name: str, module: str) -> type:
-    """vLLM's class of a family, with our state."""
+    """vLLM's class of a model family, with our model state."""
     base: Any = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), base_name)
     return type(architecture, (base,), {"get_model_state_cls": staticmethod(state_class)})
 
 
 @functools.cache
 def config_class() -> type:
-    """How vLLM must run these models, whatever its command line says."""
+    """Settings of vLLM that these models need, whatever its command line says."""
     from vllm.config.diffusion import DiffusionConfig
     from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
     class BlockDiffusionConfig(VerifyAndUpdateConfig):
-        """A prompt is prefilled in one forward, as chunks would part blocks; cached prefixes of one prompt
-        are not another's where blocks start elsewhere.
+        """A prompt is prefilled in one forward, because chunks would split blocks. Prefix caching is off,
+        because the keys of a prefix depend on where the blocks of its prompt start.
         """
 
         @staticmethod
@@ -266,12 +266,12 @@ def config_class() -> type:
 
 
 def register() -> None:
-    """Called by vLLM when it starts, in each of its processes, whichever model it runs."""
+    """vLLM calls this at the start of each of its processes, whatever model it runs."""
     import vllm
 
     if vllm.__version__.partition("+")[0] != VERSION:
         logging.getLogger("vllm").warning(
-            "opdlm's block-diffusion models need vllm==%s, and this is %s: they are not registered.",
+            "opdlm's block-diffusion models are not registered: they need vllm==%s, and this is %s.",
             VERSION,
             vllm.__version__,
         )

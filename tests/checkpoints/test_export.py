@@ -1,4 +1,4 @@
-"""`opdlm export --to sdar`: what SGLang's and LMDeploy's loaders read, by their sources."""
+"""`opdlm export --to sdar`: the layout that the loaders of SGLang and LMDeploy read, by their sources."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROPE_THETA = 5000.0
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Converted folders: one that the engines take, and others that they do not."""
+    """Converted folders: one that the engines accept, and others that they do not."""
     root = tmp_path_factory.mktemp("export")
     write_data(root)
     rope = {"rope_type": "default", "rope_theta": ROPE_THETA}
@@ -61,13 +61,13 @@ def remote_config(folder: Path) -> PretrainedConfig:
 
 
 @pytest.mark.usefixtures("known_mask")
-def test_the_folder_says_what_the_engines_read_and_computes_what_the_student_does(
+def test_the_folder_holds_what_the_engines_read_and_computes_what_the_student_does(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     assert main(["export", str(folders["sdar"]), str(out), "--to", "sdar"]) == 0
-    told = capsys.readouterr().out
-    assert "lmdeploy serve" in told and "sglang.launch_server" in told
+    printed = capsys.readouterr().out
+    assert "lmdeploy serve" in printed and "sglang.launch_server" in printed
 
     spec = read_spec(folders["sdar"])
     config = remote_config(out)
@@ -93,7 +93,7 @@ def test_the_folder_says_what_the_engines_read_and_computes_what_the_student_doe
     )
     with torch.no_grad():
         expected = model.logits(model.student_hidden(slots))
-        mask = torch.zeros(1, 1, 5, 5)  # one block: everyone sees everyone
+        mask = torch.zeros(1, 1, 5, 5)  # one block: every token sees every token
         found = engine(input_ids=ids_BS, attention_mask=mask, use_cache=False).logits
     allowed = torch.isfinite(expected)
     assert torch.allclose(found[allowed], expected[allowed], atol=1e-5)
@@ -119,8 +119,8 @@ def test_what_the_engines_would_decode_otherwise_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["export", str(folders[name]), str(tmp_path / "out"), "--to", "sdar", *flags]) == 2
-    told = capsys.readouterr().err
-    assert all(word in told for word in words) and not (tmp_path / "out").exists(), told
+    printed = capsys.readouterr().err
+    assert all(word in printed for word in words) and not (tmp_path / "out").exists(), printed
 
 
 def test_another_mask_token_is_refused(

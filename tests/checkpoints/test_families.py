@@ -107,8 +107,8 @@ def test_adapters_of_a_mixture_of_experts_stay_where_the_gate_is() -> None:
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("qwen3_next", "its linear_attention layers cannot be told who sees whom"),
-        ("mamba", "they do not take our masks and positions"),
+        ("qwen3_next", "its linear_attention layers accept no attention mask"),
+        ("mamba", "they do not accept our masks and positions"),
         ("gemma2", "does not support `softcap`"),
     ],
 )

@@ -21,9 +21,7 @@ def test_the_configuration_page_is_generated_from_the_settings() -> None:
 @pytest.mark.parametrize("verb", TREES)
 def test_the_schema_is_generated_from_the_settings(verb: str) -> None:
     file = json.loads((DOCS / f"{verb}.schema.json").read_text())
-    assert file == json.loads(json.dumps(json_schema(TREES[verb]))), (
-        "python -m opdlm.config.reference docs"
-    )
+    assert file == json.loads(json.dumps(json_schema(TREES[verb]))), "python -m opdlm.config.reference docs"
 
 
 @pytest.mark.parametrize("verb", TREES)

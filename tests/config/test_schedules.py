@@ -30,6 +30,7 @@ from opdlm.distill import trainer as trainer
 from opdlm.objectives.masking import MaskRates, draw_masks
 from opdlm.objectives.states import BlockTable, select_masks
 from opdlm.training import loop as loop
+from opdlm.training.ema import use_average
 from opdlm.training.metrics import MetricsLog
 
 BLOCKS = "format.block_growth=[[0,2],[1,4],[3,8]]"
@@ -177,7 +178,7 @@ def test_the_average_is_the_recursion_written_out(tmp_path: Path) -> None:
     assert len(history) == 6
     torch.testing.assert_close(run.average[name].double(), expected, atol=1e-6, rtol=1e-5)
     assert not torch.equal(run.average[name], weight)
-    loop.use_average(run)
+    use_average(run.average, run.model)
     assert torch.equal(run.average[name], weight)
 
 

@@ -51,7 +51,7 @@ def test_the_teacher_answers_at_least_95_percent_and_lossless_drafts_change_noth
     config = load_config(bundled_recipes()["tiny"], ["eval.limit=4"])
     tokenizer = load_tokenizer(config.model.path)
     student = make_student(load_causal_lm(config.model.path, "float32"), tokenizer, config)
-    with torch.no_grad():  # an adapter that has learnt nonsense drafts badly; the output must not care
+    with torch.no_grad():  # an adapter that has learnt nonsense drafts badly; the output must not change
         for name, parameter in student.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))

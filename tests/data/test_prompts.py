@@ -106,7 +106,7 @@ def test_long_prompts_are_refused_or_left_out_and_counted(
         load_prompts(section, tokenizer, MASK)
     prompts = load_prompts(replace(section, drop_long_prompts=True), tokenizer, MASK)
     assert [prompt.index for prompt in prompts] == [0]
-    assert "left out 1 of 2 prompts" in caplog.text
+    assert "dropped 1 of 2 prompts" in caplog.text
     with pytest.raises(DataError, match="no prompt has at most 2 tokens"):
         load_prompts(replace(section, drop_long_prompts=True, max_prompt_tokens=2), tokenizer, MASK)
 

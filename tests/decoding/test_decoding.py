@@ -1,4 +1,4 @@
-"""What the sampler sees is what is trained on; AR decoding and clean slots are the base model's own.
+"""Logits of the sampler equal those of training rows; AR decoding and clean slots equal the base model.
 
 Shapes: B rows, L row, S slots, V vocabulary, H hidden.
 """
@@ -73,10 +73,10 @@ def training_logits(model: DiffusionLM, rollouts: list[Rollout]) -> dict[tuple[o
 def sampler_logits(
     seen: list[Seen], rollouts: list[Rollout], model: DiffusionLM
 ) -> dict[tuple[object, ...], Tensor]:
-    """The same for what the sampler saw, where a student's prediction of a response token is at stake.
+    """The same for the sampler, where the student predicts a response token.
 
-    In `preserve` the first masked position is the teacher's to predict and the block's last one is never an
-    input, so two states that differ only there are the same to the student.
+    In `preserve` the teacher predicts the first masked position and the last position of a block is never an
+    input, so two states that differ only there are equal for the student.
     """
     is_preserve = model.spec.format == "preserve"
     found = {}

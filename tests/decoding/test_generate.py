@@ -16,7 +16,7 @@ from tiny_models import GRIDS, KINDS, MASK, STOP, make_lm, make_prompts, qwen3
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.decode_state import DecodeState, DecodeStats
 from opdlm.decoding.generate import generate, make_requests
-from opdlm.decoding.lossless import DraftPolicy, Plan
+from opdlm.decoding.lossless import DraftPlan, DraftPolicy
 from opdlm.decoding.unmasking import choose_tokens, choose_within_entropy, noise_keys
 from opdlm.modeling.slots import GridKind
 
@@ -77,12 +77,12 @@ def test_lossless_output_does_not_depend_on_what_was_planned(
     config = DecodeConfig(mode="lossless", max_new_tokens=12, batch_size=5, temperature=1.0)
     dice = random.Random(0)
 
-    def random_plan(policy: DraftPolicy, rows: DecodeState) -> list[Plan]:
+    def random_plan(policy: DraftPolicy, state: DecodeState) -> list[DraftPlan]:
         plans = []
-        for num_draft in rows.num_draft_B.tolist():
+        for num_draft in state.num_draft_B.tolist():
             num_verified = dice.randint(0, num_draft)
             groups = tuple(k for k in range(num_verified + 1) if dice.random() < 0.4)
-            plans.append(Plan(num_verified, groups, dice.randint(1, policy.draft_length)))
+            plans.append(DraftPlan(num_verified, groups, dice.randint(1, policy.draft_length)))
         return plans
 
     expected = generate(model, prompts, replace(config, mode="ar"), torch.Generator().manual_seed(3))
@@ -178,8 +178,8 @@ def test_a_template_keeps_its_text_and_sdar_sees_what_follows_a_gap(kind: str) -
 
 
 @pytest.mark.parametrize("mode", ["ar", "lossless", "static"])
-def test_a_template_is_refused_where_its_text_would_be_cut_off(mode: Mode) -> None:
-    config = DecodeConfig(mode=mode)  # static: the veto is on
+def test_a_template_is_refused_where_its_text_would_be_lost(mode: Mode) -> None:
+    config = DecodeConfig(mode=mode)  # static: the AR model may reject tokens
     with pytest.raises(ValueError, match="mask tokens"):
         generate(make_lm("lora"), [[1, 2, 3], [1, 2, MASK, 4]], config)
 

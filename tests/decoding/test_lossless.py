@@ -23,7 +23,7 @@ from opdlm.decoding.generate import generate
 def test_lossless_decoding_equals_ar_decoding_token_for_token(
     kind: str, overhead: float, block_size: int
 ) -> None:
-    """A tiny vocabulary, so that drafts are often right by luck and acceptance is exercised."""
+    """The vocabulary is tiny, so that drafts are often accepted."""
     base = qwen3(vocabulary=6)
     model = make_lm(kind, base=base, block_size=block_size)
     prompts = make_prompts([1 + i % 9 for i in range(48)], vocabulary=6)
@@ -51,29 +51,33 @@ def test_lossless_decoding_beyond_a_sliding_window_equals_ar_decoding() -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "copy"])
 @pytest.mark.parametrize("mode", ["static", "threshold"])
-def test_a_veto_of_everything_that_is_not_the_arg_max_makes_decoding_ar_decoding(
+def test_rejecting_everything_that_is_not_the_ar_arg_max_makes_decoding_ar_decoding(
     kind: str, mode: Mode
 ) -> None:
     model = make_lm(kind, base=qwen3(vocabulary=6), block_size=4)
     prompts = make_prompts([1 + i % 9 for i in range(48)], vocabulary=6)
     config = DecodeConfig(mode=mode, max_new_tokens=14, confidence_threshold=0.2, ar_accept_threshold=1.0)
     expected = generate(model, prompts, replace(config, mode="ar"))
-    vetoed = generate(model, prompts, config)
+    checked = generate(model, prompts, config)
     free = generate(model, prompts, replace(config, ar_accept_threshold=0.0))
-    assert [rollout.text_ids for rollout in vetoed] == [rollout.text_ids for rollout in expected]
+    assert [rollout.text_ids for rollout in checked] == [rollout.text_ids for rollout in expected]
     assert [rollout.text_ids for rollout in free] != [rollout.text_ids for rollout in expected]
-    if mode == "threshold":  # drafts that were right stayed
-        stats = DecodeStats.of(vetoed)
+    if mode == "threshold":  # correct drafts were accepted
+        stats = DecodeStats.of(checked)
         assert stats.num_forwards < (1 if kind == "lora" else 2) * stats.num_tokens
 
 
-@pytest.mark.parametrize("floor", [0.05, 0.3])
+@pytest.mark.parametrize("threshold", [0.05, 0.3])
 @pytest.mark.parametrize("mode", ["static", "threshold"])
-def test_no_token_below_the_floor_survives_the_veto(floor: float, mode: Mode) -> None:
+def test_every_token_is_the_ar_arg_max_or_above_the_acceptance_threshold(
+    threshold: float, mode: Mode
+) -> None:
     base = qwen3(vocabulary=6)
     model = make_lm("lora", base=base, block_size=4)
     prompts = make_prompts([1 + i % 9 for i in range(24)], vocabulary=6)
-    config = DecodeConfig(mode=mode, max_new_tokens=14, confidence_threshold=0.2, ar_accept_threshold=floor)
+    config = DecodeConfig(
+        mode=mode, max_new_tokens=14, confidence_threshold=0.2, ar_accept_threshold=threshold
+    )
     for rollout in generate(model, prompts, config):
         ids = rollout.prompt_ids + rollout.text_ids
         with model.adapter_off(), torch.no_grad():
@@ -81,7 +85,7 @@ def test_no_token_below_the_floor_survives_the_veto(floor: float, mode: Mode) ->
         logits_LV[:, -1] = -torch.inf
         for place in range(len(rollout.prompt_ids), len(ids)):
             predicted_V = logits_LV[place - 1]
-            is_likely = predicted_V.softmax(-1)[ids[place]] >= floor - 1e-5
+            is_likely = predicted_V.softmax(-1)[ids[place]] >= threshold - 1e-5
             assert is_likely or predicted_V.argmax() == ids[place]
 
 

@@ -15,10 +15,11 @@ from rich.console import Console
 from tiny_checkpoints import convert_both, tiny_tokenizer
 
 from opdlm.checkpoints.load import load
-from opdlm.cli.main import MODES, main
+from opdlm.cli.flags import MODES
+from opdlm.cli.main import main
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
-from opdlm.decoding.streaming import GAP, StablePrefix, StopStrings, Stream, encode_gaps
+from opdlm.decoding.streaming import GAP, ResponseView, StablePrefix, StopStrings, encode_gaps
 from opdlm.errors import ConfigError
 from opdlm.modeling.diffusion_lm import DiffusionSpec
 from opdlm.modeling.slots import Grid
@@ -73,9 +74,9 @@ def test_a_response_keeps_the_fewest_tokens_that_hold_a_stop_string(
 
 @settings(deadline=None)
 @given(text=TEXTS, more=TEXTS, strings=STRINGS)
-def test_settled_text_is_never_taken_back(text: str, more: str, strings: tuple[str, ...]) -> None:
+def test_stable_text_never_changes(text: str, more: str, strings: tuple[str, ...]) -> None:
     stops = StopStrings(TOKENIZER, strings)
-    assert stops.cut(text + more).startswith(stops.settled(text))
+    assert stops.cut(text + more).startswith(stops.stable(text))
 
 
 @pytest.mark.parametrize("flags", [[], ["--stop", "e"], ["--temperature", "1", "--seed", "5"]])
@@ -101,7 +102,7 @@ def test_a_terminal_shows_open_positions_until_they_are_revealed(folders: dict[s
     config = DecodeConfig(mode="static", max_new_tokens=8)
     shown = range(len(ids), len(ids) + 8)
     stable_prefix = StablePrefix(StopStrings(tokenizer), model.spec, model.spec.block_grid, shown)
-    with Stream(stable_prefix, console) as view:
+    with ResponseView(stable_prefix, console) as view:
         (rollout,) = generate(model, [ids], config, [1], view.on_step)
         view.finish(rollout)
     frames = screen.getvalue()
@@ -155,7 +156,7 @@ def test_the_answer_to_a_prompt_does_not_depend_on_those_after_it(
 
 
 def test_ar_and_lossless_stream_token_by_token() -> None:
-    """A grid of single tokens: one open position after what is settled."""
+    """A grid of single tokens: one unknown position after the stable text."""
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=False)
     spec = DiffusionSpec(
@@ -166,7 +167,7 @@ def test_ar_and_lossless_stream_token_by_token() -> None:
         stop_token_ids=(1,),
         banned_token_ids=(MASK,),
     )
-    view = Stream(StablePrefix(StopStrings(TOKENIZER), spec, Grid(block_size=1), range(1, 9)), console)
+    view = ResponseView(StablePrefix(StopStrings(TOKENIZER), spec, Grid(block_size=1), range(1, 9)), console)
     ids = TOKENIZER("abcd")["input_ids"]
     for known in (2, 3, 4):
         tokens_BL = torch.tensor([[*ids[:known], *[MASK] * (10 - known)]])

@@ -190,7 +190,7 @@ def test_both_sides_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_copy_holds_twice_what_is_trained_and_nothing_else(kind: str, tmp_path: Path) -> None:
     run = start(kind, tmp_path)
     trainer.train_step(run, 0)
-    copy = run.source.copy
+    copy = run.source.async_student
     assert copy is not None
     own = {name: tensor.data_ptr() for name, tensor in copy.model.state_dict().items()}
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""Retention measured while a student trains: the right weights, nothing disturbed, stopping, resuming."""
+"""Retention during training: evaluated weights, unchanged training, early stopping, resuming."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AVERAGED = "train.ema_decay=0.9"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("watch")
+    root = tmp_path_factory.mktemp("eval_callback")
     write_checkpoint(root / "teacher")
     write_data(root)
     write_rows(root / "tasks.jsonl", [{"prompt": f"add {i} {7 * i % 10}"} for i in range(8)])
@@ -53,43 +53,47 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def watched(root: Path) -> Path:
-    assert main(command(root, root / "watched", "eval.every=1", AVERAGED)) == 0
-    return root / "watched"
+def evaluated(root: Path) -> Path:
+    assert main(command(root, root / "evaluated", "eval.every=1", AVERAGED)) == 0
+    return root / "evaluated"
 
 
-def test_the_last_measurement_is_the_report_of_the_result(watched: Path) -> None:
+def test_the_last_measurement_is_the_report_of_the_result(evaluated: Path) -> None:
     """With an average of the weights, which the result holds and training does not."""
-    report, last = json.loads((watched / "model" / "retention.json").read_text()), rows_of(watched)[-1]
+    report, last = json.loads((evaluated / "model" / "retention.json").read_text()), rows_of(evaluated)[-1]
     assert last["retention"] == pytest.approx(min(mode["retention"] for mode in report["student"]))
     for mode in report["student"]:
         assert last[f"retention_{mode['name']}"] == pytest.approx(mode["retention"])
         assert last[f"tokens_per_forward_{mode['name']}"] == pytest.approx(mode["tokens_per_forward"])
-    assert len({row["tokens_per_forward_threshold"] for row in rows_of(watched)}) > 1
+    assert len({row["tokens_per_forward_threshold"] for row in rows_of(evaluated)}) > 1
 
 
-def test_measuring_changes_nothing_that_is_trained(root: Path, watched: Path) -> None:
-    unwatched = root / "unwatched"
-    assert main(command(root, unwatched, AVERAGED)) == 0
-    expected = rows_of(unwatched)
-    measured = [{key: value for key, value in row.items() if key in expected[0]} for row in rows_of(watched)]
+def test_measuring_changes_nothing_that_is_trained(root: Path, evaluated: Path) -> None:
+    without_evaluations = root / "without_evaluations"
+    assert main(command(root, without_evaluations, AVERAGED)) == 0
+    expected = rows_of(without_evaluations)
+    measured = [
+        {key: value for key, value in row.items() if key in expected[0]} for row in rows_of(evaluated)
+    ]
     assert measured == expected
     for name in WEIGHTS:
-        assert (watched / "model" / name).read_bytes() == (unwatched / "model" / name).read_bytes()
+        assert (evaluated / "model" / name).read_bytes() == (
+            without_evaluations / "model" / name
+        ).read_bytes()
 
 
-def test_a_watched_run_resumes_bit_for_bit(
-    root: Path, watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_with_evaluations_resumes_bit_for_bit(
+    root: Path, evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ("eval.every=1", AVERAGED)
     with failing_after_a_save(monkeypatch):
         assert main(command(root, tmp_path, *settings)) == 2
     assert main(command(root, tmp_path, *settings)) == 0
-    assert rows_of(tmp_path) == rows_of(watched)
+    assert rows_of(tmp_path) == rows_of(evaluated)
     for name in WEIGHTS:
-        assert (tmp_path / "model" / name).read_bytes() == (watched / "model" / name).read_bytes()
+        assert (tmp_path / "model" / name).read_bytes() == (evaluated / "model" / name).read_bytes()
     progress = [
-        json.loads((run / "checkpoint-4" / "progress.json").read_text()) for run in (tmp_path, watched)
+        json.loads((run / "checkpoint-4" / "progress.json").read_text()) for run in (tmp_path, evaluated)
     ]
     assert progress[0] == progress[1] and len(progress[0]["scores"]) == 4
 
@@ -99,7 +103,7 @@ def test_the_subset_is_fixed_and_spread_over_all_prompts(root: Path, tmp_path: P
         {"prompt": f"add {i} 1", "skill": f"s{i // 4}", "answer": "wrong" if i % 4 else None}
         for i in range(8)
     ]
-    path = write_rows(tmp_path / "tasks.jsonl", tasks)  # the teacher is right where nothing is asked of it
+    path = write_rows(tmp_path / "tasks.jsonl", tasks)  # without an answer the teacher is right
     subset = ("eval.every=2", "eval.subset=2", f"eval.path={path}", "optimizer.learning_rate=1e-9")
     assert main(command(root, tmp_path / "run", *subset, "eval.modes=[ar]")) == 0
     assert [row.get("retention") for row in rows_of(tmp_path / "run")] == [None, 1.0, None, 1.0]
@@ -114,7 +118,7 @@ def test_training_stops_when_retention_does_not_rise_and_stays_stopped(
         assert main(stopping) == 0
         assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
         assert (tmp_path / "checkpoint-2").is_dir() and (tmp_path / "model" / "retention.json").is_file()
-    assert "no better in 1 measurements (eval.patience): stopped at step 2" in capsys.readouterr().out
+    assert "no improvement in 1 evaluations (eval.patience): stopped at step 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ from finished_runs import assert_same_run, metrics
 from tiny_checkpoints import failing_after_a_save, tiny_overrides, write_checkpoint, write_rows
 
 from opdlm.checkpoints.load import load
-from opdlm.cli import verbs as verbs
 from opdlm.cli.main import main
 from opdlm.config.rules import load_config
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
+from opdlm.distill import recording
 from opdlm.distill import rollouts as rollout_sources
 from opdlm.distill.rollout_file import COLUMNS, RolloutFile, log_path_of, write_rollouts
 from opdlm.objectives.mask_theory import ngram_signal_weights, optimal_t
@@ -115,7 +115,7 @@ def test_an_interrupted_file_is_the_uninterrupted_one(
             raise KeyboardInterrupt
         return generate(model, prompts, *rest)
 
-    monkeypatch.setattr(verbs, "generate", interrupted)
+    monkeypatch.setattr(recording, "generate", interrupted)
     assert main(rollout(place, out, *MODES[mode])) == 130
     assert not out.exists()
     assert main(rollout(place, out, *MODES[mode])) == 0
@@ -152,7 +152,7 @@ def test_a_killed_command_continues_to_the_same_bytes(
         decoded.append(len(prompts))
         return generate(model, prompts, *rest)
 
-    monkeypatch.setattr(verbs, "generate", counting)
+    monkeypatch.setattr(recording, "generate", counting)
     assert main(rollout(place, out)) == 0
     assert decoded == [4, 4, 4]  # the piece that was cut is decoded as it was: beside the same prompts
     assert out.read_bytes() == whole.read_bytes()

@@ -61,7 +61,7 @@ def test_what_the_teacher_often_asks_is_kept_as_often(
 ) -> None:
     """Few questions about days exist and very many sums: dropping repeats would lose the days."""
     data = replace(config.data, self_prompts=600)
-    rollout = replace(config.rollout, batch_size=100)
+    rollout = replace(config.rollout, decode=replace(config.rollout.decode, batch_size=100))
     texts = write_prompts(student, tokenizer, replace(config, data=data, rollout=rollout), excluded=())
     days = [text for text in texts if "day" in text]
     assert len(set(days)) < len(days)

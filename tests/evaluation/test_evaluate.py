@@ -1,4 +1,4 @@
-"""The retention report: scores against plain counting, and a run that a kill does not set back."""
+"""The retention report: scores against plain counting, and resuming after a kill."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
 from opdlm.evaluation.likelihood import (
     agreement_report,
-    ar_nll,
+    ar_response_nll,
     chain_nll,
     left_to_right,
     likelihood_report,
@@ -22,7 +22,7 @@ from opdlm.evaluation.likelihood import (
     right_to_left,
 )
 from opdlm.modeling.slots import GridKind
-from opdlm.objectives.states import BlockTable, as_rollout
+from opdlm.objectives.states import BlockTable, text_to_rollout
 
 VOCABULARY, SIZE = 6, 3
 PROMPT = (1, 2, 3)
@@ -38,7 +38,7 @@ def test_every_order_is_a_distribution_and_the_bound_lies_above_their_mixture(ki
     """All 5^3 responses of one block, all 3! orders: exact likelihood, exact bound, Monte-Carlo bound."""
     model = make_lm(kind, base=qwen3(VOCABULARY), block_size=SIZE, noise=0.3)
     responses = list(itertools.product(range(VOCABULARY - 1), repeat=SIZE))
-    rows = [as_rollout(PROMPT, response, model.spec) for response in responses]
+    rows = [text_to_rollout(PROMPT, response, model.spec) for response in responses]
     orders = list(itertools.permutations(range(SIZE)))
     nll_OB = torch.stack([chain_nll(model, rows, fixed_order(order)) for order in orders]).double()
     torch.testing.assert_close((-nll_OB).exp().sum(1), torch.ones(len(orders)).double(), atol=1e-5, rtol=0)
@@ -59,8 +59,8 @@ def test_every_order_is_a_distribution_and_the_bound_lies_above_their_mixture(ki
 def test_the_ar_likelihood_is_the_stock_models(kind: str, grid: GridKind) -> None:
     model, base = make_lm(kind, grid), qwen3()
     rollouts = [make_rollout(p, r, grid, stop=True) for p, r in ((5, 6), (4, 9), (7, 1))]
-    rows = [as_rollout(r.prompt_ids, r.text_ids, model.spec) for r in rollouts]
-    nll_B = ar_nll(model, rows)
+    rows = [text_to_rollout(r.prompt_ids, r.text_ids, model.spec) for r in rollouts]
+    nll_B = ar_response_nll(model, rows)
     for row, nll in zip(rows, nll_B, strict=True):
         ids_L = torch.tensor(row.prompt_ids + row.text_ids)
         logits_LV = base(ids_L[None]).logits[0].detach()
@@ -100,7 +100,7 @@ def test_the_chain_in_the_samplers_order_is_what_the_sampler_saw(kind: str, grid
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_has_the_same_likelihood_alone_and_in_a_batch(kind: str) -> None:
     model = make_lm(kind)
-    rows = [as_rollout(p, (*p[:3], STOP), model.spec) for p in make_prompts([3, 6, 9])]
+    rows = [text_to_rollout(p, (*p[:3], STOP), model.spec) for p in make_prompts([3, 6, 9])]
     together = chain_nll(model, rows, right_to_left)
     alone = torch.cat([chain_nll(model, [row], right_to_left) for row in rows])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
@@ -112,7 +112,10 @@ def test_the_likelihood_report_is_per_token_and_reproducible(kind: str) -> None:
     rollouts = generate(model, make_prompts([3, 6, 9]), DecodeConfig(mode="static", max_new_tokens=10))
     report = likelihood_report(model, rollouts, num_samples=4, batch_size=2)
     assert report == likelihood_report(model, rollouts, num_samples=4, batch_size=2)
-    nll = sum(float(ar_nll(model, [as_rollout(r.prompt_ids, r.text_ids, model.spec)])) for r in rollouts)
+    nll = sum(
+        float(ar_response_nll(model, [text_to_rollout(r.prompt_ids, r.text_ids, model.spec)]))
+        for r in rollouts
+    )
     assert report["num_tokens"] == sum(r.num_response for r in rollouts)
     assert report["teacher_nll_per_token"] == pytest.approx(nll / report["num_tokens"], rel=1e-4)
 

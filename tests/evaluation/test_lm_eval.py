@@ -24,8 +24,8 @@ from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
 from opdlm.errors import ConfigError
 from opdlm.evaluation import lm_eval as harness
-from opdlm.evaluation.likelihood import ar_nll, nll_bound
-from opdlm.objectives.states import as_rollout
+from opdlm.evaluation.likelihood import ar_response_nll, nll_bound
+from opdlm.objectives.states import text_to_rollout
 
 TASKS = ("local_generation", "local_choice")
 GENERATION = """task: local_generation
@@ -105,9 +105,9 @@ def test_likelihoods_are_the_ar_models_or_the_students_bound(place: Path) -> Non
     requests = [(("", ""), *pair) for pair in pairs]
     folder = str(place / "run" / "model")
     exact = harness.harness_class()(folder, mode="ar", batch_size=2)
-    rows = [as_rollout(*pair, exact.diffusion.spec) for pair in pairs]
+    rows = [text_to_rollout(*pair, exact.diffusion.spec) for pair in pairs]
     scores = torch.tensor([score for score, _ in exact._loglikelihood_tokens(requests, disable_tqdm=True)])
-    torch.testing.assert_close(scores, -ar_nll(exact.diffusion, rows), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(scores, -ar_response_nll(exact.diffusion, rows), rtol=1e-5, atol=1e-4)
     bound = harness.harness_class()(folder, mode="static", batch_size=2, likelihood_samples=4)
     scores = torch.tensor([score for score, _ in bound._loglikelihood_tokens(requests)])
     torch.testing.assert_close(scores, -nll_bound(bound.diffusion, rows, 4).nats_B)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from opdlm.checkpoints.export import REMOTE_FILES
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "opdlm"
 OPTIONAL_PACKAGES = {
@@ -27,7 +29,15 @@ OPTIONAL_PACKAGES = {
     "wandb",
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
-
+ENTRY = PACKAGE / "checkpoints" / "modeling_opdlm.py"
+"""The file of a result folder that transformers imports."""
+FOUNDATIONS = {"modeling": ("modeling",), "decoding": ("modeling", "decoding")}
+"""Which packages the model and the sampler may import, beside torch and transformers."""
+STAYS_AT_HOME = {
+    "decoding/streaming": {"opdlm.errors", "rich"},
+    "modeling/compiled": {"opdlm.errors"},
+}
+"""Files of the two packages that are not copied into result folders, and what else they import."""
 
 MOST_FILES = 12
 """In one folder of the package, `__init__` not counted."""
@@ -84,6 +94,62 @@ def test_no_folder_holds_more_files_than_a_reader_takes_in() -> None:
 def test_file_names_are_unique_where_remote_code_flattens_them() -> None:
     names = Counter(path.stem for path in FILES if path.parent.name in ("modeling", "decoding"))
     assert not [name for name, count in names.items() if count > 1 and name != "__init__"]
+
+
+def files_imported(path: Path) -> set[Path]:
+    """Files of the package that a file imports anywhere; relative imports are resolved."""
+    found = set()
+    for node in ast.walk(parse(path)):
+        match node:
+            case ast.ImportFrom(module=module, names=names, level=level):
+                folder = [*path.relative_to(ROOT).parent.parts]
+                start = [".".join(folder[: len(folder) - level + 1])] if level else []
+                source = ".".join([*start, *([module] if module else [])])
+                candidates = [source, *(f"{source}.{alias.name}" for alias in names)]
+            case ast.Import(names=names):
+                candidates = [alias.name for alias in names]
+            case _:
+                continue
+        found |= {ROOT / f"{name.replace('.', '/')}.py" for name in candidates if name.startswith("opdlm")}
+    return {file for file in found if file.is_file()}
+
+
+def needed_by(entry: Path) -> set[Path]:
+    """The file and everything that it imports, directly or not."""
+    needed, new = {entry}, {entry}
+    while new:
+        new = set().union(*map(files_imported, new)) - needed
+        needed |= new
+    return needed
+
+
+def test_a_result_folder_holds_exactly_the_files_that_its_remote_code_needs() -> None:
+    copied = {PACKAGE / file for file in REMOTE_FILES}
+    assert copied == needed_by(ENTRY)
+    assert len({path.name for path in copied}) == len(REMOTE_FILES)
+    assert not copied & {PACKAGE / f"{name}.py" for name in STAYS_AT_HOME}
+
+
+def test_the_remote_code_s_entry_imports_every_other_file_itself() -> None:
+    """transformers copies only the files that the entry imports, not those that they import in turn."""
+    assert files_imported(ENTRY) == {PACKAGE / file for file in REMOTE_FILES} - {ENTRY}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name in FOUNDATIONS], ids=name_of)
+def test_model_and_sampler_import_torch_and_transformers_only(path: Path) -> None:
+    allowed = {"torch", "transformers", *sys.stdlib_module_names}
+    inner = tuple(PACKAGE / name for name in FOUNDATIONS[path.parent.name])
+    extra = STAYS_AT_HOME.get(name_of(path), set())
+    for node in ast.walk(parse(path)):
+        for name in imported_names(node):
+            top = name.split(".")[0]
+            assert top in allowed | extra | {"opdlm"}, f"{path.name} imports {name}"
+    outside = {
+        file
+        for file in files_imported(path)
+        if file.parent not in inner and f"opdlm.{name_of(file).replace('/', '.')}" not in extra
+    }
+    assert not outside, f"{path.name} imports {sorted(map(name_of, outside))}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

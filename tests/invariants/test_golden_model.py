@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from opdlm.config.schedules import length_cap
 from opdlm.config.sections import LossSection, OptimizerSection, RolloutDecode, RolloutSection
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
-from opdlm.distill.rollouts import length_cap
 from opdlm.distill.trainer import StudentLoss
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from opdlm.modeling.slots import clean_slots, join_slots, visible
@@ -72,8 +72,8 @@ def load_lm(grid: str, head_scale: float = 1.0) -> DiffusionLM:
         grid=grid,
         mask_token_id=MASK,
         stop_token_ids=(special["im_end"],),
-        banned_token_ids=(),
     )
+    object.__setattr__(spec, "banned_token_ids", ())  # the published code does not even ban [MASK]
     student = load("student.")
     student.lm_head.weight.data *= head_scale
     return DiffusionLM(student, spec, teacher=load("teacher.").requires_grad_(False))

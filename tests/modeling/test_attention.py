@@ -80,7 +80,7 @@ def teacher_row() -> Layout:
 
 
 def padded_row() -> Layout:
-    """A whole chunk of padding, which sees nothing of the cache."""
+    """A whole chunk of padding, which sees no key of the cache."""
     noised = make_states("preserve").slots
     kept = noised.only(torch.arange(noised.ids_BS.shape[1]) < 13)
     return kept, keys_with_cache(kept, int(kept.visible_until_BS.max()) + 1)
@@ -247,7 +247,7 @@ def test_backends_agree_on_a_gpu(backend: Backend, name: str, window: int | None
 
 def test_a_forward_with_few_queries_runs_sdpa() -> None:
     queries, keys = preserve_row()
-    few = attention.pick(queries, ..., slice(0, 16))
+    few = attention.slots_at(queries, ..., slice(0, 16))
     assert isinstance(make_mask(few, keys, None, torch.float32, "flash"), Tensor)
 
 

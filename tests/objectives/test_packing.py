@@ -1,4 +1,4 @@
-"""Packed rows: who sees whom across documents, and the same losses and gradients as one rollout per row.
+"""Packed rows: visibility across documents, and the same losses and gradients as one rollout per row.
 
 float64 throughout. Shapes: S slots, M supervised.
 """
@@ -67,7 +67,7 @@ def test_a_slot_sees_its_own_document_only_and_there_what_it_saw_alone(
 
 
 def sees(q: tuple[int, ...], k: tuple[int, ...], window: int | None) -> bool:
-    """The rule of METHOD part 5 for (document, position, visible_until, group), within one document."""
+    """The rule of `slots.visible` for (document, position, visible_until, group), within one document."""
     if q[3] < CLEAN or k[3] < CLEAN:
         return q == k
     is_near = window is None or q[1] - k[1] < window

@@ -1,4 +1,4 @@
-"""Who sees whom, against METHOD part 5 in plain loops; which states are trained on; what they supervise."""
+"""Visibility of slots against plain loops, the states that are trained, and the positions they supervise."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ def sees(
     group: list[int],
     anchor: dict[int, int],
 ) -> bool:
-    """METHOD part 5 for one row: num_clean clean columns, of which num_text are real, then noised ones."""
+    """Expected visibility in one row: num_clean clean columns, of which num_text are text, then noised ones
+    (docs/concepts.md, "Slots and masks").
+    """
     if (q < num_clean and q >= num_text) or (q >= num_clean and group[q] <= 0):
         return q == k  # padding
     if k >= num_clean:
@@ -111,7 +113,7 @@ def sees(
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_visibility_equals_the_formula_of_the_method(fmt: Format, grid: GridKind) -> None:
+def test_visibility_equals_plain_loops(fmt: Format, grid: GridKind) -> None:
     """A noised slot of `preserve` sees clean text up to the token before its state's first masked one."""
     spec, rollouts = make_spec(fmt, grid), make_rollouts(grid)
     batch = select(rollouts, spec, "all")
@@ -158,7 +160,7 @@ def test_joined_padding_sees_only_itself_and_is_seen_by_nothing_else() -> None:
 
 
 def realised(rollout: Rollout, grid: GridKind) -> dict[int, list[set[int]]]:
-    """Block -> the sets of positions that were masked when the sampler looked, first to last."""
+    """Block -> the sets of masked positions before each denoising step, first to last."""
     num_prompt, blocks = len(rollout.prompt_ids), {}
     for i, step in enumerate(rollout.unmask_step):
         blocks.setdefault(block_of(num_prompt + i, num_prompt, grid), {})[num_prompt + i] = step
@@ -183,7 +185,7 @@ def chosen_masks(
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_all_takes_every_state_that_the_sampler_was_in_and_no_other(grid: GridKind) -> None:
+def test_all_takes_every_state_of_the_trajectory_and_no_other(grid: GridKind) -> None:
     rollouts = make_rollouts(grid)
     for rollout, states in zip(rollouts, chosen_masks(rollouts, grid, "all"), strict=True):
         expected = [(block, masked) for block, sets in realised(rollout, grid).items() for masked in sets]
@@ -191,7 +193,7 @@ def test_all_takes_every_state_that_the_sampler_was_in_and_no_other(grid: GridKi
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_one_per_block_picks_one_realised_state_of_each_block_and_reaches_all_of_them(grid: GridKind) -> None:
+def test_one_per_block_picks_one_state_of_each_block_and_over_many_draws_all_of_them(grid: GridKind) -> None:
     rollouts = make_rollouts(grid)
     picked: list[set[str]] = [set() for _ in rollouts]
     for seed in range(30):

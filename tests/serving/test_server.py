@@ -1,4 +1,4 @@
-"""`opdlm serve` answers as `generate` does, whoever asks beside; `opdlm chat` keeps what was said."""
+"""`opdlm serve` answers as `generate` does, also concurrent requests; `opdlm chat` keeps the conversation."""
 
 from __future__ import annotations
 
@@ -14,90 +14,24 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
-from tiny_checkpoints import convert_both
+from loopback_server import CHAT, HELLO, TEXT, Served, serve
 
 from opdlm.checkpoints.load import load
 from opdlm.cli.main import main
 from opdlm.data.prompts import encode_prompt
-from opdlm.decoding import generate as generate_room
+from opdlm.decoding import generate as generate_module
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
 from opdlm.decoding.streaming import StopStrings
-from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.seeds import seed_of
-from opdlm.serving.decode_thread import DecodeThread
-from opdlm.serving.server import Server
+from opdlm.serving.server import listen
 
 ROOT = Path(__file__).parents[2]
-MAX_LENGTH = 96
-CHAT = "/v1/chat/completions"
-TEXT = "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Converted tiny checkpoints of both formats."""
-    return convert_both(tmp_path_factory.mktemp("serve"))
-
-
-@dataclass(frozen=True)
-class Served:
-    """A running server and what it serves."""
-
-    model: DiffusionLM
-    tokenizer: Any
-    config: DecodeConfig
-    port: int
-    thread: DecodeThread
-
-    def connect(self, path: str, body: Any) -> http.client.HTTPResponse:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request("POST", path, data, {"Content-Type": "application/json"})
-        return connection.getresponse()
-
-    def post(self, path: str, body: Any) -> tuple[int, Any]:
-        response = self.connect(path, body)
-        return response.status, json.loads(response.read())
-
-    def events(self, path: str, body: Any) -> list[Any]:
-        """What a stream sends, up to [DONE]."""
-        lines = self.connect(path, body | {"stream": True}).read().decode().split("\n\n")
-        assert lines[-2:] == ["data: [DONE]", ""]
-        return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
-
-    def expected(self, text: str, seed: int, stop: tuple[str, ...] = (), **settings: Any) -> tuple[str, str]:
-        """Text and finish reason of the request alone, by `generate`."""
-        ids = encode_prompt(self.tokenizer, [{"role": "user", "content": text}])
-        stops, config = StopStrings(self.tokenizer, stop), replace(self.config, **settings)
-        find_end = stops.find_end if stop else None
-        (rollout,) = generate(self.model, [ids], config, [seed_of(seed, 0)], find_end=find_end)
-        return stops.cut(stops.text(rollout.text_ids)), rollout.finish_reason
-
-
-def serve(folder: Path, config: DecodeConfig) -> Iterator[Served]:
-    model, tokenizer = load(folder)
-    thread = DecodeThread(model, 3, MAX_LENGTH)
-    thread.start()
-    listener = socket.create_server(("127.0.0.1", 0))
-    app = Server(thread, tokenizer, "tiny", config).app()
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    runner = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    runner.start()
-    yield Served(model, tokenizer, config, listener.getsockname()[1], thread)
-    server.should_exit = True
-    runner.join()
-
-
-@pytest.fixture(scope="module")
-def lossless(folders: dict[str, Path]) -> Iterator[Served]:
-    yield from serve(folders["preserve"], DecodeConfig(mode="lossless", max_new_tokens=20))
 
 
 @pytest.fixture(scope="module", params=["preserve", "sdar"])
@@ -117,7 +51,7 @@ REQUESTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-def test_answers_are_those_of_generate_whoever_asks_beside(served: Served) -> None:
+def test_answers_of_concurrent_requests_are_those_of_generate(served: Served) -> None:
     def ask(place: int) -> tuple[int, Any]:
         text, sent, _ = REQUESTS[place % len(REQUESTS)]
         message = {"role": "user", "content": [{"type": "text", "text": text}] if place % 2 else text}
@@ -187,7 +121,6 @@ def test_logprobs_are_those_of_generate(served: Served) -> None:
     assert "logprobs" not in served.post(CHAT, body | {"logprobs": False})[1]["choices"][0]
 
 
-HELLO = [{"role": "user", "content": "add 1 2"}]
 REFUSED: dict[str, tuple[str, Any, int, str]] = {
     "not JSON": (CHAT, b"{", 400, "not JSON"),
     "not text": (CHAT, b"\xff", 400, "not JSON"),
@@ -242,6 +175,37 @@ def test_a_neutral_value_of_an_unknown_key_is_no_reason_to_refuse(lossless: Serv
     assert lossless.post(CHAT, body)[0] == 200
 
 
+def test_a_template_that_fails_refuses_the_messages(
+    lossless: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for template in (
+        "{{ messages[0].content + 1 }}",
+        "{{ raise_exception('no system role') }}",
+        "{{ 1 / 0 }}",
+    ):
+        monkeypatch.setattr(lossless.tokenizer, "chat_template", template)
+        status, answer = lossless.post(CHAT, {"messages": HELLO})
+        assert status == 400 and "do not fit the model's chat template" in answer["error"]["message"]
+
+
+def test_other_keys_of_a_message_go_to_the_chat_template(
+    lossless: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        lossless.tokenizer, "chat_template", "{{ messages[0].thought }}{{ messages[0].content }}"
+    )
+    message = {"role": "user", "content": "12", "thought": "345"}
+    assert lossless.post(CHAT, {"messages": [message]})[1]["usage"]["prompt_tokens"] == 5
+
+
+def test_small_packets_leave_at_once() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()) as client:
+        assert client.getpeername()[1] == listener.getsockname()[1]
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_models_and_health(lossless: Served) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", lossless.port, timeout=60)
     connection.request("GET", "/v1/models")
@@ -251,10 +215,10 @@ def test_models_and_health(lossless: Served) -> None:
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
-def test_a_client_that_leaves_makes_room(
+def test_the_jobs_of_a_client_that_leaves_are_cancelled(
     lossless: Served, is_streamed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = generate_room.Decoder.step
+    step = generate_module.Decoder.step
     entered = threading.Event()
 
     def slow_step(self: Any) -> Any:
@@ -262,7 +226,7 @@ def test_a_client_that_leaves_makes_room(
         time.sleep(0.05)
         return step(self)
 
-    monkeypatch.setattr(generate_room.Decoder, "step", slow_step)
+    monkeypatch.setattr(generate_module.Decoder, "step", slow_step)
     body = {"messages": HELLO, "temperature": 2, "n": 6, "stream": is_streamed, "max_tokens": 60}
     with socket.create_connection(("127.0.0.1", lossless.port)) as client:
         data = json.dumps(body).encode()
@@ -285,7 +249,7 @@ def test_a_failure_is_told_and_survived(
 
     lossless.thread._decoder = None
     with monkeypatch.context() as patch:
-        patch.setattr(generate_room.Decoder, where, fail)
+        patch.setattr(generate_module.Decoder, where, fail)
         status, answer = lossless.post(CHAT, {"messages": HELLO})
         assert status == 500 and "out of memory" in answer["error"]["message"]
         sent = lossless.connect(CHAT, {"messages": HELLO, "stream": True}).read().decode()
@@ -322,6 +286,9 @@ def test_the_command_serves_until_ctrl_c(folders: dict[str, Path]) -> None:
         (["--max-rows", "0"], "--max-rows (0)"),
         (["--max-length", "10", "--max-new-tokens", "20"], "--max-length (10)"),
         (["--max-length", "100000"], "--max-length (100000)"),
+        (["--port", "70000", "--max-new-tokens", "8"], "--port (70000)"),
+        (["--mode", "lossless"], "--mode lossless needs a preserve checkpoint"),
+        (["--denoising-steps", "9"], "--denoising-steps (9)"),
     ],
 )
 def test_wrong_flags_are_one_sentence(

@@ -49,7 +49,7 @@ def test_every_recipe_of_a_study_is_valid_down_to_its_last_cell(path: Path) -> N
     assert path.stem.startswith(plan.name)
 
 
-def test_variants_of_conversion_are_judged_against_their_own_baseline() -> None:
+def test_variants_of_conversion_are_compared_with_their_own_baseline() -> None:
     grid = study_conversion.ConversionGrid(
         variants={"plain": (), "better": (), "other": (), "worse": ()}, against={"worse": "other"}
     )
@@ -68,7 +68,7 @@ def test_variants_of_conversion_are_judged_against_their_own_baseline() -> None:
         for name in grid.variants
         for seed in SEEDS
     ]
-    found = {p.claim: p.verdict for p in study_conversion.conclude(records, grid, Path()).predictions}
+    found = {p.claim: p.verdict for p in study_conversion.conclude(records, grid, Path()).claims}
     assert found["better is better than plain in static accuracy"] == "holds"
     assert found["worse is better than other in static accuracy"] == "does not hold"
     assert found["better is better than plain in threshold tokens per forward"] == "does not hold"
@@ -252,7 +252,7 @@ def test_parity_verdicts_depend_on_the_number_of_sequences() -> None:
     records = parity_records({"y": [None] * 5, (0, 1): [900] * 5, (0.2, 0.3): [500] * 5}, small)
     records += parity_records({"y": [100] * 5, (0, 1): [None] * 5, (0.2, 0.3): [500] * 5}, large)
     findings = study_parity.conclude(listed(records), grid, Path())
-    verdicts = [prediction.verdict for prediction in findings.predictions]
+    verdicts = [claim.verdict for claim in findings.claims]
     assert verdicts == ["holds", "regime-dependent", "regime-dependent"]
     only_y = findings.tables[0].rows[0]
     assert only_y[2:5] == ["never", "never – never", "5 of 5"]
@@ -317,12 +317,12 @@ def test_a_planted_optimum_at_sixteen_over_r_is_found_and_one_elsewhere_is_not()
     pytest.importorskip("sklearn", reason="needs the extra `study`")
     grid = DualGrid(repetitions=(8, 32, 128), alphas=(0, 0.0625, 0.125, 0.25, 0.5, 0.75, 0.984375, 1))
     as_published = dual_records(lambda r, a, _: valley(a, 63 / 64 if r <= 16 else 16 / r), grid)
-    found = {p.claim: p.verdict for p in study_dual.conclude(as_published, grid, Path()).predictions}
+    found = {p.claim: p.verdict for p in study_dual.conclude(as_published, grid, Path()).claims}
     assert [verdict for claim, verdict in found.items() if "early stopping" not in claim] == ["holds"] * 4
     elsewhere = dual_records(
         lambda r, a, name: valley(a, 0.9 if name == AR else 0.125), DualGrid(alphas=grid.alphas)
     )
-    found = {p.claim: p.verdict for p in study_dual.conclude(elsewhere, grid, Path()).predictions}
+    found = {p.claim: p.verdict for p in study_dual.conclude(elsewhere, grid, Path()).claims}
     assert found["α R ≈ 16 at the optimum for R ≥ 32"] == "regime-dependent"
     assert found["The optimum is nearly the same in AR and MD evaluation"] == "does not hold"
 
@@ -361,13 +361,13 @@ def test_crossover_verdicts_follow_planted_epochs(tmp_path: Path) -> None:
     found = study_crossover.crossings(records, 100, (2, 64))
     assert all(epoch == pytest.approx(18, abs=1) for epoch in found.values())
     findings = study_crossover.conclude(records, grid, Path())
-    assert [p.verdict for p in findings.predictions[:3]] == ["holds"] * 3
+    assert [p.verdict for p in findings.claims[:3]] == ["holds"] * 3
     study_crossover.draw(records, grid, Path(), tmp_path / "study.png")
     assert (tmp_path / "study.png").read_bytes().startswith(PNG)
     never = crossover_records(lambda u, size: 20 if u == 200 else None, grid)
     assert all(map(math.isinf, study_crossover.crossings(never, 100, (2, 64)).values()))
     findings = study_crossover.conclude(never, grid, Path())
-    assert [p.verdict for p in findings.predictions[:2]] == ["does not hold", "undecided"]
+    assert [p.verdict for p in findings.claims[:2]] == ["does not hold", "undecided"]
     assert findings.tables[0].rows[0][-1] == ", ".join(["–"] * len(SEEDS))
 
 
@@ -394,12 +394,12 @@ def test_fine_tuning_verdicts_follow_planted_results(tmp_path: Path) -> None:
     bounds = {everything: 0.5, middle: 0.4, upper: 0.7, lower: 0.6}
     accuracies = {everything: 0.5, middle: 0.4, upper: 0.7, lower: 0.45}
     findings = study_sft.conclude(sft_records(bounds, accuracies), grid, Path())
-    assert [p.verdict for p in findings.predictions] == ["holds"] * 7
+    assert [p.verdict for p in findings.claims] == ["holds"] * 7
     study_sft.draw(sft_records(bounds, accuracies), grid, Path(), tmp_path / "study.png")
     assert (tmp_path / "study.png").read_bytes().startswith(PNG)
     same = {window: 1 - bound for window, bound in bounds.items()}
     findings = study_sft.conclude(sft_records(bounds, same), grid, Path())
-    assert [p.verdict for p in findings.predictions] == ["holds"] * 3 + ["does not hold"] * 4
+    assert [p.verdict for p in findings.claims] == ["holds"] * 3 + ["does not hold"] * 4
     pair = study_sft.SftGrid(windows=(middle, upper))
     findings = study_sft.conclude(sft_records(bounds, accuracies), pair, Path())
-    assert [p.claim.split(" is ")[0] for p in findings.predictions] == ["[0.45, 0.55]", "[0.5, 1]"]
+    assert [p.claim.split(" is ")[0] for p in findings.claims] == ["[0.45, 0.55]", "[0.5, 1]"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from opdlm.config.loader import plain
+from opdlm.config.loader import plain, rename_old_keys
 from opdlm.studies.run import STUDIES, read_plan
 from opdlm.studies.text_runs import prepare_text
 
@@ -49,6 +49,7 @@ def test_results_are_those_of_the_recipe_and_of_half_an_hour_on_two_cores(name: 
     found, plan = committed(name), read_plan(ROOT / f"recipes/studies/{name}.yaml", [])
     assert found["seeds"] == list(plan.seeds)
     assert found["grid"] == json.loads(json.dumps(plain(asdict(plan.grid))))
+    rename_old_keys(found["run"])
     assert found["run"] == json.loads(json.dumps(plain(plan.run)))
     assert set(found["cells"]) == {cell.name for cell in plan.cells} and not found["errors"]
     assert sum(cell["seconds"] for cell in found["cells"].values()) <= 60 * MINUTES
@@ -64,7 +65,7 @@ def test_verdicts_are_those_of_the_present_rules(name: str, tmp_path: Path) -> N
             pytest.skip("another standard library")
         prepare_text(tmp_path)
     findings = plan.study.conclude(list(found["cells"].values()), plan.grid, tmp_path)
-    assert [asdict(prediction) for prediction in findings.predictions] == found["predictions"]
+    assert [asdict(claim) for claim in findings.claims] == found["predictions"]
 
 
 def test_the_page_of_studies_is_true() -> None:
@@ -79,7 +80,7 @@ def page() -> str:
         runs, seeds = len(found["cells"]), len(found["seeds"])
         parts += [f"\n## [{name}](results/study/{name}/table.md): {runs} runs, {seeds} seeds\n"]
         parts += [f"{read_plan(ROOT / f'recipes/studies/{name}.yaml', []).title}\n"]
-        parts += ["| prediction | verdict |", "|---|---|"]
+        parts += ["| claim | verdict |", "|---|---|"]
         parts += [f"| {p['claim']} | {p['verdict']} |" for p in found["predictions"]]
     return "\n".join(parts) + "\n"
 

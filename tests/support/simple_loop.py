@@ -52,9 +52,9 @@ def predict_block(
     if last > first:
         position_1S = torch.arange(first, last)[None]
         ids_1S = torch.tensor([tokens[first:last]])
-        reach_1S = torch.full_like(ids_1S, known - 1)
+        visible_until_1S = torch.full_like(ids_1S, known - 1)
         noised = make_slots(
-            ids_1S, position_1S, reach_1S, torch.ones_like(ids_1S), torch.ones_like(ids_1S).bool()
+            ids_1S, position_1S, visible_until_1S, torch.ones_like(ids_1S), torch.ones_like(ids_1S).bool()
         )
         logits_SV = model.logits(model.student_hidden(noised, cache)[0])
         for place in masked:
@@ -81,7 +81,7 @@ def simple_ar(model: DiffusionLM, prompt: Sequence[int], config: DecodeConfig, s
 def simple_denoise(
     model: DiffusionLM, prompt: Sequence[int], config: DecodeConfig, seed: int
 ) -> tuple[int, ...]:
-    """Static, threshold (no veto), entropy and left-to-right decoding of one prompt."""
+    """Static, threshold (without rejections), entropy and left-to-right decoding of one prompt."""
     spec, num_prompt, tokens, step = model.spec, len(prompt), list(prompt), 0
     while True:
         start = spec.block_grid.block_start(len(tokens), num_prompt)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -46,7 +46,7 @@ def make_both(grid: GridKind = "absolute") -> Both:
     plain = qwen3(attn_implementation="eager").double()
     plain.set_attn_implementation("eager")
     model = make_lm("sdar", grid, base=qwen3().double(), noise=0.0)
-    model.spec = replace(model.spec, banned_token_ids=())  # transformers bans nothing
+    object.__setattr__(model.spec, "banned_token_ids", ())  # transformers bans nothing
     return Both(model, plain)
 
 
@@ -65,15 +65,15 @@ def text_rows(
     return [rows.at(i) for i in range(num)]
 
 
-def drawn(columns: RowBatch, prediction: Prediction, seed: int = 0, rates: MaskRates = ANY_RATE) -> Masks:
-    return draw_masks(can_mask(columns, prediction), rates, generator_for(seed))
+def drawn(row_batch: RowBatch, prediction: Prediction, seed: int = 0, rates: MaskRates = ANY_RATE) -> Masks:
+    return draw_masks(can_mask(row_batch, prediction), rates, generator_for(seed))
 
 
 def masked_batch(
     rows: Sequence[TextRow], prediction: Prediction, seed: int = 0, num_causal: int = 0
 ) -> TextBatch:
-    columns = RowBatch.of(rows)
-    return mixed_rows(columns, num_causal, drawn(columns, prediction, seed), prediction, MASK)
+    row_batch = RowBatch.of(rows)
+    return mixed_rows(row_batch, num_causal, drawn(row_batch, prediction, seed), prediction, MASK)
 
 
 def piece_columns(row: TextRow, num_columns: int) -> Iterator[list[int]]:
@@ -142,9 +142,9 @@ def test_masked_rows_equal_a_bidirectional_forward_of_each_piece_alone(
     prediction: Prediction, packing: str, num_prompt: int, both: Both
 ) -> None:
     rows = text_rows(packing, num_prompt=num_prompt)
-    columns = RowBatch.of(rows)
-    masks = drawn(columns, prediction, seed=3)
-    batch = mixed_rows(columns, 0, masks, prediction, MASK)
+    row_batch = RowBatch.of(rows)
+    masks = drawn(row_batch, prediction, seed=3)
+    batch = mixed_rows(row_batch, 0, masks, prediction, MASK)
     expected: dict[Place, float] = {}
     expected_weights: dict[Place, float] = {}
     for number, row in enumerate(rows):
@@ -168,15 +168,15 @@ def test_masked_rows_equal_a_bidirectional_forward_of_each_piece_alone(
 def test_mixed_rows_in_one_forward_equal_two_forwards(prediction: Prediction) -> None:
     model = make_lm("sdar")
     rows = text_rows("chunks", num=4)
-    columns = RowBatch.of(rows)
-    masks = drawn(columns, prediction)
+    row_batch = RowBatch.of(rows)
+    masks = drawn(row_batch, prediction)
     loss = TextLoss(model, ObjectiveSection())
 
     def gradients(parts: Sequence[tuple[slice, int]]) -> tuple[float, list[Tensor]]:
         model.zero_grad()
         total = 0.0
         for part, num_causal in parts:
-            some = RowBatch(columns.ids_BR[part], columns.start_BR[part], columns.is_given_BR[part])
+            some = RowBatch(row_batch.ids_BR[part], row_batch.start_BR[part], row_batch.is_given_BR[part])
             chosen = Masks(masks.is_masked[part], masks.weight[part])
             batch = mixed_rows(some, num_causal, chosen, prediction, MASK)
             output = loss(batch, batch.weight_M / 40)
@@ -197,8 +197,8 @@ def test_weights_sum_to_the_learnt_tokens_on_average(prediction: Prediction, num
     rates = MaskRates(windows=((0.3, 0.9),))  # weights stay small, so the mean is sharp
     sums, num = [], 0.0
     for seed in range(600):
-        columns = RowBatch.of(rows)
-        batch = mixed_rows(columns, 0, drawn(columns, prediction, seed, rates), prediction, MASK)
+        row_batch = RowBatch.of(rows)
+        batch = mixed_rows(row_batch, 0, drawn(row_batch, prediction, seed, rates), prediction, MASK)
         sums.append(float(batch.weight_M.sum()))
         num = batch.num_masked
     found = torch.tensor(sums)
@@ -210,9 +210,11 @@ def test_weights_sum_to_the_learnt_tokens_on_average(prediction: Prediction, num
 
 def test_next_position_predicts_the_last_token_always_and_a_first_token_never() -> None:
     rows = text_rows("chunks", num=4)
-    columns = RowBatch.of(rows)
+    row_batch = RowBatch.of(rows)
     for rates in (MaskRates(windows=((0.0, 0.0),)), MaskRates(windows=((1.0, 1.0),))):
-        batch = mixed_rows(columns, 0, drawn(columns, "next_position", rates=rates), "next_position", MASK)
+        batch = mixed_rows(
+            row_batch, 0, drawn(row_batch, "next_position", rates=rates), "next_position", MASK
+        )
         ends = {(n, LENGTH - 1) for n, row in enumerate(rows) if row.start_R[-1] == row.start_R[-2]}
         found = weights(batch)
         assert ends and all(found[place] == 1.0 for place in ends)
@@ -232,12 +234,12 @@ def places_before_tokens(rows: Sequence[TextRow]) -> set[Place]:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_prompts_and_padding_are_never_masked(prediction: Prediction) -> None:
     rows = text_rows("whole", num_prompt=3)
-    columns = RowBatch.of(rows)
+    row_batch = RowBatch.of(rows)
     everything = MaskRates(windows=((1.0, 1.0),))
-    batch = mixed_rows(columns, 0, drawn(columns, prediction, rates=everything), prediction, MASK)
+    batch = mixed_rows(row_batch, 0, drawn(row_batch, prediction, rates=everything), prediction, MASK)
     is_masked_BL = batch.slots.ids_BS == MASK
-    assert torch.equal(is_masked_BL, columns.is_learnt_BR[:, :-1])
-    assert columns.is_given_BR.any() and (~columns.is_text_BL).any()
+    assert torch.equal(is_masked_BL, row_batch.is_learnt_BR[:, :-1])
+    assert row_batch.is_given_BR.any() and (~row_batch.is_text_BL).any()
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -259,10 +261,10 @@ def test_padding_is_invisible(prediction: Prediction, both: Both) -> None:
     for num_causal in (0, 1):
         found = []
         for width, filler in ((LENGTH, 0), (LENGTH, 7), (LENGTH + 9, 5)):
-            columns = RowBatch.of([padded(width, filler)])
+            row_batch = RowBatch.of([padded(width, filler)])
             is_masked = torch.zeros(1, width, dtype=torch.bool)
-            is_masked[0, [1, 2, 4]] = can_mask(columns, prediction)[0, [1, 2, 4]]
-            batch = mixed_rows(columns, num_causal, Masks(is_masked, is_masked * 2.0), prediction, MASK)
+            is_masked[0, [1, 2, 4]] = can_mask(row_batch, prediction)[0, [1, 2, 4]]
+            batch = mixed_rows(row_batch, num_causal, Masks(is_masked, is_masked * 2.0), prediction, MASK)
             found.append(nats(both.model, batch))
         assert found[0] and found[0] == found[1]
         assert found[2] == pytest.approx(found[0], abs=1e-6)
@@ -276,8 +278,8 @@ def test_long_rows_are_the_same_under_the_dense_mask_and_in_chunks(prediction: P
         for n in (400, 90, 140)
     ]
     rows = PackedDataset(long, TextSection(sequence_length=300), seed=0)
-    columns = RowBatch.of([rows.at(0), rows.at(1)])
-    batch = mixed_rows(columns, 1, drawn(columns, prediction), prediction, MASK)
+    row_batch = RowBatch.of([rows.at(0), rows.at(1)])
+    batch = mixed_rows(row_batch, 1, drawn(row_batch, prediction), prediction, MASK)
     found = []
     for model.attention in ("sdpa", "flash"):
         found.append(model.student_hidden(batch.slots).detach())

@@ -20,7 +20,7 @@ from opdlm.data.documents import PADDING, RowBatch, TextRow
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from opdlm.objectives.masking import Masks
 from opdlm.text.batches import Prediction, can_mask, mixed_rows
-from opdlm.text.likelihood import ar_nll, block_bound, md_bound, prefix_nll, pseudo_nll
+from opdlm.text.likelihood import block_bound, causal_nll, md_bound, prefix_nll, pseudo_nll
 from opdlm.text.options import Question, rank_options, share_of_best
 
 BOTH: tuple[Prediction, ...] = ("same_position", "next_position")
@@ -38,7 +38,7 @@ def make_lm(base: PreTrainedModel | None = None, spec: DiffusionSpec = SPEC) -> 
     return DiffusionLM(base or qwen3(), spec).eval()
 
 
-def make_columns(*pieces: int, padding: int = 0, given: int = 0, rows: int = 1, seed: int = 0) -> RowBatch:
+def make_row_batch(*pieces: int, padding: int = 0, given: int = 0, rows: int = 1, seed: int = 0) -> RowBatch:
     """Rows of pieces of these lengths; the first `given` tokens of each are a prompt."""
     rng = torch.Generator().manual_seed(seed)
     start = [first for size, first in zip(pieces, itertools.accumulate((0, *pieces)), strict=False)]
@@ -48,9 +48,10 @@ def make_columns(*pieces: int, padding: int = 0, given: int = 0, rows: int = 1, 
     return RowBatch(ids_BR, torch.tensor(starts).expand(rows, -1), torch.tensor(is_given).expand(rows, -1))
 
 
-def as_rows(columns: RowBatch) -> list[TextRow]:
+def as_rows(row_batch: RowBatch) -> list[TextRow]:
     return [
-        TextRow(*parts) for parts in zip(columns.ids_BR, columns.start_BR, columns.is_given_BR, strict=True)
+        TextRow(*parts)
+        for parts in zip(row_batch.ids_BR, row_batch.start_BR, row_batch.is_given_BR, strict=True)
     ]
 
 
@@ -78,8 +79,8 @@ def masked_terms(
     shown = [MASK if i in hidden else token for i, token in enumerate(ids[:inputs])]
     logp_LV = log_probabilities(model, shown, everything(inputs))
     shift = prediction == "next_position"
-    asked = [*hidden, *([inputs] if shift and len(ids) > inputs else [])]
-    return {i: -float(logp_LV[i - shift, ids[i]]) for i in asked}
+    scored = [*hidden, *([inputs] if shift and len(ids) > inputs else [])]
+    return {i: -float(logp_LV[i - shift, ids[i]]) for i in scored}
 
 
 def exact_bound(
@@ -96,79 +97,79 @@ def exact_bound(
     return total
 
 
-def test_ar_nll_is_the_loss_of_transformers() -> None:
+def test_causal_nll_is_the_loss_of_transformers() -> None:
     base = qwen3()
     model = make_lm(base, replace(SPEC, banned_token_ids=()))
-    columns = make_columns(12, rows=40)
-    found = ar_nll(model, columns)
+    row_batch = make_row_batch(12, rows=40)
+    found = causal_nll(model, row_batch)
     with torch.no_grad():
-        expected = base(input_ids=columns.ids_BR, labels=columns.ids_BR, use_cache=False).loss
+        expected = base(input_ids=row_batch.ids_BR, labels=row_batch.ids_BR, use_cache=False).loss
     assert found.per_token == pytest.approx(float(expected), abs=1e-5)
     assert int(found.tokens_B.sum()) == 40 * 11
 
 
 def test_documents_of_a_row_are_scored_alone_and_padding_is_not() -> None:
-    model, columns = make_lm(), make_columns(4, 5, padding=3)
+    model, row_batch = make_lm(), make_row_batch(4, 5, padding=3)
     alone = [
-        RowBatch(columns.ids_BR[:, a:b], torch.zeros(1, b - a).long(), torch.zeros(1, b - a).bool())
+        RowBatch(row_batch.ids_BR[:, a:b], torch.zeros(1, b - a).long(), torch.zeros(1, b - a).bool())
         for a, b in ((0, 4), (4, 9))
     ]
-    for measure in (ar_nll, lambda *a: prefix_nll(*a, 0.5)):
-        together, parts = measure(model, columns), [measure(model, part) for part in alone]
+    for measure in (causal_nll, lambda *a: prefix_nll(*a, 0.5)):
+        together, parts = measure(model, row_batch), [measure(model, part) for part in alone]
         assert float(together.nats_B[0]) == pytest.approx(sum(float(p.nats_B[0]) for p in parts), abs=1e-4)
         assert int(together.tokens_B[0]) == sum(int(p.tokens_B[0]) for p in parts)
 
 
 @pytest.mark.parametrize(("given", "prefix"), [(0, 4), (3, 3), (1, 1)])
 def test_prefix_nll_is_brute_force_with_a_prefix_seen_both_ways(given: int, prefix: int) -> None:
-    model, columns = make_lm(), make_columns(9, given=given)
-    ids = columns.ids_BR[0].tolist()
+    model, row_batch = make_lm(), make_row_batch(9, given=given)
+    ids = row_batch.ids_BR[0].tolist()
     sees_LL = everything(8).tril()
     sees_LL[:prefix, :prefix] = True
     logp_LV = log_probabilities(model, ids[:-1], sees_LL)
-    found = prefix_nll(model, columns)
+    found = prefix_nll(model, row_batch)
     expected = -sum(float(logp_LV[i - 1, ids[i]]) for i in range(prefix, 9))
     assert float(found.nats_B[0]) == pytest.approx(expected, abs=1e-4)
     assert int(found.tokens_B[0]) == 9 - prefix
 
 
 def test_prefix_of_one_token_is_autoregressive() -> None:
-    model, columns = make_lm(), make_columns(6, 7, padding=2, rows=2)
-    assert torch.equal(prefix_nll(model, columns, share=0.0).nats_B, ar_nll(model, columns).nats_B)
-    assert not torch.allclose(prefix_nll(model, columns).nats_B, ar_nll(model, columns).nats_B)
+    model, row_batch = make_lm(), make_row_batch(6, 7, padding=2, rows=2)
+    assert torch.equal(prefix_nll(model, row_batch, share=0.0).nats_B, causal_nll(model, row_batch).nats_B)
+    assert not torch.allclose(prefix_nll(model, row_batch).nats_B, causal_nll(model, row_batch).nats_B)
 
 
 @pytest.mark.parametrize("prediction", BOTH)
 @pytest.mark.parametrize("padding", [0, 1])
 def test_md_bound_is_the_enumeration_over_masks(prediction: Prediction, padding: int) -> None:
-    model, columns = make_lm(), make_columns(5, padding=padding, given=1)
-    ids, inputs = columns.ids_BR[0, :5].tolist(), 4 + padding
+    model, row_batch = make_lm(), make_row_batch(5, padding=padding, given=1)
+    ids, inputs = row_batch.ids_BR[0, :5].tolist(), 4 + padding
     can = list(range(1, inputs))
     expected = exact_bound(model, ids, inputs, can, prediction)
-    found = md_bound(model, columns, prediction, num_rates=3000)
+    found = md_bound(model, row_batch, prediction, num_rates=3000)
     assert found.standard_error * float(found.tokens_B[0]) < 0.02 * expected
     assert abs(float(found.nats_B[0]) - expected) < 4 * float(found.error_B[0]) + 1e-3
     assert int(found.tokens_B[0]) == len(can) + (prediction == "next_position" and padding == 0)
 
 
 def test_the_standard_error_is_not_smaller_than_the_spread_over_seeds() -> None:
-    model, columns = make_lm(), make_columns(7, rows=3)
-    results = [md_bound(model, columns, "next_position", 4, seed) for seed in range(60)]
+    model, row_batch = make_lm(), make_row_batch(7, rows=3)
+    results = [md_bound(model, row_batch, "next_position", 4, seed) for seed in range(60)]
     spread = torch.tensor([r.per_token for r in results]).std()
     told = torch.tensor([r.standard_error for r in results]).square().mean().sqrt()
     assert 0.85 * spread < told < 2 * spread
 
 
 def test_md_bound_is_the_same_twice_and_another_with_another_seed() -> None:
-    model, columns = make_lm(), make_columns(7, rows=2)
-    first, again, other = (md_bound(model, columns, "same_position", 4, seed) for seed in (0, 0, 1))
+    model, row_batch = make_lm(), make_row_batch(7, rows=2)
+    first, again, other = (md_bound(model, row_batch, "same_position", 4, seed) for seed in (0, 0, 1))
     assert torch.equal(first.nats_B, again.nats_B)
     assert not torch.equal(first.nats_B, other.nats_B)
 
 
 def test_block_bound_is_the_enumeration_over_each_block() -> None:
-    model, columns = make_lm(), make_columns(7)
-    ids = columns.ids_BR[0].tolist()
+    model, row_batch = make_lm(), make_row_batch(7)
+    ids = row_batch.ids_BR[0].tolist()
     expected = 0.0
     for first in (0, 3, 6):
         block = [i for i in range(first, min(first + 3, 7)) if i > 0]  # the first token is given
@@ -181,7 +182,7 @@ def test_block_bound_is_the_enumeration_over_each_block() -> None:
                 logp_LV = log_probabilities(model, shown, sees_LL)
                 value = -sum(float(logp_LV[i, ids[i]]) for i in hidden)
                 expected += value / k / len(subsets)
-    found = block_bound(model, as_rows(columns), num_rates=1200)
+    found = block_bound(model, as_rows(row_batch), num_rates=1200)
     assert abs(float(found.nats_B[0]) - expected) < 4 * float(found.error_B[0]) + 1e-3
     assert float(found.error_B[0]) < 0.03 * expected
     assert int(found.tokens_B[0]) == 6
@@ -190,26 +191,26 @@ def test_block_bound_is_the_enumeration_over_each_block() -> None:
 @pytest.mark.parametrize("prediction", BOTH)
 @pytest.mark.parametrize("num_right", [0, 2])
 def test_pseudo_nll_is_brute_force(prediction: Prediction, num_right: int) -> None:
-    model, columns = make_lm(), make_columns(7, given=2)
-    ids, inputs, expected = columns.ids_BR[0].tolist(), 6, 0.0
+    model, row_batch = make_lm(), make_row_batch(7, given=2)
+    ids, inputs, expected = row_batch.ids_BR[0].tolist(), 6, 0.0
     scored = range(2, 7 if prediction == "next_position" else 6)
     for i in scored:
         hidden = tuple(j for j in range(i, i + num_right + 1) if j < inputs)
         expected += masked_terms(model, ids, inputs, hidden, prediction)[i]
-    found = pseudo_nll(model, columns, prediction, num_right)
+    found = pseudo_nll(model, row_batch, prediction, num_right)
     assert float(found.nats_B[0]) == pytest.approx(expected, abs=1e-4)
     assert int(found.tokens_B[0]) == len(scored)
 
 
 def test_pseudo_nll_masks_nothing_of_the_next_document() -> None:
-    model, columns = make_lm(), make_columns(3, 4, padding=1)
-    other = columns.ids_BR.clone()
+    model, row_batch = make_lm(), make_row_batch(3, 4, padding=1)
+    other = row_batch.ids_BR.clone()
     other[0, 3:7] = (other[0, 3:7] + 1) % (MASK - 1)
-    alone = RowBatch(columns.ids_BR[:, :4], torch.tensor([[0, 0, 0, PADDING]]), torch.zeros(1, 4).bool())
+    alone = RowBatch(row_batch.ids_BR[:, :4], torch.tensor([[0, 0, 0, PADDING]]), torch.zeros(1, 4).bool())
     second = RowBatch(
-        columns.ids_BR[:, 3:], columns.start_BR[:, 3:].sub(3).clamp_min(PADDING), torch.zeros(1, 5).bool()
+        row_batch.ids_BR[:, 3:], row_batch.start_BR[:, 3:].sub(3).clamp_min(PADDING), torch.zeros(1, 5).bool()
     )
-    both = pseudo_nll(model, columns, "same_position", 2).nats_B
+    both = pseudo_nll(model, row_batch, "same_position", 2).nats_B
     parts = [pseudo_nll(model, part, "same_position", 2).nats_B for part in (alone, second)]
     assert float(both[0]) == pytest.approx(float(sum(parts)[0]), abs=1e-4)
 
@@ -217,13 +218,13 @@ def test_pseudo_nll_masks_nothing_of_the_next_document() -> None:
 def test_a_uniform_predictor_has_log_v_everywhere() -> None:
     base = qwen3()
     torch.nn.init.zeros_(base.get_output_embeddings().weight)
-    model, columns = make_lm(base), make_columns(6, 5, padding=1, given=1, rows=2)
-    found = [ar_nll(model, columns), prefix_nll(model, columns)]
+    model, row_batch = make_lm(base), make_row_batch(6, 5, padding=1, given=1, rows=2)
+    found = [causal_nll(model, row_batch), prefix_nll(model, row_batch)]
     for prediction in BOTH:
-        found.append(md_bound(model, columns, prediction, 32))
-        found += [pseudo_nll(model, columns, prediction, right) for right in (0, 1, 2)]
+        found.append(md_bound(model, row_batch, prediction, 32))
+        found += [pseudo_nll(model, row_batch, prediction, right) for right in (0, 1, 2)]
     assert [f.per_token for f in found] == pytest.approx([math.log(V - 1)] * len(found), abs=1e-4)
-    block = block_bound(model, as_rows(columns), 32)
+    block = block_bound(model, as_rows(row_batch), 32)
     assert block.per_token == pytest.approx(math.log(V - 1), abs=1e-4)
 
 
@@ -237,10 +238,10 @@ def trained_to_answer(prediction: Prediction, *, causal: bool) -> DiffusionLM:
     """A model that saw the right options, read causally or all masked, for a few steps."""
     model = make_lm()
     optimizer = torch.optim.AdamW(model.student.parameters(), lr=1e-2)
-    columns = RowBatch.of([question.row(question.answer) for question in QUESTIONS])
-    can_BL = can_mask(columns, prediction)
+    row_batch = RowBatch.of([question.row(question.answer) for question in QUESTIONS])
+    can_BL = can_mask(row_batch, prediction)
     masks = Masks(can_BL, can_BL.float())
-    batch = mixed_rows(columns, len(QUESTIONS) if causal else 0, masks, prediction, MASK)
+    batch = mixed_rows(row_batch, len(QUESTIONS) if causal else 0, masks, prediction, MASK)
     for _ in range(40):
         hidden_MH = model.student_hidden(batch.slots)[batch.row_M, batch.column_M]
         loss = torch.nn.functional.cross_entropy(model.logits(hidden_MH), batch.target_M)
@@ -264,7 +265,7 @@ def test_a_model_trained_on_the_right_options_ranks_them_first(prediction: Predi
 
 def test_autoregressive_ranking_and_its_figures() -> None:
     model = trained_to_answer("next_position", causal=True)
-    report = rank_options(lambda rows, _: ar_nll(model, RowBatch.of(rows)), QUESTIONS)
+    report = rank_options(lambda rows, _: causal_nll(model, RowBatch.of(rows)), QUESTIONS)
     assert report.accuracy == 1.0
     deltas, right = [], 0.0
     for question in QUESTIONS:
@@ -278,7 +279,7 @@ def test_autoregressive_ranking_and_its_figures() -> None:
     assert report.delta_nll == pytest.approx(sum(deltas) / 4, abs=1e-3)
     assert report.right_per_token == pytest.approx(right, abs=1e-4)
     wrong = [replace(question, answer=1) for question in QUESTIONS]
-    assert rank_options(lambda rows, _: ar_nll(model, RowBatch.of(rows)), wrong).accuracy == 0.0
+    assert rank_options(lambda rows, _: causal_nll(model, RowBatch.of(rows)), wrong).accuracy == 0.0
 
 
 def test_a_tie_is_shared() -> None:
@@ -354,7 +355,7 @@ def test_eval_puts_several_folders_and_questions_in_one_table(
     assert again["metrics"]["md_bound"]["num_questions"] == 2
 
 
-def test_a_plain_checkpoint_is_masked_only_where_its_prediction_is_told(
+def test_a_plain_checkpoint_is_masked_only_if_the_user_names_its_prediction(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = train_text(tmp_path, "objective.name=dual", "objective.prediction=next_position")

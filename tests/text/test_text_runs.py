@@ -12,9 +12,9 @@ import torch
 from tiny_checkpoints import failing_after_a_save, write_checkpoint, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import opdlm
 from opdlm.checkpoints.load import load
 from opdlm.cli.main import main
-from opdlm.cli.verbs import load_decoder
 from opdlm.config.text import build_text_config
 from opdlm.text.pipeline import load_text_inputs
 
@@ -90,7 +90,7 @@ def test_neither_transformers_nor_we_write_the_mask_token(text: Path) -> None:
     """Its logit was never trained, so it may be the highest."""
     folder = text / "plain" / "model"
     assert AutoModelForCausalLM.from_pretrained(folder).generation_config.suppress_tokens == [258]
-    decoder, tokenizer = load_decoder(str(folder), "ar")
+    decoder, tokenizer = opdlm.load(folder, mode="ar")
     assert tokenizer.mask_token_id == 258 and 258 in decoder.spec.banned_token_ids
 
 
@@ -223,7 +223,7 @@ def test_epochs_auto_share_and_auto_window_are_resolved_and_said(
     rows = [f"data.path={path}", output, "data.sequence_length=16", "train.rows_per_update=50"]
     assert main(["train", *SCRATCH, *rows, *DUAL, *settings]) == 0
     printed = capsys.readouterr().out
-    assert "40.00 passes over 81 tokens" in printed and "objective.ar_share auto: 0.4" in printed
+    assert "40.00 epochs of 81 tokens" in printed and "objective.ar_share auto: 0.4" in printed
     assert "autoregressive rows see the data 16.0 times" in printed
     assert "masking.windows auto: t* = 0." in printed
     assert len(rows_of(tmp_path / "run")) == 4  # 40 x 5 rows / 50

@@ -25,8 +25,8 @@ from opdlm.seeds import generator_for
 from opdlm.text import trainer as text_trainer
 from opdlm.text.batches import TextBatch, block_batch, can_mask, mixed_rows
 from opdlm.text.trainer import TextLoss, TextRun, num_causal_rows, start_run, train_step
+from opdlm.training.activation_checkpointing import checkpoint_layers
 from opdlm.training.dropout import add_output_dropout, training_dropout
-from opdlm.training.optimizer import checkpoint_layers
 
 LENGTH = 12
 COMPARED = ("loss", "ar_loss", "md_loss", "grad_norm", "learning_rate", "tokens", "epoch")
@@ -110,9 +110,9 @@ def test_ar_weight_2_is_the_share_of_the_published_code(tmp_path: Path) -> None:
 def make_batch(share: float, seed: int = 0) -> TextBatch:
     section = TextSection(sequence_length=LENGTH)
     rows = PackedDataset(documents(num_prompt=2), section, seed=0)
-    columns = RowBatch.of([rows.at(i) for i in range(4)])
-    masks = draw_masks(can_mask(columns, "next_position"), ANY_RATE, generator_for(seed))
-    return mixed_rows(columns, round(4 * share), masks, "next_position", MASK, ar_weight=2.0)
+    row_batch = RowBatch.of([rows.at(i) for i in range(4)])
+    masks = draw_masks(can_mask(row_batch, "next_position"), ANY_RATE, generator_for(seed))
+    return mixed_rows(row_batch, round(4 * share), masks, "next_position", MASK, ar_weight=2.0)
 
 
 def block_rows() -> TextBatch:
@@ -197,9 +197,9 @@ def test_a_deeper_teacher_and_another_family_can_be_distilled(tmp_path: Path) ->
 def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
     model = make_lm("sdar", noise=0.0)
     rows = PackedDataset(documents(), TextSection(sequence_length=LENGTH), seed=0)
-    columns = RowBatch.of([rows.at(0)])
-    nothing = Masks(torch.zeros_like(columns.is_text_BL), torch.zeros(columns.is_text_BL.shape))
-    batch = mixed_rows(columns, 1, nothing, "next_position", MASK)
+    row_batch = RowBatch.of([rows.at(0)])
+    nothing = Masks(torch.zeros_like(row_batch.is_text_BL), torch.zeros(row_batch.is_text_BL.shape))
+    batch = mixed_rows(row_batch, 1, nothing, "next_position", MASK)
     output = TextLoss(model, ObjectiveSection(distill_weight=1.0))(batch, batch.weight_M)
     assert abs(output.loss.item()) < 1e-5
 
@@ -250,9 +250,9 @@ def test_a_random_order_is_one_permutation_that_prompts_follow() -> None:
     rows = PackedDataset(
         documents(num_prompt=2), TextSection(sequence_length=LENGTH, document_mask=False), seed=0
     )
-    columns = RowBatch.of([rows.at(0), rows.at(1)])
-    columns = replace(columns, ids_BR=torch.arange(LENGTH + 1) + 100 * columns.is_given_BR)
-    mixed = text_trainer.in_order(columns, section, seed=3)
+    row_batch = RowBatch.of([rows.at(0), rows.at(1)])
+    row_batch = replace(row_batch, ids_BR=torch.arange(LENGTH + 1) + 100 * row_batch.is_given_BR)
+    mixed = text_trainer.in_order(row_batch, section, seed=3)
     order = mixed.ids_BR % 100
     assert torch.equal(order[0], order[1]) and sorted(order[0].tolist()) == list(range(LENGTH + 1))
     assert order[0].tolist() != list(range(LENGTH + 1))

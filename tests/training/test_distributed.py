@@ -56,7 +56,7 @@ MODES = {"ddp": {}, "fsdp": {"ACCELERATE_USE_FSDP": "true"}} | {
     f"zero{stage}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
     for stage in "23"
 }
-"""What `accelerate launch` tells the ranks."""
+"""Environment variables that `accelerate launch` sets."""
 with_deepspeed = (
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs opdlm[deepspeed]"),
@@ -74,7 +74,7 @@ Metrics = dict[str, float]
 
 def make_model(kind: str) -> DiffusionLM:
     """`sdar` trains everything and has its embedding as its head; `lora` shares one set of weights.
-    33 numbers cannot be cut into two equal pieces.
+    33 numbers cannot be split into two equal parts.
     """
     return make_lm(
         "sdar" if kind == "sdar" else "lora", base=qwen3(tie_word_embeddings=kind == "sdar", hidden_size=33)
@@ -159,7 +159,7 @@ def shares_held(run: Run | TextRun) -> tuple[float, float]:
 
 
 def main(root: Path, cases: list[str]) -> None:
-    """What each of the two processes does."""
+    """The program of each of the two processes."""
     results: dict[str, Any] = {}
     for case in cases:
         kind, mode = case.split("-")
@@ -204,7 +204,7 @@ def alone(root: Path) -> dict[str, dict[str, list[Metrics]]]:
 
 @pytest.fixture(scope="module")
 def together(root: Path, alone: Any) -> Callable[[str], dict[str, Any]]:
-    """The runs on two processes, which also continue those of one; started when one is asked for."""
+    """The runs on two processes, which also continue those of one; started when a test needs one."""
     results: dict[str, Any] = {}
 
     def run(case: str) -> dict[str, Any]:
@@ -268,7 +268,7 @@ def test_a_process_holds_its_share_of_weights_and_moments(case: str, together: A
         ("2", ["rollout.asynchronous=true"], "launch with recipes/accelerate/ddp.yaml"),
     ],
 )
-def test_what_zero_cannot_do_is_said_before_anything_is_loaded(
+def test_settings_that_zero_cannot_run_are_refused_before_loading(
     stage: str,
     settings: list[str],
     message: str,
@@ -282,7 +282,7 @@ def test_what_zero_cannot_do_is_said_before_anything_is_loaded(
     assert message in capsys.readouterr().err
 
 
-def test_without_deepspeed_a_zero_launch_says_what_to_install(
+def test_a_zero_launch_without_deepspeed_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
@@ -292,13 +292,13 @@ def test_without_deepspeed_a_zero_launch_says_what_to_install(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rollout_depends_on_its_place_and_not_on_its_neighbours(kind: str) -> None:
+def test_a_rollout_depends_on_its_index_and_not_on_its_neighbours(kind: str) -> None:
     model = make_model(kind)
     section = RolloutSection(decode=RolloutDecode(max_new_tokens=9, confidence_threshold=0.3))
 
-    def roll_out(places: range) -> list[Rollout]:
-        prompts = [PROMPTS[i] for i in places]
-        return generate_rollouts(model, prompts, section, step=1, seed=0, places=places)
+    def roll_out(indices: range) -> list[Rollout]:
+        prompts = [PROMPTS[i] for i in indices]
+        return generate_rollouts(model, prompts, section, step=1, seed=0, indices=indices)
 
     whole = roll_out(range(6))
     assert [*roll_out(range(0, 6, 2)), *roll_out(range(1, 6, 2))] == whole[::2] + whole[1::2]

@@ -16,8 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opdlm.cli.main import main
 from opdlm.config.sections import OptimizerSection
+from opdlm.training.activation_checkpointing import checkpoint_layers
 from opdlm.training.checkpoint import load_checkpoint, save_checkpoint
-from opdlm.training.optimizer import MasterWeights, checkpoint_layers, make_optimizer, make_scheduler
+from opdlm.training.optimizer import MasterWeights, make_optimizer, make_scheduler
 
 NAMES = [
     "adamw",

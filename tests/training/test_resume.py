@@ -19,8 +19,8 @@ from tiny_checkpoints import failing_after_a_save, tiny_overrides, write_checkpo
 from opdlm.cli.main import main
 from opdlm.config.sections import Config
 from opdlm.distill import trainer as trainer
-from opdlm.training.loop import changed_settings
 from opdlm.training.metrics import MetricsLog
+from opdlm.training.run_folder import changed_settings
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,4 +1,4 @@
-"""One update's loss and gradient: the same whatever the batching, zero at the teacher, normalised as said.
+"""One update's loss and gradient: independent of the batching, zero at the teacher, normalised as documented.
 
 float64 throughout, so that equal means equal. Shapes: K top-k, M supervised, V vocabulary, H hidden.
 """
@@ -118,7 +118,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, monkeypatch: pyte
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_checkpointing_turns_no_dropout_on(kind: str) -> None:
-    """Rollouts, targets and states must come from one deterministic model, whatever its config says."""
+    """Rollouts, targets and states must come from one deterministic model, whatever its dropout settings."""
     model = make_lm(kind, base=qwen3(attention_dropout=0.5).double()).double()
     states = make_states(model, ROLLOUTS[:3])
     expected_M = loss_of(model, states).per_position_M
@@ -308,7 +308,7 @@ def test_sft_loss_is_the_weighted_cross_entropy_of_the_response_tokens() -> None
 @pytest.mark.parametrize(
     ("kind", "section", "passes"), [("sdar", {}, 0), ("sdar", {"ar_weight": 0.5}, 1), ("preserve", {}, 1)]
 )
-def test_sft_asks_the_teacher_only_for_what_it_needs(
+def test_sft_runs_the_teacher_only_where_it_is_needed(
     kind: str, section: dict[str, Any], passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In `preserve` its pass makes the keys and values that the student reads."""

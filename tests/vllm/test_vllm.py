@@ -48,7 +48,7 @@ TIE = 1e-3  # logits this close may change their order between two implementatio
 
 
 def install(folder: Path, name: str, version: str) -> None:
-    """What `importlib.metadata` finds of an installed package."""
+    """The metadata of an installed package."""
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")

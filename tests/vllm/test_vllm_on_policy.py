@@ -24,7 +24,7 @@ GROWTH = ["format.block_size=4", "format.block_growth=[[0,2],[1,4]]"]
 def test_a_conversion_on_the_students_rollouts_is_the_same_with_either_engine(
     settings: list[str], tmp_path: Path, interpreter: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every step decodes with the weights that the steps before it made, or the losses would part."""
+    """Every step decodes with the present weights; otherwise the losses would differ."""
     write_checkpoint(tmp_path / "model", **LLAMA)
     write_data(tmp_path)
     settings = ["train.num_steps=3", *settings]

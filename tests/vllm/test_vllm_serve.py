@@ -1,4 +1,4 @@
-"""`opdlm export` and what vLLM makes of the folder by itself, on a CPU through Triton's interpreter."""
+"""`opdlm export`, and vLLM alone on the exported folder, on a CPU through Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NEW_TOKENS = 18
 
 
 def export(folder: Path, grid: GridKind, *flags: str) -> Path:
-    """A tiny `sdar` student with a LoRA adapter beside its weights, and what `opdlm export` makes of it.
+    """The export of a tiny `sdar` student with a LoRA adapter beside its weights.
 
     Its second stop token, ">", is one of the last tokens of every prompt.
     """
@@ -53,7 +53,7 @@ def export(folder: Path, grid: GridKind, *flags: str) -> Path:
 
 @contextmanager
 def running(folder: Path, **options: Any) -> Iterator[Any]:
-    """vLLM's own class on the folder: it finds our plugin by itself, and would run float32 in 16 bits."""
+    """vLLM's own class on the folder. It finds our plugin by itself; float32 has to be asked for."""
     prepare_environment()
     from vllm import LLM
 
@@ -190,7 +190,7 @@ def test_the_http_server_answers_plain_requests(folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.vllm
-def test_a_request_that_vllm_lets_start_again_ends_the_same(
+def test_a_preempted_request_ends_the_same(
     folder: Path, interpreter: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four pages of 128 tokens, one of which vLLM keeps empty, for two requests that grow beyond one page."""
@@ -209,7 +209,7 @@ def test_a_request_that_vllm_lets_start_again_ends_the_same(
     with running(folder, kv_cache_memory_bytes=2**19) as llm:
         chats = [[{"role": "user", "content": text}] for text in questions]
         outputs = llm.chat(chats, SamplingParams(max_tokens=30), use_tqdm=False)
-    assert max(preempted) > 0  # it had written something
+    assert max(preempted) > 0  # it had generated tokens
     assert [tuple(output.outputs[0].token_ids) for output in outputs] == [r.text_ids for r in ours]
 
 

@@ -22,7 +22,7 @@ from opdlm.vllm.block_state import block_queries, slot_queries
 from opdlm.vllm.engine import VllmStudent, check_student, start_student
 from opdlm.vllm.gate import SlotGate
 
-LENGTHS = [1, 3, 4, 5, 6, 7, 8, 13, 22, 30]  # every remainder of the block size; more rows than places
+LENGTHS = [1, 3, 4, 5, 6, 7, 8, 13, 22, 30]  # all remainders of the block size; more prompts than engine rows
 NEW_TOKENS = 14
 
 
@@ -136,7 +136,7 @@ def move(model: DiffusionLM, noise: float) -> None:
 
 
 def assert_parity(model: DiffusionLM, config: DecodeConfig) -> None:
-    """Our rollouts at the start and after an update, which the engine must be told of."""
+    """The rollouts are ours at the start, and after an update once the engine has the new weights."""
     assert model.spec.block_size == BLOCK
     vllm = start_student(
         model,

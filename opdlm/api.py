@@ -1,0 +1,487 @@
+"""The Python API: every verb of the command line as a function, named `opdlm.NAME`.
+
+Paths and settings are checked before torch is imported; the packages that do the work are imported inside the
+functions. `opdlm.generate` is `opdlm.serving.text_generation.generate`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+
+from opdlm.checkpoints.folders import (
+    check_can_decode,
+    check_is_checkpoint,
+    check_is_converted,
+)
+from opdlm.config.loader import apply_override, build_section
+from opdlm.config.recipes import resolve_target
+from opdlm.config.rules import check_config, load_config
+from opdlm.config.sections import Config, RunConfig, resolve_path
+from opdlm.config.text import TextConfig, build_text_config, load_text_config
+from opdlm.decoding.decode_config import DecodeConfig, Mode
+from opdlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from opdlm.evaluation.speed import Speed
+    from opdlm.modeling.diffusion_lm import DiffusionLM
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def load(
+    folder: str | Path, dtype: Dtype = "float32", device: str | None = None, *, mode: Mode | None = None
+) -> tuple[DiffusionLM, PreTrainedTokenizerBase]:
+    """Load a model to decode with.
+
+    Args:
+        folder: the folder `model` of a run's output_dir. Also any causal checkpoint (a folder, a hub id or
+            `bundled:teacher`), as the autoregressive model that it is: it decodes in mode `ar` only.
+        dtype: precision of the weights in memory.
+        device: `cpu`, `cuda:0` and so on; None: this process's GPU, or the CPU where there is none.
+        mode: the mode it is wanted for, which is checked before anything is loaded.
+
+    Returns:
+        The model, without gradients, and its tokenizer.
+
+    Raises:
+        DataError: the folder is missing, incomplete or damaged.
+        ConfigError: the checkpoint cannot decode in `mode`.
+
+    Example:
+        >>> model, tokenizer = opdlm.load("runs/tiny/model")
+    """
+    check_is_checkpoint(resolve_path(str(folder)))
+    if mode is not None:
+        check_can_decode(str(folder), mode)
+    from opdlm.checkpoints.convert import load_decoder
+
+    return load_decoder(str(folder), dtype, device)
+
+
+def convert(
+    source: str | Path | Config,
+    *,
+    data: str | Path | None = None,
+    output_dir: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    console: Console | None = None,
+) -> Path:
+    """Turn an autoregressive checkpoint into a block-diffusion model, and measure what it kept.
+
+    A run that was interrupted continues from its last checkpoint in `output_dir`; a finished one is only
+    measured again.
+
+    Args:
+        source: a recipe file, the name of a bundled recipe (`tiny`), a checkpoint folder or hub id, or
+            settings.
+        data: prompts: .jsonl, .parquet or a `datasets` name (data.path).
+        output_dir: where the model and everything about the run is written.
+        overrides: other settings as `section.key=value`, for example `train.num_steps=100`.
+        console: where progress is printed; None: standard output of the main process.
+
+    Returns:
+        The folder of the converted model, which `opdlm.load`, `evaluate`, `serve` and `export` take.
+
+    Raises:
+        ConfigError: a setting that cannot work.
+        DataError: a checkpoint or prompts that cannot be used.
+
+    Example:
+        >>> folder = opdlm.convert("tiny", output_dir="runs/tiny", overrides=["train.num_steps=10"])
+    """
+    config = convert_settings(
+        source, [*given("data.path", data), *given("output_dir", output_dir), *overrides]
+    )
+    check_model_path(config, needs_weights=True)
+    from opdlm.distill.pipeline import convert_checkpoint
+
+    return convert_checkpoint(config, console or main_console())
+
+
+def train(
+    source: str | Path | TextConfig,
+    *,
+    data: str | Path | None = None,
+    output_dir: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    console: Console | None = None,
+) -> Path:
+    """Train on given text: autoregressive, masked diffusion, block diffusion, or both at once.
+
+    Args:
+        source: a recipe file, the name of a bundled recipe of `opdlm train` (`byte`), a checkpoint folder or
+            hub id, or settings.
+        data: text: .jsonl, .parquet or a `datasets` name (data.path).
+        output_dir: where the model and everything about the run is written.
+        overrides: other settings as `section.key=value`, for example `objective.name=dual`.
+        console: where progress is printed; None: standard output of the main process.
+
+    Returns:
+        The folder of the trained model.
+
+    Raises:
+        ConfigError: a setting that cannot work.
+        DataError: a checkpoint or text that cannot be used.
+
+    Example:
+        >>> folder = opdlm.train("byte", data="mine.jsonl", output_dir="runs/byte")
+    """
+    config = train_settings(source, [*given("data.path", data), *given("output_dir", output_dir), *overrides])
+    check_model_path(config, needs_weights=not config.model.from_scratch)
+    from opdlm.text.pipeline import train_text
+
+    return train_text(config, console or main_console())
+
+
+def evaluate(
+    folder: str | Path,
+    *,
+    data: str | Path | None = None,
+    modes: Sequence[str] = (),
+    limit: int | None = None,
+    teacher: str | Path | None = None,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Measure a converted folder against its teacher, on the same prompts.
+
+    Args:
+        folder: written by `opdlm.convert`.
+        data: evaluation prompts: .jsonl with `prompt`, and optionally `answer`, `skill`, `held_out`
+            (eval.path); None: those of the run that made the folder.
+        modes: decodings to measure; empty: those of the run.
+        limit: prompts per skill; None: that of the run.
+        teacher: the original checkpoint, for an `sdar` folder; None: the one that the run names.
+        out: a folder for report.html, report.md, retention.json, timing.json, pictures and
+            generations.jsonl; an interrupted measurement continues there.
+        overrides: other settings of the measurement as `eval.key=value`.
+
+    Returns:
+        The report as plain values: `teacher` and every mode of `student` (accuracy, by_skill, retention,
+        tokens_per_forward, identical_to_teacher; shares are between 0 and 1, intervals are 95 %), `timing`
+        (tokens per second) and `settings`.
+
+    Raises:
+        ConfigError: a setting that cannot work, or no evaluation prompts.
+        DataError: a folder or prompts that cannot be used.
+
+    Example:
+        >>> report = opdlm.evaluate("runs/tiny/model", modes=["lossless"], limit=4)
+        >>> {mode["name"]: mode["retention"] for mode in report["student"]}
+    """
+    check_is_converted(folder)
+    changes = [
+        *given("eval.path", data),
+        *given("eval.modes", ",".join(modes) or None),
+        *given("eval.limit", limit),
+    ]
+    from opdlm.evaluation.retention import eval_config, measure_folder
+
+    config = eval_config(Path(folder), [*changes, *overrides])
+    if not config.eval.path:
+        raise ConfigError("eval.path is empty: the run had no evaluation set. Give eval.path=FILE.jsonl.")
+    return measure_folder(
+        Path(folder),
+        config,
+        None if out is None else Path(out),
+        None if teacher is None else str(teacher),
+    )
+
+
+def bench(
+    folder: str | Path,
+    config: DecodeConfig | None = None,
+    *,
+    prompts: str | Path | None = None,
+    modes: Sequence[Mode] = (),
+    batch_sizes: Sequence[int] = (1, 8, 64),
+    limit: int = 64,
+    repeats: int = 3,
+    compile: bool = False,
+    vllm: Literal["auto", "always", "never"] = "auto",
+    out: str | Path | None = None,
+    console: Console | None = None,
+) -> list[Speed]:
+    """Measure decoding speed against `transformers.generate` on the AR model of the same folder.
+
+    Greedy, the same prompts for all, interleaved. Close other programs first.
+
+    Args:
+        folder: written by `opdlm.convert`.
+        config: how to decode; its `mode`, `batch_size` and sampling are replaced. None: 128 new tokens.
+        prompts: .jsonl with `prompt`; None: the evaluation set of the run.
+        modes: decodings to measure; empty: all that the format has.
+        batch_sizes: rows decoded at once, one after the other.
+        limit: prompts, evenly spaced over the file.
+        repeats: how often everything is timed; the median counts.
+        compile: every mode with torch.compile too.
+        vllm: also the AR model in vLLM: where it is installed (auto), always or never.
+        out: a folder for bench.json and bench.png.
+        console: where progress is printed; None: standard output.
+
+    Returns:
+        A `Speed` per batch size and way of decoding: tokens per second, speedup, tokens per forward, and the
+        share of responses equal to those of `transformers.generate`.
+
+    Raises:
+        ConfigError: a setting that cannot work, or no prompts.
+        DataError: a folder or prompts that cannot be used.
+
+    Example:
+        >>> rows = opdlm.bench("runs/tiny/model", modes=["lossless"], batch_sizes=[1], limit=8)
+    """
+    check_is_converted(folder)
+    for name, values in {"limit": [limit], "repeats": [repeats], "batch_sizes": batch_sizes}.items():
+        if min(values, default=0) < 1:
+            raise ConfigError(f"{name} ({', '.join(map(str, values))}) must be at least 1.")
+    from opdlm.evaluation.speed import bench_folder
+
+    return bench_folder(
+        Path(folder),
+        config or DecodeConfig(max_new_tokens=128),
+        prompts=None if prompts is None else str(prompts),
+        modes=modes,
+        batch_sizes=batch_sizes,
+        limit=limit,
+        repeats=repeats,
+        compiles=compile,
+        vllm=vllm,
+        out=None if out is None else Path(out),
+        console=console or Console(),
+    )
+
+
+def rollout(
+    model: str | Path,
+    prompts: str | Path,
+    out: str | Path,
+    config: DecodeConfig | None = None,
+    *,
+    engine: Literal["own", "vllm"] = "own",
+    seed: int = 0,
+    limit: int | None = None,
+    dtype: Dtype = "float32",
+    compile: bool = False,
+    overrides: Sequence[str] = (),
+    console: Console | None = None,
+) -> Path:
+    """Answer every prompt of a file and write the responses with their trajectories to a Parquet file.
+
+    `rollout.path` of a conversion trains on that file. An interrupted call continues when it is made again,
+    and the file is the same, byte for byte.
+
+    Args:
+        model: a converted folder, or with mode `ar` any causal checkpoint.
+        prompts: .jsonl, .parquet or a `datasets` name, as data.path.
+        out: name of the .parquet file.
+        config: how to decode; log-probabilities are always recorded. None: temperature 1, without
+            `ar_accept_threshold`.
+        engine: `vllm` decodes the autoregressive model in vLLM; mode `ar` only.
+        seed: prompt i draws from (seed, i).
+        limit: the first so many prompts; None: all.
+        dtype: precision of the weights in memory.
+        compile: decode with torch.compile; our engine only.
+        overrides: how the prompts are read, as `data.key=value`.
+        console: where progress is printed; None: standard output.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ConfigError: a setting that cannot work, or a file of other settings under this name.
+        DataError: a checkpoint or prompts that cannot be used.
+
+    Example:
+        >>> opdlm.rollout("runs/tiny/model", "bundled:prompts.jsonl", "own.parquet", limit=64)
+    """
+    config = config or DecodeConfig(temperature=1.0, ar_accept_threshold=0.0)
+    check_can_decode(str(model), config.mode)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit ({limit}) must be at least 1.")
+    from opdlm.distill.recording import record_rollouts
+
+    return record_rollouts(
+        str(model),
+        str(prompts),
+        Path(out),
+        config,
+        engine=engine,
+        seed=seed,
+        limit=limit,
+        dtype=dtype,
+        compiles=compile,
+        overrides=overrides,
+        console=console or Console(),
+    )
+
+
+def serve(
+    folder: str | Path,
+    config: DecodeConfig | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    api_key: str | None = None,
+    max_rows: int = 16,
+    max_length: int | None = None,
+    dtype: Dtype = "float32",
+    compile: bool = False,
+) -> None:
+    """Answer over HTTP as OpenAI's API does (/v1/chat/completions, /v1/completions), until Ctrl-C.
+
+    Needs the extra `serve` (pip install 'opdlm[serve]').
+
+    Args:
+        folder: a converted folder, or with mode `ar` any causal checkpoint.
+        config: what a request does not say; `batch_size` is `max_rows` here.
+        host: `0.0.0.0` for other machines too.
+        port: 0 for any free one.
+        name: of the model in requests; None: `folder`.
+        api_key: what requests must bring; None: $OPDLM_API_KEY, and nothing where that is not set.
+        max_rows: requests decoded at once.
+        max_length: prompt and response together, in tokens; None: the context, at most 4096.
+        dtype: precision of the weights in memory.
+        compile: decode with torch.compile.
+
+    Raises:
+        ConfigError: a setting that cannot work, or a port that is taken.
+        DataError: a checkpoint that cannot be used.
+
+    Example:
+        >>> opdlm.serve("runs/tiny/model", opdlm.DecodeConfig(mode="lossless"), port=8000)
+    """
+    config = config or DecodeConfig()
+    check_can_decode(str(folder), config.mode)
+    from opdlm.serving.server import serve_folder
+
+    serve_folder(
+        str(folder),
+        host=host,
+        port=port,
+        name=name,
+        api_key=api_key,
+        max_rows=max_rows,
+        max_length=max_length,
+        decode=config,
+        dtype=dtype,
+        compile=compile,
+    )
+
+
+def export(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    to: Literal["vllm", "sdar"] = "vllm",
+    config: DecodeConfig | None = None,
+) -> Path:
+    """Write a converted `sdar` folder as an inference engine reads it.
+
+    Args:
+        folder: written by `opdlm.convert` with format.name=sdar.
+        out: a folder that does not exist yet.
+        to: `vllm`: `vllm serve OUT`, where this package is installed too. `sdar`: as SGLang and LMDeploy load
+            SDAR checkpoints (Qwen3, absolute grid).
+        config: for `vllm`, how tokens are chosen, which is fixed in the folder; modes static, threshold and
+            left_to_right.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ConfigError: a folder or settings that the engine cannot run.
+        DataError: a folder that cannot be used.
+
+    Example:
+        >>> opdlm.export("runs/sdar/model", "runs/sdar/vllm")
+    """
+    check_is_converted(folder)
+    if to == "sdar" and config is not None:
+        raise ConfigError("config has no effect with `to=sdar`, whose engines decide how tokens are chosen.")
+    from opdlm.checkpoints.export import export_to_sdar
+    from opdlm.checkpoints.load import check_decode, read_spec
+    from opdlm.vllm.export import export_to_vllm
+
+    if to == "sdar":
+        export_to_sdar(Path(folder), Path(out))
+    else:
+        config = config or DecodeConfig()
+        check_decode(config, read_spec(folder))
+        export_to_vllm(Path(folder), Path(out), config)
+    return Path(out)
+
+
+def merge(folder: str | Path, out: str | Path, *, full_copy: bool = False) -> Path:
+    """Write a converted folder again with its LoRA adapter added to the weights.
+
+    Args:
+        folder: written by `opdlm.convert`, with an adapter.
+        out: a folder that does not exist yet.
+        full_copy: for `preserve`, whose adapter acts on noised slots only: write the merged student as a
+            second set of weights beside the untouched AR weights (twice the size).
+
+    Returns:
+        `out`.
+
+    Raises:
+        ConfigError: no adapter, or a `preserve` folder without `full_copy`.
+        DataError: a folder that cannot be used.
+
+    Example:
+        >>> opdlm.merge("runs/tiny/model", "runs/tiny/copy", full_copy=True)
+    """
+    check_is_converted(folder)
+    from opdlm.checkpoints.export import merge_folder
+
+    merge_folder(Path(folder), Path(out), full_copy=full_copy)
+    return Path(out)
+
+
+def convert_settings(source: str | Path | Config, overrides: Sequence[str] = ()) -> Config:
+    """The settings of a conversion from a recipe, its name, a checkpoint or settings; checked."""
+    if not isinstance(source, Config):
+        recipe, target = resolve_target(str(source))
+        return load_config(recipe, [*target, *overrides])
+    config = build_section(Config, changed(source, overrides))
+    check_config(config)
+    return config
+
+
+def train_settings(source: str | Path | TextConfig, overrides: Sequence[str] = ()) -> TextConfig:
+    """The settings of a training on text from a recipe, its name, a checkpoint or settings; checked."""
+    if not isinstance(source, TextConfig):
+        recipe, target = resolve_target(str(source), "train")
+        return load_text_config(recipe, [*target, *overrides])
+    return build_text_config(changed(source, overrides))
+
+
+def changed(config: RunConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """The values of settings, with `section.key=value` strings entered."""
+    values = config.to_dict()
+    for override in overrides:
+        apply_override(values, override)
+    return values
+
+
+def given(key: str, value: object) -> list[str]:
+    """`key=value` where there is a value."""
+    return [] if value is None else [f"{key}={value}"]
+
+
+def check_model_path(config: Config | TextConfig, *, needs_weights: bool) -> None:
+    """Raises DataError where `model.path` looks like a path and is no checkpoint."""
+    if config.model.path:
+        check_is_checkpoint(resolve_path(config.model.path), needs_weights=needs_weights)
+
+
+def main_console() -> Console:
+    """Standard output of the first process of a launch; the others are silent."""
+    return Console(quiet=os.environ.get("RANK", "0") != "0")

@@ -1,0 +1,74 @@
+"""What a path names, judged from its files alone: a mistyped folder is reported before torch is imported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from opdlm.config.sections import resolve_path
+from opdlm.errors import ConfigError, DataError
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name that does not exist was meant as a path: nobody asks the hub for it then.
+
+    It starts with `.`, `/` or `~`, has more than one `/` (a hub id is `owner/name`), or its first folder
+    exists.
+    """
+    first, slash, _ = name.partition("/")
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or bool(slash and Path(first).is_dir())
+
+
+def check_is_checkpoint(path: str, *, needs_weights: bool = True) -> None:
+    """A path that looks local must exist and hold a config; anything else is left to the hub."""
+    folder = Path(path)
+    if not folder.exists() and looks_like_path(path):
+        raise DataError(f"model.path ({path}) does not exist. Give a checkpoint folder or a hub id.")
+    if folder.is_file():
+        raise DataError(f"model.path ({path}) is a file. Give the folder that holds config.json.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise DataError(
+            f"model.path ({path}) has no config.json, so it is not a Hugging Face checkpoint folder."
+        )
+    if needs_weights and folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise DataError(
+            f"model.path ({path}) holds no .safetensors weights, and pickle files are not read. Load it once "
+            "where you trust it and write it with save_pretrained; `opdlm train` needs none with "
+            "model.from_scratch=true."
+        )
+    if folder.is_dir():
+        try:
+            json.loads((folder / "config.json").read_text())
+        except ValueError as error:
+            raise DataError(f"{folder / 'config.json'} is not valid JSON. Download it again.") from error
+
+
+def is_converted(folder: str | Path) -> bool:
+    """Whether the folder's config.json says how to decode by diffusion."""
+    file = Path(folder) / "config.json"
+    try:
+        return file.is_file() and "block_diffusion" in json.loads(file.read_text())
+    except ValueError:
+        return False
+
+
+def check_is_converted(folder: str | Path) -> None:
+    """Raises DataError where the folder is not there, or `opdlm convert` did not write it."""
+    if not Path(folder).exists():
+        raise DataError(f"{folder} does not exist. Give the folder `model` of a run's output_dir.")
+    if not is_converted(folder):
+        raise DataError(
+            f"{folder} is not a folder written by opdlm convert (no block_diffusion in config.json). Give "
+            "the folder `model` of a run's output_dir."
+        )
+
+
+def check_can_decode(path: str, mode: str) -> None:
+    """Raises DataError for a path that is no checkpoint, ConfigError for a mode that a plain one lacks."""
+    folder = resolve_path(path)
+    check_is_checkpoint(folder)
+    if mode != "ar" and not is_converted(folder):
+        raise ConfigError(
+            f"`mode={mode}` needs a diffusion model, and {path} is not a folder written by opdlm convert: "
+            "give one, or use `mode=ar`."
+        )

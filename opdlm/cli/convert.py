@@ -1,0 +1,69 @@
+"""`opdlm convert`: an autoregressive checkpoint becomes a diffusion model."""
+
+from __future__ import annotations
+
+import argparse
+
+import opdlm
+from opdlm.cli.flags import Parser, Verbs, add_settings, add_verb, read_settings
+
+DESCRIPTION = """Turn an autoregressive checkpoint into a block-diffusion model and measure what it kept.
+
+TARGET is a recipe file, the name of a bundled recipe, or a checkpoint folder or hub id (then give
+data.path)."""
+EXAMPLES = """  opdlm convert tiny                                        # minutes on a laptop
+  opdlm convert tiny output_dir=runs/b8 --format.block_size 8
+  opdlm convert qwen3_0.6b_lora_24gb --dry-run              # what it would need and write
+  opdlm convert ./my-model data.path=prompts.jsonl format.name=sdar lora.enabled=false"""
+
+
+def add_convert(verbs: Verbs) -> None:
+    add_verb(
+        verbs,
+        "convert",
+        run,
+        add_convert_flags,
+        summary="checkpoint -> diffusion checkpoint",
+        description=DESCRIPTION,
+        examples=EXAMPLES,
+    )
+
+
+def add_convert_flags(parser: Parser) -> None:
+    add_settings(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print parameters, memory, FLOPs, tokens and files, and stop"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    from opdlm.api import convert_settings, main_console
+    from opdlm.config.sections import Config
+
+    config = read_settings("convert", options, Config, convert_settings)
+    if config is None:
+        return 0
+    if options.dry_run:
+        print(describe(config))
+        return 0
+    console = main_console()
+    folder = opdlm.convert(config, console=console)
+    if not console.quiet:
+        from opdlm.reporting.pages import read_retention
+        from opdlm.reporting.tables import print_report
+
+        report = read_retention(folder)
+        if report is not None:
+            print_report(report, console)
+    console.print(f"\nconverted checkpoint: {folder}", soft_wrap=True)
+    return 0
+
+
+def describe(config: opdlm.Config) -> str:
+    """What the run would need and write."""
+    from opdlm.api import check_model_path
+
+    check_model_path(config, needs_weights=False)
+    from opdlm.distill.plan import describe_plan, make_plan
+
+    return describe_plan(config, make_plan(config))

@@ -1,0 +1,231 @@
+"""`opdlm eval`: what a converted model kept, and likelihoods of text. `opdlm report`: the curves of a run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+import opdlm
+from opdlm.cli.flags import Parser, Verbs, add_decode_flags, add_verb, given_decode
+from opdlm.errors import ConfigError
+
+DESCRIPTION = """Measure a converted folder against its teacher: accuracy per skill in each decoding mode,
+tokens per forward with every forward counted, share of outputs identical to the teacher's. Several folders
+are measured on the same prompts and compared. eval.key=value changes any other setting."""
+EXAMPLES = """  opdlm eval runs/tiny/model
+  opdlm eval runs/tiny/model --limit 10 --modes static lossless --out report
+  opdlm eval runs/tiny/model --temperature 1 --seeds 3 --out sampled
+  opdlm eval runs/a/model runs/b/model --thresholds 0.5 0.7 0.9 0.99 --out comparison
+  opdlm eval runs/text/model runs/dual/model --text held_out.jsonl --out likelihood
+  opdlm eval runs/dual/model --text questions.jsonl --metrics ar_nll,md_bound,options"""
+
+LISTED = ("modes", "thresholds", "limit", "seeds")
+"""Flags that stand for the setting `eval.NAME`; decoding flags stand for `eval.decode.NAME`."""
+DECODED_BY_TASKS = ("mode", "entropy_bound", "logprobs")
+"""Decoding settings that a measurement does not read."""
+
+
+def add_eval(verbs: Verbs) -> None:
+    add_verb(
+        verbs,
+        "eval",
+        run_eval,
+        add_eval_flags,
+        summary="retention report of converted checkpoints",
+        description=DESCRIPTION,
+        examples=EXAMPLES,
+    )
+
+
+def add_eval_flags(parser: Parser) -> None:
+    parser.add_argument("folders", nargs="+", metavar="DIR")
+    parser.add_argument(
+        "--teacher", help="the original checkpoint, for sdar folders (default: the one that the run names)"
+    )
+    parser.add_argument("--modes", nargs="+", metavar="MODE", help="ar, static, threshold, lossless")
+    parser.add_argument("--limit", type=int, metavar="N", help="prompts per skill, or with --text rows")
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="with --temperature: mean and spread over so many seeds"
+    )
+    parser.add_argument(
+        "--thresholds", nargs="+", metavar="X", help="draw accuracy against tokens per forward over these"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="write report.html, report.md, retention.json, timing.json, pictures and generations.jsonl "
+        "here; a killed command continues",
+    )
+    add_decode_flags(parser, leave_out=DECODED_BY_TASKS, default_text="that of the run")
+    add_task_flags(parser.add_argument_group("tasks of lm-evaluation-harness"))
+    add_text_flags(parser.add_argument_group("likelihood of text"))
+    parser.set_defaults(overrides=[])
+
+
+def add_task_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--tasks", metavar="NAMES", help="by commas, instead (pip install 'opdlm[eval]')")
+    group.add_argument("--include-path", metavar="FOLDER", help="YAML tasks of your own, with --tasks")
+    group.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples before each question, with --tasks"
+    )
+    group.add_argument("--chat-template", action="store_true", help="ask through it, with --tasks")
+
+
+def add_text_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--text",
+        metavar="FILE",
+        help="likelihood of this text instead, or of questions with `prompt`, `options` and the index "
+        "`answer`; for any checkpoint",
+    )
+    group.add_argument(
+        "--metrics",
+        metavar="NAMES",
+        help="with --text: ar_nll, prefix_nll, md_bound, pll, pll_right1, pll_right2 (tokens masked beside "
+        "it), options; by commas (default: what the model was trained for)",
+    )
+    group.add_argument(
+        "--num-rates", type=int, metavar="N", help="mask rates per row of md_bound, with --text (default: 32)"
+    )
+    group.add_argument(
+        "--prediction",
+        choices=("same_position", "next_position"),
+        help="what masked positions predict, with --text and a plain checkpoint that has a mask token",
+    )
+
+
+def add_report(verbs: Verbs) -> None:
+    add_verb(
+        verbs,
+        "report",
+        run_report,
+        add_report_flags,
+        summary="curves of a run, finished or not",
+        description="Draw the curves that a run has logged so far, and what was measured, into "
+        "RUN/report.html.",
+        examples="  opdlm report runs/tiny",
+    )
+
+
+def add_report_flags(parser: Parser) -> None:
+    parser.add_argument("folder", metavar="RUN")
+
+
+def run_eval(options: argparse.Namespace) -> int:
+    is_override = {text: "=" in text and not Path(text).exists() for text in options.folders}
+    folders = [Path(text) for text in options.folders if not is_override[text]]
+    if not folders:
+        raise ConfigError("eval needs a DIR written by opdlm convert, before any eval.key=value.")
+    overrides = [*(text for text in options.folders if is_override[text]), *options.overrides]
+    if options.text:
+        return run_text(options, folders, overrides)
+    if options.metrics or options.num_rates is not None or options.prediction:
+        raise ConfigError("--metrics, --num-rates and --prediction belong to --text: give the file.")
+    if not options.tasks and (options.include_path or options.num_fewshot is not None):
+        raise ConfigError("--include-path and --num-fewshot belong to --tasks: give the names of the tasks.")
+    from opdlm.checkpoints.folders import check_is_converted
+
+    for folder in folders:
+        check_is_converted(folder)
+    overrides += settings_of_flags(options)
+    if options.tasks:
+        return run_tasks(options, folders, overrides)
+    if len(folders) > 1:
+        return run_comparison(options, folders, overrides)
+    report = opdlm.evaluate(folders[0], teacher=options.teacher, out=options.out, overrides=overrides)
+    from opdlm.reporting.pages import HTML_FILE
+    from opdlm.reporting.tables import print_report, skill_table
+
+    print_report(report, Console(), [skill_table(report)])
+    if options.out:
+        print(f"\nreport: {Path(options.out) / HTML_FILE}")
+    return 0
+
+
+def settings_of_flags(options: argparse.Namespace) -> list[str]:
+    """What the flags say, as `eval.key=value`."""
+    listed = {name: vars(options)[name] for name in LISTED}
+    values = listed | {f"decode.{name}": value for name, value in given_decode(options).items()}
+    return [
+        f"eval.{name}={','.join(value) if isinstance(value, list) else value}"
+        for name, value in values.items()
+        if value is not None
+    ]
+
+
+def run_comparison(options: argparse.Namespace, folders: Sequence[Path], overrides: Sequence[str]) -> int:
+    """The reports of several folders, and one table."""
+    from opdlm.evaluation.retention import compare_folders, eval_config
+    from opdlm.reporting.pages import HTML_FILE
+    from opdlm.reporting.tables import comparison_table, print_table
+
+    configs = [eval_config(folder, overrides) for folder in folders]
+    if options.out is None:
+        raise ConfigError("several DIRs need --out FOLDER, where their reports and the table are written.")
+    out = Path(options.out)
+    print_table(comparison_table(compare_folders(folders, configs, out, options.teacher)), Console())
+    print(f"\nreport: {out / HTML_FILE}")
+    return 0
+
+
+def run_tasks(options: argparse.Namespace, folders: Sequence[Path], overrides: Sequence[str]) -> int:
+    """Tasks of lm-evaluation-harness in every mode."""
+    if len(folders) > 1:
+        raise ConfigError("--tasks measures one DIR: run it for each of them.")
+    from opdlm.evaluation.lm_eval import evaluate_tasks
+    from opdlm.evaluation.retention import eval_config
+
+    results = evaluate_tasks(
+        folders[0],
+        eval_config(folders[0], overrides),
+        options.tasks.split(","),
+        include_path=options.include_path,
+        num_fewshot=options.num_fewshot,
+        chat_template=options.chat_template,
+        out=Path(options.out) if options.out else None,
+    )
+    for mode, tasks in results.items():
+        for task, numbers in tasks.items():
+            shown = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
+            print(f"{mode} {task} " + " ".join(f"{k}={v:.4f}" for k, v in shown.items()))
+    return 0
+
+
+def run_text(options: argparse.Namespace, folders: Sequence[Path], overrides: Sequence[str]) -> int:
+    """Likelihoods of a file of text or of questions."""
+    elsewhere = (*LISTED, "teacher", "tasks", "include_path", "num_fewshot", "chat_template")
+    for flag in sorted({*elsewhere, *given_decode(options)} - {"limit"}):
+        if vars(options)[flag] not in (None, False):
+            raise ConfigError(f"--{flag.replace('_', '-')} has no effect with --text: leave it out.")
+    from opdlm.checkpoints.folders import check_is_checkpoint
+
+    for folder in folders:
+        check_is_checkpoint(str(folder))
+    from opdlm.reporting.tables import print_table
+    from opdlm.text.evaluate import RESULT_FILE, evaluate_text
+    from opdlm.text.likelihood_models import LikelihoodOptions
+
+    out = Path(options.out) if options.out else None
+    rates = {} if options.num_rates is None else {"num_rates": options.num_rates}
+    table = evaluate_text(
+        folders,
+        options.text,
+        options.metrics.split(",") if options.metrics else (),
+        options.limit,
+        LikelihoodOptions(prediction=options.prediction, overrides=tuple(overrides), **rates),
+        out,
+    )
+    print_table(table, Console())
+    if out is not None:
+        print(f"\nreport: {out / RESULT_FILE}")
+    return 0
+
+
+def run_report(options: argparse.Namespace) -> int:
+    from opdlm.reporting.pages import write_run_page
+
+    print(f"report: {write_run_page(Path(options.folder))}")
+    return 0

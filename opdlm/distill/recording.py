@@ -1,0 +1,145 @@
+"""Rollouts of a whole file of prompts, written to Parquet: what `opdlm rollout` does.
+
+Loads model and prompts, decodes them in pieces (`rollout_file` keeps what is finished) and writes the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from opdlm import __version__
+from opdlm.checkpoints.convert import load_decoder
+from opdlm.checkpoints.load import check_decode, check_fits
+from opdlm.config.rules import load_config
+from opdlm.config.sections import DataSection, resolve_path
+from opdlm.data.prompts import encode_rows, load_rows, messages_of
+from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.decode_state import DecodeStats
+from opdlm.decoding.generate import OnStep, generate
+from opdlm.decoding.rollout import Prompt, digest_of
+from opdlm.distill.rollout_file import Engine, decode_resumably, is_finished, write_rollouts
+from opdlm.errors import ConfigError
+from opdlm.evaluation.generation_log import fingerprint
+from opdlm.modeling.compiled import compiled_decoding
+from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+from opdlm.seeds import seed_of
+from opdlm.training.metrics import DecodingProgress
+from opdlm.vllm.engine import VllmTeacher, check_vllm, start_teacher
+
+BATCHES_PER_PIECE = 4
+"""So many batches are kept on disk at a time: a finished row of a piece is replaced by the next prompt."""
+
+
+def record_rollouts(
+    model_path: str,
+    prompts_path: str,
+    out: Path,
+    config: DecodeConfig,
+    *,
+    engine: Literal["own", "vllm"],
+    seed: int,
+    limit: int | None,
+    dtype: str,
+    compiles: bool,
+    overrides: Sequence[str],
+    console: Console,
+) -> Path:
+    """Answer every prompt and write the file; `opdlm.rollout` documents the arguments."""
+    if engine == "vllm":
+        check_vllm_engine(config, compiles)
+    section = data_section(prompts_path, limit, overrides)
+    model, tokenizer = load_decoder(model_path, dtype)
+    check_decode(config, model.spec)
+    config = replace(config, logprobs=True)
+    rows = load_rows(section)
+    prompts = encode_rows(rows, tokenizer, section=section, mask_token_id=model.spec.mask_token_id)
+    check_fits(model, [prompt.ids for prompt in prompts], config.max_new_tokens, "max_new_tokens")
+    settings = {
+        **identity_of(model_path, model.spec, prompts),
+        **{"engine": engine, "compile": compiles, "dtype": dtype, "seed": seed},
+        **asdict(config),
+    }
+    if is_finished(out, settings):
+        console.print(f"{out} is finished already: {len(prompts)} rollouts", soft_wrap=True)
+        return out
+    vllm = start_vllm(model_path, model, prompts, config, dtype) if engine == "vllm" else None
+    with compiled_decoding(model, compiles), DecodingProgress(len(prompts), console) as progress:
+        rollouts = decode_resumably(
+            out,
+            prompts,
+            [seed_of(seed, prompt.index) for prompt in prompts],
+            own_engine(model, config, progress.on_step)
+            if vllm is None
+            else lambda ids, seeds: vllm.responses(ids, config, seeds),
+            settings,
+            piece_size=BATCHES_PER_PIECE * config.batch_size,
+            on_piece=progress.on_piece,
+        )
+    texts = [messages_of(*rows[prompt.index], "", section.prompt_column)[-1]["content"] for prompt in prompts]
+    write_rollouts(out, texts, rollouts, tokenizer, settings)
+    stats = DecodeStats.of(rollouts)
+    console.print(
+        f"rollouts: {out} ({len(rollouts)} responses, {stats.num_tokens} tokens, "
+        f"{stats.tokens_per_forward:.2f} per forward)",
+        soft_wrap=True,
+    )
+    return out
+
+
+def check_vllm_engine(config: DecodeConfig, compiles: bool) -> None:
+    check_vllm("`engine=vllm`")
+    if compiles:
+        raise ConfigError("`compile` is for our own decoder: leave it out with `engine=vllm`.")
+    if config.mode != "ar":
+        raise ConfigError(
+            f"`engine=vllm` with `mode={config.mode}`: vLLM decodes the autoregressive model here. Use "
+            "`mode=ar`, or `engine=own`."
+        )
+
+
+def data_section(path: str, limit: int | None, overrides: Sequence[str]) -> DataSection:
+    """Where the prompts come from, with other `data.*` keys."""
+    for override in overrides:
+        if not override.startswith("data."):
+            raise ConfigError(
+                f"{override}: only data.* keys matter here, for example data.prompt_column=text."
+            )
+    section = load_config(None, overrides).data
+    return replace(section, path=path, limit=section.limit if limit is None else limit)
+
+
+def own_engine(model: DiffusionLM, config: DecodeConfig, on_step: OnStep) -> Engine:
+    """This package's decode loop."""
+    return lambda prompts, seeds: generate(model, prompts, config, seeds, on_step)
+
+
+def start_vllm(
+    path: str, model: DiffusionLM, prompts: Sequence[Prompt], config: DecodeConfig, dtype: str
+) -> VllmTeacher:
+    """vLLM with the checkpoint as the autoregressive model that it is."""
+    return start_teacher(
+        path,
+        model.student.config,
+        model.spec,
+        dtype=dtype,
+        max_rows=config.batch_size,
+        max_tokens=max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens,
+    )
+
+
+def identity_of(model_path: str, spec: DiffusionSpec, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Which weights answer which prompts; with the decoding settings it decides what is in the file."""
+    path = resolve_path(model_path)
+    return {
+        "opdlm": __version__,
+        "model": str(Path(path).resolve()) if Path(path).is_dir() else path,
+        "checkpoint": fingerprint(path),
+        "prompts": digest_of(prompt.ids for prompt in prompts),
+        "block_size": spec.block_size,
+        "grid": spec.grid,
+    }

@@ -1,0 +1,220 @@
+"""Text in, text out: `opdlm.generate`, which `opdlm generate` and `opdlm chat` call.
+
+Prompts become token ids (through the chat template, or with gaps to fill), are decoded together, and come
+back as rollouts with their text. With a console every response is shown while it is written, one after the
+other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from opdlm.checkpoints.load import check_decode, check_fits, vocabulary_rows
+from opdlm.data.prompts import encode_prompt
+from opdlm.decoding.decode_config import DecodeConfig, Mode
+from opdlm.decoding.generate import generate as generate_ids
+from opdlm.decoding.generate import grid_of
+from opdlm.decoding.rollout import Rollout
+from opdlm.decoding.streaming import ResponseView, StablePrefix, StopStrings, encode_gaps
+from opdlm.errors import ConfigError
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.seeds import seed_of
+
+Messages: TypeAlias = Sequence[Mapping[str, str]]
+"""A conversation: `{"role": "user", "content": "..."}` and so on, the user's turn last."""
+PromptInput: TypeAlias = str | Messages | Sequence[int]
+
+
+def generate(
+    model: DiffusionLM,
+    prompts: Sequence[PromptInput],
+    config: DecodeConfig | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    mode: Mode | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    denoising_steps: int | None = None,
+    confidence_threshold: float | None = None,
+    ar_accept_threshold: float | None = None,
+    logprobs: bool | None = None,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    infill: bool = False,
+    stream: Console | None = None,
+) -> list[Rollout]:
+    """Answer prompts, or fill the gaps in them.
+
+    Args:
+        model: what `opdlm.load` returned.
+        prompts: texts (each one user's turn), conversations (lists of `{"role", "content"}`), or token ids
+            (each at least one, taken as they are). Texts and conversations need `tokenizer`.
+        config: every decoding setting; `DecodeConfig()` if left out.
+        tokenizer: the one that `opdlm.load` returned. With it, rollouts have their `text`.
+        mode: `ar`, `static`, `threshold`, `entropy`, `left_to_right` or `lossless`. This and the keywords up
+            to `logprobs` replace single fields of `config`, which documents them.
+        seed: prompt i draws from (seed, i), whatever stands beside it.
+        stop: a response ends before the first of these strings.
+        infill: prompts are templates. `<gap>` in a text stands for one block of unknown tokens, `<gap:12>`
+            for 12; token ids hold the mask id where a token is unknown. Texts are not put into the chat
+            template. `ar_accept_threshold` is 0 then: a rejected token would mask the text after a gap.
+        stream: show each response on this console while it is written.
+
+    Returns:
+        One `Rollout` per prompt, in the order of the prompts: `text`, `text_ids` (up to and including the
+        stop token), `unmask_step` (the step that revealed each token), `finish_reason`, `num_forwards`.
+
+    Raises:
+        ConfigError: a setting outside its range, or one that this checkpoint cannot do.
+        DataError: a prompt and `max_new_tokens` exceed the model's context.
+
+    Example:
+        >>> model, tokenizer = opdlm.load("runs/tiny/model")
+        >>> (rollout,) = opdlm.generate(model, ["add 47 38"], tokenizer=tokenizer, mode="lossless")
+        >>> print(rollout.text, rollout.num_forwards)
+    """
+    changes: dict[str, Any] = {
+        "mode": mode,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "denoising_steps": denoising_steps,
+        "confidence_threshold": confidence_threshold,
+        "ar_accept_threshold": ar_accept_threshold,
+        "logprobs": logprobs,
+    }
+    config = with_changes(config or DecodeConfig(), changes)
+    check_decode(config, model.spec)
+    if config.mode != "ar" and model.spec.mask_token_id >= vocabulary_rows(model.student):
+        raise ConfigError(
+            f"`mode={config.mode}` needs a diffusion model, and this one is a plain autoregressive "
+            "checkpoint: convert it with opdlm.convert, or use `mode=ar`."
+        )
+    if infill:
+        check_infill(config, stop, ar_accept_threshold)
+        config = replace(config, ar_accept_threshold=0.0)
+    if not all(stop):
+        raise ConfigError("`stop` is empty: give the text that ends a response.")
+    if isinstance(prompts, str):
+        raise ConfigError("prompts is one text: give a list of them.")
+    ids = [encode(prompt, model, tokenizer, infill=infill) for prompt in prompts]
+    if not ids:
+        return []
+    check_fits(model, ids, 0 if infill else config.max_new_tokens, "max_new_tokens")
+    seeds = [seed_of(seed, place) for place in range(len(ids))]
+    with filling_gaps(model, infill):
+        if tokenizer is None:
+            if stop or stream is not None:
+                raise ConfigError("tokenizer is missing: `stop` and `stream` need the text of the response.")
+            return generate_ids(model, ids, config, seeds)
+        stops = StopStrings(tokenizer, tuple(stop))
+        if stream is not None:
+            rollouts = [
+                generate_on_console(model, one, config, seed, stops, stream, infill=infill)
+                for one, seed in zip(ids, seeds, strict=True)
+            ]
+        else:
+            find_end = stops.find_end if stops.strings else None
+            rollouts = generate_ids(model, ids, config, seeds, find_end=find_end)
+    return [replace(rollout, text=text_of(rollout, stops, infill=infill)) for rollout in rollouts]
+
+
+def with_changes(config: DecodeConfig, changes: Mapping[str, Any]) -> DecodeConfig:
+    """The settings with those that are not None in their place; ConfigError where one is out of range."""
+    try:
+        return replace(config, **{name: value for name, value in changes.items() if value is not None})
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_infill(config: DecodeConfig, stop: Sequence[str], ar_accept_threshold: float | None) -> None:
+    """Raises ConfigError for what would lose the text after a gap."""
+    if stop:
+        raise ConfigError("`stop` ends a response, and `infill` keeps the text after a gap: choose one.")
+    if config.mode in ("ar", "lossless"):
+        raise ConfigError(
+            f"`infill` with `mode={config.mode}`, which writes from left to right and would cut off what "
+            "follows a gap: use threshold, static, entropy or left_to_right."
+        )
+    if ar_accept_threshold:
+        raise ConfigError(
+            f"`infill` with `ar_accept_threshold={ar_accept_threshold:g}`: a rejected token masks all that "
+            "follows, the text after the gap too. Leave `ar_accept_threshold` out."
+        )
+
+
+def encode(
+    prompt: PromptInput, model: DiffusionLM, tokenizer: PreTrainedTokenizerBase | None, *, infill: bool
+) -> list[int]:
+    """A prompt as token ids, with the mask id only where a gap is to be filled."""
+    mask_token_id = model.spec.mask_token_id
+    if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
+        ids: list[Any] = list(prompt)
+        if not ids:
+            raise ConfigError("PROMPT has no token: give at least one.")
+        if mask_token_id in ids and not infill:
+            raise ConfigError(
+                f"PROMPT contains the mask token ({mask_token_id}), which stands for unknown text: fill it "
+                "with `infill=True`, or remove it."
+            )
+        return ids
+    if tokenizer is None:
+        raise ConfigError("tokenizer is missing: prompts that are text need the one of opdlm.load.")
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [dict(turn) for turn in turns if not isinstance(turn, int)]
+    text = str(messages[-1]["content"])
+    if not text.strip():
+        raise ConfigError("PROMPT is empty: give some text.")
+    if mask_token_id in tokenizer(text)["input_ids"]:
+        raise ConfigError("PROMPT contains the mask token, which stands for unknown text: remove it.")
+    if infill:
+        return encode_gaps(tokenizer, text, mask_token_id, model.spec.block_size)
+    return encode_prompt(tokenizer, messages)
+
+
+@contextmanager
+def filling_gaps(model: DiffusionLM, infill: bool) -> Iterator[None]:
+    """No gap is filled with a stop token, which would cut off the text after it."""
+    spec = model.spec
+    if infill:
+        model.spec = replace(spec, banned_token_ids=(*spec.banned_token_ids, *spec.stop_token_ids))
+    try:
+        yield
+    finally:
+        model.spec = spec
+
+
+def generate_on_console(
+    model: DiffusionLM,
+    ids: list[int],
+    config: DecodeConfig,
+    seed: int,
+    stops: StopStrings,
+    console: Console,
+    *,
+    infill: bool,
+) -> Rollout:
+    """Answer one prompt, or fill its gaps, shown step by step."""
+    shown = range(len(ids)) if infill else range(len(ids), len(ids) + config.max_new_tokens)
+    stable_prefix = StablePrefix(stops, model.spec, grid_of(config.mode, model.spec), shown)
+    find_end = stops.find_end if stops.strings else None
+    with ResponseView(stable_prefix, console) as view:
+        (rollout,) = generate_ids(model, [ids], config, [seed], view.on_step, find_end)
+        view.finish(rollout)
+    return rollout
+
+
+def text_of(rollout: Rollout, stops: StopStrings, *, infill: bool) -> str:
+    ids = rollout.prompt_ids + rollout.text_ids if infill else rollout.text_ids
+    return stops.cut(stops.text(ids))
