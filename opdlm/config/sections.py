@@ -152,8 +152,8 @@ class RolloutSection:
     """First steps that train on randomly masked teacher responses, before the student can write."""
     path: str = ""
     """Train on the rollouts of this file, written by `opdlm rollout`. Of this section only prompts_per_step
-    is used, and data.path is not read. The states one_per_block and all need a file that was denoised with the
-    same block size and grid.
+    is used, and data.path is not read. The states one_per_block and all need a file that was denoised with
+    the same block size and grid.
     """
     compile: bool = False
     """Decode with torch.compile (CUDA graphs on GPUs): the same tokens up to rounding, at a lower cost per
