@@ -51,6 +51,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def assert_serves(command: list[str]) -> None:
     """The server of a command answers, and ends when it is told to."""
+    address = "http://127.0.0.1:8000/v1/models"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     server = subprocess.Popen([sys.executable, "-m", "opdlm", *command], env=environment)
     try:
@@ -58,7 +59,7 @@ def assert_serves(command: list[str]) -> None:
             time.sleep(1)
             with (
                 contextlib.suppress(OSError),
-                urlopen("http://127.0.0.1:8000/v1/models", timeout=5) as answer,
+                urlopen(address, timeout=5) as answer,
             ):
                 assert json.load(answer)["data"]
                 return
