@@ -50,11 +50,11 @@ def run(options: argparse.Namespace) -> int:
     folder = opdlm.convert(config, console=console)
     if not console.quiet:
         from opdlm.reporting.pages import read_retention
-        from opdlm.reporting.tables import measured_text
+        from opdlm.reporting.tables import print_report
 
         report = read_retention(folder)
         if report is not None:
-            console.print(measured_text(report), markup=False, soft_wrap=True)
+            print_report(report, console)
     console.print(f"\nconverted checkpoint: {folder}", soft_wrap=True)
     return 0
 

@@ -134,12 +134,16 @@ def run_eval(options: argparse.Namespace) -> int:
     if len(folders) > 1:
         return run_comparison(options, folders, overrides)
     report = opdlm.evaluate(folders[0], teacher=options.teacher, out=options.out, overrides=overrides)
-    from opdlm.reporting.pages import HTML_FILE
-    from opdlm.reporting.tables import measured_text, skill_table
+    from rich.console import Console
 
-    print(f"{measured_text(report)}\n\n{skill_table(report).markdown()}")
+    from opdlm.reporting.pages import HTML_FILE
+    from opdlm.reporting.tables import print_report, print_table, skill_table
+
+    console = Console()
+    print_report(report, console)
+    print_table(skill_table(report), console)
     if options.out:
-        print(f"\nreport: {Path(options.out) / HTML_FILE}")
+        print(f"report: {Path(options.out) / HTML_FILE}")
     return 0
 
 
@@ -156,16 +160,18 @@ def settings_of_flags(options: argparse.Namespace) -> list[str]:
 
 def run_comparison(options: argparse.Namespace, folders: Sequence[Path], overrides: Sequence[str]) -> int:
     """The reports of several folders, and one table."""
+    from rich.console import Console
+
     from opdlm.evaluation.retention import compare_folders, eval_config
     from opdlm.reporting.pages import HTML_FILE
-    from opdlm.reporting.tables import comparison_table
+    from opdlm.reporting.tables import comparison_table, print_table
 
     configs = [eval_config(folder, overrides) for folder in folders]
     if options.out is None:
         raise ConfigError("several DIRs need --out FOLDER, where their reports and the table are written.")
     out = Path(options.out)
-    print(comparison_table(compare_folders(folders, configs, out, options.teacher)).markdown())
-    print(f"\nreport: {out / HTML_FILE}")
+    print_table(comparison_table(compare_folders(folders, configs, out, options.teacher)), Console())
+    print(f"report: {out / HTML_FILE}")
     return 0
 
 
@@ -211,6 +217,9 @@ def run_text(options: argparse.Namespace, folders: Sequence[Path], overrides: Se
 
     for folder in folders:
         check_is_checkpoint(str(folder))
+    from rich.console import Console
+
+    from opdlm.reporting.tables import print_table
     from opdlm.text.evaluate import RESULT_FILE, evaluate_text
     from opdlm.text.likelihood_models import LikelihoodOptions
 
@@ -224,9 +233,9 @@ def run_text(options: argparse.Namespace, folders: Sequence[Path], overrides: Se
         LikelihoodOptions(prediction=options.prediction, overrides=tuple(overrides), **rates),
         out,
     )
-    print(f"{table.title}\n\n{table.markdown()}\n\n{table.note}")
+    print_table(table, Console())
     if out is not None:
-        print(f"\nreport: {out / RESULT_FILE}")
+        print(f"report: {out / RESULT_FILE}")
     return 0
 
 

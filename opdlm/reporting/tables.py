@@ -285,6 +285,14 @@ def main_tables(report: Values) -> list[Table]:
     return [table for make in makers if (table := make(report)).rows]
 
 
+def print_report(report: Values, console: Console) -> None:
+    """The main tables, and what the likelihoods say."""
+    for table in main_tables(report):
+        print_table(table, console)
+    if note := likelihood_note(report):
+        console.print(Text(note), soft_wrap=True)
+
+
 def measured_text(report: Values) -> str:
     """The main tables in Markdown, with their notes."""
     parts = [part for table in main_tables(report) for part in (table.markdown(), table.note)]
