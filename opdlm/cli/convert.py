@@ -13,7 +13,7 @@ TARGET is a recipe file, the name of a bundled recipe, or a checkpoint folder or
 data.path)."""
 EXAMPLES = """  opdlm convert tiny                                        # minutes on a laptop
   opdlm convert tiny output_dir=runs/b8 --format.block_size 8
-  opdlm convert qwen3_0.6b_lora_24gb --dry-run              # what it would need and write
+  opdlm convert preserve_lora --dry-run                     # what it would need and write
   opdlm convert ./my-model data.path=prompts.jsonl format.name=sdar lora.enabled=false"""
 
 

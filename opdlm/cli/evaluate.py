@@ -124,6 +124,8 @@ def run_eval(options: argparse.Namespace) -> int:
         raise ConfigError("--metrics, --num-rates and --prediction belong to --text: give the file.")
     if not options.tasks and (options.include_path or options.num_fewshot is not None):
         raise ConfigError("--include-path and --num-fewshot belong to --tasks: give the names of the tasks.")
+    from rich.console import Console
+
     from opdlm.checkpoints.folders import check_is_converted
 
     for folder in folders:
@@ -134,16 +136,12 @@ def run_eval(options: argparse.Namespace) -> int:
     if len(folders) > 1:
         return run_comparison(options, folders, overrides)
     report = opdlm.evaluate(folders[0], teacher=options.teacher, out=options.out, overrides=overrides)
-    from rich.console import Console
-
     from opdlm.reporting.pages import HTML_FILE
-    from opdlm.reporting.tables import print_report, print_table, skill_table
+    from opdlm.reporting.tables import print_report, skill_table
 
-    console = Console()
-    print_report(report, console)
-    print_table(skill_table(report), console)
+    print_report(report, Console(), [skill_table(report)])
     if options.out:
-        print(f"report: {Path(options.out) / HTML_FILE}")
+        print(f"\nreport: {Path(options.out) / HTML_FILE}")
     return 0
 
 
@@ -171,7 +169,7 @@ def run_comparison(options: argparse.Namespace, folders: Sequence[Path], overrid
         raise ConfigError("several DIRs need --out FOLDER, where their reports and the table are written.")
     out = Path(options.out)
     print_table(comparison_table(compare_folders(folders, configs, out, options.teacher)), Console())
-    print(f"report: {out / HTML_FILE}")
+    print(f"\nreport: {out / HTML_FILE}")
     return 0
 
 
@@ -200,25 +198,16 @@ def run_tasks(options: argparse.Namespace, folders: Sequence[Path], overrides: S
 
 def run_text(options: argparse.Namespace, folders: Sequence[Path], overrides: Sequence[str]) -> int:
     """Likelihoods of a file of text or of questions."""
-    others = (
-        "teacher",
-        "modes",
-        "seeds",
-        "thresholds",
-        "tasks",
-        "include_path",
-        "num_fewshot",
-        "chat_template",
-    )
-    for flag in (*others, *given_decode(options)):
+    elsewhere = (*LISTED, "teacher", "tasks", "include_path", "num_fewshot", "chat_template")
+    for flag in sorted({*elsewhere, *given_decode(options)} - {"limit"}):
         if vars(options)[flag] not in (None, False):
             raise ConfigError(f"--{flag.replace('_', '-')} has no effect with --text: leave it out.")
+    from rich.console import Console
+
     from opdlm.checkpoints.folders import check_is_checkpoint
 
     for folder in folders:
         check_is_checkpoint(str(folder))
-    from rich.console import Console
-
     from opdlm.reporting.tables import print_table
     from opdlm.text.evaluate import RESULT_FILE, evaluate_text
     from opdlm.text.likelihood_models import LikelihoodOptions
@@ -235,7 +224,7 @@ def run_text(options: argparse.Namespace, folders: Sequence[Path], overrides: Se
     )
     print_table(table, Console())
     if out is not None:
-        print(f"report: {out / RESULT_FILE}")
+        print(f"\nreport: {out / RESULT_FILE}")
     return 0
 
 

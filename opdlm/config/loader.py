@@ -88,7 +88,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         value = text
     if key in OLD_KEYS:
-        tell_renamed(key)
+        tell_renamed(f"{key} is now {OLD_KEYS[key]}")
     set_value(values, OLD_KEYS.get(key, key), value)
 
 
@@ -111,18 +111,21 @@ def read_settings(recipe: Path | None, overrides: Sequence[str]) -> dict[str, An
 
 def rename_old_keys(values: dict[str, Any]) -> None:
     """Replace old names of settings, in place."""
+    found = []
     for old, new in OLD_KEYS.items():
         section, key = old.split(".")
         tree = values.get(section)
         if isinstance(tree, dict) and key in tree:
             set_value(values, new, tree.pop(key))
-            tell_renamed(old)
+            found.append(f"{old} is now {new}")
+    if found:
+        tell_renamed("; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else ""))
 
 
 @cache
-def tell_renamed(old: str) -> None:
-    """One notice per name and process: the settings of a result folder are read several times."""
-    logger.warning("opdlm: %s is now called %s.", old, OLD_KEYS[old])
+def tell_renamed(names: str) -> None:
+    """One notice per process: the settings of a result folder are read several times."""
+    logger.warning("opdlm: settings have new names: %s.", names)
 
 
 def build_section(

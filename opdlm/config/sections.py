@@ -40,17 +40,15 @@ CONFIG_COPY = "opdlm_config.yaml"
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class ModelSection:
     path: str = ""
-    """Folder or hub id of the autoregressive checkpoint to convert; `bundled:teacher` is the one that
-    ships.
-    """
+    """Folder or hub id of the autoregressive checkpoint; `bundled:teacher` is part of the package."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the weights in memory; softmax and losses are float32 always, and so are the weights
-    that the optimiser works on (adapter and mask embedding, or a master copy of the student).
+    """Precision of the weights in memory. Softmax, losses and the weights of the optimiser (adapter and mask
+    embedding, or a master copy of the student) are always float32.
     """
     load_in_4bit: bool = False
     """QLoRA: hold the frozen linear layers in 4 bits (NF4). Needs LoRA and bitsandbytes: 'opdlm[quant]'."""
     trust_remote_code: bool = False
-    """Run Python code that the checkpoint brings along. Off unless you trust its author."""
+    """Run Python code from the checkpoint. Leave it off unless you trust its author."""
     attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"
     """sdpa: a dense mask; flex: FlexAttention (CUDA); flash: chunks of queries, no dense mask; auto: flex or
     flash.
@@ -60,17 +58,17 @@ class ModelSection:
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class FormatSection:
     name: Literal["preserve", "sdar"] = "preserve"
-    """preserve: clean tokens stay the AR model's, drafts can be verified. sdar: servable by SDAR engines."""
+    """preserve: the AR model computes clean tokens and can verify drafts. sdar: for SDAR engines."""
     block_size: Count = 4
     """Tokens per diffusion block."""
     block_growth: tuple[tuple[int, int], ...] = ()
-    """Pairs (first step, block size) ending in block_size: [[0, 4], [100, 8]]. Empty: one size throughout."""
+    """Pairs (first step, block size) that end with block_size: [[0, 4], [100, 8]]. Empty: a constant size."""
     grid: Literal["absolute", "response"] = "absolute"
-    """Where blocks are counted from: token 0, or the first response token."""
+    """Origin of the blocks: token 0, or the first response token."""
     mask_token: str = "<|mask|>"
     """Text of the mask token; an existing token of this text is used, else an unused row, else a new one."""
     mask_init: Literal["zero", "mean", "noise", "stop"] = "zero"
-    """Start of the mask embedding: zero, the mean embedding, the mean plus noise, or the stop token's."""
+    """Initial mask embedding: zero, the mean embedding, the mean plus noise, or that of the stop token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -90,7 +88,7 @@ class LoraSection:
     use_rslora: bool = False
     """Scale by alpha / sqrt(r): a larger rank does not shrink the update."""
     use_dora: bool = False
-    """DoRA: learn the length of every weight row apart from its direction."""
+    """DoRA: learn the length of every weight row separately from its direction."""
     init: str = "default"
     """default (B = 0), gaussian (A normal, B = 0), or orthogonal (B A = 0, neither is 0; even r)."""
     merge: bool = True
@@ -104,7 +102,7 @@ class DataSection:
     path: str | tuple[str, ...] = ""
     """Prompts: .jsonl, .parquet or a `datasets` name, one or a list. Rows need `prompt` or `messages`."""
     self_prompts: Steps = 0
-    """Prompts that the model writes itself before training, beside those of path, which may be empty."""
+    """Number of prompts that the model writes before training, in addition to those of path."""
     config: str = ""
     """Configuration of a `datasets` name that has several, for example main."""
     split: str = "train"
@@ -116,11 +114,11 @@ class DataSection:
     max_prompt_tokens: Count = 1024
     """Longer prompts are an error, never cut."""
     drop_long_prompts: bool = False
-    """Leave longer prompts out and say how many, instead."""
+    """Drop longer prompts instead, and report how many."""
     system_prompt: str = ""
     """Put before every prompt through the chat template."""
     limit: OptionalCount = None
-    """Use the first so many prompts."""
+    """Use only the first prompts, this many; None = all."""
 
 
 @plain_dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,8 +136,8 @@ class RolloutDecode(DecodeConfig):
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class RolloutSection:
     engine: Literal["own", "vllm"] = "own"
-    """Who decodes: ours, or vLLM, an extra, for the teacher's responses (sft, off_policy, warm start) and
-    for the student's rollouts alike (Qwen3 and Llama, on a GPU); a second copy of the weights lies there.
+    """Decoder of rollouts and teacher responses: this package's, or vLLM (an extra; Qwen3 and Llama, on a
+    GPU), which holds a second copy of the weights.
     """
     prompts_per_step: Count = 64
     """Prompts that get a response in each step, over all devices."""
@@ -151,19 +149,20 @@ class RolloutSection:
     ramp: Literal["cosine", "linear"] = "cosine"
     """Shape of the length curriculum."""
     warm_start_steps: Steps = 0
-    """Steps at the start that train on randomly masked teacher responses: a new student cannot write yet."""
+    """First steps that train on randomly masked teacher responses, before the student can write."""
     path: str = ""
-    """Train on the rollouts in this file of `opdlm rollout` instead of generating any; of this section only
-    prompts_per_step then counts, and no data.path is read. Every objective may; states that retrace a
-    rollout (one_per_block, all) need a file that was denoised with the same block size and grid.
+    """Train on the rollouts of this file, written by `opdlm rollout`. Of this section only prompts_per_step
+    is used, and data.path is not read. The states one_per_block and all need a file that was denoised with
+    the same block size and grid.
     """
     compile: bool = False
-    """Decode with torch.compile (CUDA graphs on GPUs): the same tokens up to rounding, at less cost per step;
-    the first step waits for the compiler, on CPUs a C++ one. Not with engine=vllm, FSDP2 or ZeRO.
+    """Decode with torch.compile (CUDA graphs on GPUs): the same tokens up to rounding, at a lower cost per
+    step. The first step includes compilation, which needs a C++ compiler on CPUs. Not with engine=vllm, FSDP2
+    or ZeRO.
     """
     asynchronous: bool = False
-    """While a step trains, generate the rollouts of the next one with a copy of the student as the step found
-    it: one step old, for a second copy of what is trained. train.max_staleness counts from there.
+    """Generate the rollouts of the next step while a step trains, with a copy of the student from before the
+    step. The copy needs the memory of the trained weights; train.max_staleness is counted in addition.
     """
 
 
@@ -172,23 +171,21 @@ class StatesSection:
     selection: Selection = "all"
     """Which denoising states of a rollout are trained on (objective opd)."""
     selection_schedule: tuple[tuple[int, Selection], ...] = ()
-    """Pairs (first step, selection) ending in selection: [[0, random_mask], [50, all]]. Empty: always the
-    same.
-    """
+    """Pairs (first step, selection) that end with selection: [[0, random_mask], [50, all]]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class MaskSection:
-    """Random masks: of sft, off_policy, opd_random, random_mask and complementary states, and of text."""
+    """Random masks of sft, off_policy, opd_random, of random_mask and complementary states, and of text."""
 
     sampler: Literal["bernoulli", "exact"] = "bernoulli"
-    """bernoulli: every token alone, with probability t. exact: the share t of them, rounded up."""
+    """bernoulli: each token independently with probability t. exact: a share t of the tokens, rounded up."""
     windows: Windows = ((0.0, 1.0),)
     """Ranges that t is drawn from, for every block (conversion) or row (text): [[0.45, 0.55]]. auto: a range
     around the best t for the n-grams of the training text. Evaluation always uses [0, 1].
     """
     window_weights: tuple[float, ...] = ()
-    """How often each of several windows is used, relative to the others. Empty: equally often."""
+    """Relative frequency of each window. Empty: equal."""
     auto_width: Share = 0.1
     """Width of the window that auto chooses."""
     floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -202,9 +199,9 @@ class MaskSection:
     windows [[0, 0]] nothing else is.
     """
     schedule: tuple[tuple[int, Windows], ...] = ()
-    """Pairs (first step, windows) ending in windows: [[0, [[0, 1]]], [500, auto]]. Empty: always the same."""
+    """Pairs (first step, windows) that end with windows: [[0, [[0, 1]]], [500, auto]]. Empty: constant."""
     ramp_steps: Steps = 0
-    """Steps over which the upper end of every window grows from the lower one: few masks first."""
+    """Steps over which the upper end of every window grows from its lower end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -225,8 +222,8 @@ class LossSection:
     normalization: Literal["row", "token"] = "token"
     """Mean over rows of the row mean (the paper), or mean over all supervised positions."""
     ar_weight: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """sdar: also keep the student autoregressive. The divergence from the teacher at every token of the clean
-    text, read causally, is added with this weight, for one more forward pass.
+    """sdar: weight of an additional autoregressive loss: the divergence from the teacher at every token of
+    the clean text under a causal mask. It takes one more forward pass.
     """
 
 
@@ -250,26 +247,26 @@ class OptimizerSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class LoopSection:
-    """What every kind of training has."""
+    """Settings of every training."""
 
     num_steps: Count = 100
     """Rollout steps. Each generates responses, then makes the updates below."""
     rows_per_update: Count = 8
     """Rollouts per optimiser update, over all devices."""
     micro_batch_rows: Count = 8
-    """Memory of a forward and backward on one device, in rollouts as long as the update's longest; shorter
-    ones are packed, more of them. Changes no result.
+    """Rollouts per forward and backward on one device, counted at the length of the update's longest; shorter
+    ones are packed. It changes memory, not results.
     """
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Write the running average of the trained weights, with this decay per update; None = the last ones."""
+    """Write the exponential moving average of the weights with this decay; None = the last weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     gradient_checkpointing_every: Count = 1
-    """With gradient_checkpointing: every so many layers are recomputed, the others keep their activations."""
+    """With gradient_checkpointing: recompute every n-th layer; the others keep their activations."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 runs the forward under autocast."""
     seed: int = 0
-    """Every random draw derives from (seed, step, prompt): the number of devices changes none."""
+    """Every random draw is a function of (seed, step, prompt), whatever the number of devices."""
     save_every: Count = 50
     """Steps between checkpoints."""
     save_total_limit: Count = 2
@@ -285,9 +282,9 @@ class TrainSection(LoopSection):
     """Training on rollouts."""
 
     epochs_per_rollout: Count = 1
-    """How often a step trains on each rollout."""
+    """Passes of a step over its rollouts."""
     max_staleness: Steps = 0
-    """Later steps that train on a rollout again, beside their own; 0 = none."""
+    """Number of later steps that also train on a rollout; 0 = none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -295,11 +292,9 @@ class MeasureSection:
     """Measurements during training."""
 
     every: Steps = 0
-    """Also measure every so many training steps, into metrics.jsonl; 0 = only at the end."""
+    """Evaluate every n training steps, into metrics.jsonl; 0 = only at the end."""
     patience: OptionalCount = None
-    """Stop when so many measurements found nothing better than an earlier one; None = never. The result is
-    the last step.
-    """
+    """Stop after this many evaluations without improvement; None = never. The result is the last step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -319,18 +314,18 @@ class EvalSection(MeasureSection):
     """Decodings to measure. Empty: static, threshold and, where the format can do it, lossless."""
     decode: DecodeConfig = Field(default_factory=DecodeConfig)
     seeds: Count = 1
-    """At a temperature above 0: repeat with so many seeds and report mean and spread."""
+    """At a temperature above 0: number of seeds; mean and spread are reported."""
     thresholds: tuple[float, ...] = ()
-    """Also draw accuracy against tokens per forward over these confidence thresholds; each is a decoding."""
+    """Confidence thresholds for a plot of accuracy against tokens per forward; each is one more decoding."""
     limit: OptionalCount = None
     """Prompts per skill; None = all."""
     subset: Count = 40
-    """Prompts whose retention (of the worst mode) is measured during training, evenly spaced over all."""
+    """Prompts, evenly spaced, whose retention (of the worst mode) is measured during training."""
     agreement: bool = True
-    """Also report how far responses and visited states are from the teacher."""
+    """Also report the distance of responses and visited states from the teacher."""
     likelihood_samples: Annotated[int, Field(ge=0, le=10**6)] = 0
-    """Also report the likelihood of the teacher's responses: so many pairs of orders bound the student's;
-    0 = no.
+    """Also report the likelihood of the teacher's responses, the student's as a bound over this many pairs of
+    orders; 0 = no.
     """
 
 

@@ -285,12 +285,12 @@ def main_tables(report: Values) -> list[Table]:
     return [table for make in makers if (table := make(report)).rows]
 
 
-def print_report(report: Values, console: Console) -> None:
-    """The main tables, and what the likelihoods say."""
-    for table in main_tables(report):
+def print_report(report: Values, console: Console, extra: Sequence[Table] = ()) -> None:
+    """The main tables, those of `extra` and the note about likelihoods."""
+    for table in (*main_tables(report), *extra):
         print_table(table, console)
     if note := likelihood_note(report):
-        console.print(Text(note), soft_wrap=True)
+        console.print(note, markup=False, soft_wrap=True)
 
 
 def measured_text(report: Values) -> str:

@@ -10,15 +10,16 @@ import copy
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from opdlm.config.loader import apply_override, build_section
 from opdlm.config.rules import check_config
-from opdlm.config.sections import Config
+from opdlm.config.sections import STRICT, Config
 from opdlm.distill.pipeline import convert_checkpoint
 from opdlm.errors import ConfigError
 from opdlm.reporting.plots import DPI, new_figure
@@ -38,7 +39,7 @@ from opdlm.studies.grid import Cell, Values, chosen
 Measure = Callable[[Values], float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class ConversionGrid:
     variants: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Name -> changed settings as section.key=value. The first variant is the baseline of the others."""

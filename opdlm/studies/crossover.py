@@ -10,11 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from pydantic.dataclasses import dataclass
+
+from opdlm.config.sections import STRICT
 from opdlm.errors import ConfigError
 from opdlm.objectives.mask_theory import crossover
 from opdlm.reporting.plots import DPI, new_figure
@@ -47,7 +49,7 @@ TURN = 0.05
 """A curve turns up if it rises by more nats than this from its minimum."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class CrossoverGrid:
     unique_tokens: tuple[int, ...] = (3200, 6400, 12800)
     """U: unique tokens of text."""

@@ -11,14 +11,15 @@ import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, mean, median, variance
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic.dataclasses import dataclass
 
+from opdlm.config.sections import STRICT
 from opdlm.errors import require_package
 from opdlm.objectives.mask_theory import alpha_rule
 from opdlm.reporting.plots import DPI, new_figure
@@ -60,7 +61,7 @@ Draws = dict[tuple[float, str], NDArray[np.float64]]
 """Posterior draws of the best α by (R, loss)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class DualGrid:
     repetitions: tuple[float, ...] = (8, 32, 128)
     """R, how often the text is repeated: unique tokens = all tokens / R."""

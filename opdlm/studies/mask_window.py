@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from pydantic.dataclasses import dataclass
+
 from opdlm.checkpoints.load import load_tokenizer
+from opdlm.config.sections import STRICT
 from opdlm.data.documents import load_documents
 from opdlm.objectives.mask_theory import ngram_signal_weights, optimal_t
 from opdlm.reporting.plots import DPI, new_figure
@@ -39,7 +41,7 @@ COUNTED_TOKENS = 400_000
 """Tokens of the text from which the n-gram statistics are counted."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class WindowGrid:
     windows: tuple[Window, ...] = (
         (0, 0.1),

@@ -11,16 +11,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from opdlm.config.loader import build_section
+from opdlm.config.sections import STRICT
 from opdlm.errors import ConfigError
 from opdlm.objectives.mask_theory import p_signal
 from opdlm.objectives.masking import MaskRates, draw_masks
@@ -51,7 +54,7 @@ Task = tuple[int, int, int]
 Window = tuple[float, float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class ParityGrid:
     tasks: tuple[Task, ...] = ((12, 3, 100), (12, 3, 200))
     """Number of bits n, of secret bits k, and of training sequences N."""
@@ -59,7 +62,7 @@ class ParityGrid:
     """Ranges of t. The baseline, which masks only y, is always added."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class ParityRun:
     """Settings of one training."""
 
@@ -104,7 +107,7 @@ def window_name(window: Any) -> str:
     return "only_y" if window == BASELINE else f"t{window[0]:g}_{window[1]:g}"
 
 
-@dataclass(frozen=True, slots=True)
+@plain_dataclass(frozen=True, slots=True)
 class ParityData:
     """Training and test sequences `[N, n + 1]` of MINUS and PLUS, y last."""
 

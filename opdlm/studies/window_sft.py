@@ -13,15 +13,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from opdlm.config.loader import build_section
 from opdlm.config.rules import check_config
-from opdlm.config.sections import Config
+from opdlm.config.sections import STRICT, Config
 from opdlm.distill.pipeline import convert_checkpoint
 from opdlm.errors import DataError
 from opdlm.reporting.plots import DPI, new_figure
@@ -47,7 +47,7 @@ SAME_ORDER = 0.5
 ROLLOUTS = "teacher.parquet"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class SftGrid:
     windows: tuple[Window, ...] = ((0, 1), (0.45, 0.55), (0.5, 1), (0, 0.5))
     """Ranges of the mask rate t of a block."""

@@ -192,7 +192,10 @@ def test_two_evaluations_write_the_same_numbers_and_keep_times_apart(root: Path,
     }
     settings = read_json(first)["settings"]
     assert settings["seeds"] == [0, 1] and settings["versions"]["torch"]
-    assert settings["config"]["eval"]["temperature"] == 1.0 and settings["config"]["train"]["num_steps"] == 2
+    assert (
+        settings["config"]["eval"]["decode"]["temperature"] == 1.0
+        and settings["config"]["train"]["num_steps"] == 2
+    )
 
 
 def test_seeds_are_independent_samples_and_their_spread_is_that_of_the_raw_responses(

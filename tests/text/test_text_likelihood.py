@@ -99,7 +99,7 @@ def exact_bound(
 
 def test_causal_nll_is_the_loss_of_transformers() -> None:
     base = qwen3()
-    model = make_lm(base, replace(SPEC, banned_token_ids=()))
+    model = make_lm(base, replace(SPEC, mask_token_id=V, banned_token_ids=()))  # as without a mask token
     row_batch = make_row_batch(12, rows=40)
     found = causal_nll(model, row_batch)
     with torch.no_grad():
