@@ -6,8 +6,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 import opdlm
 from opdlm.cli.flags import Parser, Verbs, add_decode_flags, add_verb, given_decode
 from opdlm.errors import ConfigError
@@ -126,6 +124,8 @@ def run_eval(options: argparse.Namespace) -> int:
         raise ConfigError("--metrics, --num-rates and --prediction belong to --text: give the file.")
     if not options.tasks and (options.include_path or options.num_fewshot is not None):
         raise ConfigError("--include-path and --num-fewshot belong to --tasks: give the names of the tasks.")
+    from rich.console import Console
+
     from opdlm.checkpoints.folders import check_is_converted
 
     for folder in folders:
@@ -158,6 +158,8 @@ def settings_of_flags(options: argparse.Namespace) -> list[str]:
 
 def run_comparison(options: argparse.Namespace, folders: Sequence[Path], overrides: Sequence[str]) -> int:
     """The reports of several folders, and one table."""
+    from rich.console import Console
+
     from opdlm.evaluation.retention import compare_folders, eval_config
     from opdlm.reporting.pages import HTML_FILE
     from opdlm.reporting.tables import comparison_table, print_table
@@ -200,6 +202,8 @@ def run_text(options: argparse.Namespace, folders: Sequence[Path], overrides: Se
     for flag in sorted({*elsewhere, *given_decode(options)} - {"limit"}):
         if vars(options)[flag] not in (None, False):
             raise ConfigError(f"--{flag.replace('_', '-')} has no effect with --text: leave it out.")
+    from rich.console import Console
+
     from opdlm.checkpoints.folders import check_is_checkpoint
 
     for folder in folders:
