@@ -348,13 +348,19 @@ def test_a_dry_run_prints_everything_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("target", ["nobody/has-this-model", "./nowhere"])
-def test_a_model_that_is_not_there_is_one_sentence(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("nobody/has-this-model", "is no folder with a config.json, and neither cache nor hub has one"),
+        ("./nowhere", "does not exist. Give a checkpoint folder or a hub id."),
+    ],
+)
+def test_a_model_that_is_not_there_is_one_sentence(
+    target: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["convert", target, "--dry-run"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith(
-        f"opdlm: model.path ({target}) is no folder with a config.json"
-    )
+    assert error.count("\n") == 1 and error.startswith(f"opdlm: model.path ({target}) {reason}")
 
 
 def test_what_a_run_writes_was_planned(place: Path, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_the_examples_run(
         runpy.run_path(str(ROOT / command[0]), run_name="__main__")
         return capsys.readouterr().out
 
-    assert "rollout tokens seen" in run("examples/train_in_python.py", str(tmp_path / "by_hand"))
+    assert "lossless: retention" in run("examples/train_in_python.py", str(tmp_path / "by_hand"))
     assert main(["convert", "tiny", f"output_dir={tmp_path / 'run'}", *SMALL_RUN]) == 0
     decoded = run("examples/decode_modes.py", str(tmp_path / "run" / "model"), "add 47 38")
     answers = {line.split()[0]: line.split("forwards")[1] for line in decoded.splitlines()}

@@ -111,7 +111,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, monkeypatch: pyte
             num_recomputed.append(1)
         return checkpoint(*args, **options)
 
-    monkeypatch.setattr("opdlm.training.optimizer.checkpoint", counted)
+    monkeypatch.setattr("opdlm.training.activation_checkpointing.checkpoint", counted)
     assert_same_update(plain, run_update(kind, micro_batch_rows=4, gradient_checkpointing=True))
     assert len(num_recomputed) == 2 * 2  # layers times micro-batches: it was on
 
