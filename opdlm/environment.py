@@ -31,12 +31,15 @@ def version_of(package: str) -> str | None:
 
 
 def describe_hardware() -> dict[str, str]:
-    """CPU, its cores, memory, GPUs and CUDA; imports torch."""
+    """CPU, its cores, memory, oneDNN, GPUs and CUDA; imports torch."""
     import torch
+
+    from opdlm.modeling.cpu_linear import ENABLED
 
     found = {"cpu": cpu_name(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
     if memory := total_memory():
         found["memory"] = f"{memory / 2**30:.1f} GiB"
+    found["onednn"] = "on" if ENABLED else "off (OPDLM_ONEDNN=1 turns it on)"
     if not torch.cuda.is_available():
         return found | {"gpu": "none", "cuda": torch.version.cuda or "not in this build of torch"}
     for index in range(torch.cuda.device_count()):
