@@ -235,8 +235,10 @@ def rule_of(error: ErrorDetails, hint: Any, name: str) -> str:
             return "must be finite."
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
             return f"must {bounds_of(hint)}."
+        case "tuple_type" if not isinstance(error["loc"][-1], int):
+            return "must be a list."
         case "tuple_type" | "too_long" | "too_short" | "missing":
-            return "needs 2 values." if isinstance(error["loc"][-1], int) else "must be a list."
+            return "needs 2 values."
         case "dict_type":
             return f"must be a mapping: {name}.KEY=VALUE."
     wanted = kind.split("_")[0]
