@@ -1,6 +1,6 @@
 """Draws lossless decoding as an animated SVG: what is drafted and what is verified in each forward pass.
 
-python benchmarks/drafting_picture.py runs/tiny/model --prompt "sort 4 9 1 7 3" --out docs/drafting.svg
+python benchmarks/drafting_picture.py runs/tiny/model --out docs/drafting.svg
 
 Every frame is one forward pass of `Decoder`: the tokens are those of the run, nothing is made up.
 """
@@ -70,7 +70,7 @@ def draw_frame(number: int, parts: list[tuple[str, str]], caption: str) -> str:
             )
         drawn.append(f'<text x="{x:.1f}" y="{y}" fill="{COLOURS[kind]}">{escape(text)}</text>')
         column += len(text)
-    drawn.append(f'<text x="{MARGIN}" y="{MARGIN + 5.2 * LINE:.0f}" class="note">{escape(caption)}</text>')
+    drawn.append(f'<text x="{MARGIN}" y="{MARGIN + 3.6 * LINE:.0f}" class="note">{escape(caption)}</text>')
     return f'<g class="frame" style="animation-delay:{number * SECONDS_PER_FRAME:.1f}s">{"".join(drawn)}</g>'
 
 
@@ -81,9 +81,11 @@ def draw(prompt: str, frames: list[tuple[list[str], list[str]]]) -> str:
     for i, (verified, draft) in enumerate(frames):
         parts = [(f"{prompt} → ", "prompt"), *((word, "verified") for word in verified)]
         parts += [(word, "draft") for word in draft]
-        caption = f"forward pass {i + 1}: {len(verified)} tokens, {len(verified) / (i + 1):.2f} per pass"
+        caption = (
+            f"after {i + 1} forward passes: {len(verified)} tokens, {len(verified) / (i + 1):.2f} per pass"
+        )
         groups.append(draw_frame(i, parts, caption))
-    width, height = 2 * MARGIN + COLUMNS * CHARACTER, MARGIN + 6 * LINE
+    width, height = 2 * MARGIN + COLUMNS * CHARACTER, MARGIN + 4.2 * LINE
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
         f'aria-label="Lossless decoding, one forward pass per frame"><style>'
@@ -101,7 +103,7 @@ def draw(prompt: str, frames: list[tuple[list[str], list[str]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw lossless decoding as an animated SVG.")
     parser.add_argument("folder", nargs="?", default="runs/tiny/model")
-    parser.add_argument("--prompt", default="add 47 38")
+    parser.add_argument("--prompt", default="story Tusel owl hill")
     parser.add_argument("--max-new-tokens", type=int, default=80)
     parser.add_argument("--out", type=Path, default=Path("docs/drafting.svg"))
     options = parser.parse_args()
