@@ -57,7 +57,7 @@ def load(
     Example:
         >>> model, tokenizer = opdlm.load("runs/tiny/model")
     """
-    check_is_checkpoint(resolve_path(str(folder)))
+    check_is_checkpoint(resolve_path(str(folder)), setting="")
     if mode is not None:
         check_can_decode(str(folder), mode)
     from opdlm.checkpoints.convert import load_decoder

@@ -19,20 +19,20 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or bool(slash and Path(first).is_dir())
 
 
-def check_is_checkpoint(path: str, *, needs_weights: bool = True) -> None:
-    """A path that looks local must exist and hold a config; anything else is left to the hub."""
-    folder = Path(path)
+def check_is_checkpoint(path: str, *, setting: str = "model.path", needs_weights: bool = True) -> None:
+    """A path that looks local must exist and hold a config; anything else is left to the hub. `setting` names
+    it in messages; empty: the path alone.
+    """
+    folder, name = Path(path), f"{setting} ({path})" if setting else path
     if not folder.exists() and looks_like_path(path):
-        raise DataError(f"model.path ({path}) does not exist. Give a checkpoint folder or a hub id.")
+        raise DataError(f"{name} does not exist. Give a checkpoint folder or a hub id.")
     if folder.is_file():
-        raise DataError(f"model.path ({path}) is a file. Give the folder that holds config.json.")
+        raise DataError(f"{name} is a file. Give the folder that holds config.json.")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise DataError(
-            f"model.path ({path}) has no config.json, so it is not a Hugging Face checkpoint folder."
-        )
+        raise DataError(f"{name} has no config.json, so it is not a Hugging Face checkpoint folder.")
     if needs_weights and folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise DataError(
-            f"model.path ({path}) holds no .safetensors weights, and pickle files are not read. Load it once "
+            f"{name} holds no .safetensors weights, and pickle files are not read. Load it once "
             "where you trust it and write it with save_pretrained; `opdlm train` needs none with "
             "model.from_scratch=true."
         )
@@ -66,7 +66,7 @@ def check_is_converted(folder: str | Path) -> None:
 def check_can_decode(path: str, mode: str) -> None:
     """Raises DataError for a path that is no checkpoint, ConfigError for a mode that a plain one lacks."""
     folder = resolve_path(path)
-    check_is_checkpoint(folder)
+    check_is_checkpoint(folder, setting="")
     if mode != "ar" and not is_converted(folder):
         raise ConfigError(
             f"`mode={mode}` needs a diffusion model, and {path} is not a folder written by opdlm convert: "

@@ -207,7 +207,7 @@ def run_text(options: argparse.Namespace, folders: Sequence[Path], overrides: Se
     from opdlm.checkpoints.folders import check_is_checkpoint
 
     for folder in folders:
-        check_is_checkpoint(str(folder))
+        check_is_checkpoint(str(folder), setting="")
     from opdlm.reporting.tables import print_table
     from opdlm.text.evaluate import RESULT_FILE, evaluate_text
     from opdlm.text.likelihood_models import LikelihoodOptions

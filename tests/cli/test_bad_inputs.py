@@ -849,7 +849,7 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     ),
     "rollout of no model": (
         lambda p: rollout(p, "--mode", "ar", model="nothing"),
-        ("/nothing) does not exist", "Give a checkpoint folder"),
+        ("/nothing does not exist", "Give a checkpoint folder"),
     ),
     "rollout to another kind of file": (
         lambda p: rollout(p, "--max-new-tokens", "8", out="new.jsonl"),
