@@ -1,4 +1,6 @@
-"""`opdlm`: reads the command line, runs a verb, and turns its errors into one sentence and an exit code."""
+"""`opdlm`: reads the command line, runs a verb, and turns its errors into one sentence and an exit code. Also
+the two verbs that only print: `recipes` and `env`.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,14 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from opdlm import __version__
-from opdlm.cli import bench, convert, evaluate, export, generate, info, rollout, serve, study, train
-from opdlm.cli.flags import Parser, with_flag_names
+from opdlm.cli import bench, convert, evaluate, export, generate, rollout, serve, study, train
+from opdlm.cli.flags import Parser, Verbs, add_verb, with_flag_names
+from opdlm.config.recipes import bundled_recipes, nearest_recipes
 from opdlm.environment import quiet_libraries
-from opdlm.errors import OpdlmError
+from opdlm.errors import ConfigError, OpdlmError
 
 RESUMED = ("convert", "train", "rollout", "eval", "study")
 TAKE_OVERRIDES = ("convert", "train", "rollout", "eval", "study")
@@ -103,6 +107,63 @@ def build_parser() -> Parser:
     export.add_merge(verbs)
     export.add_export(verbs)
     study.add_study(verbs)
-    info.add_recipes(verbs)
-    info.add_env(verbs)
+    add_recipes(verbs)
+    add_env(verbs)
     return parser
+
+
+def add_recipes(verbs: Verbs) -> None:
+    add_verb(
+        verbs,
+        "recipes",
+        run_recipes,
+        add_recipes_flags,
+        summary="list bundled recipes, or copy one",
+        description="List the bundled recipes, print one, or copy it to a file of your own.",
+        examples="  opdlm recipes\n  opdlm recipes tiny\n  opdlm recipes tiny mine.yaml",
+    )
+
+
+def add_recipes_flags(parser: Parser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME")
+    parser.add_argument("file", nargs="?", metavar="FILE")
+
+
+def add_env(verbs: Verbs) -> None:
+    add_verb(
+        verbs,
+        "env",
+        run_env,
+        summary="versions and hardware, for bug reports",
+        description="Print the versions of opdlm, Python and the libraries, and the hardware.",
+        examples="  opdlm env",
+    )
+
+
+def run_recipes(options: argparse.Namespace) -> int:
+    verbs = {"convert": bundled_recipes(), "train": bundled_recipes("train")}
+    recipes = verbs["convert"] | verbs["train"]
+    if options.name is None:
+        width = max(map(len, recipes))
+        for verb, found in verbs.items():
+            for name, path in found.items():
+                print(f"{verb:7} {name:{width}} {path.read_text().splitlines()[0].lstrip('# ')}")
+        return 0
+    if options.name not in recipes:
+        raise ConfigError(f"no bundled recipe is called {options.name}.{nearest_recipes(options.name)}")
+    if options.file is None:
+        print(recipes[options.name].read_text(), end="")
+        return 0
+    target = Path(options.file)
+    if target.exists():
+        raise ConfigError(f"{target} exists already. Choose another name.")
+    target.write_text(recipes[options.name].read_text())
+    return 0
+
+
+def run_env(_: argparse.Namespace) -> int:
+    from opdlm.environment import describe_environment
+
+    for name, value in describe_environment().items():
+        print(f"{name}: {value}")
+    return 0

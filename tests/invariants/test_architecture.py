@@ -40,7 +40,7 @@ STAYS_AT_HOME = {
 """Files of the two packages that are not copied into result folders, and what else they import."""
 
 MOST_FILES = 12
-"""In one folder of the package, `__init__` not counted."""
+"""In one folder of the package."""
 
 
 def name_of(path: Path) -> str:
@@ -87,7 +87,7 @@ def test_optional_packages_are_imported_where_they_are_used(path: Path) -> None:
 
 
 def test_no_folder_holds_more_files_than_a_reader_takes_in() -> None:
-    counts = Counter(path.parent for path in FILES if path.stem != "__init__")
+    counts = Counter(path.parent for path in FILES)
     assert max(counts.values()) <= MOST_FILES, counts.most_common(3)
 
 
