@@ -639,7 +639,7 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     ),
     "generate from nothing": (
         lambda p: ["generate", "/no/folder", "hi"],
-        ("/no/folder) does not exist", "Give a checkpoint folder"),
+        ("/no/folder does not exist", "Give a checkpoint folder"),
     ),
     "generate without a prompt": (lambda p: ["generate", str(p.model)], ("PROMPT", "--help")),
     "generate with the mask token": (

@@ -325,7 +325,7 @@ def test_every_verb_is_in_the_file_that_the_package_names() -> None:
     assert verbs is not None and tuple(verbs) == VERBS
     files = {name: verb.get_default("run").__module__.rpartition(".")[2] for name, verb in verbs.items()}
     elsewhere = {"chat": "generate", "eval": "evaluate", "report": "evaluate", "merge": "export"}
-    elsewhere |= {"recipes": "info", "env": "info"}
+    elsewhere |= {"recipes": "main", "env": "main"}
     assert files == {name: elsewhere.get(name, name) for name in VERBS}
 
 
