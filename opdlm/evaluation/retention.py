@@ -35,6 +35,7 @@ from opdlm.evaluation.evaluate import (
     differing_examples,
     evaluate,
     report_mode,
+    student_alone,
     write_outputs,
 )
 from opdlm.evaluation.generation_log import GenerationLog, fingerprint
@@ -190,8 +191,12 @@ def trade_off(
     teacher: Outputs,
     log: GenerationLog | None = None,
 ) -> dict[float, tuple[ModeReport, Outputs]]:
-    """Accuracy against tokens per forward: threshold decoding at each of `eval.thresholds`."""
+    """Accuracy against tokens per forward: threshold decoding at each of `eval.thresholds`, by the student
+    alone.
+    """
     points = {}
+    if model.spec.format == "preserve":
+        section = student_alone(section)
     for threshold in section.thresholds:
         at = replace(section, decode=replace(section.decode, confidence_threshold=threshold))
         output = decode_tasks(model, tasks, "threshold", at, log)
