@@ -229,8 +229,8 @@ def student_alone(section: EvalSection) -> EvalSection:
 def score_of(report: RetentionReport) -> float:
     """What a student is worth, higher is better; no untrained student gets a good score.
 
-    In `preserve` the tokens per forward of lossless decoding. Where that is not measured, the retention of the
-    worst decoding in which the AR model replaces nothing.
+    In `preserve` the tokens per forward of lossless decoding. Where that is not measured, the retention of
+    the worst decoding in which the AR model replaces nothing.
     """
     by_name = {mode.name: mode for mode in report.student}
     if "lossless" in by_name:

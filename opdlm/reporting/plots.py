@@ -233,16 +233,17 @@ def draw_orders(axis: Any, weights: Sequence[float]) -> None:
 
 
 def plot_bars(names: Sequence[str], groups: Mapping[str, Sequence[float]], ylabel: str, path: Path) -> None:
-    """One cluster of bars per group, a bar per name, on a logarithmic axis."""
-    figure, axes = new_figure(1, 3 + 0.45 * len(names) * len(groups), 3.6)
+    """One cluster of bars per group, a bar per name: ratios from 0, with a line at 1."""
+    figure, axes = new_figure(1, 4 + 0.45 * len(names) * len(groups), 3.6)
     axis = axes[0][0]
     width = 0.8 / len(names)
     for offset, name in enumerate(names):
         places = [i + width * (offset - (len(names) - 1) / 2) for i in range(len(groups))]
         bars = axis.bar(places, [values[offset] for values in groups.values()], width=width, label=name)
-        axis.bar_label(bars, fmt="%.0f", fontsize=7)
+        axis.bar_label(bars, fmt="%.2f", fontsize=7)
+    axis.axhline(1, color="gray", linewidth=0.8, linestyle="--")
     axis.set_xticks(range(len(groups)), list(groups))
-    axis.set_yscale("log")
-    axis.set_ylabel(ylabel)
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel(ylabel, fontsize=8)
     axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=DPI)

@@ -159,6 +159,28 @@ def response_table(report: Values) -> Table:
     )
 
 
+def speed_table(rows: Sequence[Values]) -> Table:
+    """A row per way of decoding and batch size, from the rows of `bench.json` or `timing.json`."""
+    return Table(
+        title="Decoding speed",
+        head=["decoding", "batch", "tok/s", "× generate", "× best AR", "tok/fwd", "= AR"],
+        rows=[
+            [
+                row["name"],
+                str(row["batch_size"]),
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['speedup']:.2f}",
+                f"{row['over_fastest_ar']:.2f}",
+                count(row["tokens_per_forward"]),
+                percent(row["identical"]),
+            ]
+            for row in rows
+        ],
+        note="× generate: speed over `transformers.generate`. × best AR: over the fastest AR decoding of "
+        "this table. = AR: responses equal to those of `transformers.generate`.",
+    )
+
+
 def distance_table(report: Values) -> Table:
     return Table(
         title="Distance to the teacher",

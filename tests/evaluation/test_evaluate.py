@@ -68,6 +68,11 @@ def read_lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
 
 
+def num_equal(first: list[int], second: list[int]) -> int:
+    """Length of the longest common prefix."""
+    return max(n for n in range(len(second) + 1) if first[:n] == second[:n])
+
+
 def test_scores_are_what_the_raw_generations_say(folder: Path, tmp_path: Path) -> None:
     assert main(eval_command(folder, tmp_path, "eval.modes=static,threshold")) == 0
     report, lines = read_report(tmp_path), read_lines(tmp_path)
@@ -101,10 +106,8 @@ def test_scores_are_what_the_raw_generations_say(folder: Path, tmp_path: Path) -
         assert row["identical_to_teacher"] == sum(a == b for a, b in zip(same, expected, strict=True)) / len(
             mine
         )
-        assert row["common_prefix"] == pytest.approx(
-            sum(len(os.path.commonprefix([a, b])) / len(b) for a, b in zip(same, expected, strict=True))
-            / len(mine)
-        )
+        shares = [num_equal(a, b) / len(b) for a, b in zip(same, expected, strict=True)]
+        assert row["common_prefix"] == pytest.approx(sum(shares) / len(mine))
         replaced = sum(x["num_replaced"] for x in mine)
         assert row["replaced"] == (replaced / tokens if row["name"] in ("static", "threshold") else None)
         assert bool(replaced) == bool(row["replaced"])
