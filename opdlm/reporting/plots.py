@@ -90,6 +90,13 @@ def plot_retention(report: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=DPI)
 
 
+def plot_speed(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Tokens per second as multiples of the fastest AR decoding, from 0, for the rows of one batch size."""
+    names = [f"{row['name']}, {row['tokens_per_forward']:.2f} tok/fwd" for row in rows]
+    ratios = [row["over_fastest_ar"] for row in rows]
+    plot_bars(names, {"one prompt at a time": ratios}, "× the fastest AR decoding", path)
+
+
 def draw_bars(
     axis: Any, places: Sequence[float], shares: Sequence[float], limits: Sequence[Any], **options: Any
 ) -> None:
@@ -121,12 +128,17 @@ def plot_trade_off(report: Mapping[str, Any], path: Path) -> None:
         axis.annotate(
             f"{point['confidence_threshold']:g}", at, (4, 5), textcoords="offset points", fontsize=8
         )
-    others = [mode for mode in all_modes(dict(report)) if mode["name"] != "threshold"]
+    others = [mode for mode in all_modes(dict(report)) if not is_threshold_alone(mode)]
     for mode, marker in zip(others, "s^vDP*", strict=False):
         x, y = mode["tokens_per_forward"], 100 * mode["accuracy"]
         axis.plot([x], [y], marker, label=mode["name"], linestyle="none")
     finish_trade_off(axis, "exact match, %")
     figure.savefig(path, dpi=DPI)
+
+
+def is_threshold_alone(mode: Mapping[str, Any]) -> bool:
+    """Whether the mode is a point of the line over thresholds."""
+    return mode["name"].split(",")[0] == "threshold" and mode.get("replaced") is None
 
 
 def draw_curve(axis: Any, points: Sequence[Mapping[str, Any]], key: str, label: str) -> None:
