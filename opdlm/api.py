@@ -32,18 +32,18 @@ if TYPE_CHECKING:
     from opdlm.evaluation.speed import Speed
     from opdlm.modeling.diffusion_lm import DiffusionLM
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def load(
-    folder: str | Path, dtype: Dtype = "float32", device: str | None = None, *, mode: Mode | None = None
+    folder: str | Path, dtype: Dtype = "auto", device: str | None = None, *, mode: Mode | None = None
 ) -> tuple[DiffusionLM, PreTrainedTokenizerBase]:
     """Load a model to decode with.
 
     Args:
         folder: the folder `model` of a run's output_dir. Also any causal checkpoint (a folder, a hub id or
             `bundled:teacher`), as the autoregressive model that it is: it decodes in mode `ar` only.
-        dtype: precision of the weights in memory.
+        dtype: precision of the weights in memory; auto: that of the files.
         device: `cpu`, `cuda:0` and so on; None: this process's GPU, or the CPU where there is none.
         mode: the mode it is wanted for, which is checked before anything is loaded.
 
@@ -268,7 +268,7 @@ def rollout(
     engine: Literal["own", "vllm"] = "own",
     seed: int = 0,
     limit: int | None = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     compile: bool = False,
     overrides: Sequence[str] = (),
     console: Console | None = None,
@@ -287,7 +287,7 @@ def rollout(
         engine: `vllm` decodes the autoregressive model in vLLM; mode `ar` only.
         seed: prompt i draws from (seed, i).
         limit: the first so many prompts; None: all.
-        dtype: precision of the weights in memory.
+        dtype: precision of the weights in memory; auto: that of the files.
         compile: decode with torch.compile; our engine only.
         overrides: how the prompts are read, as `data.key=value`.
         console: where progress is printed; None: standard output.
@@ -333,7 +333,7 @@ def serve(
     api_key: str | None = None,
     max_rows: int = 16,
     max_length: int | None = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     compile: bool = False,
 ) -> None:
     """Answer over HTTP as OpenAI's API does (/v1/chat/completions, /v1/completions), until Ctrl-C.
@@ -349,7 +349,7 @@ def serve(
         api_key: what requests must bring; None: $OPDLM_API_KEY, and nothing where that is not set.
         max_rows: requests decoded at once.
         max_length: prompt and response together, in tokens; None: the context, at most 4096.
-        dtype: precision of the weights in memory.
+        dtype: precision of the weights in memory; auto: that of the files.
         compile: decode with torch.compile.
 
     Raises:

@@ -129,9 +129,9 @@ def add_seed(parser: Parser) -> None:
 def add_dtype(parser: Parser) -> None:
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the weights (default: float32)",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights (default: auto, that of the checkpoint's files)",
     )
 
 

@@ -41,9 +41,9 @@ CONFIG_COPY = "opdlm_config.yaml"
 class ModelSection:
     path: str = ""
     """Folder or hub id of the autoregressive checkpoint; `bundled:teacher` is part of the package."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the weights in memory. Softmax, losses and the weights of the optimiser (adapter and mask
-    embedding, or a master copy of the student) are always float32.
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights in memory; auto: that of the checkpoint's files. Softmax, losses and the
+    weights of the optimiser (adapter and mask embedding, or a master copy of the student) are always float32.
     """
     load_in_4bit: bool = False
     """QLoRA: hold the frozen linear layers in 4 bits (NF4). Needs LoRA and bitsandbytes: 'opdlm[quant]'."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlm.checkpoints.convert import make_student
 from opdlm.checkpoints.export import write_model
-from opdlm.checkpoints.load import check_fits, load_causal_lm, load_tokenizer
+from opdlm.checkpoints.load import check_fits, load_causal_lm, load_tokenizer, with_known_dtype
 from opdlm.config.sections import CONFIG_COPY, Config, EvalSection
 from opdlm.data.prompts import Task, load_prompts
 from opdlm.decoding.rollout import Prompt, Rollout
@@ -136,6 +136,7 @@ def check_attention(model: PreTrainedModel, config: Config) -> None:
 
 def convert_checkpoint(config: Config, console: Console) -> Path:
     """Run or resume a conversion; returns the folder of the converted model."""
+    config = with_known_dtype(config)
     ranks = join_ranks(config)
     inputs = load_inputs(config)
     weights = signal_weights(inputs, config)
@@ -162,7 +163,9 @@ def convert_checkpoint(config: Config, console: Console) -> Path:
     folder = output_dir / MODEL_FOLDER
     if ranks.is_main_process:
         with atomic_folder(folder) as partial:
-            write_model(partial, trained_student(run.model, config).eval(), inputs.tokenizer)
+            write_model(
+                partial, trained_student(run.model, config).eval(), inputs.tokenizer, config.model.path
+            )
             write_record(partial, output_dir, config)
         if inputs.tasks:
             measure_folder(folder, config, folder)

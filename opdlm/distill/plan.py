@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from opdlm.checkpoints.load import with_known_dtype
 from opdlm.config.schedules import (
     block_size_at,
     is_from_teacher,
@@ -55,6 +56,7 @@ class ConversionPlan:
 
 def make_plan(config: Config) -> ConversionPlan:
     """Plan a run from its config.json; writes nothing. DataError if there is no config.json."""
+    config = with_known_dtype(config)
     sizes = measure_sizes(config)
     last = config.train.num_steps - 1
     fixed = fixed_memory(config, sizes)
@@ -76,7 +78,7 @@ def make_plan(config: Config) -> ConversionPlan:
 
 def describe_plan(config: Config, plan: ConversionPlan) -> str:
     """The plan as lines of text."""
-    sizes = plan.sizes
+    config, sizes = with_known_dtype(config), plan.sizes
     without, with_checkpointing = (f"{x / GIB:.2f} GiB" for x in plan.activations)
     flops = "  ".join(f"{name} {value:.2e}" for name, value in plan.step_flops.items())
     lines = [

@@ -67,7 +67,7 @@ def record_rollouts(
     if is_finished(out, settings):
         console.print(f"{out} is finished already: {len(prompts)} rollouts", soft_wrap=True)
         return out
-    vllm = start_vllm(model_path, model, prompts, config, dtype) if engine == "vllm" else None
+    vllm = start_vllm(model_path, model, prompts, config) if engine == "vllm" else None
     with compiled_decoding(model, compiles), DecodingProgress(len(prompts), console) as progress:
         rollouts = decode_resumably(
             out,
@@ -118,15 +118,13 @@ def own_engine(model: DiffusionLM, config: DecodeConfig, on_step: OnStep) -> Eng
     return lambda prompts, seeds: generate(model, prompts, config, seeds, on_step)
 
 
-def start_vllm(
-    path: str, model: DiffusionLM, prompts: Sequence[Prompt], config: DecodeConfig, dtype: str
-) -> VllmTeacher:
+def start_vllm(path: str, model: DiffusionLM, prompts: Sequence[Prompt], config: DecodeConfig) -> VllmTeacher:
     """vLLM with the checkpoint as the autoregressive model that it is."""
     return start_teacher(
         path,
         model.student.config,
         model.spec,
-        dtype=dtype,
+        dtype=str(model.student.dtype).removeprefix("torch."),
         max_rows=config.batch_size,
         max_tokens=max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens,
     )

@@ -278,7 +278,7 @@ def serve_folder(
     max_rows: int = 16,
     max_length: int | None = None,
     decode: DecodeConfig = DEFAULT_DECODE,
-    dtype: str = "float32",
+    dtype: str = "auto",
     compile: bool = False,
 ) -> None:
     """Serve a converted folder (mode ar: any checkpoint) until Ctrl-C.
