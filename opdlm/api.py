@@ -210,7 +210,7 @@ def bench(
     out: str | Path | None = None,
     console: Console | None = None,
 ) -> list[Speed]:
-    """Measure decoding speed against `transformers.generate` on the AR model of the same folder.
+    """Measure decoding speed against AR decoding of the same folder: `transformers.generate` and our own.
 
     Greedy, the same prompts for all, interleaved. Close other programs first.
 
@@ -228,8 +228,9 @@ def bench(
         console: where progress is printed; None: standard output.
 
     Returns:
-        A `Speed` per batch size and way of decoding: tokens per second, speedup, tokens per forward, and the
-        share of responses equal to those of `transformers.generate`.
+        A `Speed` per batch size and way of decoding: tokens per second, `speedup` over
+        `transformers.generate`, `over_fastest_ar` over the fastest of the AR decoders measured, tokens per
+        forward, and the share of responses equal to those of `transformers.generate`.
 
     Raises:
         ConfigError: a setting that cannot work, or no prompts.
@@ -242,7 +243,7 @@ def bench(
     for name, values in {"limit": [limit], "repeats": [repeats], "batch_sizes": batch_sizes}.items():
         if min(values, default=0) < 1:
             raise ConfigError(f"{name} ({', '.join(map(str, values))}) must be at least 1.")
-    from opdlm.evaluation.speed import bench_folder
+    from opdlm.evaluation.bench import bench_folder
 
     return bench_folder(
         Path(folder),

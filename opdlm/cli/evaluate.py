@@ -137,11 +137,11 @@ def run_eval(options: argparse.Namespace) -> int:
         return run_comparison(options, folders, overrides)
     report = opdlm.evaluate(folders[0], teacher=options.teacher, out=options.out, overrides=overrides)
     from opdlm.reporting.pages import HTML_FILE
-    from opdlm.reporting.tables import print_report, skill_table
+    from opdlm.reporting.tables import print_report
 
-    print_report(report, Console(), [skill_table(report)])
+    print_report(report, Console())
     if options.out:
-        print(f"\nreport: {Path(options.out) / HTML_FILE}")
+        print(f"report: {Path(options.out) / HTML_FILE}")
     return 0
 
 

@@ -321,6 +321,10 @@ class EvalSection(MeasureSection):
     """Prompts per skill; None = all."""
     subset: Count = 40
     """Prompts, evenly spaced, whose retention (of the worst mode) is measured during training."""
+    timed_prompts: Annotated[int, Field(ge=0, le=10**6)] = 16
+    """preserve: prompts on which lossless decoding is timed against AR decoding, one after the other, in the
+    report at the end; 0 = no.
+    """
     agreement: bool = True
     """Also report the distance of responses and visited states from the teacher."""
     likelihood_samples: Annotated[int, Field(ge=0, le=10**6)] = 0

@@ -11,7 +11,7 @@ import json
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,12 @@ from opdlm.evaluation.evaluate import (
     differing_examples,
     evaluate,
     report_mode,
+    student_alone,
     write_outputs,
 )
 from opdlm.evaluation.generation_log import GenerationLog, fingerprint
 from opdlm.evaluation.likelihood import agreement_report, likelihood_report
+from opdlm.evaluation.speed import measure_speed, spread
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.reporting.pages import write_comparison, write_retention
 
@@ -46,6 +48,8 @@ MODEL_FOLDER = "model"
 RESULTS_FILE = "all_results.json"
 SAME_FOR_ALL = ("path", "scoring", "limit", "decode.max_new_tokens", "decode.temperature", "seeds")
 """Settings of `eval` that students must share to be comparable."""
+NUM_REPEATS = 2
+"""How often the speed of lossless decoding is measured for a report."""
 SEED_METRICS = ("accuracy", "accuracy_seen", "accuracy_held_out", "retention", "tokens_per_forward")
 """Metrics whose spread over seeds is reported."""
 
@@ -137,6 +141,8 @@ def measure_folder(
     tasks = load_eval_tasks(model, tokenizer, config)
     log = open_log(out, folder, teacher_path, config.model.dtype) if out else None
     report, outputs = measure_model(model, tokenizer, tasks, config.eval, log)
+    if model.spec.format == "preserve" and config.eval.timed_prompts:
+        report["speed"] = measure_lossless_speed(folder, model, tasks, config)
     report["settings"] = {
         "student": str(folder),
         "teacher": teacher_path,
@@ -149,6 +155,29 @@ def measure_folder(
         write_outputs(log.path, tasks, outputs, tokenizer)
         write_retention(log.path.parent, report, str(folder))
     return report
+
+
+def measure_lossless_speed(
+    folder: Path, model: DiffusionLM, tasks: Sequence[Task], config: Config
+) -> dict[str, Any]:
+    """Speed of lossless decoding at its fastest setting beside AR decoding, on `eval.timed_prompts` prompts.
+
+    The entries of `bench.json`, measured as `opdlm bench` does, one prompt at a time.
+    """
+    ar_model = load_causal_lm(str(folder), config.model.dtype)
+    ar_model.to(model.device)  # type: ignore[arg-type]
+    prompts = [task.prompt.ids for task in spread(tasks, config.eval.timed_prompts)]
+    rows = measure_speed(
+        model,
+        ar_model,
+        prompts,
+        ("ar", "lossless"),
+        (1,),
+        config=replace(config.eval.decode, forward_overhead=None),
+        repeats=NUM_REPEATS,
+    )
+    settings = {"prompts": len(prompts), "file": config.eval.path, "repeats": NUM_REPEATS}
+    return {"settings": settings, "rows": [asdict(row) for row in rows]}
 
 
 def measure_model(
@@ -190,8 +219,12 @@ def trade_off(
     teacher: Outputs,
     log: GenerationLog | None = None,
 ) -> dict[float, tuple[ModeReport, Outputs]]:
-    """Accuracy against tokens per forward: threshold decoding at each of `eval.thresholds`."""
+    """Accuracy against tokens per forward: threshold decoding at each of `eval.thresholds`, by the student
+    alone.
+    """
     points = {}
+    if model.spec.format == "preserve":
+        section = student_alone(section)
     for threshold in section.thresholds:
         at = replace(section, decode=replace(section.decode, confidence_threshold=threshold))
         output = decode_tasks(model, tasks, "threshold", at, log)

@@ -1,50 +1,41 @@
-"""Decoding speed of a converted checkpoint, relative to `transformers.generate` on its AR model.
+"""Decoding speed of a converted checkpoint, relative to AR decoding of its AR model.
 
 Greedy decoding of the same prompts. Every repeat runs all decoders in turn, so that other load affects them
 equally, and the median over repeats counts. `transformers.generate` decodes left-padded batches in the given
 order, each until its last row ends; `generate` and vLLM refill a batch when rows finish. vLLM decodes the
-same AR model with at most a batch of rows; its start is not timed. Tokens count up to the stop token. Not
-here: accuracy (`evaluate`).
+same AR model with at most a batch of rows; its start is not timed. Tokens count up to the stop token. `bench`
+measures a folder in detail, `retention` a few prompts of every report. Not here: accuracy (`evaluate`).
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import torch
-from accelerate import PartialState
-from rich.console import Console
 from transformers import PreTrainedModel
 
-from opdlm.checkpoints.load import check_decode, check_fits, load, load_causal_lm
-from opdlm.data.prompts import load_tasks
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
 from opdlm.errors import ConfigError
-from opdlm.evaluation.retention import read_config_of, versions
 from opdlm.modeling.compiled import compiled_decoding
 from opdlm.modeling.diffusion_lm import DiffusionLM
-from opdlm.reporting.tables import Table, count, percent, print_table
-from opdlm.vllm.engine import (
-    VllmTeacher,
-    check_vllm,
-    installed_version,
-    is_tested_version,
-    start_teacher,
-)
+from opdlm.vllm.engine import VllmTeacher, start_teacher
 
 AR_NAME = "transformers.generate"
 VLLM_NAME = "vllm"
+COMPILED = ", compiled"
+"""Ends the name of a mode with a compiled forward."""
+AR_DECODERS = (AR_NAME, VLLM_NAME, "ar", "ar" + COMPILED)
+"""All that decode the AR model token by token."""
+Item = TypeVar("Item")
 Responses = list[tuple[int, ...]]
 Decoder = Callable[[], tuple[Responses, float | None]]
 """Decodes all prompts. Returns the responses, and tokens per forward (None if it does not count them)."""
@@ -59,11 +50,18 @@ class Speed:
     tokens_per_second: float
     speedup: float
     """Relative to `transformers.generate` at the same batch size: median of the ratios in each repeat."""
+    over_fastest_ar: float
+    """The same relative to the fastest of the AR decoders that were measured (`AR_DECODERS`)."""
     tokens_per_forward: float | None
     identical: float
     """Share of responses equal to those of `transformers.generate`."""
     seconds: tuple[float, ...]
     """Of each repeat."""
+
+
+def spread(items: Sequence[Item], num: int) -> list[Item]:
+    """Up to `num` of the items, evenly spaced."""
+    return list(items[:: max(1, len(items) // num)][:num])
 
 
 def hf_responses(
@@ -95,64 +93,6 @@ def cut_after_stop(ids: Sequence[int], stops: Sequence[int]) -> tuple[int, ...]:
     """The ids up to and including the first stop token."""
     end = next((index + 1 for index, token in enumerate(ids) if token in stops), len(ids))
     return tuple(ids[:end])
-
-
-def bench_folder(
-    folder: Path,
-    config: DecodeConfig,
-    *,
-    prompts: str | None,
-    modes: Sequence[Mode],
-    batch_sizes: Sequence[int],
-    limit: int,
-    repeats: int,
-    compiles: bool,
-    vllm: Literal["auto", "always", "never"],
-    out: Path | None,
-    console: Console,
-) -> list[Speed]:
-    """Measure a converted folder and print the table; `opdlm.bench` documents the arguments."""
-    if vllm == "always":
-        check_vllm("`vllm=always`")
-    with_vllm = vllm != "never" and is_tested_version(installed_version())
-    model, tokenizer = load(folder, device=str(PartialState().device))
-    is_preserve = model.spec.format == "preserve"
-    if not is_preserve and {"ar", "lossless"} & set(modes):
-        raise ConfigError("`modes` ar and lossless need a preserve checkpoint; this one is sdar.")
-    check_decode(config, model.spec)
-    path = prompts or read_config_of(folder).eval.path
-    if not path:
-        raise ConfigError("the run had no evaluation set: `prompts` must name a JSONL file.")
-    tasks = load_tasks(path, tokenizer, model.spec.mask_token_id, limit=None)
-    ids = [task.prompt.ids for task in tasks][:: max(1, len(tasks) // limit)][:limit]
-    check_fits(model, ids, config.max_new_tokens, "max_new_tokens")
-    ar_model = load_causal_lm(str(folder), "float32")
-    ar_model.to(model.device)  # type: ignore[arg-type]
-    rows = measure_speed(
-        model,
-        ar_model,
-        ids,
-        modes or default_modes(is_preserve),
-        batch_sizes,
-        config=config,
-        repeats=repeats,
-        compiles=compiles,
-        vllm_folder=str(folder) if with_vllm else None,
-        on_row=lambda row: console.print(
-            f"batch {row.batch_size}: {row.name} {row.tokens_per_second:.0f} tokens/s", soft_wrap=True
-        ),
-    )
-    print_table(speed_table(rows), console)
-    if out is not None:
-        settings: dict[str, Any] = {"prompts": len(ids), "file": path, "repeats": repeats}
-        settings |= {"vllm": installed_version()} if with_vllm else {}
-        write_speed(rows, out, settings | versions())
-    return rows
-
-
-def default_modes(is_preserve: bool) -> tuple[Mode, ...]:
-    """All that the format has."""
-    return ("ar", "lossless", "static", "threshold") if is_preserve else ("static", "threshold")
 
 
 def measure_speed(
@@ -238,7 +178,7 @@ def make_decoders(
         decoders[mode] = partial(decode, config, is_compiled=False)
         generate(model, prompts[:1], config)
         if compiles:
-            decoders[f"{mode}, compiled"] = partial(decode, config, is_compiled=True)
+            decoders[mode + COMPILED] = partial(decode, config, is_compiled=True)
             with compiled_decoding(model):
                 generate(model, prompts[: plain.batch_size + 1], config)
     return decoders
@@ -256,9 +196,11 @@ def time_decoders(
             started = time.perf_counter()
             responses[name], per_forward[name] = decode()
             seconds[name].append(time.perf_counter() - started)
+    num_tokens = {name: sum(map(len, found)) for name, found in responses.items()}
+    rates = {name: [num_tokens[name] / one for one in times] for name, times in seconds.items()}
     rows = []
     for name in decoders:
-        rows.append(summarise(name, batch_size, seconds, responses, per_forward[name]))
+        rows.append(summarise(name, batch_size, rates, seconds[name], responses, per_forward[name]))
         on_row(rows[-1])
     return rows
 
@@ -266,58 +208,25 @@ def time_decoders(
 def summarise(
     name: str,
     batch_size: int,
-    seconds: dict[str, list[float]],
-    responses: dict[str, Responses],
+    rates: Mapping[str, Sequence[float]],
+    seconds: Sequence[float],
+    responses: Mapping[str, Responses],
     tokens_per_forward: float | None,
 ) -> Speed:
-    """The row of one decoder from the times and responses of all."""
+    """The row of one decoder; `rates`: tokens per second of all, in each repeat."""
 
-    def rates(which: str) -> list[float]:
-        return [sum(len(ids) for ids in responses[which]) / one for one in seconds[which]]
+    def ratio_to(other: str) -> float:
+        return statistics.median(a / b for a, b in zip(rates[name], rates[other], strict=True))
 
     same = [a == b for a, b in zip(responses[name], responses[AR_NAME], strict=True)]
+    fastest = max(AR_DECODERS, key=lambda other: statistics.median(rates.get(other, [0.0])))
     return Speed(
         name=name,
         batch_size=batch_size,
-        tokens_per_second=statistics.median(rates(name)),
-        speedup=statistics.median(a / b for a, b in zip(rates(name), rates(AR_NAME), strict=True)),
+        tokens_per_second=statistics.median(rates[name]),
+        speedup=ratio_to(AR_NAME),
+        over_fastest_ar=ratio_to(fastest),
         tokens_per_forward=tokens_per_forward,
         identical=sum(same) / len(same),
-        seconds=tuple(seconds[name]),
+        seconds=tuple(seconds),
     )
-
-
-def speed_table(rows: Sequence[Speed]) -> Table:
-    """A row per way of decoding and batch size."""
-    return Table(
-        title="Decoding speed",
-        head=["decoding", "batch", "tokens/s", "× AR", "tokens/forward", "= AR"],
-        rows=[
-            [
-                row.name,
-                str(row.batch_size),
-                f"{row.tokens_per_second:.0f}",
-                f"{row.speedup:.2f}",
-                count(row.tokens_per_forward),
-                percent(row.identical),
-            ]
-            for row in rows
-        ],
-        note="× AR: speed over `transformers.generate`. = AR: responses equal to those of "
-        "`transformers.generate`.",
-    )
-
-
-def write_speed(rows: Sequence[Speed], folder: Path, settings: dict[str, Any]) -> None:
-    """Write `bench.json` and `bench.png`."""
-    from opdlm.reporting.plots import plot_bars
-
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings, "rows": [asdict(row) for row in rows]}
-    (folder / "bench.json").write_text(json.dumps(record, indent=2))
-    names = list(dict.fromkeys(row.name for row in rows))
-    groups = {
-        f"batch {size}": [row.tokens_per_second for row in rows if row.batch_size == size]
-        for size in dict.fromkeys(row.batch_size for row in rows)
-    }
-    plot_bars(names, groups, "tokens per second", folder / "bench.png")

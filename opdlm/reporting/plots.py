@@ -90,6 +90,13 @@ def plot_retention(report: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=DPI)
 
 
+def plot_speed(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Tokens per second as multiples of the fastest AR decoding, from 0, for the rows of one batch size."""
+    names = [f"{row['name']}, {row['tokens_per_forward']:.2f} tok/fwd" for row in rows]
+    ratios = [row["over_fastest_ar"] for row in rows]
+    plot_bars(names, {"one prompt at a time": ratios}, "× the fastest AR decoding", path)
+
+
 def draw_bars(
     axis: Any, places: Sequence[float], shares: Sequence[float], limits: Sequence[Any], **options: Any
 ) -> None:
@@ -121,12 +128,17 @@ def plot_trade_off(report: Mapping[str, Any], path: Path) -> None:
         axis.annotate(
             f"{point['confidence_threshold']:g}", at, (4, 5), textcoords="offset points", fontsize=8
         )
-    others = [mode for mode in all_modes(dict(report)) if mode["name"] != "threshold"]
+    others = [mode for mode in all_modes(dict(report)) if not is_threshold_alone(mode)]
     for mode, marker in zip(others, "s^vDP*", strict=False):
         x, y = mode["tokens_per_forward"], 100 * mode["accuracy"]
         axis.plot([x], [y], marker, label=mode["name"], linestyle="none")
     finish_trade_off(axis, "exact match, %")
     figure.savefig(path, dpi=DPI)
+
+
+def is_threshold_alone(mode: Mapping[str, Any]) -> bool:
+    """Whether the mode is a point of the line over thresholds."""
+    return mode["name"].split(",")[0] == "threshold" and mode.get("replaced") is None
 
 
 def draw_curve(axis: Any, points: Sequence[Mapping[str, Any]], key: str, label: str) -> None:
@@ -233,16 +245,17 @@ def draw_orders(axis: Any, weights: Sequence[float]) -> None:
 
 
 def plot_bars(names: Sequence[str], groups: Mapping[str, Sequence[float]], ylabel: str, path: Path) -> None:
-    """One cluster of bars per group, a bar per name, on a logarithmic axis."""
-    figure, axes = new_figure(1, 3 + 0.45 * len(names) * len(groups), 3.6)
+    """One cluster of bars per group, a bar per name: ratios from 0, with a line at 1."""
+    figure, axes = new_figure(1, 4 + 0.45 * len(names) * len(groups), 3.6)
     axis = axes[0][0]
     width = 0.8 / len(names)
     for offset, name in enumerate(names):
         places = [i + width * (offset - (len(names) - 1) / 2) for i in range(len(groups))]
         bars = axis.bar(places, [values[offset] for values in groups.values()], width=width, label=name)
-        axis.bar_label(bars, fmt="%.0f", fontsize=7)
+        axis.bar_label(bars, fmt="%.2f", fontsize=7)
+    axis.axhline(1, color="gray", linewidth=0.8, linestyle="--")
     axis.set_xticks(range(len(groups)), list(groups))
-    axis.set_yscale("log")
-    axis.set_ylabel(ylabel)
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel(ylabel, fontsize=8)
     axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=DPI)
