@@ -96,13 +96,14 @@ def convert(
     Example:
         >>> folder = opdlm.convert("tiny", output_dir="runs/tiny", overrides=["train.num_steps=10"])
     """
+    console = console or main_console()
     config = convert_settings(
-        source, [*given("data.path", data), *given("output_dir", output_dir), *overrides]
+        source, [*given("data.path", data), *given("output_dir", output_dir), *overrides], console
     )
     check_model_path(config, needs_weights=True)
     from opdlm.distill.pipeline import convert_checkpoint
 
-    return convert_checkpoint(config, console or main_console())
+    return convert_checkpoint(config, console)
 
 
 def train(
@@ -446,11 +447,23 @@ def merge(folder: str | Path, out: str | Path, *, full_copy: bool = False) -> Pa
     return Path(out)
 
 
-def convert_settings(source: str | Path | Config, overrides: Sequence[str] = ()) -> Config:
-    """The settings of a conversion from a recipe, its name, a checkpoint or settings; checked."""
+def convert_settings(
+    source: str | Path | Config, overrides: Sequence[str] = (), console: Console | None = None
+) -> Config:
+    """The settings of a conversion from a recipe, its name, a checkpoint or settings; checked. For a
+    checkpoint, the profile fills what `overrides` leave open, and is printed on `console`.
+    """
     if not isinstance(source, Config):
         recipe, target = resolve_target(str(source))
-        return load_config(recipe, [*target, *overrides])
+        if recipe is not None:
+            return load_config(recipe, [*target, *overrides])
+        check_is_checkpoint(resolve_path(str(source)), needs_weights=False)
+        from opdlm.distill.profile import describe_profile, profile
+
+        chosen = profile(str(source), overrides)
+        if console is not None:
+            console.print(describe_profile(chosen), soft_wrap=True, highlight=False)
+        return load_config(None, [*map(str, chosen), *target, *overrides])
     config = build_section(Config, changed(source, overrides))
     check_config(config)
     return config

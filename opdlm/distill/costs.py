@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from opdlm.checkpoints.load import add_lora, first_line, input_embedding, read_architecture
+from opdlm.checkpoints.load import add_lora, first_line, input_embedding, read_architecture, with_known_dtype
 from opdlm.config.schedules import (
     block_size_at,
     first_reused_step,
@@ -83,6 +83,7 @@ class LongestRow:
 
 def meta_model(config: Config) -> Any:
     """The model on the meta device, without weights; DataError if `model.path` has no usable config.json."""
+    config = with_known_dtype(config)
     trust = config.model.trust_remote_code
     architecture = read_architecture(config.model.path, trust)
     try:
@@ -183,6 +184,7 @@ def element_bytes(config: Config) -> int:
 
 def weight_element(config: Config) -> int:
     """Bytes of a weight."""
+    assert config.model.dtype != "auto"
     return 4 if config.model.dtype == "float32" else 2
 
 
