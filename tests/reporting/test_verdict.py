@@ -15,13 +15,17 @@ from opdlm.cli.main import main
 from opdlm.reporting.card import measured_data
 from opdlm.reporting.pages import headline, read_retention
 from opdlm.reporting.tables import print_report
-from opdlm.reporting.verdict import verdict
+from opdlm.reporting.verdict import timed_lossless, verdict
 
 COMMITTED = Path(__file__).parents[2] / "docs" / "results" / "tiny"
+TRAINED = [
+    *("optimizer.warmup_steps=2", "train.num_steps=40", "rollout.prompts_per_step=8"),
+    *("train.rows_per_update=8", "train.micro_batch_rows=8", "data.path=bundled:prompts.jsonl"),
+]
+MEASURED = ["eval.limit=1", "eval.agreement=false", "eval.timed_prompts=5", "eval.decode.max_new_tokens=48"]
 UNTRAINED = [
     *("optimizer.learning_rate=1e-12", "optimizer.warmup_steps=0", "train.num_steps=1"),
-    *("rollout.prompts_per_step=2", "train.rows_per_update=2", "train.micro_batch_rows=2"),
-    *("eval.limit=2", "eval.agreement=false", "eval.timed_prompts=8"),
+    *("rollout.prompts_per_step=2", "train.rows_per_update=2", "train.micro_batch_rows=2", *MEASURED),
 ]
 
 
@@ -157,3 +161,19 @@ def test_an_untrained_student_gets_a_bad_report(untrained: Path) -> None:
     assert card.index(said) < card.index("| transformers.generate |") < card.index("| teacher |")
     assert page.index(said) < page.index("speed.png") < page.index("retention.png")
     assert "second" not in (untrained / "retention.json").read_text()  # no times
+
+
+@pytest.mark.slow
+def test_a_trained_student_gets_a_better_report(untrained: Path, tmp_path: Path) -> None:
+    assert main(["convert", "tiny", f"output_dir={tmp_path}", *TRAINED, *MEASURED]) == 0
+    before, after = read_retention(untrained), read_retention(tmp_path / "model")
+    assert before is not None and after is not None
+    speeds = [timed["tokens_per_forward"] for r in (before, after) if (timed := timed_lossless(r))]
+    assert speeds[1] > speeds[0] + 0.05
+    for name in ("static, alone", "threshold, alone"):
+        rows = [row for r in (before, after) for row in r["student"] if row["name"] == name]
+        for key in ("retention", "common_prefix"):
+            assert rows[1][key] > rows[0][key] + 0.2
+    for name in ("static", "threshold"):
+        rows = [row for r in (before, after) for row in r["student"] if row["name"] == name]
+        assert rows[1]["replaced"] < rows[0]["replaced"] / 2
