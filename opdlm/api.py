@@ -166,8 +166,8 @@ def evaluate(
 
     Returns:
         The report as plain values: `teacher` and every mode of `student` (accuracy, by_skill, retention,
-        tokens_per_forward, identical_to_teacher; shares are between 0 and 1, intervals are 95 %), `timing`
-        (tokens per second) and `settings`.
+        tokens_per_forward, identical_to_teacher, replaced; shares are between 0 and 1, intervals are 95 %),
+        `timing` (tokens per second), for `preserve` `speed` (lossless beside AR decoding), and `settings`.
 
     Raises:
         ConfigError: a setting that cannot work, or no evaluation prompts.

@@ -55,7 +55,7 @@ def bench_folder(
     tasks = load_tasks(path, tokenizer, model.spec.mask_token_id, limit=None)
     ids = spread([task.prompt.ids for task in tasks], limit)
     check_fits(model, ids, config.max_new_tokens, "max_new_tokens")
-    ar_model = load_causal_lm(str(folder), "float32")
+    ar_model = load_causal_lm(str(folder))
     ar_model.to(model.device)  # type: ignore[arg-type]
     rows = measure_speed(
         model,

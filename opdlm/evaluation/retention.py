@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from opdlm import __version__
@@ -91,13 +92,16 @@ def eval_config(folder: Path, overrides: Sequence[str]) -> Config:
 
 
 def load_for_evaluation(folder: Path, teacher_path: str, dtype: str) -> tuple[DiffusionLM, Any]:
-    """Load a converted folder, and its teacher from `teacher_path` if the folder lacks it."""
-    model, tokenizer = load(folder, dtype)
+    """Load a converted folder, and its teacher from `teacher_path` if the folder lacks it, on this process's
+    device.
+    """
+    model, tokenizer = load(folder, dtype, str(PartialState().device))
     if model.spec.format == "sdar" and not model.spec.adapter:
         teacher = load_causal_lm(teacher_path, dtype)
         rows = vocabulary_rows(model.student)
         if rows != vocabulary_rows(teacher):
             teacher.resize_token_embeddings(rows, mean_resizing=False)
+        teacher.to(model.device)  # type: ignore[arg-type]
         model = DiffusionLM(model.student, model.spec, teacher=teacher).eval()
     return model, tokenizer
 

@@ -138,7 +138,7 @@ def running_vllm(
             folder,
             model.student.config,
             model.spec,
-            dtype="float32",
+            dtype=str(model.student.dtype).removeprefix("torch."),
             max_rows=config.batch_size,
             max_tokens=max(len(ids) for ids in prompts) + config.max_new_tokens,
         )

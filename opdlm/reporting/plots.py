@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opdlm.objectives.mask_theory import WIKITEXT_WEIGHTS, optimal_t, signal
-from opdlm.reporting.tables import all_modes
+from opdlm.reporting.tables import all_modes, percent
 
 CURVES = {
     "loss": "loss",
@@ -68,7 +68,7 @@ def plot_retention(report: Mapping[str, Any], path: Path) -> None:
     """Accuracy of teacher and modes over all, seen and held-out skills; below, the retention of the modes."""
     figure, axes = new_figure(1, 8, 6.4, 2)
     modes = all_modes(dict(report))
-    ticks = [f"{mode['name']}\n{mode['tokens_per_forward']:.2f} tok/fwd" for mode in modes]
+    ticks = [tick_of(mode) for mode in modes]
     axis = axes[0][0]
     groups = {"all skills": "accuracy", "seen": "accuracy_seen", "held out": "accuracy_held_out"}
     groups = {label: key for label, key in groups.items() if modes[0][key] is not None}
@@ -90,6 +90,13 @@ def plot_retention(report: Mapping[str, Any], path: Path) -> None:
     axis.set_xlim(-0.6, max(len(students), 2) - 0.4)
     axis.margins(y=0.12)
     figure.savefig(path, dpi=DPI)
+
+
+def tick_of(mode: Mapping[str, Any]) -> str:
+    """Name, tokens per forward and, where the AR model replaced tokens, their share."""
+    lines = [mode["name"], f"{mode['tokens_per_forward']:.2f} tok/fwd"]
+    replaced = mode.get("replaced")
+    return "\n".join(lines if replaced is None else [*lines, f"{percent(replaced)} replaced"])
 
 
 def plot_speed(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -257,6 +264,7 @@ def plot_bars(names: Sequence[str], groups: Mapping[str, Sequence[float]], ylabe
         axis.bar_label(bars, fmt="%.2f", fontsize=7)
     axis.axhline(1, color="gray", linewidth=0.8, linestyle="--")
     axis.set_xticks(range(len(groups)), list(groups))
+    axis.margins(y=0.1)
     axis.set_ylim(bottom=0)
     axis.set_ylabel(ylabel, fontsize=8)
     axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

@@ -160,7 +160,13 @@ def test_the_folder_holds_the_record_of_the_run(name: str, runs: Path) -> None:
     wanted = load_config(runs / f"{name}.yaml")
     assert load_config(folder / "opdlm_config.yaml") == with_known_dtype(wanted)
     report = json.loads((folder / "retention.json").read_text())
-    assert [row["name"] for row in report["student"]] == modes_of(name)[1:]
+    replacing = {"static", "threshold"} if "preserve" in name else set()
+    names = [
+        row
+        for mode in modes_of(name)[1:]
+        for row in [mode, *([f"{mode}, alone"] if mode in replacing else [])]
+    ]
+    assert [row["name"] for row in report["student"]] == names
     if "preserve" in name:
         assert report["student"][-1]["identical_to_teacher"] == 1.0
     card = (folder / "README.md").read_text()
@@ -218,7 +224,7 @@ def test_eval_works_in_a_process_of_its_own(runs: Path, tmp_path: Path) -> None:
     evaluated = run_command("eval", str(folder), "eval.modes=lossless", "--out", str(out))
     assert evaluated.returncode == 0 and not evaluated.stderr, evaluated.stderr
     assert "| lossless |" in evaluated.stdout
-    pages = {"report.html", "report.md", "retention.png", "divergence.png"}
+    pages = {"report.html", "report.md", "retention.png", "speed.png", "divergence.png"}
     assert {path.name for path in out.iterdir()} == pages | {
         *("retention.json", "timing.json", "generations.jsonl")
     }

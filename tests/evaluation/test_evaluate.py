@@ -202,6 +202,15 @@ def test_the_log_tells_checkpoints_decodings_and_prompts_apart(tmp_path: Path) -
     assert len(set(keys)) == 4
 
 
+def test_responses_of_an_earlier_version_are_decoded_again(tmp_path: Path) -> None:
+    """It did not count the tokens that the AR model replaced."""
+    rollout = {"prompt_ids": [1], "response_ids": [2], "unmask_step": [1], "num_response": 1}
+    record = rollout | {"finish_reason": "length", "seconds": 1.0}
+    lines = [{"key": "old"} | record, {"key": "new", "num_replaced": 0} | record]
+    path = write_rows(tmp_path / "generations.jsonl", lines)
+    assert set(GenerationLog(path, "one").finished) == {"new"}
+
+
 def test_the_report_holds_agreement_and_likelihood_and_reads_as_markdown(
     folder: Path, tmp_path: Path
 ) -> None:

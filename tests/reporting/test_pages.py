@@ -189,6 +189,7 @@ def test_two_evaluations_write_the_same_numbers_and_keep_times_apart(root: Path,
         "static",
         "threshold",
         "lossless",
+        "speed",
     }
     settings = read_json(first)["settings"]
     assert settings["seeds"] == [0, 1] and settings["versions"]["torch"]
@@ -282,7 +283,7 @@ def test_a_run_is_drawn_while_it_runs_and_after(root: Path, tmp_path: Path) -> N
     assert (tmp_path / "training.png").is_file() and not (tmp_path / "retention.png").exists()
     assert main(["report", str(root / "preserve")]) == 0
     reader = Reader(root / "preserve" / "report.html")
-    assert "lossless" in rows_of(reader, "mode") and len(reader.sources) == 2
+    assert "lossless" in rows_of(reader, "mode") and len(reader.sources) == 3
 
 
 def test_a_pipe_in_a_name_does_not_end_its_cell() -> None:
