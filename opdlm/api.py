@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -149,7 +150,9 @@ def evaluate(
     limit: int | None = None,
     teacher: str | Path | None = None,
     out: str | Path | None = None,
+    dtype: Dtype | None = None,
     overrides: Sequence[str] = (),
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Measure a converted folder against its teacher, on the same prompts.
 
@@ -162,7 +165,9 @@ def evaluate(
         teacher: the original checkpoint, for an `sdar` folder; None: the one that the run names.
         out: a folder for report.html, report.md, retention.json, timing.json, pictures and
             generations.jsonl; an interrupted measurement continues there.
+        dtype: precision of the weights in memory; None: that of the run.
         overrides: other settings of the measurement as `eval.key=value`.
+        console: where progress is printed; None: nowhere.
 
     Returns:
         The report as plain values: `teacher` and every mode of `student` (accuracy, by_skill, retention,
@@ -188,11 +193,14 @@ def evaluate(
     config = eval_config(Path(folder), [*changes, *overrides])
     if not config.eval.path:
         raise ConfigError("eval.path is empty: the run had no evaluation set. Give eval.path=FILE.jsonl.")
+    if dtype is not None:
+        config = replace(config, model=replace(config.model, dtype=dtype))
     return measure_folder(
         Path(folder),
         config,
         None if out is None else Path(out),
         None if teacher is None else str(teacher),
+        console,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from functools import partial
 
 import opdlm
@@ -43,7 +44,9 @@ def run(options: argparse.Namespace) -> int:
 
     console = main_console()
     shown = None if options.print_config else console
-    config = read_settings("convert", options, Config, partial(convert_settings, console=shown))
+    prints = options.print_config or options.list_keys
+    with nullcontext() if prints else console.status("loading libraries and settings"):
+        config = read_settings("convert", options, Config, partial(convert_settings, console=shown))
     if config is None:
         return 0
     if options.dry_run:

@@ -171,7 +171,8 @@ def convert_checkpoint(config: Config, console: Console) -> Path:
     """Run or resume a conversion; returns the folder of the converted model."""
     config = with_known_dtype(config)
     ranks = join_ranks(config)
-    inputs = load_inputs(config)
+    with console.status(f"loading {config.model.path}"):
+        inputs = load_inputs(config)
     weights = signal_weights(inputs, config)
     if weights:
         window = auto_window(optimal_t(weights), config.masking.auto_width)
@@ -184,9 +185,8 @@ def convert_checkpoint(config: Config, console: Console) -> Path:
             f"({output_dir / 'mask_window.png'})"
         )
     if config.data.self_prompts:
-        status = console.status(f"the model writes {config.data.self_prompts} prompts")
-        with status, ranks.main_process_first():  # the other ranks read the file
-            add_self_prompts(inputs, config, output_dir)
+        with ranks.main_process_first():  # the other ranks read the file
+            add_self_prompts(inputs, config, output_dir, console)
     inputs, held_back = without_held_back(inputs, config)
     describe(inputs, config, console)
     with MetricsLog(output_dir, console) as log:
@@ -208,7 +208,7 @@ def convert_checkpoint(config: Config, console: Console) -> Path:
             if held_back:
                 write_prompt_ids(partial / HELD_BACK_FILE, held_back, inputs.tokenizer)
         if inputs.tasks or held_back:
-            measure_folder(folder, measured_config(folder, config), folder)
+            measure_folder(folder, measured_config(folder, config), folder, console=console)
         write_card(folder, config)
     return folder
 
@@ -261,10 +261,10 @@ def signal_weights(inputs: Inputs, config: Config) -> tuple[float, ...]:
     return ngram_signal_weights([rollout.prompt_ids + rollout.text_ids for rollout in inputs.recorded])
 
 
-def add_self_prompts(inputs: Inputs, config: Config, output_dir: Path) -> None:
+def add_self_prompts(inputs: Inputs, config: Config, output_dir: Path, console: Console) -> None:
     """Add prompts sampled from the model, without evaluation prompts, to those of `data.path`."""
     evaluated = {task.text for task in inputs.tasks}
-    added = self_prompts(inputs.student, inputs.tokenizer, config, output_dir, evaluated)
+    added = self_prompts(inputs.student, inputs.tokenizer, config, output_dir, evaluated, console)
     check_fits(
         inputs.student, [p.ids for p in added], config.rollout.decode.max_new_tokens, "data.max_prompt_tokens"
     )

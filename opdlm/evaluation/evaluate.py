@@ -20,6 +20,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.config.sections import EvalSection
@@ -34,6 +35,7 @@ from opdlm.evaluation.intervals import Interval, PairedComparison, compare_paire
 from opdlm.evaluation.scoring import is_right, is_right_flexibly
 from opdlm.files import write_atomic
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+from opdlm.training.metrics import PhaseProgress
 
 NGRAM_LENGTH = 4
 """Length of the n-grams that measure repetition."""
@@ -139,25 +141,35 @@ def decode_tasks(
     log: GenerationLog | None = None,
     name: str = "",
     seed: int = 0,
+    console: Console | None = None,
 ) -> Outputs:
     """Responses to all tasks, in batches of prompts of similar length; those in the log are decoded once.
 
-    `name`, and `seed` at a temperature above 0, are part of a response's key in the log.
+    `name`, and `seed` at a temperature above 0, are part of a response's key in the log. `console` shows the
+    progress.
     """
+    is_alone = mode in DENOISING_MODES and not section.decode.ar_accept_threshold
+    label = name or (f"{mode}{ALONE}" if is_alone else mode)
     config = replace(section.decode, mode=mode)
     keys = [decoding_key(log, name or mode, config, task, seed) for task in tasks]
     done = dict(log.finished) if log else {}
     order = sorted(range(len(tasks)), key=lambda i: (tasks[i].held_out, len(tasks[i].prompt.ids)))
-    for first in range(0, len(order), config.batch_size):
-        chosen = [i for i in order[first : first + config.batch_size] if keys[i] not in done]
-        prompts = [tasks[i].prompt.ids for i in chosen]
-        started = time.perf_counter()
-        batch = generate(model, prompts, config, [prompt_seed(seed, ids) for ids in prompts])
-        seconds = (time.perf_counter() - started) / max(1, len(chosen))
-        fresh = {keys[i]: Generation(r, seconds) for i, r in zip(chosen, batch, strict=True)}
-        if log and fresh:
-            log.add(fresh)
-        done |= fresh
+    missing = [i for i in order if keys[i] not in done]
+    with PhaseProgress(f"evaluate {label}", len(tasks), console) as progress:
+        progress.skip(len(tasks) - len(missing))
+        for first in range(0, len(order), config.batch_size):
+            chosen = [i for i in order[first : first + config.batch_size] if keys[i] not in done]
+            prompts = [tasks[i].prompt.ids for i in chosen]
+            started = time.perf_counter()
+            batch = generate(
+                model, prompts, config, [prompt_seed(seed, ids) for ids in prompts], progress.on_step
+            )
+            seconds = (time.perf_counter() - started) / max(1, len(chosen))
+            fresh = {keys[i]: Generation(r, seconds) for i, r in zip(chosen, batch, strict=True)}
+            if log and fresh:
+                log.add(fresh)
+            done |= fresh
+            progress.advance(len(chosen))
     return Outputs([done[key] for key in keys], keys)
 
 
@@ -185,6 +197,7 @@ def evaluate(
     log: GenerationLog | None = None,
     seed: int = 0,
     teacher: Outputs | None = None,
+    console: Console | None = None,
 ) -> tuple[RetentionReport, dict[str, Outputs]]:
     """The retention report, and the outputs by mode. `teacher`: its outputs in mode `ar`, if decoded already.
 
@@ -192,17 +205,19 @@ def evaluate(
     """
     check_modes(model.spec, tasks, section)
     if teacher is None:
-        teacher = decode_tasks(model.teacher_decoder(), tasks, "ar", section, log, "teacher", seed)
+        teacher = decode_tasks(model.teacher_decoder(), tasks, "ar", section, log, "teacher", seed, console)
     outputs = {"teacher": teacher}
     replacing = set()
     for mode in section.modes or default_modes(model):
         if mode == "ar" and model.spec.format == "preserve":
             outputs[mode] = teacher
             continue
-        outputs[mode] = decode_tasks(model, tasks, mode, section, log, seed=seed)
+        outputs[mode] = decode_tasks(model, tasks, mode, section, log, seed=seed, console=console)
         if can_replace(model.spec, mode, section):
             replacing.add(mode)
-            outputs[mode + ALONE] = decode_tasks(model, tasks, mode, student_alone(section), log, seed=seed)
+            outputs[mode + ALONE] = decode_tasks(
+                model, tasks, mode, student_alone(section), log, seed=seed, console=console
+            )
     reports = {
         name: report_mode(name, output, teacher, tasks, tokenizer, name in replacing)
         for name, output in outputs.items()

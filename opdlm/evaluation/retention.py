@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from opdlm import __version__
@@ -44,6 +45,7 @@ from opdlm.evaluation.likelihood import agreement_report, likelihood_report
 from opdlm.evaluation.speed import measure_speed, spread
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.reporting.pages import write_comparison, write_retention
+from opdlm.training.metrics import PhaseProgress
 
 MODEL_FOLDER = "model"
 HELD_BACK_FILE = "held_back.jsonl"
@@ -141,16 +143,24 @@ def open_log(out: Path, folder: Path, teacher_path: str, dtype: str) -> Generati
 
 
 def measure_folder(
-    folder: Path, config: Config, out: Path | None = None, teacher_path: str | None = None
+    folder: Path,
+    config: Config,
+    out: Path | None = None,
+    teacher_path: str | None = None,
+    console: Console | None = None,
 ) -> dict[str, Any]:
-    """The report of a converted folder as JSON values, written to `out` if given."""
+    """The report of a converted folder as JSON values, written to `out` if given. `console` shows the
+    progress.
+    """
     teacher_path = teacher_path or config.model.path
     model, tokenizer = load_for_evaluation(folder, teacher_path, config.model.dtype)
     tasks = load_eval_tasks(model, tokenizer, config)
     log = open_log(out, folder, teacher_path, config.model.dtype) if out else None
-    report, outputs = measure_model(model, tokenizer, tasks, config.eval, log)
+    report, outputs = measure_model(model, tokenizer, tasks, config.eval, log, console)
     if model.spec.format == "preserve" and config.eval.timed_prompts:
-        report["speed"] = measure_lossless_speed(folder, model, tasks, config)
+        with PhaseProgress("time lossless decoding", 1, console) as progress:
+            report["speed"] = measure_lossless_speed(folder, model, tasks, config)
+            progress.advance(1)
     report["settings"] = {
         "student": str(folder),
         "teacher": teacher_path,
@@ -194,14 +204,20 @@ def measure_model(
     tasks: Sequence[Task],
     section: EvalSection,
     log: GenerationLog | None = None,
+    console: Console | None = None,
 ) -> tuple[dict[str, Any], dict[str, Outputs]]:
     """The report as JSON values, and the outputs by name. Tokens per second are under `timing`.
 
     With several seeds the report is that of seed 0, and `over_seeds` holds the spread of its main metrics.
     """
-    results = [evaluate(model, tokenizer, tasks, section, log, seed) for seed in range(section.seeds)]
+    results = [
+        evaluate(model, tokenizer, tasks, section, log, seed, console=console)
+        for seed in range(section.seeds)
+    ]
     report, outputs = results[0]
-    values = report.to_dict() | text_metrics(model, outputs, section)
+    with PhaseProgress("compare with the teacher", 1, console) as progress:
+        values = report.to_dict() | text_metrics(model, outputs, section)
+        progress.advance(1)
     values["examples"] = differing_examples(tasks, outputs, tokenizer)
     values["timing"] = {name: output.tokens_per_second for name, output in outputs.items()}
     decodings = dict(outputs)
@@ -210,7 +226,7 @@ def measure_model(
     if len(results) > 1:
         values["over_seeds"] = spread_over_seeds([report for report, _ in results])
     if section.thresholds:
-        points = trade_off(model, tokenizer, tasks, section, outputs["teacher"], log)
+        points = trade_off(model, tokenizer, tasks, section, outputs["teacher"], log, console)
         values["trade_off"] = [
             {"confidence_threshold": threshold} | report.with_retention(mode)
             for threshold, (mode, _) in points.items()
@@ -226,6 +242,7 @@ def trade_off(
     section: EvalSection,
     teacher: Outputs,
     log: GenerationLog | None = None,
+    console: Console | None = None,
 ) -> dict[float, tuple[ModeReport, Outputs]]:
     """Accuracy against tokens per forward: threshold decoding at each of `eval.thresholds`, by the student
     alone.
@@ -235,7 +252,7 @@ def trade_off(
         section = student_alone(section)
     for threshold in section.thresholds:
         at = replace(section, decode=replace(section.decode, confidence_threshold=threshold))
-        output = decode_tasks(model, tasks, "threshold", at, log)
+        output = decode_tasks(model, tasks, "threshold", at, log, console=console)
         points[threshold] = (report_mode("threshold", output, teacher, tasks, tokenizer), output)
     return points
 
@@ -278,7 +295,11 @@ def text_metrics(model: DiffusionLM, outputs: dict[str, Outputs], section: EvalS
 
 
 def compare_folders(
-    folders: Sequence[Path], configs: Sequence[Config], out: Path, teacher_path: str | None = None
+    folders: Sequence[Path],
+    configs: Sequence[Config],
+    out: Path,
+    teacher_path: str | None = None,
+    console: Console | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate several students, each in a folder of `out`, and write a table of all. ConfigError or
     DataError if they are not comparable.
@@ -287,7 +308,7 @@ def compare_folders(
     students = []
     for folder, config, name in zip(folders, configs, student_names(folders), strict=True):
         results = json.loads((folder / RESULTS_FILE).read_text())
-        report = measure_folder(folder, config, out / name, teacher_path)
+        report = measure_folder(folder, config, out / name, teacher_path, console)
         students.append(
             {
                 "name": name,
