@@ -58,6 +58,8 @@ def run(options: argparse.Namespace) -> int:
         if report is not None:
             print_report(report, console)
     console.print(f"\nconverted checkpoint: {folder}", soft_wrap=True)
+    mode = "lossless" if config.format.name == "preserve" else "threshold"
+    console.print(f"next: opdlm chat {folder} --mode {mode}", soft_wrap=True, highlight=False)
     return 0
 
 

@@ -300,7 +300,13 @@ class MeasureSection:
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class EvalSection(MeasureSection):
     path: str = ""
-    """JSONL with `prompt`, and optionally `answer`, `skill`, `held_out`. Empty: no evaluation."""
+    """JSONL with `prompt`, and optionally `answer`, `skill`, `held_out`. Empty: the prompts that held_back
+    keeps from training.
+    """
+    held_back: Steps = 32
+    """Without path: prompts of the training data, at most an eighth of them, that are not trained on, and
+    measured at the end. Some of them also show while training whether the run learns. 0 = none.
+    """
     scoring: Literal["exact", "gsm8k", "math", "choice", "code"] = "exact"
     """exact: the whole response equals `answer`. gsm8k: a GSM8K file (`question`, `answer`), the number after
     ####; the last number of the response is scored apart. math: equal as mathematics (math-verify:

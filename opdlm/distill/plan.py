@@ -28,10 +28,10 @@ from opdlm.distill.costs import (
     training_memory,
     weight_element,
 )
-from opdlm.distill.machine import free_memory, measured_speed
 from opdlm.distill.self_prompts import SELF_PROMPTS_FILE
 from opdlm.training.checkpoint import find_checkpoints
 from opdlm.training.devices import check_trackers
+from opdlm.training.machine import free_memory, measured_speed
 
 GIB = 2**30
 

@@ -17,8 +17,8 @@ from opdlm.checkpoints.load import read_architecture, with_known_dtype
 from opdlm.config.loader import build_section, read_settings
 from opdlm.config.schedules import num_updates_of
 from opdlm.config.sections import Config
-from opdlm.distill.machine import free_memory
 from opdlm.distill.plan import make_plan
+from opdlm.training.machine import free_memory
 
 LORA_RATE, LORA_WIDTH = 3e-3, 128
 """Peak learning rate of an adapter, at this hidden size."""

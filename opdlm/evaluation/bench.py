@@ -18,7 +18,7 @@ from opdlm.checkpoints.load import check_decode, check_fits, load, load_causal_l
 from opdlm.data.prompts import load_tasks
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.errors import ConfigError
-from opdlm.evaluation.retention import read_config_of, versions
+from opdlm.evaluation.retention import eval_config, versions
 from opdlm.evaluation.speed import Speed, measure_speed, spread
 from opdlm.files import write_atomic
 from opdlm.reporting.plots import plot_bars
@@ -49,7 +49,7 @@ def bench_folder(
     if not is_preserve and {"ar", "lossless"} & set(modes):
         raise ConfigError("`modes` ar and lossless need a preserve checkpoint; this one is sdar.")
     check_decode(config, model.spec)
-    path = prompts or read_config_of(folder).eval.path
+    path = prompts or eval_config(folder, []).eval.path
     if not path:
         raise ConfigError("the run had no evaluation set: `prompts` must name a JSONL file.")
     tasks = load_tasks(path, tokenizer, model.spec.mask_token_id, limit=None)

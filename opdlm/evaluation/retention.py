@@ -46,6 +46,8 @@ from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.reporting.pages import write_comparison, write_retention
 
 MODEL_FOLDER = "model"
+HELD_BACK_FILE = "held_back.jsonl"
+"""Prompts that the run did not train on, where it had no eval.path."""
 RESULTS_FILE = "all_results.json"
 SAME_FOR_ALL = ("path", "scoring", "limit", "decode.max_new_tokens", "decode.temperature", "seeds")
 """Settings of `eval` that students must share to be comparable."""
@@ -78,6 +80,8 @@ def eval_config(folder: Path, overrides: Sequence[str]) -> Config:
     """The settings of the run that made the folder, with other `eval.*` keys."""
     record = read_config_of(folder)
     values = {"eval": record.to_dict()["eval"]}
+    if not record.eval.path and (folder / HELD_BACK_FILE).is_file():
+        values["eval"]["path"] = str(folder / HELD_BACK_FILE)
     for override in overrides:
         if not override.startswith("eval."):
             raise ConfigError(f"{override}: only eval.* keys matter here, for example eval.limit=10.")

@@ -22,7 +22,8 @@ CURVES = {
     "heldout_md_bound": "held-out masked-diffusion bound",
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
-    "tokens_per_forward": "tokens per forward",
+    "held_back_tokens_per_forward": "tokens per forward, held-back prompts",
+    "tokens_per_forward": "tokens per forward, rollouts",
     "response_length": "response length, tokens",
     "rollout_share_of_time": "rollout share of time",
     "retention": "retention, %",
@@ -49,8 +50,9 @@ def plot_metrics(metrics: Sequence[dict[str, float]], path: Path) -> None:
         axis.set_axis_off()
     for axis, (name, rows) in zip(axes.flat, curves.items(), strict=False):
         tokens = [row.get("rollout_tokens", row.get("tokens")) for row in rows]
-        if name == "retention":
-            axis.plot(tokens, [100 * row[name] for row in rows], marker="o", markersize=3)
+        if name in ("retention", "held_back_tokens_per_forward"):
+            scale = 100 if name == "retention" else 1
+            axis.plot(tokens, [scale * row[name] for row in rows], marker="o", markersize=3)
         else:
             axis.plot(tokens, [row[name] for row in rows], linewidth=1)
         if name in LOGARITHMIC and any(row[name] > 0 for row in rows):

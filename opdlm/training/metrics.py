@@ -17,6 +17,7 @@ from opdlm.decoding.rollout import Rollout
 SHOWN = {
     "loss": "loss {:.4f}",
     "tokens_per_forward": "{:.2f} tok/fwd",
+    "held_back_tokens_per_forward": "{:.2f} held back",
     "rollout_tokens_per_second": "{:.0f} tok/s",
     "tokens_per_second": "{:.0f} tok/s",
 }
@@ -43,6 +44,8 @@ class MetricsLog:
         self.path = output_dir / "metrics.jsonl"
         self.console = console
         self.progress = progress_line(verb, console)
+        self.latest: dict[str, float] = {}
+        """Last known values of the metrics, since some are not measured in every step."""
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -68,7 +71,8 @@ class MetricsLog:
         """Write the metrics of step `step` (counted from 1) and show the progress."""
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        status = "  ".join(text.format(metrics[key]) for key, text in SHOWN.items() if key in metrics)
+        self.latest |= metrics
+        status = "  ".join(text.format(self.latest[key]) for key, text in SHOWN.items() if key in self.latest)
         self.progress.update(self.task, completed=step, status=status)
         if not self.console.is_terminal and (
             step % max(1, self.num_steps // 20) == 0 or step == self.num_steps
