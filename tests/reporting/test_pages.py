@@ -166,6 +166,12 @@ def test_every_number_of_the_page_is_that_of_the_json(report: Path) -> None:
         assert number(row["tok/fwd"]) == round(point["tokens_per_forward"], 2)
 
 
+def test_prompts_without_answers_get_a_report_of_agreement_with_the_teacher(root: Path) -> None:
+    values, page = read_json(root / "open" / "retention.json"), (root / "open" / "report.md").read_text()
+    assert values["num_answered"] == 0 and values["teacher"]["accuracy"] == 1.0
+    assert "the student alone repeats" in page and "of their tokens up to the first difference" in page
+
+
 def test_markdown_and_html_hold_the_same_tables(report: Path) -> None:
     reader = Reader(report / "report.html")
     lines = (report / "report.md").read_text().splitlines()
