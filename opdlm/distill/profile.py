@@ -15,9 +15,11 @@ from accelerate import PartialState
 
 from opdlm.checkpoints.load import read_architecture, with_known_dtype
 from opdlm.config.loader import build_section, read_settings
+from opdlm.config.rules import check_config
 from opdlm.config.schedules import num_updates_of
 from opdlm.config.sections import Config
 from opdlm.distill.plan import make_plan
+from opdlm.errors import OpdlmError
 from opdlm.training.machine import free_memory
 
 LORA_RATE, LORA_WIDTH = 3e-3, 128
@@ -48,6 +50,8 @@ def profile(model_path: str, overrides: Sequence[str]) -> list[Choice]:
     for choose in (method_choices, size_choices, optimizer_choices, memory_choices):
         chosen += [choice for choice in choose(config) if choice.key not in given]
         config = settings_with(model_path, chosen, overrides)
+        if choose is optimizer_choices:
+            check_config(config)
     return chosen
 
 
@@ -99,7 +103,10 @@ def memory_choices(config: Config) -> list[Choice]:
         texts = [f"train.micro_batch_rows={micro}", f"train.gradient_checkpointing={is_checkpointed}"]
         values = config.to_dict()
         values["train"] |= {"micro_batch_rows": micro, "gradient_checkpointing": is_checkpointed}
-        peak = make_plan(build_section(Config, values)).peak
+        try:
+            peak = make_plan(build_section(Config, values)).peak
+        except OpdlmError:  # no model that can be converted: the run says why
+            return []
         if peak <= MEMORY_SHARE * free or (micro, is_checkpointed) == sizes[-1]:
             break
     reason = f"estimate {peak / 2**30:.1f} of {free / 2**30:.1f} GiB free"

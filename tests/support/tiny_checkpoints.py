@@ -101,6 +101,13 @@ def write_data(folder: Path) -> tuple[Path, Path]:
     return write_rows(folder / "prompts.jsonl", prompts), write_rows(folder / "eval.jsonl", tasks)
 
 
+SETTINGS_OF_THE_PROFILE = (
+    *("format.block_size=4", "format.mask_init=zero", "states.selection=all", "train.epochs_per_rollout=1"),
+    *("rollout.decode.batch_size=64", "optimizer.warmup_steps=0", "train.gradient_checkpointing=false"),
+)
+"""What `opdlm convert MODEL` would choose, fixed, so that a test does not depend on the machine."""
+
+
 def tiny_overrides(model: Path, data: Path, output_dir: Path) -> list[str]:
     """Settings of a conversion that takes a second; `data` must hold what `write_data` wrote."""
     return [
@@ -116,6 +123,8 @@ def tiny_overrides(model: Path, data: Path, output_dir: Path) -> list[str]:
         "train.num_steps=2",
         "optimizer.learning_rate=1e-2",
         "eval.decode.max_new_tokens=10",
+        "eval.held_back=0",
+        *SETTINGS_OF_THE_PROFILE,
     ]
 
 
