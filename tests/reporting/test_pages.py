@@ -63,11 +63,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"prompt": p, "skill": skill} for skill, prompts in PROMPTS.items() for p in prompts]
     open_tasks = write_rows(root / "open.jsonl", rows)
     settings = tiny_overrides(write_checkpoint(root / "teacher"), root, root / "none")[1:]
+    settings += ["format.block_size=4"]
     for fmt in ("preserve", "sdar"):
         overrides = [f"output_dir={root / fmt}", f"format.name={fmt}", f"eval.path={root / 'tasks.jsonl'}"]
         if fmt == "preserve":  # its teacher says what the answers are
-            assert main(["convert", str(root / "teacher"), *settings, *overrides[:2]]) == 0
-            assert main(eval_command(root, root / "open", f"eval.path={open_tasks}")) == 0
+            assert main(["convert", str(root / "teacher"), *settings]) == 0
+            command = ["eval", str(root / "none" / "model"), f"eval.path={open_tasks}"]
+            assert main([*command, "--out", str(root / "open")]) == 0
             answered = [line for line in read_lines(root / "open") if line["mode"] == "teacher"]
             for i, (row, line) in enumerate(zip(rows, answered, strict=True)):
                 row |= {"answer": line["response"] if i % 6 else "no", "held_out": row["skill"] == HOSTILE}
