@@ -123,16 +123,6 @@ def check_evaluation(config: Config) -> None:
             f"eval.patience ({config.eval.patience}) counts measurements during training, but eval.every is "
             "0: set it to a number of steps."
         )
-    if (
-        config.eval.patience is not None
-        and config.format.name == "preserve"
-        and config.eval.decode.ar_accept_threshold
-    ):
-        raise ConfigError(
-            f"eval.patience ({config.eval.patience}) would stop a preserve student that still learns: with "
-            f"eval.decode.ar_accept_threshold ({config.eval.decode.ar_accept_threshold:g}) the AR model "
-            "keeps retention near 100 % from the first step. Set eval.decode.ar_accept_threshold=0."
-        )
     if any(not 0 <= threshold <= 1 for threshold in config.eval.thresholds):
         raise ConfigError(f"eval.thresholds ({config.eval.thresholds}) must lie between 0 and 1.")
 

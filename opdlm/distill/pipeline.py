@@ -96,8 +96,9 @@ class RetentionCallback:
         """Metrics; `score` and `retention` are those of the worst mode."""
         report, outputs = evaluate(model, self.tokenizer, self.tasks, self.section, teacher=self.teacher)
         self.teacher = outputs["teacher"]
-        retained = {f"retention_{mode.name}": report.retention(mode) for mode in report.student}
-        speeds = {f"tokens_per_forward_{mode.name}": mode.tokens_per_forward for mode in report.student}
+        rows = {mode.name.replace(", ", "_"): mode for mode in report.student}
+        retained = {f"retention_{name}": report.retention(mode) for name, mode in rows.items()}
+        speeds = {f"tokens_per_forward_{name}": mode.tokens_per_forward for name, mode in rows.items()}
         return {"score": score_of(report), "retention": min(retained.values())} | retained | speeds
 
 

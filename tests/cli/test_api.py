@@ -134,7 +134,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "text without a tokenizer": ({"tokenizer": None}, "tokenizer is missing"),
     "no prompt": ({"prompts": [" "]}, "PROMPT is empty"),
     "one text instead of a list": ({"prompts": "add 1 2"}, "give a list"),
-    "a mask in the text": ({"prompts": ["a <|mask|>"]}, "mask token"),
     "a mask in the ids": ({"prompts": [[5, 46]]}, "`infill=True`"),
     "no id": ({"prompts": [[]]}, "no token"),
     "an empty stop string": ({"stop": [""]}, "`stop` is empty"),

@@ -548,7 +548,7 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         ("eval.decode.max_new_tokens (500)", "context (128)", "Lower"),
     ),
     "prompt contains the mask token": (
-        lambda p: p.convert(p.prompts({"prompt": "a <|mask|> b"})),
+        lambda p: p.convert(p.prompts({"prompt": "a <|mask|> b"}), "format.name=sdar"),
         ("bad.jsonl:1", "mask token", "format.mask_token"),
     ),
     "empty file": (
@@ -790,10 +790,6 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     "evaluation during training without a set": (
         lambda p: p.convert("eval.every=10"),
         ("eval.every (10)", "eval.path is empty", "eval.every=0"),
-    ),
-    "patience where the AR model keeps retention up": (
-        lambda p: p.convert("eval.patience=3", "eval.every=1", f"eval.path={p.root / 'eval.jsonl'}"),
-        ("eval.patience (3)", "near 100 %", "eval.decode.ar_accept_threshold=0"),
     ),
     "patience without measurements": (
         lambda p: p.convert("eval.patience=3"),
