@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import from_json
 
 from opdlm.errors import OpdlmError
-from opdlm.serving.answers import ChatCompletion, ErrorAnswer, TextCompletion
+from opdlm.serving.answers import ChatCompletion, ErrorAnswer, TextCompletion, error_answer
 from opdlm.serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -131,7 +131,7 @@ def add_error_handlers(app: "FastAPI") -> None:
 def error_response(message: str, status: int, headers: Mapping[str, str] | None = None) -> "Response":
     from fastapi.responses import JSONResponse
 
-    return JSONResponse(ErrorAnswer.of(message, status=status).model_dump(), status, headers)
+    return JSONResponse(error_answer(message, status=status), status, headers)
 
 
 async def respond(server: "Server", parsed: "ParsedRequest", request: "Request") -> Any:

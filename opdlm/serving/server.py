@@ -28,15 +28,7 @@ from opdlm.decoding.streaming import StablePrefix, StopStrings
 from opdlm.errors import ConfigError, require_package
 from opdlm.modeling.compiled import compiled_decoding
 from opdlm.seeds import seed_of
-from opdlm.serving.answers import (
-    AnswerFormat,
-    ChatCompletion,
-    ErrorAnswer,
-    FinishedChoice,
-    TextCompletion,
-    Usage,
-    sse,
-)
+from opdlm.serving.answers import AnswerFormat, FinishedChoice, Usage, Values, error_answer, sse
 from opdlm.serving.app import make_app
 from opdlm.serving.decode_thread import DecodeThread, Job
 from opdlm.serving.protocol import ChatRequest, CompletionRequest, InvalidRequest
@@ -204,7 +196,7 @@ class Server:
         text = choice.stable_prefix.whole(rollout)
         return FinishedChoice(text=text, finish_reason=rollout.finish_reason, tokens=tokens)
 
-    async def answer(self, parsed: ParsedRequest) -> ChatCompletion | TextCompletion:
+    async def answer(self, parsed: ParsedRequest) -> Values:
         """Decode all choices of a request and answer when they are complete. Raises what decoding raises."""
         self.submit(parsed)
         rollouts = [await choice.rollout() for choice in parsed.choices]
@@ -221,7 +213,7 @@ class Server:
                 while finished is None:
                     event = await choice.events.get()
                     if isinstance(event, Exception):
-                        yield sse(ErrorAnswer.of(f"decoding failed: {event}", status=500))
+                        yield sse(error_answer(f"decoding failed: {event}", status=500))
                         return
                     if isinstance(event, str):
                         text = event
@@ -231,10 +223,10 @@ class Server:
                         text = finished.text
                     if len(text) > num_sent or finished is not None:
                         new, is_first = text[num_sent:], num_sent == 0
-                        yield sse(answer.piece(index, new, is_first=is_first, finished=finished))
+                        yield sse(answer.event([answer.choice(index, new, finished, names_role=is_first)]))
                         num_sent = len(text)
             if parsed.wants_usage:
-                yield sse(answer.usage(Usage.of(rollouts)))
+                yield sse(answer.event([], usage=Usage.of(rollouts)))
             yield "data: [DONE]\n\n"
         finally:
             parsed.cancel()
