@@ -40,7 +40,7 @@ from opdlm.vllm.engine import (
     check_vllm,
     installed_version,
     is_tested_version,
-    start_teacher,
+    start_ar_model,
 )
 
 AR_NAME = "transformers.generate"
@@ -128,60 +128,22 @@ def bench_folder(
     check_fits(model, ids, config.max_new_tokens, "max_new_tokens")
     ar_model = load_causal_lm(str(folder), "float32")
     ar_model.to(model.device)  # type: ignore[arg-type]
-    rows = measure_speed(
-        model,
-        ar_model,
-        ids,
-        modes or default_modes(is_preserve),
-        batch_sizes,
-        config=config,
-        repeats=repeats,
-        compiles=compiles,
-        vllm_folder=str(folder) if with_vllm else None,
-        on_row=lambda row: console.print(
-            f"batch {row.batch_size}: {row.name} {row.tokens_per_second:.0f} tokens/s", soft_wrap=True
-        ),
-    )
+    modes = modes or (("ar", "lossless", "static", "threshold") if is_preserve else ("static", "threshold"))
+    greedy = replace(config, temperature=0.0, top_k=None, top_p=None, logprobs=False)
+    rows = list[Speed]()
+    for batch_size in batch_sizes:
+        plain = replace(greedy, batch_size=batch_size)
+        with running_vllm(str(folder) if with_vllm else None, model, ids, plain) as teacher:
+            decoders = make_decoders(model, ar_model, ids, modes, plain, compiles, teacher)
+            for row in time_decoders(decoders, batch_size, repeats):
+                text = f"batch {batch_size}: {row.name} {row.tokens_per_second:.0f} tokens/s"
+                console.print(text, soft_wrap=True)
+                rows.append(row)
     print_table(speed_table(rows), console)
     if out is not None:
         settings: dict[str, Any] = {"prompts": len(ids), "file": path, "repeats": repeats}
         settings |= {"vllm": installed_version()} if with_vllm else {}
         write_speed(rows, out, settings | versions())
-    return rows
-
-
-def default_modes(is_preserve: bool) -> tuple[Mode, ...]:
-    """All that the format has."""
-    return ("ar", "lossless", "static", "threshold") if is_preserve else ("static", "threshold")
-
-
-def measure_speed(
-    model: DiffusionLM,
-    ar_model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    modes: Sequence[Mode],
-    batch_sizes: Sequence[int],
-    *,
-    config: DecodeConfig,
-    repeats: int,
-    compiles: bool = False,
-    vllm_folder: str | None = None,
-    on_row: Callable[[Speed], None] = lambda _: None,
-) -> list[Speed]:
-    """One row per batch size and decoder, `transformers.generate` first.
-
-    Mode, batch size and sampling of `config` are replaced. `compiles` adds every mode with a compiled
-    forward, `vllm_folder` adds vLLM. `on_row` is called with each row. ConfigError
-    if vLLM cannot run the folder.
-    """
-    rows = []
-    for batch_size in batch_sizes:
-        plain = replace(
-            config, batch_size=batch_size, temperature=0.0, top_k=None, top_p=None, logprobs=False
-        )
-        with running_vllm(vllm_folder, model, prompts, plain) as vllm:
-            decoders = make_decoders(model, ar_model, prompts, modes, plain, compiles, vllm)
-            rows += time_decoders(decoders, batch_size, repeats, on_row)
     return rows
 
 
@@ -194,14 +156,7 @@ def running_vllm(
         yield None
         return
     try:
-        engine = start_teacher(
-            folder,
-            model.student.config,
-            model.spec,
-            dtype="float32",
-            max_rows=config.batch_size,
-            max_tokens=max(len(ids) for ids in prompts) + config.max_new_tokens,
-        )
+        engine = start_ar_model(folder, model, prompts, config, "float32")
     except (ValueError, RuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"vLLM cannot run {folder} ({reason}): leave it out with --vllm never.") from error
@@ -244,10 +199,8 @@ def make_decoders(
     return decoders
 
 
-def time_decoders(
-    decoders: dict[str, Decoder], batch_size: int, repeats: int, on_row: Callable[[Speed], None]
-) -> list[Speed]:
-    """Run every decoder once per repeat, in turn."""
+def time_decoders(decoders: dict[str, Decoder], batch_size: int, repeats: int) -> list[Speed]:
+    """Run every decoder once per repeat, in turn; a row per decoder, `transformers.generate` first."""
     seconds: dict[str, list[float]] = {name: [] for name in decoders}
     responses: dict[str, Responses] = {}
     per_forward: dict[str, float | None] = {}
@@ -256,11 +209,7 @@ def time_decoders(
             started = time.perf_counter()
             responses[name], per_forward[name] = decode()
             seconds[name].append(time.perf_counter() - started)
-    rows = []
-    for name in decoders:
-        rows.append(summarise(name, batch_size, seconds, responses, per_forward[name]))
-        on_row(rows[-1])
-    return rows
+    return [summarise(name, batch_size, seconds, responses, per_forward[name]) for name in decoders]
 
 
 def summarise(
