@@ -138,7 +138,7 @@ async def respond(server: "Server", parsed: "ParsedRequest", request: "Request")
     """The answer to a request, or the stream of it. A client that leaves cancels its jobs."""
     from fastapi.responses import Response, StreamingResponse
 
-    if parsed.is_streamed:
+    if parsed.request.stream:
         return StreamingResponse(server.stream(parsed), media_type="text/event-stream")
     answer = asyncio.create_task(server.answer(parsed))
     disconnect = asyncio.create_task(wait_for_disconnect(request))

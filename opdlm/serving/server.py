@@ -33,7 +33,6 @@ from opdlm.serving.app import make_app
 from opdlm.serving.decode_thread import DecodeThread, Job
 from opdlm.serving.protocol import ChatRequest, CompletionRequest, InvalidRequest
 
-DEFAULT_DECODE = DecodeConfig()
 DEFAULT_LENGTH = 4096
 MAX_CHOICES = 4096
 """Of one request, over all of its prompts."""
@@ -61,10 +60,12 @@ class PendingChoice:
 class ParsedRequest:
     """A checked request: its choices, prompt by prompt."""
 
-    choices: tuple[PendingChoice, ...]
-    is_chat: bool
-    is_streamed: bool
-    wants_usage: bool
+    request: ChatRequest | CompletionRequest
+    choices: list[PendingChoice]
+
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.request, ChatRequest)
 
     def cancel(self) -> None:
         """Stop decoding; choices that are complete are not affected."""
@@ -96,7 +97,6 @@ class Server:
         """Prepare the jobs of a request. Raises InvalidRequest with key, value and rule."""
         if request.model not in (None, self.name):
             raise InvalidRequest(f"model ({request.model}) is not served here; {self.name} is.", status=404)
-        is_chat, is_streamed = isinstance(request, ChatRequest), bool(request.stream)
         config = request.decode_config(self.config, logprobs=request.wants_logprobs)
         stops = StopStrings(self.tokenizer, request.stop_strings)
         prompts = [self.chat_ids(request)] if isinstance(request, ChatRequest) else self.prompt_ids(request)
@@ -108,15 +108,10 @@ class Server:
             )
         seed = random.getrandbits(62) if request.seed is None else request.seed
         choices = [
-            self.pending_choice(ids, seed_of(seed, place), num_tokens, config, stops, is_streamed)
+            self.pending_choice(ids, seed_of(seed, place), num_tokens, config, stops, bool(request.stream))
             for place, ids in enumerate(ids for ids in prompts for _ in range(n))
         ]
-        return ParsedRequest(
-            choices=tuple(choices),
-            is_chat=is_chat,
-            is_streamed=is_streamed,
-            wants_usage=request.wants_usage,
-        )
+        return ParsedRequest(request=request, choices=choices)
 
     def chat_ids(self, request: ChatRequest) -> list[int]:
         """Token ids of a conversation."""
@@ -225,7 +220,7 @@ class Server:
                         new, is_first = text[num_sent:], num_sent == 0
                         yield sse(answer.event([answer.choice(index, new, finished, names_role=is_first)]))
                         num_sent = len(text)
-            if parsed.wants_usage:
+            if parsed.request.wants_usage:
                 yield sse(answer.event([], usage=Usage.of(rollouts)))
             yield "data: [DONE]\n\n"
         finally:
@@ -263,23 +258,17 @@ def listen(host: str, port: int) -> socket.socket:
 def serve_folder(
     folder: str,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    name: str | None = None,
-    api_key: str | None = None,
-    max_rows: int = 16,
-    max_length: int | None = None,
-    decode: DecodeConfig = DEFAULT_DECODE,
-    dtype: str = "float32",
-    compile: bool = False,
+    host: str,
+    port: int,
+    name: str | None,
+    api_key: str | None,
+    max_rows: int,
+    max_length: int | None,
+    decode: DecodeConfig,
+    dtype: str,
+    compile: bool,
 ) -> None:
-    """Serve a converted folder (mode ar: any checkpoint) until Ctrl-C.
-
-    `name`: of the model in requests, by default `folder`. `port` 0: any free one. `max_rows`: responses
-    decoded at once. `max_length`: tokens of prompt and response together, by default the model's context, at
-    most 4096. `decode`: settings of requests that name none. `api_key`: by default $OPDLM_API_KEY. Raises
-    ConfigError for settings that do not fit the model or the machine.
-    """
+    """Serve a folder until Ctrl-C; `opdlm.serve` documents the arguments."""
     if max_rows < 1:
         raise ConfigError(f"max_rows ({max_rows}) must be at least 1.")
     for package in ("fastapi", "uvicorn"):
