@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,18 +33,18 @@ if TYPE_CHECKING:
     from opdlm.evaluation.speed import Speed
     from opdlm.modeling.diffusion_lm import DiffusionLM
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def load(
-    folder: str | Path, dtype: Dtype = "float32", device: str | None = None, *, mode: Mode | None = None
+    folder: str | Path, dtype: Dtype = "auto", device: str | None = None, *, mode: Mode | None = None
 ) -> tuple[DiffusionLM, PreTrainedTokenizerBase]:
     """Load a model to decode with.
 
     Args:
         folder: the folder `model` of a run's output_dir. Also any causal checkpoint (a folder, a hub id or
             `bundled:teacher`), as the autoregressive model that it is: it decodes in mode `ar` only.
-        dtype: precision of the weights in memory.
+        dtype: precision of the weights in memory; auto: that of the files.
         device: `cpu`, `cuda:0` and so on; None: this process's GPU, or the CPU where there is none.
         mode: the mode it is wanted for, which is checked before anything is loaded.
 
@@ -96,13 +97,14 @@ def convert(
     Example:
         >>> folder = opdlm.convert("tiny", output_dir="runs/tiny", overrides=["train.num_steps=10"])
     """
+    console = console or main_console()
     config = convert_settings(
-        source, [*given("data.path", data), *given("output_dir", output_dir), *overrides]
+        source, [*given("data.path", data), *given("output_dir", output_dir), *overrides], console
     )
     check_model_path(config, needs_weights=True)
     from opdlm.distill.pipeline import convert_checkpoint
 
-    return convert_checkpoint(config, console or main_console())
+    return convert_checkpoint(config, console)
 
 
 def train(
@@ -148,7 +150,9 @@ def evaluate(
     limit: int | None = None,
     teacher: str | Path | None = None,
     out: str | Path | None = None,
+    dtype: Dtype | None = None,
     overrides: Sequence[str] = (),
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Measure a converted folder against its teacher, on the same prompts.
 
@@ -161,12 +165,14 @@ def evaluate(
         teacher: the original checkpoint, for an `sdar` folder; None: the one that the run names.
         out: a folder for report.html, report.md, retention.json, timing.json, pictures and
             generations.jsonl; an interrupted measurement continues there.
+        dtype: precision of the weights in memory; None: that of the run.
         overrides: other settings of the measurement as `eval.key=value`.
+        console: where progress is printed; None: nowhere.
 
     Returns:
         The report as plain values: `teacher` and every mode of `student` (accuracy, by_skill, retention,
-        tokens_per_forward, identical_to_teacher; shares are between 0 and 1, intervals are 95 %), `timing`
-        (tokens per second) and `settings`.
+        tokens_per_forward, identical_to_teacher, replaced; shares are between 0 and 1, intervals are 95 %),
+        `timing` (tokens per second), for `preserve` `speed` (lossless beside AR decoding), and `settings`.
 
     Raises:
         ConfigError: a setting that cannot work, or no evaluation prompts.
@@ -187,11 +193,14 @@ def evaluate(
     config = eval_config(Path(folder), [*changes, *overrides])
     if not config.eval.path:
         raise ConfigError("eval.path is empty: the run had no evaluation set. Give eval.path=FILE.jsonl.")
+    if dtype is not None:
+        config = replace(config, model=replace(config.model, dtype=dtype))
     return measure_folder(
         Path(folder),
         config,
         None if out is None else Path(out),
         None if teacher is None else str(teacher),
+        console,
     )
 
 
@@ -209,7 +218,7 @@ def bench(
     out: str | Path | None = None,
     console: Console | None = None,
 ) -> list[Speed]:
-    """Measure decoding speed against `transformers.generate` on the AR model of the same folder.
+    """Measure decoding speed against AR decoding of the same folder: `transformers.generate` and our own.
 
     Greedy, the same prompts for all, interleaved. Close other programs first.
 
@@ -227,8 +236,9 @@ def bench(
         console: where progress is printed; None: standard output.
 
     Returns:
-        A `Speed` per batch size and way of decoding: tokens per second, speedup, tokens per forward, and the
-        share of responses equal to those of `transformers.generate`.
+        A `Speed` per batch size and way of decoding: tokens per second, `speedup` over
+        `transformers.generate`, `over_fastest_ar` over the fastest of the AR decoders measured, tokens per
+        forward, and the share of responses equal to those of `transformers.generate`.
 
     Raises:
         ConfigError: a setting that cannot work, or no prompts.
@@ -241,7 +251,7 @@ def bench(
     for name, values in {"limit": [limit], "repeats": [repeats], "batch_sizes": batch_sizes}.items():
         if min(values, default=0) < 1:
             raise ConfigError(f"{name} ({', '.join(map(str, values))}) must be at least 1.")
-    from opdlm.evaluation.speed import bench_folder
+    from opdlm.evaluation.bench import bench_folder
 
     return bench_folder(
         Path(folder),
@@ -267,7 +277,7 @@ def rollout(
     engine: Literal["own", "vllm"] = "own",
     seed: int = 0,
     limit: int | None = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     compile: bool = False,
     overrides: Sequence[str] = (),
     console: Console | None = None,
@@ -286,7 +296,7 @@ def rollout(
         engine: `vllm` decodes the autoregressive model in vLLM; mode `ar` only.
         seed: prompt i draws from (seed, i).
         limit: the first so many prompts; None: all.
-        dtype: precision of the weights in memory.
+        dtype: precision of the weights in memory; auto: that of the files.
         compile: decode with torch.compile; our engine only.
         overrides: how the prompts are read, as `data.key=value`.
         console: where progress is printed; None: standard output.
@@ -332,7 +342,7 @@ def serve(
     api_key: str | None = None,
     max_rows: int = 16,
     max_length: int | None = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     compile: bool = False,
 ) -> None:
     """Answer over HTTP as OpenAI's API does (/v1/chat/completions, /v1/completions), until Ctrl-C.
@@ -348,7 +358,7 @@ def serve(
         api_key: what requests must bring; None: $OPDLM_API_KEY, and nothing where that is not set.
         max_rows: requests decoded at once.
         max_length: prompt and response together, in tokens; None: the context, at most 4096.
-        dtype: precision of the weights in memory.
+        dtype: precision of the weights in memory; auto: that of the files.
         compile: decode with torch.compile.
 
     Raises:
@@ -445,11 +455,23 @@ def merge(folder: str | Path, out: str | Path, *, full_copy: bool = False) -> Pa
     return Path(out)
 
 
-def convert_settings(source: str | Path | Config, overrides: Sequence[str] = ()) -> Config:
-    """The settings of a conversion from a recipe, its name, a checkpoint or settings; checked."""
+def convert_settings(
+    source: str | Path | Config, overrides: Sequence[str] = (), console: Console | None = None
+) -> Config:
+    """The settings of a conversion from a recipe, its name, a checkpoint or settings; checked. For a
+    checkpoint, the profile fills what `overrides` leave open, and is printed on `console`.
+    """
     if not isinstance(source, Config):
         recipe, target = resolve_target(str(source))
-        return load_config(recipe, [*target, *overrides])
+        if recipe is not None:
+            return load_config(recipe, [*target, *overrides])
+        check_is_checkpoint(resolve_path(str(source)), needs_weights=False)
+        from opdlm.distill.profile import describe_profile, profile
+
+        chosen = profile(str(source), overrides)
+        if console is not None:
+            console.print(describe_profile(chosen), soft_wrap=True, highlight=False)
+        return load_config(None, [*map(str, chosen), *target, *overrides])
     config = build_section(Config, changed(source, overrides))
     check_config(config)
     return config

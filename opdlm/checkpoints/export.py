@@ -9,6 +9,7 @@ an adapter, and export for SGLang, LMDeploy and vLLM.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from opdlm.checkpoints.load import (
     ADAPTER_FOLDER,
@@ -27,7 +29,8 @@ from opdlm.checkpoints.load import (
     read_spec,
     set_embedding_row,
 )
-from opdlm.checkpoints.lora import merge_adapter
+from opdlm.checkpoints.lora import GATED, merge_adapter
+from opdlm.config.sections import resolve_path
 from opdlm.errors import ConfigError
 from opdlm.files import atomic_folder
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
@@ -53,17 +56,29 @@ RECORDS = (
     *("README.md", "opdlm_config.yaml", "all_results.json", "retention.json", "timing.json"),
     "generations.jsonl",
 )
+CHECKPOINT_FILES = (
+    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*"),
+    *("*vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model"),
+    *("*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
+"""What makes up an autoregressive checkpoint, as patterns of file names."""
+TEMPLATES_FOLDER = "additional_chat_templates"
 SDAR_MASK_ID = 151_669
 """The first unused row of Qwen3's embedding, which the source code of the engines contains as a constant."""
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_opdlm.OpdlmForCausalLM"}
 
 
-def write_model(folder: Path, model: DiffusionLM, tokenizer: PreTrainedTokenizerBase) -> None:
+def write_model(
+    folder: Path, model: DiffusionLM, tokenizer: PreTrainedTokenizerBase, source: str | Path
+) -> None:
     """Write weights, adapter, tokenizer, config and remote code.
 
-    This removes the LoRA layers from `model`; load the folder to use the model again.
+    With `preserve` the AR model is the files of `source`, the folder or hub id that it was loaded from, so
+    they stay the same, byte for byte. This removes the LoRA layers from `model`; load the folder to use the
+    model again.
     """
     spec = model.spec
+    is_packed = getattr(model.student, "is_loaded_in_4bit", False)  # the adapter belongs to the 4-bit weights
     base = write_student(folder, model)
     if model.mask_embedding is not None:
         if spec.format == "sdar" and not spec.adapter:
@@ -72,22 +87,58 @@ def write_model(folder: Path, model: DiffusionLM, tokenizer: PreTrainedTokenizer
             save_file(
                 {"mask_embedding": model.mask_embedding.detach().contiguous()}, folder / MASK_EMBEDDING_FILE
             )
-    base.config.block_diffusion = spec.to_dict()
-    base.config.auto_map = AUTO_MAP
-    base.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if spec.format == "preserve" and not is_packed:
+        copy_checkpoint(checkpoint_folder(source), folder)
+    else:
+        base.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    values = json.loads((folder / "config.json").read_text())
+    values["block_diffusion"] = spec.to_dict()
+    values["auto_map"] = values.get("auto_map", {}) | AUTO_MAP
+    (folder / "config.json").write_text(json.dumps(values, indent=2))
     package = Path(__file__).parent.parent
     for file in REMOTE_FILES:
-        source = (package / file).read_text()
-        (folder / Path(file).name).write_text(PACKAGE_IMPORT.sub(r"from .\1 import", source))
+        code = (package / file).read_text()
+        (folder / Path(file).name).write_text(PACKAGE_IMPORT.sub(r"from .\1 import", code))
+
+
+def checkpoint_folder(source: str | Path) -> Path:
+    """The folder that holds the files of a checkpoint: itself, or its place in the hub's cache."""
+    path = resolve_path(str(source))
+    found: Any = path if Path(path).is_dir() else Path(cached_file(path, "config.json")).parent  # type: ignore[arg-type]
+    return Path(found)
+
+
+def copy_checkpoint(source: Path, folder: Path) -> None:
+    """Copy config, tokenizer, generation config and chat template of an AR checkpoint, and link its weights,
+    which need no second place on the disk where both folders are on one file system.
+    """
+    for pattern in CHECKPOINT_FILES:
+        for file in source.glob(pattern):
+            if file.name != MASK_EMBEDDING_FILE and file.name not in map(base_name, REMOTE_FILES):
+                copy = link_or_copy if file.suffix == ".safetensors" else shutil.copyfile
+                copy(file.resolve(), folder / file.name)
+    if (source / TEMPLATES_FOLDER).is_dir():
+        shutil.copytree(source / TEMPLATES_FOLDER, folder / TEMPLATES_FOLDER)
+
+
+def base_name(file: str) -> str:
+    return Path(file).name
+
+
+def link_or_copy(file: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system has none."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
 
 
 def write_student(folder: Path, model: DiffusionLM) -> PreTrainedModel:
     """Write the adapter or the student's own weights, if any, into a subfolder; return the base."""
     peft_model: Any = vars(model).get("peft_model")
     if model.spec.adapter:
-        peft_model.save_pretrained(str(folder / ADAPTER_FOLDER))
-        (folder / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)
+        write_adapter(folder / ADAPTER_FOLDER, peft_model, is_gated=model.spec.format == "preserve")
         return peft_model.unload()
     if peft_model is not None:
         return merge_adapter(peft_model)
@@ -96,6 +147,15 @@ def write_student(folder: Path, model: DiffusionLM) -> PreTrainedModel:
     assert model.teacher is not None
     model.student.save_pretrained(folder / STUDENT_FOLDER)
     return model.teacher
+
+
+def write_adapter(folder: Path, peft_model: Any, *, is_gated: bool) -> None:
+    """Write the LoRA tensors as PEFT does. PEFT warns of entries that it does not know: `GATED` is one."""
+    peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    if is_gated:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {GATED: True}, indent=2))
 
 
 def merge_folder(folder: Path, out: Path, *, full_copy: bool) -> None:
@@ -123,7 +183,7 @@ def merge_folder(folder: Path, out: Path, *, full_copy: bool) -> None:
         for record in folder.iterdir():
             if record.suffix == ".png" or record.name in RECORDS:
                 shutil.copyfile(record, partial / record.name)
-        write_model(partial, plain, tokenizer)
+        write_model(partial, plain, tokenizer, folder)
 
 
 def dtype_of(folder: Path) -> str:

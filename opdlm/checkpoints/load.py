@@ -10,8 +10,9 @@ import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -22,13 +23,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from opdlm.checkpoints.folders import check_is_checkpoint, check_is_converted
 from opdlm.checkpoints.lora import adapted_layers, add_lora, no_future_warnings
-from opdlm.config.sections import LoraSection, resolve_path
+from opdlm.config.sections import LoraSection, RunConfig, resolve_path
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.errors import ConfigError, DataError
 from opdlm.modeling.cpu_linear import use_faster_linear
@@ -36,6 +38,8 @@ from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+Settings = TypeVar("Settings", bound=RunConfig)
 
 ADAPTER_FOLDER = "adapter"
 STUDENT_FOLDER = "student"
@@ -58,18 +62,21 @@ def load_tokenizer(
 
 
 def load_causal_lm(
-    path: str, dtype: str, trust_remote_code: bool = False, *, load_in_4bit: bool = False
+    path: str, dtype: str = "auto", trust_remote_code: bool = False, *, load_in_4bit: bool = False
 ) -> PreTrainedModel:
-    """An autoregressive checkpoint, optionally in 4-bit NF4; DataError if it is incomplete or not finite."""
+    """An autoregressive checkpoint, optionally in 4-bit NF4; DataError if it is incomplete or not finite.
+
+    dtype: `auto` is the precision of the checkpoint's files.
+    """
     path = resolve_path(path)
     check_is_checkpoint(path)
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=options["dtype"],
+            bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
         )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -111,8 +118,36 @@ def make_savable(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def with_known_dtype(config: Settings) -> Settings:
+    """The settings with the precision that `model.dtype=auto` means for this checkpoint."""
+    if config.model.dtype != "auto" or not config.model.path:
+        return config
+    if getattr(config.model, "from_scratch", False):
+        return replace(config, model=replace(config.model, dtype="float32"))
+    values = read_architecture(config.model.path, config.model.trust_remote_code)
+    found: Any = str(values.dtype or values.get_text_config().dtype or "float32").removeprefix("torch.")
+    return replace(config, model=replace(config.model, dtype=found))
+
+
+def read_architecture(path: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config.json of a checkpoint; DataError if there is none that transformers can read."""
+    path = resolve_path(path)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise DataError(
+            f"model.path ({path}) is no folder with a config.json, and neither cache nor hub has one: "
+            "fetch it where there is a network (hf download ORG/NAME config.json), or give a folder."
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise DataError(f"model.path ({path}) is no causal language model: {first_line(error)}") from error
+
+
 def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) -> PreTrainedModel:
-    """A random model with the config.json of `path` changed by `shape`; ConfigError if that is invalid."""
+    """A random model with the config.json of `path` changed by `shape`; ConfigError if that is invalid.
+
+    dtype: `auto` is float32, since no weights are loaded.
+    """
     path = resolve_path(path)
     check_is_checkpoint(path, needs_weights=False)
     try:
@@ -128,7 +163,9 @@ def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) ->
         torch.manual_seed(seed)
         try:
             config = AutoConfig.for_model(**(values | shape))
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype)
+            )
         except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
             raise ConfigError(f"model.shape ({dict(shape)}) makes no model: {first_line(error)}") from error
     use_faster_linear(model)
@@ -183,7 +220,7 @@ def read_spec(folder: str | Path) -> DiffusionSpec:
         ) from error
 
 
-def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> tuple[DiffusionLM, Any]:
+def load(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[DiffusionLM, Any]:
     """A converted folder as (DiffusionLM, tokenizer), in evaluation mode; DataError if it is none."""
     folder = Path(folder)
     spec = read_spec(folder)

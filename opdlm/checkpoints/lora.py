@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 """PEFT's name of the adapter."""
+GATED = "acts_on_masked_slots_only_so_load_it_with_opdlm"
+"""Entry of adapter_config.json in `preserve`. Stock PEFT names it in a warning: it would apply the adapter to
+every token.
+"""
 
 
 def add_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
@@ -65,6 +69,7 @@ def no_future_warnings() -> Iterator[None]:
     """Silence the warnings that PEFT 0.21 causes by using deprecated names of transformers 5."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", f".*{GATED}")
         yield
 
 
@@ -109,12 +114,9 @@ def adapter_delta(layer: Any) -> Callable[[Tensor, Tensor], None]:
     down, up, scale = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.scaling[ADAPTER]
 
     def lora(inputs: Tensor, output: Tensor) -> None:
-        weight = down.weight
-        low = F.linear(inputs.to(weight.dtype), weight)
-        if output.dtype == low.dtype:  # product, scale and sum in one kernel
-            output.addmm_(low, up.weight.t(), alpha=scale)
-        else:
-            output.add_(up(low) * scale)
+        # products in the base's precision, as under autocast; product, scale and sum in one kernel
+        low = F.linear(inputs, down.weight.to(inputs.dtype))
+        output.addmm_(low, up.weight.to(inputs.dtype).t(), alpha=scale)
 
     def dora(inputs: Tensor, output: Tensor) -> None:
         change = layer.lora_magnitude_vector[ADAPTER]

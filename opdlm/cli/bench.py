@@ -19,8 +19,8 @@ def add_bench(verbs: Verbs) -> None:
         add_bench_flags,
         summary="decoding speed of a converted checkpoint",
         description="Measure tokens per second and per forward of every decoding mode, and of vLLM where it "
-        "is installed, against transformers.generate on the AR model of the same folder: greedy, the same "
-        "prompts, interleaved. Close other programs first.",
+        "is installed, against transformers.generate on the AR model of the same folder and against the "
+        "fastest AR decoding measured: greedy, the same prompts, interleaved. Close other programs first.",
         examples=EXAMPLES,
     )
 

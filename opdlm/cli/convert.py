@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
+from functools import partial
 
 import opdlm
 from opdlm.cli.flags import Parser, Verbs, add_settings, add_verb, read_settings
@@ -40,13 +42,16 @@ def run(options: argparse.Namespace) -> int:
     from opdlm.api import convert_settings, main_console
     from opdlm.config.sections import Config
 
-    config = read_settings("convert", options, Config, convert_settings)
+    console = main_console()
+    shown = None if options.print_config else console
+    prints = options.print_config or options.list_keys
+    with nullcontext() if prints else console.status("loading libraries and settings"):
+        config = read_settings("convert", options, Config, partial(convert_settings, console=shown))
     if config is None:
         return 0
     if options.dry_run:
         print(describe(config))
         return 0
-    console = main_console()
     folder = opdlm.convert(config, console=console)
     if not console.quiet:
         from opdlm.reporting.pages import read_retention
@@ -56,14 +61,16 @@ def run(options: argparse.Namespace) -> int:
         if report is not None:
             print_report(report, console)
     console.print(f"\nconverted checkpoint: {folder}", soft_wrap=True)
+    mode = "lossless" if config.format.name == "preserve" else "threshold"
+    console.print(f"next: opdlm chat {folder} --mode {mode}", soft_wrap=True, highlight=False)
     return 0
 
 
 def describe(config: opdlm.Config) -> str:
-    """What the run would need and write."""
+    """What the run would need and write. Its data and trackers are checked as the run would."""
     from opdlm.api import check_model_path
 
     check_model_path(config, needs_weights=False)
-    from opdlm.distill.plan import describe_plan, make_plan
+    from opdlm.distill.plan import describe_plan, make_plan, mean_prompt_tokens
 
-    return describe_plan(config, make_plan(config))
+    return describe_plan(config, make_plan(config), mean_prompt_tokens(config))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import opdlm
-from opdlm.cli.flags import Parser, Verbs, add_decode_flags, add_verb, given_decode
+from opdlm.cli.flags import Parser, Verbs, add_decode_flags, add_dtype, add_verb, given_decode
 from opdlm.errors import ConfigError
 
 DESCRIPTION = """Measure a converted folder against its teacher: accuracy per skill in each decoding mode,
@@ -57,6 +57,7 @@ def add_eval_flags(parser: Parser) -> None:
         help="write report.html, report.md, retention.json, timing.json, pictures and generations.jsonl "
         "here; a killed command continues",
     )
+    add_dtype(parser, default=None)
     add_decode_flags(parser, leave_out=DECODED_BY_TASKS, default_text="that of the run")
     add_task_flags(parser.add_argument_group("tasks of lm-evaluation-harness"))
     add_text_flags(parser.add_argument_group("likelihood of text"))
@@ -118,6 +119,8 @@ def run_eval(options: argparse.Namespace) -> int:
     if not folders:
         raise ConfigError("eval needs a DIR written by opdlm convert, before any eval.key=value.")
     overrides = [*(text for text in options.folders if is_override[text]), *options.overrides]
+    if options.dtype and (options.text or options.tasks or len(folders) > 1):
+        raise ConfigError("--dtype is for the report of one DIR: leave it out.")
     if options.text:
         return run_text(options, folders, overrides)
     if options.metrics or options.num_rates is not None or options.prediction:
@@ -135,13 +138,20 @@ def run_eval(options: argparse.Namespace) -> int:
         return run_tasks(options, folders, overrides)
     if len(folders) > 1:
         return run_comparison(options, folders, overrides)
-    report = opdlm.evaluate(folders[0], teacher=options.teacher, out=options.out, overrides=overrides)
+    report = opdlm.evaluate(
+        folders[0],
+        teacher=options.teacher,
+        out=options.out,
+        dtype=options.dtype,
+        overrides=overrides,
+        console=Console(stderr=True),
+    )
     from opdlm.reporting.pages import HTML_FILE
-    from opdlm.reporting.tables import print_report, skill_table
+    from opdlm.reporting.tables import print_report
 
-    print_report(report, Console(), [skill_table(report)])
+    print_report(report, Console())
     if options.out:
-        print(f"\nreport: {Path(options.out) / HTML_FILE}")
+        print(f"report: {Path(options.out) / HTML_FILE}")
     return 0
 
 
@@ -168,7 +178,10 @@ def run_comparison(options: argparse.Namespace, folders: Sequence[Path], overrid
     if options.out is None:
         raise ConfigError("several DIRs need --out FOLDER, where their reports and the table are written.")
     out = Path(options.out)
-    print_table(comparison_table(compare_folders(folders, configs, out, options.teacher)), Console())
+    print_table(
+        comparison_table(compare_folders(folders, configs, out, options.teacher, Console(stderr=True))),
+        Console(),
+    )
     print(f"\nreport: {out / HTML_FILE}")
     return 0
 

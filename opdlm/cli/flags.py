@@ -126,12 +126,14 @@ def add_seed(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every random draw (default: 0)")
 
 
-def add_dtype(parser: Parser) -> None:
+def add_dtype(parser: Parser, default: str | None = "auto") -> None:
+    """`default` None: the precision of the run."""
+    text = "that of the run" if default is None else f"{default}, that of the checkpoint's files"
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the weights (default: float32)",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default=default,
+        help=f"of the weights (default: {text})",
     )
 
 

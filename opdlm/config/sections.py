@@ -41,9 +41,9 @@ CONFIG_COPY = "opdlm_config.yaml"
 class ModelSection:
     path: str = ""
     """Folder or hub id of the autoregressive checkpoint; `bundled:teacher` is part of the package."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the weights in memory. Softmax, losses and the weights of the optimiser (adapter and mask
-    embedding, or a master copy of the student) are always float32.
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights in memory; auto: that of the checkpoint's files. Softmax, losses and the
+    weights of the optimiser (adapter and mask embedding, or a master copy of the student) are always float32.
     """
     load_in_4bit: bool = False
     """QLoRA: hold the frozen linear layers in 4 bits (NF4). Needs LoRA and bitsandbytes: 'opdlm[quant]'."""
@@ -300,7 +300,13 @@ class MeasureSection:
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class EvalSection(MeasureSection):
     path: str = ""
-    """JSONL with `prompt`, and optionally `answer`, `skill`, `held_out`. Empty: no evaluation."""
+    """JSONL with `prompt`, and optionally `answer`, `skill`, `held_out`. Empty: the prompts that held_back
+    keeps from training.
+    """
+    held_back: Steps = 32
+    """Without path: prompts of the training data, at most an eighth of them, that are not trained on, and
+    measured at the end. Some of them also show while training whether the run learns. 0 = none.
+    """
     scoring: Literal["exact", "gsm8k", "math", "choice", "code"] = "exact"
     """exact: the whole response equals `answer`. gsm8k: a GSM8K file (`question`, `answer`), the number after
     ####; the last number of the response is scored apart. math: equal as mathematics (math-verify:
@@ -321,6 +327,10 @@ class EvalSection(MeasureSection):
     """Prompts per skill; None = all."""
     subset: Count = 40
     """Prompts, evenly spaced, whose retention (of the worst mode) is measured during training."""
+    timed_prompts: Annotated[int, Field(ge=0, le=10**6)] = 16
+    """preserve: prompts on which lossless decoding is timed against AR decoding, one after the other, in the
+    report at the end; 0 = no.
+    """
     agreement: bool = True
     """Also report the distance of responses and visited states from the teacher."""
     likelihood_samples: Annotated[int, Field(ge=0, le=10**6)] = 0

@@ -1,16 +1,16 @@
 """Prompts and evaluation tasks from JSONL, Parquet or a `datasets` name, as token ids of the chat template.
 
 Rows need `prompt` (text), another column that `data.prompt_column` names, or `messages` (a list of
-role/content). Prompts are not truncated; long prompts are an error, or are dropped and counted. Without a
-chat template the prompt is encoded as it is. An invalid row raises a `DataError` that names file, line and
-fix before training.
+role/content); `prompt_ids` (a list of token ids) beside the text replaces its encoding. Prompts are not
+truncated; long prompts are an error, or are dropped and counted. Without a chat template the prompt is
+encoded as it is. An invalid row raises a `DataError` that names file, line and fix before training.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -21,11 +21,13 @@ from transformers import PreTrainedTokenizerBase
 from opdlm.config.sections import DataSection, resolve_path
 from opdlm.decoding.rollout import Prompt
 from opdlm.errors import DataError
+from opdlm.files import write_atomic
 
 Row = dict[str, Any]
 Scoring = Literal["exact", "gsm8k", "math", "choice", "code"]
 """How responses are scored: `eval.scoring`, implemented in `evaluation.scoring`."""
 Item = TypeVar("Item")
+Ids = tuple[int, ...]
 log = logging.getLogger(__name__)
 
 
@@ -163,7 +165,7 @@ def encode_rows(
     prompts, num_long = [], 0
     for index, (place, row) in enumerate(rows):
         messages = messages_of(place, row, section.system_prompt, section.prompt_column)
-        ids = encode_prompt(tokenizer, messages, section.enable_thinking)
+        ids = row.get("prompt_ids") or encode_prompt(tokenizer, messages, section.enable_thinking)
         if len(ids) > section.max_prompt_tokens:
             if section.drop_long_prompts:
                 num_long += 1
@@ -256,6 +258,31 @@ def gsm8k_row(place: str, row: Row) -> Row:
             "Give a file of GSM8K, or set eval.scoring=exact."
         )
     return {"prompt": f"Question: {row['question']}\nAnswer:", "answer": row["answer"], "skill": "gsm8k"}
+
+
+def hold_back(
+    items: Sequence[Item], ids_of: Callable[[Item], Ids], number: int
+) -> tuple[list[Item], list[Ids]]:
+    """Items without those of `number` distinct prompts, evenly spaced, and these prompts. `ids_of`: the token
+    ids of an item's prompt.
+
+    At most an eighth of the prompts is held back. Of fewer than 8 none is: then the prompts are those of the
+    items, and all items stay.
+    """
+    distinct = list(dict.fromkeys(map(ids_of, items)))
+    count = min(number, len(distinct) // 8)
+    chosen = [distinct[i * len(distinct) // count] for i in range(count)] if count else distinct[:number]
+    held_back = set(chosen) if count else set()
+    return [item for item in items if ids_of(item) not in held_back], chosen
+
+
+def write_prompt_ids(path: Path, prompts: Sequence[Ids], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write prompts so that `load_tasks` reads the same ids."""
+    lines = (
+        json.dumps({"prompt": str(tokenizer.decode(list(ids), skip_special_tokens=True)), "prompt_ids": ids})
+        for ids in prompts
+    )
+    write_atomic(path, "".join(f"{line}\n" for line in lines))
 
 
 class PromptStream(Generic[Item]):

@@ -71,6 +71,8 @@ class DecodeState:
     unmask_step_BL: Tensor
     """Denoising step that revealed the token: 0 for the prompt, NEVER where the token is unknown."""
     logprob_BL: Tensor
+    is_replaced_BL: Tensor
+    """Whether the AR model put the token in place of the student's."""
     num_prompt_B: Tensor
     limit_B: Tensor
     """Largest number of response tokens."""
@@ -117,6 +119,7 @@ class DecodeState:
             tokens_BL=tokens_BL,
             unmask_step_BL=unmask_step_BL,
             logprob_BL=torch.zeros(num_rows, capacity),
+            is_replaced_BL=torch.zeros(num_rows, capacity, dtype=torch.bool),
             num_prompt_B=torch.tensor(num_prompt, dtype=torch.long),
             limit_B=torch.tensor(limits, dtype=torch.long),
             seed_B=torch.tensor([request.seed for request in requests], dtype=torch.long),

@@ -177,6 +177,7 @@ def reject_unlikely(
     state.tokens_BL = state.tokens_BL.masked_fill(masked_BL, mask_id)
     state.unmask_step_BL = state.unmask_step_BL.masked_fill(masked_BL, NEVER)
     state.tokens_BL[row_N, position_N] = ids_N.cpu()
+    state.is_replaced_BL[row_N, position_N] = True
     state.unmask_step_BL[row_N, position_N] = state.num_steps_B[row_N]
     state.logprob_BL[row_N, position_N] = ar_NV.log_softmax(-1).gather(-1, ids_N[:, None])[:, 0].cpu()
     state.committed_B = torch.where(rejected_B, first_B, state.committed_B)

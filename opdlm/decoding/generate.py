@@ -226,4 +226,5 @@ def make_rollout(
         logprobs=tuple(state.logprob_BL[row, num_prompt:last].tolist()) if logprobs else (),
         num_forwards=int(state.num_forwards_B[row]),
         num_steps=int(state.num_steps_B[row]),
+        num_replaced=int(state.is_replaced_BL[row, num_prompt:last].sum()),
     )

@@ -43,6 +43,8 @@ class Rollout:
     """Forward passes of the decoding, prefill included; 0 if another engine decoded."""
     num_steps: int = 0
     """Denoising steps of the decoding."""
+    num_replaced: int = 0
+    """Tokens of the response that the AR model put in place of the student's (`ar_accept_threshold`)."""
     text: str = ""
     """The response as text, where `opdlm.generate` was given a tokenizer: without special tokens, cut before
     a stop string; with `infill` the filled prompt.
@@ -60,11 +62,13 @@ class Rollout:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Rollout:
-        """The inverse of `to_dict`, also after JSON has turned tuples into lists. Other keys are ignored."""
-        values = {"text": ""} | values
+        """The inverse of `to_dict`, also after JSON has turned tuples into lists. Other keys are ignored, and
+        those that earlier versions did not write have their defaults.
+        """
         known: dict[str, Any] = {
             name: tuple(values[name]) if isinstance(values[name], list) else values[name]
             for name in cls.__dataclass_fields__
+            if name in values
         }
         return cls(**known)
 

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from opdlm.checkpoints.load import add_lora, first_line, input_embedding
+from opdlm.checkpoints.load import add_lora, first_line, input_embedding, read_architecture, with_known_dtype
 from opdlm.config.schedules import (
     block_size_at,
     first_reused_step,
@@ -31,7 +31,7 @@ from opdlm.config.schedules import (
     length_cap,
     selection_at,
 )
-from opdlm.config.sections import Config, resolve_path
+from opdlm.config.sections import Config
 from opdlm.errors import DataError
 from opdlm.objectives.losses import default_chunk_size, num_temporaries
 from opdlm.objectives.targets import needs_teacher
@@ -83,21 +83,17 @@ class LongestRow:
 
 def meta_model(config: Config) -> Any:
     """The model on the meta device, without weights; DataError if `model.path` has no usable config.json."""
-    path = resolve_path(config.model.path)
+    config = with_known_dtype(config)
     trust = config.model.trust_remote_code
+    architecture = read_architecture(config.model.path, trust)
     try:
-        architecture = AutoConfig.from_pretrained(path, trust_remote_code=trust)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
                 architecture, dtype=getattr(torch, config.model.dtype), trust_remote_code=trust
             )
-    except OSError as error:
-        raise DataError(
-            f"model.path ({path}) is no folder with a config.json, and neither cache nor hub has one: "
-            "fetch it where there is a network (hf download ORG/NAME config.json), or give a folder."
-        ) from error
     except (ValueError, KeyError) as error:
-        raise DataError(f"model.path ({path}) is no causal language model: {first_line(error)}") from error
+        name = config.model.path
+        raise DataError(f"model.path ({name}) is no causal language model: {first_line(error)}") from error
 
 
 def measure_sizes(config: Config) -> ModelSizes:
@@ -182,13 +178,14 @@ def student_pass(config: Config, row: LongestRow) -> tuple[float, float]:
 
 def element_bytes(config: Config) -> int:
     """Bytes of an activation."""
-    is_half = config.model.dtype == "bfloat16" or config.train.mixed_precision == "bf16"
+    is_half = weight_element(config) == 2 or config.train.mixed_precision == "bf16"
     return 2 if is_half else 4
 
 
 def weight_element(config: Config) -> int:
     """Bytes of a weight."""
-    return 2 if config.model.dtype == "bfloat16" else 4
+    assert config.model.dtype != "auto"
+    return 4 if config.model.dtype == "float32" else 2
 
 
 def fixed_memory(config: Config, sizes: ModelSizes) -> dict[str, float]:
@@ -238,7 +235,7 @@ def layer_bytes(config: Config, sizes: ModelSizes, row: LongestRow) -> float:
     """Activations of one student layer for its backward, for a micro-batch, in bytes."""
     a, (queries, keys) = element_bytes(config), student_pass(config, row)
     width = 2 * (4 + 2 * a) * sizes.hidden + 3 * a * sizes.query_width + 4 * a * sizes.feed_forward
-    if config.lora.enabled and config.model.dtype == "bfloat16":
+    if config.lora.enabled and weight_element(config) == 2:
         width += 4 * (5 * sizes.hidden + sizes.query_width + sizes.feed_forward)
     return config.train.micro_batch_rows * (queries * width + 2 * a * sizes.query_width * keys)
 

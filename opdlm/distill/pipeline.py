@@ -16,17 +16,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlm.checkpoints.convert import make_student
 from opdlm.checkpoints.export import write_model
-from opdlm.checkpoints.load import check_fits, load_causal_lm, load_tokenizer
+from opdlm.checkpoints.load import check_fits, load_causal_lm, load_tokenizer, with_known_dtype
 from opdlm.config.sections import CONFIG_COPY, Config, EvalSection
-from opdlm.data.prompts import Task, load_prompts
+from opdlm.data.prompts import Ids, Task, hold_back, load_prompts, write_prompt_ids
+from opdlm.decoding.decode_config import DecodeConfig, Mode
+from opdlm.decoding.decode_state import DecodeStats
+from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Prompt, Rollout
 from opdlm.distill.rollout_file import load_rollouts
 from opdlm.distill.rollouts import check_engine, check_launch
 from opdlm.distill.self_prompts import self_prompts, user_turn
 from opdlm.distill.trainer import train
 from opdlm.errors import ConfigError, require_package
-from opdlm.evaluation.evaluate import Outputs, evaluate
-from opdlm.evaluation.retention import MODEL_FOLDER, RESULTS_FILE, load_eval_tasks, measure_folder, versions
+from opdlm.evaluation.evaluate import Outputs, evaluate, score_of
+from opdlm.evaluation.retention import (
+    HELD_BACK_FILE,
+    MODEL_FOLDER,
+    RESULTS_FILE,
+    load_eval_tasks,
+    measure_folder,
+    versions,
+)
 from opdlm.files import atomic_folder, write_atomic
 from opdlm.modeling.attention import choose_backend, unsupported_reason
 from opdlm.modeling.diffusion_lm import DiffusionLM
@@ -42,8 +52,17 @@ from opdlm.training.checkpoint import (
     trainable_weights,
 )
 from opdlm.training.devices import check_trackers, is_sharded, join_ranks
+from opdlm.training.loop import EvalCallback
 from opdlm.training.metrics import MetricsLog, read_metrics
 from opdlm.training.run_folder import prepare_output
+
+DRAFTED = "held_back_tokens_per_forward"
+LEARNT = 1.1
+"""Tokens per forward of a student that has learnt something."""
+HELD_BACK_TOKENS, HELD_BACK_TIMED = 64, 4
+"""Response tokens of held-back prompts, and how many of them are timed."""
+MOST_DRAFTS = 1e9
+"""`forward_overhead` of the fewest forwards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +98,22 @@ class RetentionCallback:
         self.teacher = outputs["teacher"]
         retained = {f"retention_{mode.name}": report.retention(mode) for mode in report.student}
         speeds = {f"tokens_per_forward_{mode.name}": mode.tokens_per_forward for mode in report.student}
-        worst = min(retained.values())
-        return {"score": worst, "retention": worst} | retained | speeds
+        return {"score": score_of(report), "retention": min(retained.values())} | retained | speeds
+
+
+@dataclass(slots=True)
+class DraftingCallback:
+    """Tokens per forward on a few held-back prompts during training: short greedy responses, lossless where
+    the format can verify, so that a run that learns nothing is seen.
+    """
+
+    prompts: Sequence[Ids]
+
+    def __call__(self, model: DiffusionLM) -> dict[str, float]:
+        mode: Mode = "lossless" if model.spec.format == "preserve" else "threshold"
+        decode = DecodeConfig(mode=mode, max_new_tokens=48, batch_size=8, forward_overhead=MOST_DRAFTS)
+        speed = DecodeStats.of(generate(model, self.prompts[:4], decode)).tokens_per_forward
+        return {"score": speed, DRAFTED: speed}
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -136,8 +169,10 @@ def check_attention(model: PreTrainedModel, config: Config) -> None:
 
 def convert_checkpoint(config: Config, console: Console) -> Path:
     """Run or resume a conversion; returns the folder of the converted model."""
+    config = with_known_dtype(config)
     ranks = join_ranks(config)
-    inputs = load_inputs(config)
+    with console.status(f"loading {config.model.path}"):
+        inputs = load_inputs(config)
     weights = signal_weights(inputs, config)
     if weights:
         window = auto_window(optimal_t(weights), config.masking.auto_width)
@@ -150,24 +185,73 @@ def convert_checkpoint(config: Config, console: Console) -> Path:
             f"({output_dir / 'mask_window.png'})"
         )
     if config.data.self_prompts:
-        status = console.status(f"the model writes {config.data.self_prompts} prompts")
-        with status, ranks.main_process_first():  # the other ranks read the file
-            add_self_prompts(inputs, config, output_dir)
+        with ranks.main_process_first():  # the other ranks read the file
+            add_self_prompts(inputs, config, output_dir, console)
+    inputs, held_back = without_held_back(inputs, config)
     describe(inputs, config, console)
     with MetricsLog(output_dir, console) as log:
-        eval_callback = (
-            RetentionCallback(inputs.tokenizer, inputs.tasks, config.eval) if config.eval.every else None
-        )
-        run = train(inputs.student, inputs.prompts, config, log, inputs.recorded, eval_callback)
+        eval_callback: EvalCallback | None = None
+        every = config.eval.every
+        if every:
+            eval_callback = RetentionCallback(inputs.tokenizer, inputs.tasks, config.eval)
+        elif held_back:
+            eval_callback, every = DraftingCallback(held_back), max(1, config.train.num_steps // 8)
+        run = train(inputs.student, inputs.prompts, config, log, inputs.recorded, eval_callback, every)
     folder = output_dir / MODEL_FOLDER
+    tell_if_nothing_learnt(output_dir, config, console)
     if ranks.is_main_process:
         with atomic_folder(folder) as partial:
-            write_model(partial, trained_student(run.model, config).eval(), inputs.tokenizer)
+            write_model(
+                partial, trained_student(run.model, config).eval(), inputs.tokenizer, config.model.path
+            )
             write_record(partial, output_dir, config)
-        if inputs.tasks:
-            measure_folder(folder, config, folder)
+            if held_back:
+                write_prompt_ids(partial / HELD_BACK_FILE, held_back, inputs.tokenizer)
+        if inputs.tasks or held_back:
+            measure_folder(folder, measured_config(folder, config), folder, console=console)
         write_card(folder, config)
     return folder
+
+
+def tell_if_nothing_learnt(output_dir: Path, config: Config, console: Console) -> None:
+    """Say so where the last measurement on held-back prompts is that of an untrained student."""
+    measured = [row[DRAFTED] for row in read_metrics(output_dir / "metrics.jsonl") if DRAFTED in row]
+    if measured and measured[-1] < LEARNT:
+        console.print(
+            f"This run learnt nothing: {measured[-1]:.2f} tokens per forward on held-back prompts, and an "
+            f"untrained student has about 1.00. Raise optimizer.learning_rate "
+            f"({config.optimizer.learning_rate:g}) or train.num_steps ({config.train.num_steps}).",
+            soft_wrap=True,
+        )
+
+
+def without_held_back(inputs: Inputs, config: Config) -> tuple[Inputs, list[Ids]]:
+    """The inputs without the prompts that `eval.held_back` keeps from training, and these prompts."""
+    number = config.eval.held_back
+    if config.eval.path or not number:
+        return inputs, []
+    if inputs.recorded:
+        recorded, chosen = hold_back(inputs.recorded, lambda rollout: rollout.prompt_ids, number)
+        return replace(inputs, recorded=recorded), chosen
+    prompts, chosen = hold_back(inputs.prompts, lambda prompt: prompt.ids, number)
+    return replace(inputs, prompts=prompts), chosen
+
+
+def measured_config(folder: Path, config: Config) -> Config:
+    """The settings of the measurement at the end; that of held-back prompts takes minutes on a CPU."""
+    section = config.eval
+    if section.path:
+        return config
+    longest = min(config.rollout.decode.max_new_tokens, section.decode.max_new_tokens, HELD_BACK_TOKENS)
+    cheap = replace(
+        section,
+        path=str(folder / HELD_BACK_FILE),
+        modes=section.modes or (("lossless", "threshold") if config.format.name == "preserve" else ()),
+        decode=replace(section.decode, max_new_tokens=longest),
+        timed_prompts=min(section.timed_prompts, HELD_BACK_TIMED),
+        agreement=False,
+    )
+    return replace(config, eval=cheap)
 
 
 def signal_weights(inputs: Inputs, config: Config) -> tuple[float, ...]:
@@ -177,10 +261,10 @@ def signal_weights(inputs: Inputs, config: Config) -> tuple[float, ...]:
     return ngram_signal_weights([rollout.prompt_ids + rollout.text_ids for rollout in inputs.recorded])
 
 
-def add_self_prompts(inputs: Inputs, config: Config, output_dir: Path) -> None:
+def add_self_prompts(inputs: Inputs, config: Config, output_dir: Path, console: Console) -> None:
     """Add prompts sampled from the model, without evaluation prompts, to those of `data.path`."""
     evaluated = {task.text for task in inputs.tasks}
-    added = self_prompts(inputs.student, inputs.tokenizer, config, output_dir, evaluated)
+    added = self_prompts(inputs.student, inputs.tokenizer, config, output_dir, evaluated, console)
     check_fits(
         inputs.student, [p.ids for p in added], config.rollout.decode.max_new_tokens, "data.max_prompt_tokens"
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
+from opdlm.checkpoints.load import load_tokenizer, with_known_dtype
 from opdlm.config.schedules import (
     block_size_at,
     is_from_teacher,
@@ -14,6 +15,7 @@ from opdlm.config.schedules import (
     selection_at,
 )
 from opdlm.config.sections import Config
+from opdlm.data.prompts import load_prompts
 from opdlm.distill.costs import (
     ModelSizes,
     fixed_memory,
@@ -28,6 +30,8 @@ from opdlm.distill.costs import (
 )
 from opdlm.distill.self_prompts import SELF_PROMPTS_FILE
 from opdlm.training.checkpoint import find_checkpoints
+from opdlm.training.devices import check_trackers
+from opdlm.training.machine import free_memory, measured_speed
 
 GIB = 2**30
 
@@ -55,6 +59,7 @@ class ConversionPlan:
 
 def make_plan(config: Config) -> ConversionPlan:
     """Plan a run from its config.json; writes nothing. DataError if there is no config.json."""
+    config = with_known_dtype(config)
     sizes = measure_sizes(config)
     last = config.train.num_steps - 1
     fixed = fixed_memory(config, sizes)
@@ -74,10 +79,11 @@ def make_plan(config: Config) -> ConversionPlan:
     )
 
 
-def describe_plan(config: Config, plan: ConversionPlan) -> str:
-    """The plan as lines of text."""
-    sizes = plan.sizes
+def describe_plan(config: Config, plan: ConversionPlan, mean_prompt: int | None = None) -> str:
+    """The plan as lines of text. `mean_prompt`: tokens of a prompt, for the hours; None: the longest."""
+    config, sizes = with_known_dtype(config), plan.sizes
     without, with_checkpointing = (f"{x / GIB:.2f} GiB" for x in plan.activations)
+    free = free_memory()
     flops = "  ".join(f"{name} {value:.2e}" for name, value in plan.step_flops.items())
     lines = [
         f"{config.model.path}: {sizes.family}, {sizes.total / 1e6:,.1f} M parameters, "
@@ -87,12 +93,14 @@ def describe_plan(config: Config, plan: ConversionPlan) -> str:
         "memory per device, at most (estimate; each process holds all of it)",
         *(f"  {name:30} {size / GIB:8.2f} GiB" for name, size in plan.memory.items()),
         f"  {'peak':30} {plan.peak / GIB:8.2f} GiB",
+        f"  fits: {'yes' if plan.peak <= free else 'no'}, {plan.peak / GIB:.1f} of {free / GIB:.1f} GiB free",
         f"  activations are {without} without and {with_checkpointing} with train.gradient_checkpointing",
         "",
         "work per process, at most (every response at its cap)",
         f"  last step  {sum(plan.step_flops.values()):.2e} FLOPs: {flops}",
         f"  whole run  {plan.total_flops:.2e} FLOPs, {plan.response_tokens:,} response tokens, "
         f"{num_updates_of(config):,} updates",
+        f"  {hours_line(config, mean_prompt)}",
         "",
         "schedule",
         *(f"  {line}" for line in schedule_lines(config)),
@@ -101,6 +109,35 @@ def describe_plan(config: Config, plan: ConversionPlan) -> str:
         *(f"  {line}" for line in file_lines(config, sizes)),
     ]
     return "\n".join(lines)
+
+
+def mean_prompt_tokens(config: Config) -> int | None:
+    """Mean length of the prompts of `data.path`; None without such a file. ConfigError or DataError where the
+    run could not read its data or report to its trackers.
+    """
+    check_trackers(config)
+    if not config.data.path:
+        return None
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code, needs_weights=False)
+    lengths = [len(prompt.ids) for prompt in load_prompts(config.data, tokenizer, mask_token_id=-1)]
+    return sum(lengths) // len(lengths)
+
+
+def hours_line(config: Config, mean_prompt: int | None) -> str:
+    """The time of the run on this device, by a measurement of seconds. `mean_prompt`: tokens of a prompt."""
+    speed = measured_speed(config, slots_per_row=config.format.block_size + 1)
+    if speed is None:
+        return "hours here: unknown (no layer of this shape can be made without the weights)"
+    decoding, training = speed
+    if mean_prompt is not None:
+        config = replace(config, data=replace(config.data, max_prompt_tokens=mean_prompt))
+    flops = step_flops(config, measure_sizes(config), config.train.num_steps - 1)
+    rollout = flops["rollout"]
+    seconds = rollout / decoding + (sum(flops.values()) - rollout) / training
+    return (
+        f"hours here: about {seconds * config.train.num_steps / 3600:.2g}, {seconds:.0f} s a step (measured: "
+        f"{decoding / 1e9:.0f} GFLOP/s decoding, {training / 1e9:.0f} training)"
+    )
 
 
 def schedule_lines(config: Config) -> list[str]:

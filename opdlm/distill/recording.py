@@ -68,7 +68,7 @@ def record_rollouts(
     if is_finished(out, settings):
         console.print(f"{out} is finished already: {len(prompts)} rollouts", soft_wrap=True)
         return out
-    vllm = start_ar_model(model_path, model, ids, config, dtype) if engine == "vllm" else None
+    vllm = start_ar_model(model_path, model, ids, config) if engine == "vllm" else None
     with compiled_decoding(model, compiles), DecodingProgress(len(prompts), console) as progress:
 
         def decode(piece: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Rollout]:

@@ -12,19 +12,22 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.config.sections import Config
 from opdlm.data.prompts import load_prompts
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
-from opdlm.decoding.rollout import Prompt
+from opdlm.decoding.rollout import Prompt, digest_of
 from opdlm.errors import DataError
 from opdlm.files import write_atomic
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.seeds import generator_for
+from opdlm.training.metrics import PhaseProgress, read_metrics
 
 SELF_PROMPTS_FILE = "self_prompts.jsonl"
+PARTIAL_FILE = "self_prompts.partial.jsonl"
 PLACEHOLDER = "PLACEHOLDER"
 DRAWS_PER_PROMPT = 20
 """Samples per requested prompt, after which the search is given up."""
@@ -59,6 +62,7 @@ def self_prompts(
     config: Config,
     folder: Path,
     excluded: Collection[str],
+    console: Console | None = None,
 ) -> list[Prompt]:
     """`data.self_prompts` prompts, read from `folder`, or sampled from the teacher and saved there.
 
@@ -66,9 +70,11 @@ def self_prompts(
     """
     path = folder / SELF_PROMPTS_FILE
     if not path.is_file():
-        texts = write_prompts(model, tokenizer, config, excluded)
+        partial = folder / PARTIAL_FILE
+        texts = write_prompts(model, tokenizer, config, excluded, partial, console)
         lines = (json.dumps({"prompt": text}, ensure_ascii=False) for text in texts)
         write_atomic(path, "".join(f"{line}\n" for line in lines))
+        partial.unlink()
     section = replace(config.data, path=str(path), prompt_column="", limit=None)
     return load_prompts(section, tokenizer, model.spec.mask_token_id)
 
@@ -78,10 +84,12 @@ def write_prompts(
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     excluded: Collection[str],
+    partial: Path,
+    console: Console | None = None,
 ) -> list[str]:
     """Sample user turns at temperature 1 until enough have ended with the end-of-turn token; duplicates stay.
 
-    DataError if too few end.
+    Every batch is appended to `partial`, from which an interrupted run continues. DataError if too few end.
     """
     start, end = user_turn(tokenizer, config.data.system_prompt)
     wanted, rows = config.data.self_prompts, config.rollout.decode.batch_size
@@ -92,16 +100,27 @@ def write_prompts(
         batch_size=rows,
         temperature=1.0,
     )
-    found: list[str] = []
-    for number in range(-(-wanted * DRAWS_PER_PROMPT // rows)):
-        rng = generator_for(config.train.seed, 0, number, device=model.device)
-        rollouts = generate(decoder, [start] * rows, decoding, rng)
-        for rollout in rollouts:
-            text = str(tokenizer.decode(list(rollout.text_ids[:-1]))).strip()
-            if rollout.finish_reason == "stop" and text and text not in excluded:
-                found.append(text)
-        if len(found) >= wanted:
-            return found[:wanted]
+    drawn_by = digest_of([start, [end, rows, decoding.max_new_tokens, config.train.seed]])
+    kept = [row["prompts"] for row in read_metrics(partial) if row["drawn_by"] == drawn_by]
+    found = [text for batch in kept for text in batch]
+    with PhaseProgress("prompts that the model writes", wanted, console) as progress:
+        progress.skip(min(wanted, len(found)))
+        for number in range(len(kept), -(-wanted * DRAWS_PER_PROMPT // rows)):
+            if len(found) >= wanted:
+                return found[:wanted]
+            rng = generator_for(config.train.seed, 0, number, device=model.device)
+            rollouts = generate(decoder, [start] * rows, decoding, rng, progress.on_step)
+            batch = []
+            for rollout in rollouts:
+                text = str(tokenizer.decode(list(rollout.text_ids[:-1]))).strip()
+                if rollout.finish_reason == "stop" and text and text not in excluded:
+                    batch.append(text)
+            with partial.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"drawn_by": drawn_by, "prompts": batch}) + "\n")
+            found += batch
+            progress.advance(len(batch))
+    if len(found) >= wanted:
+        return found[:wanted]
     raise DataError(
         f"data.self_prompts ({wanted}): the model ended only {len(found)} prompts in "
         f"{wanted * DRAWS_PER_PROMPT} attempts. Ask for fewer, or set data.path."

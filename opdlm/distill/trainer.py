@@ -12,6 +12,7 @@ weights from its own start while it trains, so results do not depend on timing.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -64,6 +65,8 @@ from opdlm.training.loop import (
     update_weights,
 )
 from opdlm.training.metrics import MetricsLog
+
+logger = logging.getLogger(__name__)
 
 
 class StudentLoss(nn.Module):
@@ -136,6 +139,12 @@ class Run(Loop):
     source: RolloutSource
     pool: dict[int, list[Rollout]] = field(default_factory=dict)
     """Rollouts of the present, earlier (reused) and next (asynchronous) steps, by their step."""
+    micro_batch_rows: int = field(init=False)
+    """`train.micro_batch_rows`, halved whenever the memory did not suffice."""
+
+    def __post_init__(self) -> None:
+        Loop.__post_init__(self)
+        self.micro_batch_rows = self.config.train.micro_batch_rows
 
     def progress(self, step: int) -> dict[str, Any]:
         pool = reusable(self, step).items()
@@ -156,12 +165,13 @@ def train(
     log: MetricsLog,
     recorded: Sequence[Rollout] = (),
     eval_callback: EvalCallback | None = None,
+    every: int = 0,
 ) -> Run:
     """Train to `train.num_steps`, or until retention stalls. Resumes from the newest checkpoint in
     `output_dir` if there is one. `recorded`: rollouts of `rollout.path`, instead of prompts.
     """
     run = start_run(model, prompts, config, recorded)
-    run_steps(run, lambda step: train_step(run, step), log, eval_callback)
+    run_steps(run, lambda step: train_step(run, step), log, eval_callback, every)
     run.source.close()
     finish(run)
     return run
@@ -243,7 +253,6 @@ def update(
     mine = chosen[run.accelerator.process_index :: run.accelerator.num_processes]
     states = [states_of(run, rollouts, i, selection, rates) for i in mine]
     weights = normalized_weights(run, states)
-    batches = equally_many(run.accelerator, micro_batches(run, states))
 
     def packed(batch: list[int]) -> tuple[StateBatch, Tensor]:
         if batch:
@@ -254,13 +263,38 @@ def update(
             weights_M = torch.zeros(0)
         return one.to(run.accelerator.device), weights_M.to(run.accelerator.device)
 
-    return update_weights(run, map(packed, batches), len(batches))
+    while True:
+        batches = equally_many(run.accelerator, micro_batches(run, states))
+        try:
+            return update_weights(run, map(packed, batches), len(batches))
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            is_alone = run.accelerator.num_processes == 1  # other ranks would wait for this one
+            if not (is_alone and is_out_of_memory(error) and run.micro_batch_rows > 1):
+                raise
+            halve_micro_batch(run)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; torch raises a plain RuntimeError for it on CPUs."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def halve_micro_batch(run: Run) -> None:
+    """Prepare to repeat the update with half the rows per forward: the same numbers up to rounding."""
+    run.micro_batch_rows //= 2
+    run.optimizer.zero_grad()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    logger.warning(
+        "out of memory: the update is repeated with train.micro_batch_rows=%d, and so are all after it",
+        run.micro_batch_rows,
+    )
 
 
 def micro_batches(run: Run, states: list[StateBatch]) -> list[list[int]]:
     """Indices of the states that share a packed row of at most `micro_batch_rows` * longest columns."""
     sizes = [one.num_columns for one in states]
-    return first_fit(sizes, run.config.train.micro_batch_rows * max(sizes, default=0))
+    return first_fit(sizes, run.micro_batch_rows * max(sizes, default=0))
 
 
 def states_of(

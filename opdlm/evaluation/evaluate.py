@@ -4,6 +4,9 @@ Per skill: accuracy, share of responses identical to the teacher's, tokens per f
 the prefill included). If a prompt has no answer, the teacher's greedy response is the reference. Retention is
 the student's accuracy, averaged over skills, divided by the teacher's. Every score has its 95 % interval
 (`intervals`). The report holds no times, so that repeated evaluations give equal reports.
+
+In `preserve` the AR model may replace tokens of the student (`ar_accept_threshold`), which hides what the
+student cannot do. Each such decoding has a second row in which nothing is replaced: the student alone.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.config.sections import EvalSection
@@ -30,12 +35,15 @@ from opdlm.evaluation.intervals import Interval, PairedComparison, compare_paire
 from opdlm.evaluation.scoring import is_right, is_right_flexibly
 from opdlm.files import write_atomic
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+from opdlm.training.metrics import PhaseProgress
 
 NGRAM_LENGTH = 4
 """Length of the n-grams that measure repetition."""
 NUM_EXAMPLES = 3
 """Responses per mode that the report shows."""
 
+ALONE = ", alone"
+"""Ends the name of a decoding in which the AR model replaces no token."""
 DENOISING_MODES = ("static", "threshold", "entropy", "left_to_right")
 MODES_OF_SETTING: dict[str, tuple[str, ...]] = {
     "batch_size": (),
@@ -69,6 +77,10 @@ class ModeReport:
     identical_to_teacher: float
     """Share of responses equal to the teacher's, token for token."""
     identical_to_teacher_interval: Interval
+    common_prefix: float
+    """Share of the teacher's tokens before the first difference, averaged over responses."""
+    replaced: float | None
+    """Share of response tokens that the AR model put in place of the student's; None where it cannot."""
     tokens_per_forward: float
     tokens_per_forward_seen: float
     tokens_per_forward_held_out: float
@@ -88,6 +100,8 @@ class RetentionReport:
     teacher: ModeReport
     student: list[ModeReport]
     held_out_skills: list[str]
+    num_answered: int
+    """Prompts with an answer; for the others the teacher's response is the reference."""
 
     def retention(self, mode: ModeReport) -> float:
         """The student's accuracy divided by the teacher's; 0 if the teacher's is 0."""
@@ -127,25 +141,35 @@ def decode_tasks(
     log: GenerationLog | None = None,
     name: str = "",
     seed: int = 0,
+    console: Console | None = None,
 ) -> Outputs:
     """Responses to all tasks, in batches of prompts of similar length; those in the log are decoded once.
 
-    `name`, and `seed` at a temperature above 0, are part of a response's key in the log.
+    `name`, and `seed` at a temperature above 0, are part of a response's key in the log. `console` shows the
+    progress.
     """
+    is_alone = mode in DENOISING_MODES and not section.decode.ar_accept_threshold
+    label = name or (f"{mode}{ALONE}" if is_alone else mode)
     config = replace(section.decode, mode=mode)
     keys = [decoding_key(log, name or mode, config, task, seed) for task in tasks]
     done = dict(log.finished) if log else {}
     order = sorted(range(len(tasks)), key=lambda i: (tasks[i].held_out, len(tasks[i].prompt.ids)))
-    for first in range(0, len(order), config.batch_size):
-        chosen = [i for i in order[first : first + config.batch_size] if keys[i] not in done]
-        prompts = [tasks[i].prompt.ids for i in chosen]
-        started = time.perf_counter()
-        batch = generate(model, prompts, config, [prompt_seed(seed, ids) for ids in prompts])
-        seconds = (time.perf_counter() - started) / max(1, len(chosen))
-        fresh = {keys[i]: Generation(r, seconds) for i, r in zip(chosen, batch, strict=True)}
-        if log and fresh:
-            log.add(fresh)
-        done |= fresh
+    missing = [i for i in order if keys[i] not in done]
+    with PhaseProgress(f"evaluate {label}", len(tasks), console) as progress:
+        progress.skip(len(tasks) - len(missing))
+        for first in range(0, len(order), config.batch_size):
+            chosen = [i for i in order[first : first + config.batch_size] if keys[i] not in done]
+            prompts = [tasks[i].prompt.ids for i in chosen]
+            started = time.perf_counter()
+            batch = generate(
+                model, prompts, config, [prompt_seed(seed, ids) for ids in prompts], progress.on_step
+            )
+            seconds = (time.perf_counter() - started) / max(1, len(chosen))
+            fresh = {keys[i]: Generation(r, seconds) for i, r in zip(chosen, batch, strict=True)}
+            if log and fresh:
+                log.add(fresh)
+            done |= fresh
+            progress.advance(len(chosen))
     return Outputs([done[key] for key in keys], keys)
 
 
@@ -173,6 +197,7 @@ def evaluate(
     log: GenerationLog | None = None,
     seed: int = 0,
     teacher: Outputs | None = None,
+    console: Console | None = None,
 ) -> tuple[RetentionReport, dict[str, Outputs]]:
     """The retention report, and the outputs by mode. `teacher`: its outputs in mode `ar`, if decoded already.
 
@@ -180,21 +205,52 @@ def evaluate(
     """
     check_modes(model.spec, tasks, section)
     if teacher is None:
-        teacher = decode_tasks(model.teacher_decoder(), tasks, "ar", section, log, "teacher", seed)
+        teacher = decode_tasks(model.teacher_decoder(), tasks, "ar", section, log, "teacher", seed, console)
     outputs = {"teacher": teacher}
+    replacing = set()
     for mode in section.modes or default_modes(model):
-        outputs[mode] = (
-            teacher
-            if mode == "ar" and model.spec.format == "preserve"
-            else decode_tasks(model, tasks, mode, section, log, seed=seed)
-        )
-    reports = {name: report_mode(name, output, teacher, tasks, tokenizer) for name, output in outputs.items()}
+        if mode == "ar" and model.spec.format == "preserve":
+            outputs[mode] = teacher
+            continue
+        outputs[mode] = decode_tasks(model, tasks, mode, section, log, seed=seed, console=console)
+        if can_replace(model.spec, mode, section):
+            replacing.add(mode)
+            outputs[mode + ALONE] = decode_tasks(
+                model, tasks, mode, student_alone(section), log, seed=seed, console=console
+            )
+    reports = {
+        name: report_mode(name, output, teacher, tasks, tokenizer, name in replacing)
+        for name, output in outputs.items()
+    }
     report = RetentionReport(
         teacher=reports.pop("teacher"),
         student=list(reports.values()),
         held_out_skills=sorted({t.skill for t in tasks if t.held_out}),
+        num_answered=sum(task.answer is not None for task in tasks),
     )
     return report, outputs
+
+
+def can_replace(spec: DiffusionSpec, mode: Mode, section: EvalSection) -> bool:
+    """Whether the AR model replaces tokens of the student that it finds unlikely."""
+    return spec.format == "preserve" and mode in DENOISING_MODES and section.decode.ar_accept_threshold > 0
+
+
+def student_alone(section: EvalSection) -> EvalSection:
+    """The same settings, with which the AR model replaces no token of the student."""
+    return replace(section, decode=replace(section.decode, ar_accept_threshold=0.0))
+
+
+def score_of(report: RetentionReport) -> float:
+    """What a student is worth, higher is better; no untrained student gets a good score.
+
+    In `preserve` the tokens per forward of lossless decoding. Where that is not measured, the retention of
+    the worst decoding in which the AR model replaces nothing.
+    """
+    by_name = {mode.name: mode for mode in report.student}
+    if "lossless" in by_name:
+        return by_name["lossless"].tokens_per_forward
+    return min(report.retention(mode) for mode in report.student if mode.replaced is None)
 
 
 def check_modes(spec: DiffusionSpec, tasks: Sequence[Task], section: EvalSection) -> None:
@@ -222,9 +278,16 @@ def response_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def report_mode(
-    name: str, output: Outputs, teacher: Outputs, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase
+    name: str,
+    output: Outputs,
+    teacher: Outputs,
+    tasks: Sequence[Task],
+    tokenizer: PreTrainedTokenizerBase,
+    is_replacing: bool = False,
 ) -> ModeReport:
-    """Metrics of the outputs of one mode; `teacher`: the reference outputs of the same tasks."""
+    """Metrics of the outputs of one mode; `teacher`: the reference outputs of the same tasks; `is_replacing`:
+    whether the AR model could replace tokens.
+    """
     texts = [response_text(rollout, tokenizer) for rollout in output.rollouts]
     references = [response_text(rollout, tokenizer) for rollout in teacher.rollouts]
     right = score_responses(tasks, texts, references)
@@ -240,7 +303,8 @@ def report_mode(
     }
     scores = {group: mean_over_skills(of_group) for group, of_group in groups.items() if of_group}
     overall = scores["all"]
-    same = sum(a.text_ids == b.text_ids for a, b in zip(output.rollouts, teacher.rollouts, strict=True))
+    both = list(zip(output.rollouts, teacher.rollouts, strict=True))
+    same = sum(ours.text_ids == theirs.text_ids for ours, theirs in both)
     stats = {
         "all": DecodeStats.of(output.rollouts),
         "seen": DecodeStats.of([r for r, t in zip(output.rollouts, tasks, strict=True) if not t.held_out]),
@@ -260,6 +324,8 @@ def report_mode(
         against_teacher={group: compare_paired(groups[group]) for group in scores},
         identical_to_teacher=same / len(tasks),
         identical_to_teacher_interval=wilson(same, len(tasks)),
+        common_prefix=sum(common_prefix(ours, theirs) for ours, theirs in both) / len(tasks),
+        replaced=share_replaced(output.rollouts) if is_replacing else None,
         tokens_per_forward=stats["all"].tokens_per_forward,
         tokens_per_forward_seen=stats["seen"].tokens_per_forward,
         tokens_per_forward_held_out=stats["held_out"].tokens_per_forward,
@@ -295,6 +361,17 @@ def flexible_accuracy(texts: Sequence[str], tasks: Sequence[Task]) -> float | No
     """Share of responses whose last number is correct; None without GSM8K tasks."""
     numeric = [(x, t.answer) for x, t in zip(texts, tasks, strict=True) if t.answer and t.scoring == "gsm8k"]
     return mean([float(is_right_flexibly(text, answer)) for text, answer in numeric])
+
+
+def common_prefix(ours: Rollout, theirs: Rollout) -> float:
+    """Share of `theirs` before the first token in which `ours` differs."""
+    pairs = zip(ours.text_ids, theirs.text_ids, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) / theirs.num_response
+
+
+def share_replaced(rollouts: Sequence[Rollout]) -> float:
+    """Share of the response tokens that the AR model put in place of the student's."""
+    return sum(r.num_replaced for r in rollouts) / sum(r.num_response for r in rollouts)
 
 
 def repetition(rollout: Rollout) -> float:

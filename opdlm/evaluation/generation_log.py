@@ -57,7 +57,9 @@ class GenerationLog:
 
 
 def read_finished(path: Path) -> dict[str, Generation]:
-    """Complete lines by key. A truncated last line is removed from the file."""
+    """Complete lines by key. A truncated last line is removed from the file; lines of earlier versions, which
+    did not count replaced tokens, are not read.
+    """
     if not path.is_file():
         return {}
     content = path.read_bytes()
@@ -65,7 +67,7 @@ def read_finished(path: Path) -> dict[str, Generation]:
     if len(whole) < len(content):
         os.truncate(path, len(whole))
     records = [json.loads(line) for line in whole.splitlines()]
-    return {r["key"]: Generation.from_record(r) for r in records if "key" in r}
+    return {r["key"]: Generation.from_record(r) for r in records if {"key", "num_replaced"} <= r.keys()}
 
 
 def fingerprint(folder: str) -> str:

@@ -54,7 +54,7 @@ def harness_class() -> type:
             pretrained: str,
             mode: Mode = "threshold",
             batch_size: int = 1,
-            dtype: str = "float32",
+            dtype: str = "auto",
             confidence_threshold: float | None = None,
             ar_accept_threshold: float | None = None,
             likelihood_samples: int = 16,

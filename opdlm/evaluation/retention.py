@@ -11,12 +11,14 @@ import json
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from opdlm import __version__
@@ -35,17 +37,24 @@ from opdlm.evaluation.evaluate import (
     differing_examples,
     evaluate,
     report_mode,
+    student_alone,
     write_outputs,
 )
 from opdlm.evaluation.generation_log import GenerationLog, fingerprint
 from opdlm.evaluation.likelihood import agreement_report, likelihood_report
+from opdlm.evaluation.speed import measure_speed, spread
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.reporting.pages import write_comparison, write_retention
+from opdlm.training.metrics import PhaseProgress
 
 MODEL_FOLDER = "model"
+HELD_BACK_FILE = "held_back.jsonl"
+"""Prompts that the run did not train on, where it had no eval.path."""
 RESULTS_FILE = "all_results.json"
 SAME_FOR_ALL = ("path", "scoring", "limit", "decode.max_new_tokens", "decode.temperature", "seeds")
 """Settings of `eval` that students must share to be comparable."""
+NUM_REPEATS = 2
+"""How often the speed of lossless decoding is measured for a report."""
 SEED_METRICS = ("accuracy", "accuracy_seen", "accuracy_held_out", "retention", "tokens_per_forward")
 """Metrics whose spread over seeds is reported."""
 
@@ -73,6 +82,8 @@ def eval_config(folder: Path, overrides: Sequence[str]) -> Config:
     """The settings of the run that made the folder, with other `eval.*` keys."""
     record = read_config_of(folder)
     values = {"eval": record.to_dict()["eval"]}
+    if not record.eval.path and (folder / HELD_BACK_FILE).is_file():
+        values["eval"]["path"] = str(folder / HELD_BACK_FILE)
     for override in overrides:
         if not override.startswith("eval."):
             raise ConfigError(f"{override}: only eval.* keys matter here, for example eval.limit=10.")
@@ -83,13 +94,16 @@ def eval_config(folder: Path, overrides: Sequence[str]) -> Config:
 
 
 def load_for_evaluation(folder: Path, teacher_path: str, dtype: str) -> tuple[DiffusionLM, Any]:
-    """Load a converted folder, and its teacher from `teacher_path` if the folder lacks it."""
-    model, tokenizer = load(folder, dtype)
+    """Load a converted folder, and its teacher from `teacher_path` if the folder lacks it, on this process's
+    device.
+    """
+    model, tokenizer = load(folder, dtype, str(PartialState().device))
     if model.spec.format == "sdar" and not model.spec.adapter:
         teacher = load_causal_lm(teacher_path, dtype)
         rows = vocabulary_rows(model.student)
         if rows != vocabulary_rows(teacher):
             teacher.resize_token_embeddings(rows, mean_resizing=False)
+        teacher.to(model.device)  # type: ignore[arg-type]
         model = DiffusionLM(model.student, model.spec, teacher=teacher).eval()
     return model, tokenizer
 
@@ -129,14 +143,24 @@ def open_log(out: Path, folder: Path, teacher_path: str, dtype: str) -> Generati
 
 
 def measure_folder(
-    folder: Path, config: Config, out: Path | None = None, teacher_path: str | None = None
+    folder: Path,
+    config: Config,
+    out: Path | None = None,
+    teacher_path: str | None = None,
+    console: Console | None = None,
 ) -> dict[str, Any]:
-    """The report of a converted folder as JSON values, written to `out` if given."""
+    """The report of a converted folder as JSON values, written to `out` if given. `console` shows the
+    progress.
+    """
     teacher_path = teacher_path or config.model.path
     model, tokenizer = load_for_evaluation(folder, teacher_path, config.model.dtype)
     tasks = load_eval_tasks(model, tokenizer, config)
     log = open_log(out, folder, teacher_path, config.model.dtype) if out else None
-    report, outputs = measure_model(model, tokenizer, tasks, config.eval, log)
+    report, outputs = measure_model(model, tokenizer, tasks, config.eval, log, console)
+    if model.spec.format == "preserve" and config.eval.timed_prompts:
+        with PhaseProgress("time lossless decoding", 1, console) as progress:
+            report["speed"] = measure_lossless_speed(folder, model, tasks, config)
+            progress.advance(1)
     report["settings"] = {
         "student": str(folder),
         "teacher": teacher_path,
@@ -151,20 +175,49 @@ def measure_folder(
     return report
 
 
+def measure_lossless_speed(
+    folder: Path, model: DiffusionLM, tasks: Sequence[Task], config: Config
+) -> dict[str, Any]:
+    """Speed of lossless decoding at its fastest setting beside AR decoding, on `eval.timed_prompts` prompts.
+
+    The entries of `bench.json`, measured as `opdlm bench` does, one prompt at a time.
+    """
+    ar_model = load_causal_lm(str(folder), config.model.dtype)
+    ar_model.to(model.device)  # type: ignore[arg-type]
+    prompts = [task.prompt.ids for task in spread(tasks, config.eval.timed_prompts)]
+    rows = measure_speed(
+        model,
+        ar_model,
+        prompts,
+        ("ar", "lossless"),
+        (1,),
+        config=replace(config.eval.decode, forward_overhead=None),
+        repeats=NUM_REPEATS,
+    )
+    settings = {"prompts": len(prompts), "file": config.eval.path, "repeats": NUM_REPEATS}
+    return {"settings": settings, "rows": [asdict(row) for row in rows]}
+
+
 def measure_model(
     model: DiffusionLM,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Task],
     section: EvalSection,
     log: GenerationLog | None = None,
+    console: Console | None = None,
 ) -> tuple[dict[str, Any], dict[str, Outputs]]:
     """The report as JSON values, and the outputs by name. Tokens per second are under `timing`.
 
     With several seeds the report is that of seed 0, and `over_seeds` holds the spread of its main metrics.
     """
-    results = [evaluate(model, tokenizer, tasks, section, log, seed) for seed in range(section.seeds)]
+    results = [
+        evaluate(model, tokenizer, tasks, section, log, seed, console=console)
+        for seed in range(section.seeds)
+    ]
     report, outputs = results[0]
-    values = report.to_dict() | text_metrics(model, outputs, section)
+    with PhaseProgress("compare with the teacher", 1, console) as progress:
+        values = report.to_dict() | text_metrics(model, outputs, section)
+        progress.advance(1)
     values["examples"] = differing_examples(tasks, outputs, tokenizer)
     values["timing"] = {name: output.tokens_per_second for name, output in outputs.items()}
     decodings = dict(outputs)
@@ -173,7 +226,7 @@ def measure_model(
     if len(results) > 1:
         values["over_seeds"] = spread_over_seeds([report for report, _ in results])
     if section.thresholds:
-        points = trade_off(model, tokenizer, tasks, section, outputs["teacher"], log)
+        points = trade_off(model, tokenizer, tasks, section, outputs["teacher"], log, console)
         values["trade_off"] = [
             {"confidence_threshold": threshold} | report.with_retention(mode)
             for threshold, (mode, _) in points.items()
@@ -189,12 +242,17 @@ def trade_off(
     section: EvalSection,
     teacher: Outputs,
     log: GenerationLog | None = None,
+    console: Console | None = None,
 ) -> dict[float, tuple[ModeReport, Outputs]]:
-    """Accuracy against tokens per forward: threshold decoding at each of `eval.thresholds`."""
+    """Accuracy against tokens per forward: threshold decoding at each of `eval.thresholds`, by the student
+    alone.
+    """
     points = {}
+    if model.spec.format == "preserve":
+        section = student_alone(section)
     for threshold in section.thresholds:
         at = replace(section, decode=replace(section.decode, confidence_threshold=threshold))
-        output = decode_tasks(model, tasks, "threshold", at, log)
+        output = decode_tasks(model, tasks, "threshold", at, log, console=console)
         points[threshold] = (report_mode("threshold", output, teacher, tasks, tokenizer), output)
     return points
 
@@ -237,7 +295,11 @@ def text_metrics(model: DiffusionLM, outputs: dict[str, Outputs], section: EvalS
 
 
 def compare_folders(
-    folders: Sequence[Path], configs: Sequence[Config], out: Path, teacher_path: str | None = None
+    folders: Sequence[Path],
+    configs: Sequence[Config],
+    out: Path,
+    teacher_path: str | None = None,
+    console: Console | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate several students, each in a folder of `out`, and write a table of all. ConfigError or
     DataError if they are not comparable.
@@ -246,7 +308,7 @@ def compare_folders(
     students = []
     for folder, config, name in zip(folders, configs, student_names(folders), strict=True):
         results = json.loads((folder / RESULTS_FILE).read_text())
-        report = measure_folder(folder, config, out / name, teacher_path)
+        report = measure_folder(folder, config, out / name, teacher_path, console)
         students.append(
             {
                 "name": name,

@@ -1,50 +1,41 @@
-"""Decoding speed of a converted checkpoint, relative to `transformers.generate` on its AR model.
+"""Decoding speed of a converted checkpoint, relative to AR decoding of its AR model.
 
 Greedy decoding of the same prompts. Every repeat runs all decoders in turn, so that other load affects them
 equally, and the median over repeats counts. `transformers.generate` decodes left-padded batches in the given
 order, each until its last row ends; `generate` and vLLM refill a batch when rows finish. vLLM decodes the
-same AR model with at most a batch of rows; its start is not timed. Tokens count up to the stop token. Not
-here: accuracy (`evaluate`).
+same AR model with at most a batch of rows; its start is not timed. Tokens count up to the stop token. `bench`
+measures a folder in detail, `retention` a few prompts of every report. Not here: accuracy (`evaluate`).
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import torch
-from accelerate import PartialState
-from rich.console import Console
 from transformers import PreTrainedModel
 
-from opdlm.checkpoints.load import check_decode, check_fits, load, load_causal_lm
-from opdlm.data.prompts import load_tasks
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
 from opdlm.errors import ConfigError
-from opdlm.evaluation.retention import read_config_of, versions
 from opdlm.modeling.compiled import compiled_decoding
 from opdlm.modeling.diffusion_lm import DiffusionLM
-from opdlm.reporting.tables import Table, count, percent, print_table
-from opdlm.vllm.engine import (
-    VllmTeacher,
-    check_vllm,
-    installed_version,
-    is_tested_version,
-    start_ar_model,
-)
+from opdlm.vllm.engine import VllmTeacher, start_ar_model
 
 AR_NAME = "transformers.generate"
 VLLM_NAME = "vllm"
+COMPILED = ", compiled"
+"""Ends the name of a mode with a compiled forward."""
+AR_DECODERS = (AR_NAME, VLLM_NAME, "ar", "ar" + COMPILED)
+"""All that decode the AR model token by token."""
+Item = TypeVar("Item")
 Responses = list[tuple[int, ...]]
 Decoder = Callable[[], tuple[Responses, float | None]]
 """Decodes all prompts. Returns the responses, and tokens per forward (None if it does not count them)."""
@@ -59,11 +50,18 @@ class Speed:
     tokens_per_second: float
     speedup: float
     """Relative to `transformers.generate` at the same batch size: median of the ratios in each repeat."""
+    over_fastest_ar: float
+    """The same relative to the fastest of the AR decoders that were measured (`AR_DECODERS`)."""
     tokens_per_forward: float | None
     identical: float
     """Share of responses equal to those of `transformers.generate`."""
     seconds: tuple[float, ...]
     """Of each repeat."""
+
+
+def spread(items: Sequence[Item], num: int) -> list[Item]:
+    """Up to `num` of the items, evenly spaced."""
+    return list(items[:: max(1, len(items) // num)][:num])
 
 
 def hf_responses(
@@ -97,53 +95,33 @@ def cut_after_stop(ids: Sequence[int], stops: Sequence[int]) -> tuple[int, ...]:
     return tuple(ids[:end])
 
 
-def bench_folder(
-    folder: Path,
-    config: DecodeConfig,
-    *,
-    prompts: str | None,
+def measure_speed(
+    model: DiffusionLM,
+    ar_model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
     modes: Sequence[Mode],
     batch_sizes: Sequence[int],
-    limit: int,
+    *,
+    config: DecodeConfig,
     repeats: int,
-    compiles: bool,
-    vllm: Literal["auto", "always", "never"],
-    out: Path | None,
-    console: Console,
+    compiles: bool = False,
+    vllm_folder: str | None = None,
+    on_row: Callable[[Speed], None] = lambda _: None,
 ) -> list[Speed]:
-    """Measure a converted folder and print the table; `opdlm.bench` documents the arguments."""
-    if vllm == "always":
-        check_vllm("`vllm=always`")
-    with_vllm = vllm != "never" and is_tested_version(installed_version())
-    model, tokenizer = load(folder, device=str(PartialState().device))
-    is_preserve = model.spec.format == "preserve"
-    if not is_preserve and {"ar", "lossless"} & set(modes):
-        raise ConfigError("`modes` ar and lossless need a preserve checkpoint; this one is sdar.")
-    check_decode(config, model.spec)
-    path = prompts or read_config_of(folder).eval.path
-    if not path:
-        raise ConfigError("the run had no evaluation set: `prompts` must name a JSONL file.")
-    tasks = load_tasks(path, tokenizer, model.spec.mask_token_id, limit=None)
-    ids = [task.prompt.ids for task in tasks][:: max(1, len(tasks) // limit)][:limit]
-    check_fits(model, ids, config.max_new_tokens, "max_new_tokens")
-    ar_model = load_causal_lm(str(folder), "float32")
-    ar_model.to(model.device)  # type: ignore[arg-type]
-    modes = modes or (("ar", "lossless", "static", "threshold") if is_preserve else ("static", "threshold"))
-    greedy = replace(config, temperature=0.0, top_k=None, top_p=None, logprobs=False)
-    rows = list[Speed]()
+    """One row per batch size and decoder, `transformers.generate` first.
+
+    Mode, batch size and sampling of `config` are replaced. `compiles` adds every mode with a compiled
+    forward, `vllm_folder` adds vLLM. `on_row` is called with each row. ConfigError
+    if vLLM cannot run the folder.
+    """
+    rows = []
     for batch_size in batch_sizes:
-        plain = replace(greedy, batch_size=batch_size)
-        with running_vllm(str(folder) if with_vllm else None, model, ids, plain) as teacher:
-            decoders = make_decoders(model, ar_model, ids, modes, plain, compiles, teacher)
-            for row in time_decoders(decoders, batch_size, repeats):
-                text = f"batch {batch_size}: {row.name} {row.tokens_per_second:.0f} tokens/s"
-                console.print(text, soft_wrap=True)
-                rows.append(row)
-    print_table(speed_table(rows), console)
-    if out is not None:
-        settings: dict[str, Any] = {"prompts": len(ids), "file": path, "repeats": repeats}
-        settings |= {"vllm": installed_version()} if with_vllm else {}
-        write_speed(rows, out, settings | versions())
+        plain = replace(
+            config, batch_size=batch_size, temperature=0.0, top_k=None, top_p=None, logprobs=False
+        )
+        with running_vllm(vllm_folder, model, prompts, plain) as vllm:
+            decoders = make_decoders(model, ar_model, prompts, modes, plain, compiles, vllm)
+            rows += time_decoders(decoders, batch_size, repeats, on_row)
     return rows
 
 
@@ -156,7 +134,7 @@ def running_vllm(
         yield None
         return
     try:
-        engine = start_ar_model(folder, model, prompts, config, "float32")
+        engine = start_ar_model(folder, model, prompts, config)
     except (ValueError, RuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"vLLM cannot run {folder} ({reason}): leave it out with --vllm never.") from error
@@ -193,14 +171,16 @@ def make_decoders(
         decoders[mode] = partial(decode, config, is_compiled=False)
         generate(model, prompts[:1], config)
         if compiles:
-            decoders[f"{mode}, compiled"] = partial(decode, config, is_compiled=True)
+            decoders[mode + COMPILED] = partial(decode, config, is_compiled=True)
             with compiled_decoding(model):
                 generate(model, prompts[: plain.batch_size + 1], config)
     return decoders
 
 
-def time_decoders(decoders: dict[str, Decoder], batch_size: int, repeats: int) -> list[Speed]:
-    """Run every decoder once per repeat, in turn; a row per decoder, `transformers.generate` first."""
+def time_decoders(
+    decoders: dict[str, Decoder], batch_size: int, repeats: int, on_row: Callable[[Speed], None]
+) -> list[Speed]:
+    """Run every decoder once per repeat, in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in decoders}
     responses: dict[str, Responses] = {}
     per_forward: dict[str, float | None] = {}
@@ -209,64 +189,37 @@ def time_decoders(decoders: dict[str, Decoder], batch_size: int, repeats: int) -
             started = time.perf_counter()
             responses[name], per_forward[name] = decode()
             seconds[name].append(time.perf_counter() - started)
-    return [summarise(name, batch_size, seconds, responses, per_forward[name]) for name in decoders]
+    num_tokens = {name: sum(map(len, found)) for name, found in responses.items()}
+    rates = {name: [num_tokens[name] / one for one in times] for name, times in seconds.items()}
+    rows = []
+    for name in decoders:
+        rows.append(summarise(name, batch_size, rates, seconds[name], responses, per_forward[name]))
+        on_row(rows[-1])
+    return rows
 
 
 def summarise(
     name: str,
     batch_size: int,
-    seconds: dict[str, list[float]],
-    responses: dict[str, Responses],
+    rates: Mapping[str, Sequence[float]],
+    seconds: Sequence[float],
+    responses: Mapping[str, Responses],
     tokens_per_forward: float | None,
 ) -> Speed:
-    """The row of one decoder from the times and responses of all."""
+    """The row of one decoder; `rates`: tokens per second of all, in each repeat."""
 
-    def rates(which: str) -> list[float]:
-        return [sum(len(ids) for ids in responses[which]) / one for one in seconds[which]]
+    def ratio_to(other: str) -> float:
+        return statistics.median(a / b for a, b in zip(rates[name], rates[other], strict=True))
 
     same = [a == b for a, b in zip(responses[name], responses[AR_NAME], strict=True)]
+    fastest = max(AR_DECODERS, key=lambda other: statistics.median(rates.get(other, [0.0])))
     return Speed(
         name=name,
         batch_size=batch_size,
-        tokens_per_second=statistics.median(rates(name)),
-        speedup=statistics.median(a / b for a, b in zip(rates(name), rates(AR_NAME), strict=True)),
+        tokens_per_second=statistics.median(rates[name]),
+        speedup=ratio_to(AR_NAME),
+        over_fastest_ar=ratio_to(fastest),
         tokens_per_forward=tokens_per_forward,
         identical=sum(same) / len(same),
-        seconds=tuple(seconds[name]),
+        seconds=tuple(seconds),
     )
-
-
-def speed_table(rows: Sequence[Speed]) -> Table:
-    """A row per way of decoding and batch size."""
-    return Table(
-        title="Decoding speed",
-        head=["decoding", "batch", "tokens/s", "× AR", "tokens/forward", "= AR"],
-        rows=[
-            [
-                row.name,
-                str(row.batch_size),
-                f"{row.tokens_per_second:.0f}",
-                f"{row.speedup:.2f}",
-                count(row.tokens_per_forward),
-                percent(row.identical),
-            ]
-            for row in rows
-        ],
-        note="× AR: speed over `transformers.generate`. = AR: responses equal to those of "
-        "`transformers.generate`.",
-    )
-
-
-def write_speed(rows: Sequence[Speed], folder: Path, settings: dict[str, Any]) -> None:
-    """Write `bench.json` and `bench.png`."""
-    from opdlm.reporting.plots import plot_bars
-
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings, "rows": [asdict(row) for row in rows]}
-    (folder / "bench.json").write_text(json.dumps(record, indent=2))
-    names = list(dict.fromkeys(row.name for row in rows))
-    groups = {
-        f"batch {size}": [row.tokens_per_second for row in rows if row.batch_size == size]
-        for size in dict.fromkeys(row.batch_size for row in rows)
-    }
-    plot_bars(names, groups, "tokens per second", folder / "bench.png")

@@ -48,7 +48,7 @@ class DiffusionSpec:
     """Tokens per block."""
     grid: GridKind
     mask_token_id: int
-    """Id of [MASK]. An id beyond the vocabulary marks unknown text in models that have no mask token."""
+    """Id of [MASK]. It may lie outside the vocabulary: with `preserve` its embedding is stored apart."""
     stop_token_ids: tuple[int, ...]
     banned_token_ids: tuple[int, ...] = ()
     """Ids that are never sampled: unused rows of the embedding, and always `mask_token_id`, which is added
@@ -247,7 +247,9 @@ class DiffusionLM(nn.Module):
 
     def embed(self, model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
         """Input embeddings `[..., H]`, with the student's own embedding of [MASK] if it has one."""
-        embedded_BSH = model.get_input_embeddings()(ids_BS)
+        embedding: Any = model.get_input_embeddings()
+        # an id of [MASK] outside the vocabulary has no row
+        embedded_BSH = embedding(ids_BS.clamp_max(embedding.weight.shape[0] - 1))
         if self.mask_embedding is None or model is not self.student:
             return embedded_BSH
         is_mask_BS1 = (ids_BS == self.spec.mask_token_id)[..., None]

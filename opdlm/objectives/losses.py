@@ -78,9 +78,11 @@ class Head:
 
 
 def lm_head_of(model: PreTrainedModel, banned: Tensor | None = None) -> Head:
-    """The LM head of a model as tensors."""
+    """The LM head of a model as tensors. Banned ids outside the vocabulary have no logit."""
     softcap, scale = head_constants(model)
     linear = model.get_output_embeddings()
+    if banned is not None:
+        banned = banned[banned < linear.weight.shape[0]]
     return Head(
         weight=linear.weight, bias=getattr(linear, "bias", None), softcap=softcap, scale=scale, banned=banned
     )

@@ -15,8 +15,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 from opdlm.config.sections import BUNDLED, Config, resolve_path
 from opdlm.config.text import TextConfig
 from opdlm.reporting.tables import measured_text
+from opdlm.reporting.verdict import timed_lossless
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
+SPEED_METRICS = {
+    "tokens_per_forward": "tokens per forward",
+    "over_fastest_ar": "speed over the fastest AR decoding",
+}
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -94,19 +99,29 @@ def base_license(base: str) -> dict[str, str]:
 
 
 def measured_data(name: str, report: dict[str, Any]) -> dict[str, Any]:
-    """The model index: accuracy and retention of every mode on the evaluation set of the report."""
+    """The model index: the speed of lossless decoding, and accuracy and retention of every mode in which the
+    AR model replaced nothing, on the evaluation set of the report.
+    """
     dataset = Path(report["settings"]["config"]["eval"]["path"]).name
+    timed = timed_lossless(report) or {}
+    values = {
+        (metric, f"{name} (lossless)"): timed[metric] for metric, name in SPEED_METRICS.items() if timed
+    }
+    values |= {
+        (metric, f"{metric} ({mode['name']})"): mode[metric]
+        for mode in report["student"]
+        for metric in ("accuracy", "retention")
+        if mode.get("replaced") is None
+    }
     found = [
         EvalResult(
             task_type="text-generation",
             dataset_type=dataset,
             dataset_name=dataset,
             metric_type=metric,
-            metric_name=f"{metric} ({mode['name']})",
-            metric_value=round(mode[metric], 4),
+            metric_name=name,
+            metric_value=round(value, 4),
         )
-        for mode in report["student"]
-        for metric in ("accuracy", "retention")
-        if mode[metric] is not None
+        for (metric, name), value in values.items()
     ]
     return {"model_name": name, "metrics": ["accuracy"], "eval_results": found}

@@ -23,6 +23,7 @@ from opdlm.reporting.plots import (
     plot_divergence,
     plot_metrics,
     plot_retention,
+    plot_speed,
     plot_trade_off,
 )
 from opdlm.reporting.tables import (
@@ -33,12 +34,11 @@ from opdlm.reporting.tables import (
     report_tables,
     with_interval,
 )
+from opdlm.reporting.verdict import Values, own_decodings, verdict
 from opdlm.training.metrics import read_metrics
 
 RETENTION_FILE, TIMING_FILE = "retention.json", "timing.json"
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
-
-Values = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +85,11 @@ class Page:
 
 def write_retention(folder: Path, report: Values, name: str) -> None:
     """Write the report of one student: numbers, times, plots and pages."""
-    numbers = {key: value for key, value in report.items() if key != "timing"}
+    numbers = {key: value for key, value in report.items() if key not in ("timing", "speed")}
+    times = report["timing"] | {key: report[key] for key in ("speed",) if key in report}
     write_atomic(folder / RETENTION_FILE, json.dumps(numbers, indent=2, ensure_ascii=False))
-    write_atomic(folder / TIMING_FILE, json.dumps(report["timing"], indent=2))
-    pictures = [Picture(folder / "retention.png", "Accuracy and retention with 95 % intervals")]
-    plot_retention(report, pictures[0].path)
+    write_atomic(folder / TIMING_FILE, json.dumps(times, indent=2))
+    pictures = main_pictures(report, folder)
     if "trade_off" in report:
         pictures.append(Picture(folder / "trade_off.png", "Accuracy against tokens per forward by threshold"))
         plot_trade_off(report, pictures[-1].path)
@@ -107,13 +107,31 @@ def write_retention(folder: Path, report: Values, name: str) -> None:
     page.write(folder)
 
 
+def main_pictures(report: Values, folder: Path) -> list[Picture]:
+    """Draw the speed of lossless decoding, where it was measured, and what every mode retains."""
+    pictures = []
+    if "speed" in report:
+        pictures.append(Picture(folder / "speed.png", "Speed of lossless decoding beside AR decoding"))
+        plot_speed(report["speed"]["rows"], pictures[-1].path)
+    pictures.append(Picture(folder / "retention.png", "Accuracy and retention with 95 % intervals"))
+    plot_retention(report, pictures[-1].path)
+    return pictures
+
+
 def headline(report: Values) -> list[str]:
-    """One sentence on each mode."""
+    """The verdict, and a sentence on each mode in which the student writes alone."""
+    return [
+        verdict(report),
+        *student_lines(report),
+    ]
+
+
+def student_lines(report: Values) -> list[str]:
     return [
         f"{mode['name']}: "
         f"{with_interval(mode['retention'], mode['against_teacher']['all']['retention_interval'])} of the "
         f"teacher's accuracy at {count(mode['tokens_per_forward'])} tokens per forward."
-        for mode in report["student"]
+        for mode in own_decodings(report)
     ]
 
 
@@ -130,14 +148,17 @@ def read_retention(folder: Path) -> Values | None:
     """The report that `write_retention` wrote; None if the folder has none."""
     if not (folder / RETENTION_FILE).is_file():
         return None
-    report = json.loads((folder / RETENTION_FILE).read_text(encoding="utf-8"))
+    report: Values = json.loads((folder / RETENTION_FILE).read_text(encoding="utf-8"))
     if "config" not in report["settings"]:
         raise DataError(
             f"{folder / RETENTION_FILE} was written by an earlier version: `opdlm eval {folder} --out "
             f"{folder}` writes it again."
         )
-    timing = folder / TIMING_FILE
-    return report | ({"timing": json.loads(timing.read_text())} if timing.is_file() else {})
+    if not (folder / TIMING_FILE).is_file():
+        return report
+    times = json.loads((folder / TIMING_FILE).read_text())
+    speed = {"speed": times.pop("speed")} if "speed" in times else {}
+    return report | {"timing": times} | speed
 
 
 def write_comparison(folder: Path, students: Sequence[Values]) -> None:
@@ -168,8 +189,7 @@ def write_run_page(run: Path) -> Path:
     pictures = [Picture(run / "training.png", "Training, against the rollout tokens seen")]
     plot_metrics(metrics, pictures[0].path)
     if report is not None:
-        pictures.append(Picture(run / "retention.png", "Accuracy and retention with 95 % intervals"))
-        plot_retention(report, pictures[1].path)
+        pictures += main_pictures(report, run)
         tables += report_tables(report)
     config = run / "config.yaml"
     page = Page(

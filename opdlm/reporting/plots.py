@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opdlm.objectives.mask_theory import WIKITEXT_WEIGHTS, optimal_t, signal
-from opdlm.reporting.tables import all_modes
+from opdlm.reporting.tables import all_modes, percent
 
 CURVES = {
     "loss": "loss",
@@ -22,7 +22,8 @@ CURVES = {
     "heldout_md_bound": "held-out masked-diffusion bound",
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
-    "tokens_per_forward": "tokens per forward",
+    "held_back_tokens_per_forward": "tokens per forward, held-back prompts",
+    "tokens_per_forward": "tokens per forward, rollouts",
     "response_length": "response length, tokens",
     "rollout_share_of_time": "rollout share of time",
     "retention": "retention, %",
@@ -49,8 +50,9 @@ def plot_metrics(metrics: Sequence[dict[str, float]], path: Path) -> None:
         axis.set_axis_off()
     for axis, (name, rows) in zip(axes.flat, curves.items(), strict=False):
         tokens = [row.get("rollout_tokens", row.get("tokens")) for row in rows]
-        if name == "retention":
-            axis.plot(tokens, [100 * row[name] for row in rows], marker="o", markersize=3)
+        if name in ("retention", "held_back_tokens_per_forward"):
+            scale = 100 if name == "retention" else 1
+            axis.plot(tokens, [scale * row[name] for row in rows], marker="o", markersize=3)
         else:
             axis.plot(tokens, [row[name] for row in rows], linewidth=1)
         if name in LOGARITHMIC and any(row[name] > 0 for row in rows):
@@ -66,7 +68,7 @@ def plot_retention(report: Mapping[str, Any], path: Path) -> None:
     """Accuracy of teacher and modes over all, seen and held-out skills; below, the retention of the modes."""
     figure, axes = new_figure(1, 8, 6.4, 2)
     modes = all_modes(dict(report))
-    ticks = [f"{mode['name']}\n{mode['tokens_per_forward']:.2f} tok/fwd" for mode in modes]
+    ticks = [tick_of(mode) for mode in modes]
     axis = axes[0][0]
     groups = {"all skills": "accuracy", "seen": "accuracy_seen", "held out": "accuracy_held_out"}
     groups = {label: key for label, key in groups.items() if modes[0][key] is not None}
@@ -88,6 +90,20 @@ def plot_retention(report: Mapping[str, Any], path: Path) -> None:
     axis.set_xlim(-0.6, max(len(students), 2) - 0.4)
     axis.margins(y=0.12)
     figure.savefig(path, dpi=DPI)
+
+
+def tick_of(mode: Mapping[str, Any]) -> str:
+    """Name, tokens per forward and, where the AR model replaced tokens, their share."""
+    lines = [mode["name"], f"{mode['tokens_per_forward']:.2f} tok/fwd"]
+    replaced = mode.get("replaced")
+    return "\n".join(lines if replaced is None else [*lines, f"{percent(replaced)} replaced"])
+
+
+def plot_speed(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Tokens per second as multiples of the fastest AR decoding, from 0, for the rows of one batch size."""
+    names = [f"{row['name']}, {row['tokens_per_forward']:.2f} tok/fwd" for row in rows]
+    ratios = [row["over_fastest_ar"] for row in rows]
+    plot_bars(names, {"one prompt at a time": ratios}, "× the fastest AR decoding", path)
 
 
 def draw_bars(
@@ -121,12 +137,17 @@ def plot_trade_off(report: Mapping[str, Any], path: Path) -> None:
         axis.annotate(
             f"{point['confidence_threshold']:g}", at, (4, 5), textcoords="offset points", fontsize=8
         )
-    others = [mode for mode in all_modes(dict(report)) if mode["name"] != "threshold"]
+    others = [mode for mode in all_modes(dict(report)) if not is_threshold_alone(mode)]
     for mode, marker in zip(others, "s^vDP*", strict=False):
         x, y = mode["tokens_per_forward"], 100 * mode["accuracy"]
         axis.plot([x], [y], marker, label=mode["name"], linestyle="none")
     finish_trade_off(axis, "exact match, %")
     figure.savefig(path, dpi=DPI)
+
+
+def is_threshold_alone(mode: Mapping[str, Any]) -> bool:
+    """Whether the mode is a point of the line over thresholds."""
+    return mode["name"].split(",")[0] == "threshold" and mode.get("replaced") is None
 
 
 def draw_curve(axis: Any, points: Sequence[Mapping[str, Any]], key: str, label: str) -> None:
@@ -233,16 +254,18 @@ def draw_orders(axis: Any, weights: Sequence[float]) -> None:
 
 
 def plot_bars(names: Sequence[str], groups: Mapping[str, Sequence[float]], ylabel: str, path: Path) -> None:
-    """One cluster of bars per group, a bar per name, on a logarithmic axis."""
-    figure, axes = new_figure(1, 3 + 0.45 * len(names) * len(groups), 3.6)
+    """One cluster of bars per group, a bar per name: ratios from 0, with a line at 1."""
+    figure, axes = new_figure(1, 4 + 0.45 * len(names) * len(groups), 3.6)
     axis = axes[0][0]
     width = 0.8 / len(names)
     for offset, name in enumerate(names):
         places = [i + width * (offset - (len(names) - 1) / 2) for i in range(len(groups))]
         bars = axis.bar(places, [values[offset] for values in groups.values()], width=width, label=name)
-        axis.bar_label(bars, fmt="%.0f", fontsize=7)
+        axis.bar_label(bars, fmt="%.2f", fontsize=7)
+    axis.axhline(1, color="gray", linewidth=0.8, linestyle="--")
     axis.set_xticks(range(len(groups)), list(groups))
-    axis.set_yscale("log")
-    axis.set_ylabel(ylabel)
+    axis.margins(y=0.1)
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel(ylabel, fontsize=8)
     axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=DPI)

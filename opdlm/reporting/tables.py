@@ -6,15 +6,15 @@ The input are plain values as `retention.json` and `timing.json` hold them. Not 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
-Values = dict[str, Any]
+from opdlm.reporting.verdict import Values, has_answers, is_preserve, verdict
+
 NOTHING = "–"
 
 
@@ -35,7 +35,12 @@ class Table:
     def terminal(self) -> TerminalTable:
         """The table as drawn in a terminal, with the note as its caption."""
         found = TerminalTable(
-            title=Text(self.title), caption=Text(self.note), box=box.SIMPLE_HEAD, caption_justify="left"
+            title=Text(self.title),
+            caption=Text(self.note),
+            box=box.SIMPLE_HEAD,
+            caption_justify="left",
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
         )
         for place, name in enumerate(self.head):
             found.add_column(Text(name), justify="right" if place else "left", overflow="fold")
@@ -71,8 +76,43 @@ def count(number: float | None) -> str:
 
 
 def all_modes(report: Values) -> list[Values]:
-    """Teacher first."""
-    return [report["teacher"] | {"retention": 1.0}, *report["student"]]
+    """Teacher first, then lossless decoding, the student alone, and what the AR model corrected."""
+    return [report["teacher"] | {"retention": 1.0}, *sorted(report["student"], key=place_of)]
+
+
+def place_of(mode: Values) -> int:
+    if mode["name"] == "lossless":
+        return 0
+    return 1 if mode.get("replaced") is None else 2
+
+
+REPLACED_NOTE = (
+    "replaced: share of tokens that the AR model put in place of the student's; `alone`: it replaced none. "
+    "`lossless` is the AR model's text by construction, so only its speed says what was learnt."
+)
+
+
+def summary_table(report: Values) -> Table:
+    """What fits a terminal of 80 columns."""
+    rows = [
+        [
+            mode["name"],
+            *[percent(mode.get(key)) for key in ("accuracy", "retention", "identical_to_teacher")],
+            *[percent(mode.get(key)) for key in ("common_prefix", "replaced")],
+            count(mode["tokens_per_forward"]),
+        ]
+        for mode in all_modes(report)
+    ]
+    note = "" if has_answers(report) else "Without answers the teacher's responses are the reference. "
+    note += "prefix: share of the teacher's tokens before the first difference."
+    if is_preserve(report):
+        note = f"{note} {REPLACED_NOTE}"
+    return Table(
+        title=f"Retention on {report['teacher']['num_prompts']} prompts",
+        head=["decoding", "accuracy", "retained", "= teacher", "prefix", "replaced", "tok/fwd"],
+        rows=rows,
+        note=note,
+    )
 
 
 def retention_table(report: Values) -> Table:
@@ -85,7 +125,7 @@ def retention_table(report: Values) -> Table:
                 mode["name"],
                 *[percent(mode[key]) for key in ("accuracy", "accuracy_seen", "accuracy_held_out")],
                 with_interval(mode["retention"], interval),
-                percent(mode["identical_to_teacher"]),
+                *[percent(mode.get(key)) for key in ("identical_to_teacher", "common_prefix", "replaced")],
                 *[count(mode[f"tokens_per_forward{group}"]) for group in ("", "_seen", "_held_out")],
                 speed(report, mode["name"]),
             ]
@@ -96,13 +136,15 @@ def retention_table(report: Values) -> Table:
     return Table(
         title="Retention",
         head=[
-            *("mode", "accuracy", "seen", "held out", "retention", "= teacher"),
+            *("mode", "accuracy", "seen", "held out", "retention", "= teacher", "prefix", "replaced"),
             *("tok/fwd", "seen", "held out", "tok/s"),
         ],
         rows=rows,
         note=f"{report['teacher']['num_prompts']} prompts, {how}; accuracy is the mean over skills of exact "
         "match. Every forward is counted, prefill and commits included. `teacher` is the original model, "
-        "decoded token by token. In brackets: 95 % interval (bootstrap over the same prompts).",
+        "decoded token by token. In brackets: 95 % interval (bootstrap over the same prompts). prefix: share "
+        "of the teacher's tokens before the first difference. "
+        + (REPLACED_NOTE if is_preserve(report) else ""),
     )
 
 
@@ -156,6 +198,28 @@ def response_table(report: Values) -> Table:
         note="tokens: mean length. stopped: ended by a stop token, not by the limit. repeated: share of "
         "4-grams that occur earlier in the same response. A step is a forward that reveals tokens. "
         "× AR: tokens per second over the teacher's, of a single run (`opdlm bench` repeats it).",
+    )
+
+
+def speed_table(rows: Sequence[Values]) -> Table:
+    """A row per way of decoding and batch size, from the rows of `bench.json` or `timing.json`."""
+    return Table(
+        title="Decoding speed",
+        head=["decoding", "batch", "tok/s", "× generate", "× best AR", "tok/fwd", "= AR"],
+        rows=[
+            [
+                row["name"],
+                str(row["batch_size"]),
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['speedup']:.2f}",
+                f"{row['over_fastest_ar']:.2f}",
+                count(row["tokens_per_forward"]),
+                percent(row["identical"]),
+            ]
+            for row in rows
+        ],
+        note="× generate: speed over `transformers.generate`. × best AR: over the fastest AR decoding of "
+        "this table. = AR: responses equal to those of `transformers.generate`.",
     )
 
 
@@ -248,7 +312,23 @@ def plus_minus(measure: Values | None, scale: float, unit: str, digits: int) -> 
 def report_tables(report: Values) -> list[Table]:
     """Every table of one report that has rows."""
     tables = (retention_table, seed_table, paired_table, response_table, distance_table, skill_table)
-    return [table for make in (*tables, trade_off_table) if (table := make(report)).rows]
+    made = [timed_table(report), *[make(report) for make in (*tables, trade_off_table)]]
+    return [table for table in made if table.rows]
+
+
+def timed_table(report: Values) -> Table:
+    """The speed of lossless decoding beside AR decoding, where it was measured."""
+    measured = report.get("speed", {"rows": []})
+    table = speed_table(measured["rows"])
+    if not table.rows:
+        return table
+    how = measured["settings"]
+    return replace(
+        table,
+        title="Lossless decoding speed",
+        note=f"{how['prompts']} prompts one after the other, median of {how['repeats']} repeats; lossless at "
+        f"its fastest setting. {table.note}",
+    )
 
 
 def comparison_table(students: Sequence[Values]) -> Table:
@@ -280,20 +360,21 @@ def comparison_table(students: Sequence[Values]) -> Table:
 
 
 def main_tables(report: Values) -> list[Table]:
-    """The tables of a report for the model card and the terminal."""
-    makers = (retention_table, seed_table, distance_table, trade_off_table)
+    """The tables of a report for the model card."""
+    makers = (timed_table, retention_table, seed_table, distance_table, trade_off_table)
     return [table for make in makers if (table := make(report)).rows]
 
 
-def print_report(report: Values, console: Console, extra: Sequence[Table] = ()) -> None:
-    """The main tables, those of `extra` and the note about likelihoods."""
-    for table in (*main_tables(report), *extra):
+def print_report(report: Values, console: Console) -> None:
+    """Narrow tables, what the student's likelihoods are, and the verdict."""
+    makers = (timed_table, summary_table, seed_table, trade_off_table)
+    for table in (table for make in makers if (table := make(report)).rows):
         print_table(table, console)
-    if note := likelihood_note(report):
-        console.print(note, markup=False, soft_wrap=True)
+    for text in filter(None, (likelihood_note(report), verdict(report))):
+        console.print(f"{text}\n", markup=False, soft_wrap=not console.is_terminal)
 
 
 def measured_text(report: Values) -> str:
-    """The main tables in Markdown, with their notes."""
+    """The verdict and the main tables in Markdown, with their notes."""
     parts = [part for table in main_tables(report) for part in (table.markdown(), table.note)]
-    return "\n\n".join(filter(None, [*parts, likelihood_note(report)]))
+    return "\n\n".join(filter(None, [verdict(report), *parts, likelihood_note(report)]))

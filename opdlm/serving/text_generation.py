@@ -96,7 +96,8 @@ def generate(
     }
     config = with_changes(config or DecodeConfig(), changes)
     check_decode(config, model.spec)
-    if config.mode != "ar" and model.spec.mask_token_id >= vocabulary_rows(model.student):
+    is_plain = model.mask_embedding is None and model.spec.mask_token_id >= vocabulary_rows(model.student)
+    if config.mode != "ar" and is_plain:
         raise ConfigError(
             f"`mode={config.mode}` needs a diffusion model, and this one is a plain autoregressive "
             "checkpoint: convert it with opdlm.convert, or use `mode=ar`."

@@ -180,7 +180,7 @@ def from_convert_folder(folder: Path, options: LikelihoodOptions) -> LikelihoodM
 
 def from_plain_folder(folder: Path, options: LikelihoodOptions) -> LikelihoodModel:
     """Any causal checkpoint; also masked diffusion if the user names its prediction."""
-    base, tokenizer = load_causal_lm(str(folder), "float32"), load_tokenizer(str(folder))
+    base, tokenizer = load_causal_lm(str(folder)), load_tokenizer(str(folder))
     mask_token_id = tokenizer.mask_token_id
     is_masked = options.prediction is not None and mask_token_id is not None
     spec = DiffusionSpec(
@@ -190,7 +190,7 @@ def from_plain_folder(folder: Path, options: LikelihoodOptions) -> LikelihoodMod
         mask_token_id=mask_token_id if is_masked else vocabulary_rows(base),  # or an id that no forward sees
         stop_token_ids=stop_token_ids(base, tokenizer),
     )
-    probe(base, spec)
+    probe(base, spec, tokenizer)
     model = DiffusionLM(base, spec).eval().requires_grad_(False)
     unsupported: dict[str, str] = {}
     default: tuple[str, ...] = ("ar_nll",)

@@ -27,6 +27,7 @@ from opdlm.checkpoints.load import (
     new_causal_lm,
     set_embedding_row,
     vocabulary_rows,
+    with_known_dtype,
 )
 from opdlm.checkpoints.lora import merge_adapter
 from opdlm.config.text import TEXT_CONFIG_COPY, TextConfig
@@ -72,6 +73,7 @@ class TextInputs:
 
 def train_text(config: TextConfig, console: Console) -> Path:
     """Run or continue a training on text; returns the folder of the model."""
+    config = with_known_dtype(config)
     ranks = join_ranks(config)
     inputs = load_text_inputs(config)
     config = inputs.config
@@ -161,7 +163,7 @@ def build_text_model(config: TextConfig) -> tuple[DiffusionLM, PreTrainedTokeniz
         raise ConfigError(f"model.attention ({section.attention}) cannot run: {reason}.")
     had_mask = config.format.mask_token in tokenizer.get_vocab()
     spec = make_spec(model, tokenizer, config, add_mask_token(model, tokenizer, config.format))
-    probe(model, spec)
+    probe(model, spec, tokenizer)
     teacher = load_teacher(config, model)
     if config.objective.dropout:
         add_output_dropout(model, config.objective.dropout)
@@ -283,7 +285,7 @@ def write_result(
     """A diffusion folder if masked tokens predict their own position, else a plain checkpoint."""
     section = config.objective
     if section.name != "autoregressive" and section.prediction == "same_position":
-        write_model(folder, model, tokenizer)
+        write_model(folder, model, tokenizer, config.model.path)
         return
     peft_model = vars(model).get("peft_model")
     base = model.student if peft_model is None else merge_adapter(peft_model)

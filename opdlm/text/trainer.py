@@ -90,7 +90,7 @@ def train(
     checkpoint.
     """
     run = start_run(model, rows, config)
-    run_steps(run, lambda step: train_step(run, step), log, eval_callback)
+    run_steps(run, lambda step: train_step(run, step), log, eval_callback, config.eval.every)
     finish(run)
     return run
 

@@ -120,9 +120,10 @@ def run_steps(
     step: Callable[[int], dict[str, float]],
     log: MetricsLog,
     eval_callback: EvalCallback | None = None,
+    every: int = 0,
 ) -> None:
     """Call `step` (0-based; returns metrics) until `train.num_steps`, or until the score stalls. Resumes from
-    the newest checkpoint in `output_dir` if there is one.
+    the newest checkpoint in `output_dir` if there is one. `eval_callback` is called every `every` steps.
     """
     config, is_main = loop.config, loop.accelerator.is_main_process
     first_step = resume(loop)
@@ -137,7 +138,7 @@ def run_steps(
                 )
                 break
             metrics = step(number)
-            if eval_callback is not None and config.eval.every and (number + 1) % config.eval.every == 0:
+            if eval_callback is not None and every and (number + 1) % every == 0:
                 metrics |= measure(loop, eval_callback)
             if is_main:
                 log.step(number + 1, metrics)

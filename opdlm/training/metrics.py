@@ -9,14 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
 from opdlm.decoding.rollout import Rollout
 
+LINE_SECONDS = 10.0
+"""Time between lines of progress where no terminal shows a bar."""
 SHOWN = {
     "loss": "loss {:.4f}",
     "tokens_per_forward": "{:.2f} tok/fwd",
+    "held_back_tokens_per_forward": "{:.2f} held back",
     "rollout_tokens_per_second": "{:.0f} tok/s",
     "tokens_per_second": "{:.0f} tok/s",
 }
@@ -26,6 +37,7 @@ SHOWN = {
 def progress_line(verb: str, console: Console) -> Progress:
     """A progress bar with counts, remaining time and the field `status`; shown on terminals only."""
     return Progress(
+        SpinnerColumn(),
         TextColumn(f"[bold]{verb}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
@@ -36,6 +48,55 @@ def progress_line(verb: str, console: Console) -> Progress:
     )
 
 
+class PhaseProgress:
+    """Progress of a phase before or after training. On a terminal a moving bar; elsewhere a line at the
+    start, at the end, and every `LINE_SECONDS`.
+    """
+
+    def __init__(self, verb: str, total: int, console: Console | None) -> None:
+        self.verb, self.total = verb, total
+        self.console = console or Console(quiet=True)
+        self.progress = progress_line(verb, self.console)
+
+    def __enter__(self) -> PhaseProgress:
+        self.started = self.told = time.monotonic()
+        self.first = self.done = self.num_tokens = 0
+        self.task = self.progress.add_task("", total=self.total, status="")
+        self.progress.start()
+        self.tell()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def skip(self, num: int) -> None:
+        """Count what an earlier, interrupted run has done."""
+        self.first += num
+        self.advance(num)
+
+    def advance(self, num: int, status: str = "") -> None:
+        """Count `num` more as done."""
+        self.done += num
+        self.progress.update(self.task, completed=self.done, status=status)
+        is_done = num > 0 and self.done >= self.total
+        if is_done or time.monotonic() - self.told > LINE_SECONDS:
+            self.tell(status)
+
+    def on_step(self, _index_B: Tensor, _tokens_BL: Tensor, revealed_BL: Tensor) -> None:
+        """Callback of `generate` after every decoding step: a sign of life inside a batch."""
+        self.num_tokens += int(revealed_BL.sum())
+        self.advance(0, f"{self.num_tokens} tokens")
+
+    def tell(self, status: str = "") -> None:
+        self.told = time.monotonic()
+        if self.console.is_terminal:
+            return
+        seconds = self.told - self.started
+        left = seconds / max(1, self.done - self.first) * max(0, self.total - self.done)
+        times = f"  {seconds:.0f} s, {left:.0f} s left" if self.done > self.first else ""
+        self.console.print(f"{self.verb} {self.done}/{self.total}  {status}{times}".rstrip(), soft_wrap=True)
+
+
 class MetricsLog:
     """Progress on the console and one JSON line per step in `metrics.jsonl`."""
 
@@ -43,6 +104,8 @@ class MetricsLog:
         self.path = output_dir / "metrics.jsonl"
         self.console = console
         self.progress = progress_line(verb, console)
+        self.latest: dict[str, float] = {}
+        """Last known values of the metrics, since some are not measured in every step."""
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -68,7 +131,8 @@ class MetricsLog:
         """Write the metrics of step `step` (counted from 1) and show the progress."""
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        status = "  ".join(text.format(metrics[key]) for key, text in SHOWN.items() if key in metrics)
+        self.latest |= metrics
+        status = "  ".join(text.format(self.latest[key]) for key, text in SHOWN.items() if key in self.latest)
         self.progress.update(self.task, completed=step, status=status)
         if not self.console.is_terminal and (
             step % max(1, self.num_steps // 20) == 0 or step == self.num_steps

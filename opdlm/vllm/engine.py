@@ -167,14 +167,14 @@ def start_teacher(
 
 
 def start_ar_model(
-    path: str, model: DiffusionLM, prompts: Sequence[Sequence[int]], config: DecodeConfig, dtype: str
+    path: str, model: DiffusionLM, prompts: Sequence[Sequence[int]], config: DecodeConfig
 ) -> VllmTeacher:
-    """`start_teacher` to answer these prompts, a batch at once."""
+    """`start_teacher` to answer these prompts, a batch at once, in the dtype of the model."""
     return start_teacher(
         path,
         model.student.config,
         model.spec,
-        dtype=dtype,
+        dtype=str(model.student.dtype).removeprefix("torch."),
         max_rows=config.batch_size,
         max_tokens=max(map(len, prompts)) + config.max_new_tokens,
     )

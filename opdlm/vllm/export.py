@@ -32,7 +32,7 @@ def export_to_vllm(folder: Path, out: Path, decode: DecodeConfig) -> None:
     check_free(out)
     plain, tokenizer = complete_student(folder, spec)
     with atomic_folder(out) as partial:
-        write_model(partial, plain, tokenizer)
+        write_model(partial, plain, tokenizer, folder)
         values["block_diffusion"] = plain.spec.to_dict()
         config_file = partial / "config.json"
         config_file.write_text(json.dumps(json.loads(config_file.read_text()) | values, indent=2))

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from tiny_checkpoints import NUM_TOKENS, tiny_overrides, write_checkpoint, write_data
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 import opdlm
-from opdlm.checkpoints.load import input_embedding
+from opdlm.checkpoints.load import input_embedding, with_known_dtype
 from opdlm.cli.main import main
 from opdlm.config.rules import load_config
 from opdlm.decoding.decode_config import DecodeConfig, Mode
@@ -65,7 +66,35 @@ def test_the_folder_without_remote_code_is_the_teacher_bit_for_bit(name: str, ru
     ids_BL = torch.tensor([[5, 6, 7, 30, 31, 32, 2, 9]])
     with torch.no_grad():
         expected_BLV, logits_BLV = teacher(ids_BL).logits, plain(ids_BL).logits
-    assert torch.equal(logits_BLV[..., : expected_BLV.shape[-1]], expected_BLV)
+    assert torch.equal(logits_BLV, expected_BLV)
+
+
+@pytest.mark.parametrize("name", ["preserve-lora", "preserve-copy"])
+def test_the_files_of_the_original_are_in_the_folder_byte_for_byte(name: str, runs: Path) -> None:
+    """Weights, tokenizer, template and generation config; config.json gains two entries."""
+    source, folder = runs / VARIANTS[name][0], runs / name / "model"
+    for file in source.iterdir():
+        if file.name != "config.json":
+            assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
+    before = json.loads((source / "config.json").read_text())
+    after = json.loads((folder / "config.json").read_text())
+    assert {key: after.pop(key) is not None for key in ("block_diffusion", "auto_map")}
+    assert after == before
+
+
+def test_a_bfloat16_checkpoint_is_converted_in_bfloat16_and_not_rewritten(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    source = write_checkpoint(tmp_path / "source", "llama", vocab_size=NUM_TOKENS)
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(source)
+    assert main(["convert", str(source), *tiny_overrides(source, tmp_path, tmp_path / "run")[1:]]) == 0
+    folder = tmp_path / "run" / "model"
+    assert load_config(tmp_path / "run" / "config.yaml").model.dtype == "bfloat16"
+    assert (folder / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    model, _ = opdlm.load(folder)
+    assert model.student.dtype == torch.bfloat16
+    assert model.spec.mask_token_id == NUM_TOKENS == model.student.config.vocab_size
+    lora = [p for name, p in model.student.named_parameters() if "lora_" in name]
+    assert lora and all(p.dtype == torch.float32 for p in lora)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -97,7 +126,8 @@ def test_sampling_through_the_remote_code_class_is_reproducible(name: str, runs:
 def test_training_reached_the_folder(name: str, runs: Path) -> None:
     """What is loaded decodes as the trained student, not as the teacher: [MASK] and weights were kept."""
     model, tokenizer = opdlm.load(runs / name / "model")
-    assert tokenizer.mask_token_id == model.spec.mask_token_id
+    if name.startswith("sdar"):
+        assert tokenizer.mask_token_id == model.spec.mask_token_id
     assert tokenizer.chat_template
     before = AutoModelForCausalLM.from_pretrained(runs / VARIANTS[name][0])
     changed = [
@@ -118,18 +148,23 @@ def test_training_reached_the_folder(name: str, runs: Path) -> None:
 def test_the_folder_holds_the_record_of_the_run(name: str, runs: Path) -> None:
     folder = runs / name / "model"
     names = {path.name for path in folder.iterdir()}
-    wanted = "config.json generation_config.json model.safetensors tokenizer.json retention.json README.md"
+    files = "config.json generation_config.json model.safetensors tokenizer.json retention.json README.md"
     assert names >= {
-        *wanted.split(),
+        *files.split(),
         "opdlm_config.yaml",
         "training.png",
         "retention.png",
         "all_results.json",
     }
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".pth", ".ckpt")]
-    assert load_config(folder / "opdlm_config.yaml") == load_config(runs / f"{name}.yaml")
+    wanted = load_config(runs / f"{name}.yaml")
+    assert load_config(folder / "opdlm_config.yaml") == with_known_dtype(wanted)
     report = json.loads((folder / "retention.json").read_text())
-    assert [row["name"] for row in report["student"]] == modes_of(name)[1:]
+    replacing = {"static", "threshold"} if "preserve" in name else set()
+    names = []
+    for mode in modes_of(name)[1:]:
+        names += [mode, f"{mode}, alone"] if mode in replacing else [mode]
+    assert [row["name"] for row in report["student"]] == names
     if "preserve" in name:
         assert report["student"][-1]["identical_to_teacher"] == 1.0
     card = (folder / "README.md").read_text()
@@ -149,14 +184,17 @@ def test_the_settings_in_the_folder_replay_as_a_recipe(runs: Path, tmp_path: Pat
 def test_the_adapter_folder_is_a_peft_adapter_of_the_teacher(runs: Path) -> None:
     folder = runs / "preserve-lora" / "model"
     base = AutoModelForCausalLM.from_pretrained(runs / "llama")
-    adapted = PeftModel.from_pretrained(base, folder / "adapter")
+    with pytest.warns(UserWarning, match="acts_on_masked_slots_only_so_load_it_with_opdlm"):
+        adapted = PeftModel.from_pretrained(base, folder / "adapter")
     ids_BL = torch.tensor([[5, 6, 7, 30]])
     with torch.no_grad():
         on_BLV = adapted(ids_BL).logits
         with adapted.disable_adapter():
             off_BLV = adapted(ids_BL).logits
     assert not torch.equal(on_BLV, off_BLV)
-    assert AutoTokenizer.from_pretrained(folder).mask_token == "<|mask|>"
+    with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as file:
+        assert all(".lora_" in name for name in file.keys())  # noqa: SIM118
+    assert AutoTokenizer.from_pretrained(folder).mask_token is None
 
 
 @pytest.mark.parametrize("name", ["preserve-lora", "sdar-full"])
@@ -184,7 +222,7 @@ def test_eval_works_in_a_process_of_its_own(runs: Path, tmp_path: Path) -> None:
     evaluated = run_command("eval", str(folder), "eval.modes=lossless", "--out", str(out))
     assert evaluated.returncode == 0 and not evaluated.stderr, evaluated.stderr
     assert "| lossless |" in evaluated.stdout
-    pages = {"report.html", "report.md", "retention.png", "divergence.png"}
+    pages = {"report.html", "report.md", "retention.png", "speed.png", "divergence.png"}
     assert {path.name for path in out.iterdir()} == pages | {
         *("retention.json", "timing.json", "generations.jsonl")
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
+from opdlm.checkpoints.load import with_known_dtype
 from opdlm.cli.main import main
 from opdlm.config.loader import read_recipe
 from opdlm.config.recipes import FORMER_RECIPES, bundled_recipes
@@ -335,7 +337,11 @@ def test_a_dry_run_prints_everything_and_writes_nothing(
         "format.block_growth=[[0,4],[50,8]]",
         "rollout.decode.denoising_steps=null",
     ]
-    overrides = [f"model.path={place / 'Qwen/Qwen3-8B'}", *growth, "rollout.warm_start_steps=10"]
+    model = shutil.copytree(place / "Qwen/Qwen3-8B", tmp_path / "model")  # its real shape, a tiny tokenizer
+    for file in (place / "qwen3").glob("tokenizer*"):
+        shutil.copy(file, model)
+    overrides = [f"model.path={model}", f"data.path={place / 'prompts.jsonl'}", "data.config=", "data.split="]
+    overrides += [*growth, "rollout.warm_start_steps=10", "data.prompt_column="]
     assert main(["convert", recipe, "--dry-run", *overrides]) == 0
     printed = capsys.readouterr().out
     for text in (
@@ -343,9 +349,13 @@ def test_a_dry_run_prints_everything_and_writes_nothing(
         *("activations are", "FLOPs", "response tokens", "steps 0-9: the teacher's responses, block size 4"),
         *("steps 10-49: the student's", "steps 50-199: the student's responses, block size 8"),
         *("runs/sdar_full/checkpoint-N", "runs/sdar_full/model", "not evaluated"),
+        *("fits: no, ", "GiB free", "hours here: about ", "GFLOP/s decoding"),
     ):
         assert text in printed, text
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [model]
+    missing = f"data.path={tmp_path / 'missing.jsonl'}"
+    assert main(["convert", recipe, "--dry-run", *overrides, missing]) == 2
+    assert "missing.jsonl does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -370,7 +380,7 @@ def test_what_a_run_writes_was_planned(place: Path, tmp_path: Path) -> None:
         *("rollout.prompts_per_step=4", "rollout.decode.max_new_tokens=8", "train.rows_per_update=4"),
         *("train.num_steps=1", "train.ema_decay=0.9", "data.max_prompt_tokens=64"),
     ]
-    config = load_config(None, options)
+    config = with_known_dtype(load_config(None, options))
     lines = file_lines(config, costs.measure_sizes(config))
     assert main(["convert", str(place / "qwen3"), *options[1:]]) == 0
     written = {path.name for path in tmp_path.iterdir()}

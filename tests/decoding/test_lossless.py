@@ -5,16 +5,21 @@ Shapes: V vocabulary, C outcomes.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import SLIDING, make_lm, make_prompts, qwen3
 from transformers import PreTrainedModel
 
+from opdlm.decoding import denoise
 from opdlm.decoding.decode_config import DecodeConfig, Mode
-from opdlm.decoding.decode_state import DecodeStats
+from opdlm.decoding.decode_state import DecodeState, DecodeStats
 from opdlm.decoding.generate import generate
+from opdlm.decoding.rollout import Rollout
+from opdlm.modeling.diffusion_lm import DiffusionLM
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4])
@@ -87,6 +92,39 @@ def test_every_token_is_the_ar_arg_max_or_above_the_acceptance_threshold(
             predicted_V = logits_LV[place - 1]
             is_likely = predicted_V.softmax(-1)[ids[place]] >= threshold - 1e-5
             assert is_likely or predicted_V.argmax() == ids[place]
+
+
+@pytest.mark.parametrize("mode", ["static", "threshold"])
+def test_the_tokens_that_the_ar_model_replaced_are_counted(
+    mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_lm("lora", base=qwen3(vocabulary=6), block_size=4)
+    prompts = make_prompts([1 + i % 9 for i in range(24)], vocabulary=6)
+    config = DecodeConfig(mode=mode, max_new_tokens=14, confidence_threshold=0.2, ar_accept_threshold=0.3)
+    places: list[tuple[int, int]] = []
+    reject = denoise.reject_unlikely
+
+    def recording(model: DiffusionLM, state: DecodeState, *rest: Any) -> torch.Tensor:
+        rejected_B = reject(model, state, *rest)
+        replaced = zip(state.index_B[rejected_B].tolist(), state.final_B[rejected_B].tolist(), strict=True)
+        places.extend((index, end - 1) for index, end in replaced)
+        return rejected_B
+
+    monkeypatch.setattr(denoise, "reject_unlikely", recording)
+    rollouts = generate(model, prompts, config)
+    for index, rollout in enumerate(rollouts):
+        end = len(rollout.prompt_ids) + rollout.num_response
+        assert rollout.num_replaced == sum(row == index and place < end for row, place in places)
+    assert sum(rollout.num_replaced for rollout in rollouts) > 20
+    for other in (replace(config, ar_accept_threshold=0.0), replace(config, mode="lossless")):
+        assert not any(rollout.num_replaced for rollout in generate(model, prompts, other))
+
+
+def test_a_rollout_of_an_earlier_version_is_read() -> None:
+    (rollout,) = generate(make_lm("lora"), make_prompts([3]), DecodeConfig(max_new_tokens=4))
+    assert Rollout.from_dict(json.loads(json.dumps(rollout.to_dict()))) == rollout
+    earlier = {name: value for name, value in rollout.to_dict().items() if name != "num_replaced"}
+    assert Rollout.from_dict(earlier) == replace(rollout, num_replaced=0)
 
 
 def exact_probabilities(

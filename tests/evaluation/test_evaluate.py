@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data, write_rows
 
+from opdlm.checkpoints.load import load
 from opdlm.cli.main import main
 from opdlm.evaluation import evaluate as evaluation
 from opdlm.evaluation.generation_log import GenerationLog
+from opdlm.evaluation.retention import eval_config, load_eval_tasks
 
 ROOT = Path(__file__).parents[2]
 TASKS = [
@@ -65,10 +68,17 @@ def read_lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
 
 
+def num_equal(first: list[int], second: list[int]) -> int:
+    """Length of the longest common prefix."""
+    return max(n for n in range(len(second) + 1) if first[:n] == second[:n])
+
+
 def test_scores_are_what_the_raw_generations_say(folder: Path, tmp_path: Path) -> None:
     assert main(eval_command(folder, tmp_path, "eval.modes=static,threshold")) == 0
     report, lines = read_report(tmp_path), read_lines(tmp_path)
-    by_mode = {mode: [x for x in lines if x["mode"] == mode] for mode in ("teacher", "static", "threshold")}
+    names = ("teacher", "static", "static, alone", "threshold", "threshold, alone")
+    assert [row["name"] for row in report["student"]] == list(names[1:])
+    by_mode = {mode: [x for x in lines if x["mode"] == mode] for mode in names}
     teacher = {x["prompt"]: x for x in by_mode["teacher"]}
     for row in [report["teacher"], *report["student"]]:
         mine = by_mode[row["name"]]
@@ -96,11 +106,40 @@ def test_scores_are_what_the_raw_generations_say(folder: Path, tmp_path: Path) -
         assert row["identical_to_teacher"] == sum(a == b for a, b in zip(same, expected, strict=True)) / len(
             mine
         )
+        shares = [num_equal(a, b) / len(b) for a, b in zip(same, expected, strict=True)]
+        assert row["common_prefix"] == pytest.approx(sum(shares) / len(mine))
+        replaced = sum(x["num_replaced"] for x in mine)
+        assert row["replaced"] == (replaced / tokens if row["name"] in ("static", "threshold") else None)
+        assert bool(replaced) == bool(row["replaced"])
         assert set(row["against_teacher"]) == {"all", "seen", "held_out"}
         assert row["against_teacher"]["all"]["difference"] == pytest.approx(
             row["accuracy"] - report["teacher"]["accuracy"]
         )
     assert report["teacher"]["by_skill"]["open"] == 1.0  # its own output is the reference there
+    assert report["num_answered"] == 8
+
+
+def test_the_student_alone_needs_no_second_row_where_nothing_is_replaced(
+    folder: Path, tmp_path: Path
+) -> None:
+    assert main(eval_command(folder, tmp_path, "eval.decode.ar_accept_threshold=0")) == 0
+    names = [(row["name"], row["replaced"]) for row in read_report(tmp_path)["student"]]
+    assert names == [("static", None), ("threshold", None), ("lossless", None)]
+
+
+def test_the_score_is_the_speed_of_lossless_decoding_or_the_worst_that_the_student_keeps_alone(
+    folder: Path,
+) -> None:
+    model, tokenizer = load(folder)
+    settings = ["eval.decode.confidence_threshold=0.08", f"eval.path={folder.parent.parent / 'tasks.jsonl'}"]
+    config = eval_config(folder, settings)
+    tasks = load_eval_tasks(model, tokenizer, config)
+    report, _ = evaluation.evaluate(model, tokenizer, tasks, config.eval)
+    assert evaluation.score_of(report) == report.student[-1].tokens_per_forward
+    assert report.student[-1].name == "lossless"
+    slower = dataclasses.replace(report, student=report.student[:-1])
+    alone = [mode for mode in slower.student if mode.name.endswith(", alone")]
+    assert evaluation.score_of(slower) == min(map(report.retention, alone)) < 1
 
 
 def test_a_killed_evaluation_continues_without_repeating_a_prompt(
@@ -122,7 +161,7 @@ def test_a_killed_evaluation_continues_without_repeating_a_prompt(
     with log.open("a") as file:
         file.write('{"key": "half a li')  # what a kill in the middle of a write leaves
     before = read_finished_keys(log)
-    total = 4 * len(TASKS)
+    total = 6 * len(TASKS)
     assert 3 <= len(before) < total and not (out / "retention.json").exists()
 
     decoded: list[tuple[int, ...]] = []
@@ -163,13 +202,22 @@ def test_the_log_tells_checkpoints_decodings_and_prompts_apart(tmp_path: Path) -
     assert len(set(keys)) == 4
 
 
+def test_responses_of_an_earlier_version_are_decoded_again(tmp_path: Path) -> None:
+    """It did not count the tokens that the AR model replaced."""
+    rollout = {"prompt_ids": [1], "response_ids": [2], "unmask_step": [1], "num_response": 1}
+    record = rollout | {"finish_reason": "length", "seconds": 1.0}
+    lines = [{"key": "old"} | record, {"key": "new", "num_replaced": 0} | record]
+    path = write_rows(tmp_path / "generations.jsonl", lines)
+    assert set(GenerationLog(path, "one").finished) == {"new"}
+
+
 def test_the_report_holds_agreement_and_likelihood_and_reads_as_markdown(
     folder: Path, tmp_path: Path
 ) -> None:
     settings = ["eval.modes=static,lossless", "eval.likelihood_samples=2", "eval.decode.batch_size=8"]
     assert main(eval_command(folder, tmp_path, *settings)) == 0
     report = read_report(tmp_path)
-    assert set(report["agreement"]) == {"static", "lossless"}
+    assert set(report["agreement"]) == {"static", "static, alone", "lossless"}
     assert report["agreement"]["lossless"]["argmax_agreement"] == 1.0
     tokens = sum(x["num_response"] for x in read_lines(tmp_path) if x["mode"] == "teacher")
     assert report["likelihood"]["num_tokens"] == tokens

@@ -166,6 +166,12 @@ def test_every_number_of_the_page_is_that_of_the_json(report: Path) -> None:
         assert number(row["tok/fwd"]) == round(point["tokens_per_forward"], 2)
 
 
+def test_prompts_without_answers_get_a_report_of_agreement_with_the_teacher(root: Path) -> None:
+    values, page = read_json(root / "open" / "retention.json"), (root / "open" / "report.md").read_text()
+    assert values["num_answered"] == 0 and values["teacher"]["accuracy"] == 1.0
+    assert "the student alone repeats" in page and "of their tokens up to the first difference" in page
+
+
 def test_markdown_and_html_hold_the_same_tables(report: Path) -> None:
     reader = Reader(report / "report.html")
     lines = (report / "report.md").read_text().splitlines()
@@ -189,6 +195,7 @@ def test_two_evaluations_write_the_same_numbers_and_keep_times_apart(root: Path,
         "static",
         "threshold",
         "lossless",
+        "speed",
     }
     settings = read_json(first)["settings"]
     assert settings["seeds"] == [0, 1] and settings["versions"]["torch"]
@@ -282,7 +289,7 @@ def test_a_run_is_drawn_while_it_runs_and_after(root: Path, tmp_path: Path) -> N
     assert (tmp_path / "training.png").is_file() and not (tmp_path / "retention.png").exists()
     assert main(["report", str(root / "preserve")]) == 0
     reader = Reader(root / "preserve" / "report.html")
-    assert "lossless" in rows_of(reader, "mode") and len(reader.sources) == 2
+    assert "lossless" in rows_of(reader, "mode") and len(reader.sources) == 3
 
 
 def test_a_pipe_in_a_name_does_not_end_its_cell() -> None:

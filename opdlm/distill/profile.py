@@ -1,0 +1,116 @@
+"""The profile: the settings that `opdlm convert MODEL` chooses for a model and a machine.
+
+What a user gives comes first, then the profile, then the defaults. `opdlm study profile` compares the choices
+with others (docs/studies.md). The learning rate falls with the root of the width: 1.4e-3 for LoRA at hidden
+size 576. A full copy of the weights moves much further at the same rate, and gets a smaller one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import PartialState
+
+from opdlm.checkpoints.load import read_architecture, with_known_dtype
+from opdlm.config.loader import build_section, read_settings
+from opdlm.config.schedules import num_updates_of
+from opdlm.config.sections import Config
+from opdlm.distill.plan import make_plan
+from opdlm.training.machine import free_memory
+
+LORA_RATE, LORA_WIDTH = 3e-3, 128
+"""Peak learning rate of an adapter, at this hidden size."""
+FULL_RATE, FULL_WIDTH = 1e-5, 2560
+"""Peak learning rate of all weights (OPDLM, arXiv 2606.06712), at this hidden size."""
+MEMORY_SHARE = 0.8
+"""Of the free memory, what the estimate may reach."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One setting of the profile."""
+
+    key: str
+    value: Any
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.value}"
+
+
+def profile(model_path: str, overrides: Sequence[str]) -> list[Choice]:
+    """The settings that `overrides` leave open, chosen for the checkpoint and this machine."""
+    given = {override.partition("=")[0] for override in overrides}
+    config = settings_with(model_path, [], overrides)
+    chosen: list[Choice] = []
+    for choose in (method_choices, size_choices, optimizer_choices, memory_choices):
+        chosen += [choice for choice in choose(config) if choice.key not in given]
+        config = settings_with(model_path, chosen, overrides)
+    return chosen
+
+
+def settings_with(model_path: str, chosen: Sequence[Choice], overrides: Sequence[str]) -> Config:
+    """Settings before the rules across keys are checked."""
+    texts = [f"model.path={model_path}", *map(str, chosen), *overrides]
+    return with_known_dtype(build_section(Config, read_settings(None, texts)))
+
+
+def method_choices(config: Config) -> list[Choice]:
+    """How the student learns."""
+    return [
+        Choice(key="format.block_size", value=8, reason="tokens drafted together"),
+        Choice(key="format.mask_init", value="noise", reason="zero multiplies the first gradients by fifty"),
+        Choice(key="states.selection", value="one_per_block", reason="of each block, another in each pass"),
+        Choice(key="train.epochs_per_rollout", value=2, reason="responses cost more than updates"),
+    ]
+
+
+def size_choices(config: Config) -> list[Choice]:
+    """How much a step does: a CPU gets a sign of progress within a minute."""
+    if PartialState().device.type != "cpu":
+        return []
+    return [
+        Choice(key="rollout.prompts_per_step", value=16, reason="a CPU's step of half a minute"),
+        Choice(key="rollout.decode.max_new_tokens", value=128, reason="the same"),
+        Choice(key="rollout.decode.batch_size", value=16, reason="rows decoded at once"),
+    ]
+
+
+def optimizer_choices(config: Config) -> list[Choice]:
+    """The learning rate by training mode and width, and its warm-up."""
+    width = read_architecture(config.model.path, config.model.trust_remote_code).get_text_config().hidden_size
+    rate = LORA_RATE * (LORA_WIDTH / width) ** 0.5 if config.lora.enabled else FULL_RATE * FULL_WIDTH / width
+    mode = "LoRA" if config.lora.enabled else "all weights"
+    warmup = max(1, min(20, num_updates_of(config) // 20))
+    return [
+        Choice(key="optimizer.learning_rate", value=float(f"{rate:.2g}"), reason=f"{mode}, width {width}"),
+        Choice(key="optimizer.warmup_steps", value=warmup, reason="5 % of the updates, at most 20"),
+    ]
+
+
+def memory_choices(config: Config) -> list[Choice]:
+    """The largest micro-batch whose estimate fits, with recomputed activations where one row needs them."""
+    free, section = free_memory(), config.train
+    rows = section.rows_per_update
+    sizes = [(n, False) for n in (rows, rows // 2, rows // 4) if n] + [(n, True) for n in (rows // 4, 1) if n]
+    for micro, is_checkpointed in sizes:
+        texts = [f"train.micro_batch_rows={micro}", f"train.gradient_checkpointing={is_checkpointed}"]
+        values = config.to_dict()
+        values["train"] |= {"micro_batch_rows": micro, "gradient_checkpointing": is_checkpointed}
+        peak = make_plan(build_section(Config, values)).peak
+        if peak <= MEMORY_SHARE * free or (micro, is_checkpointed) == sizes[-1]:
+            break
+    reason = f"estimate {peak / 2**30:.1f} of {free / 2**30:.1f} GiB free"
+    keys = [text.partition("=")[0] for text in texts]
+    return [
+        Choice(key=keys[0], value=micro, reason=reason),
+        Choice(key=keys[1], value=is_checkpointed, reason="the same"),
+    ]
+
+
+def describe_profile(chosen: Sequence[Choice]) -> str:
+    """The choices, a line each."""
+    lines = [f"  {choice!s:42} {choice.reason}" for choice in chosen]
+    return "\n".join(["chosen for this model and machine (section.key=value changes one):", *lines])

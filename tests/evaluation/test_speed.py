@@ -1,0 +1,74 @@
+"""Decoding speed: ratios to the AR decoders, `bench` and its picture."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from opdlm.evaluation import speed
+from opdlm.evaluation.bench import write_speed
+from opdlm.evaluation.speed import Speed, spread, time_decoders
+from opdlm.reporting.tables import print_table, speed_table
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[Speed]:
+    """Three decoders of ten tokens on a clock: 4, 2 and 1 seconds, in the second repeat twice as long."""
+    now = [0.0]
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    calls: list[str] = []
+
+    def decoder(name: str, seconds: float) -> speed.Decoder:
+        def decode() -> tuple[speed.Responses, float | None]:
+            now[0] += seconds * (2 if calls.count(name) else 1)
+            calls.append(name)
+            return [tuple(range(10))], 1.0
+
+        return decode
+
+    decoders = {name: decoder(name, s) for name, s in (("transformers.generate", 4), ("ar", 2))}
+    return time_decoders(decoders | {"lossless": decoder("lossless", 1)}, 1, 2, lambda _: None)
+
+
+def test_speed_is_told_against_generate_and_against_the_fastest_ar_decoding(rows: list[Speed]) -> None:
+    assert [row.speedup for row in rows] == [1.0, 2.0, 4.0]
+    assert [row.over_fastest_ar for row in rows] == [0.5, 1.0, 2.0]
+    assert [row.tokens_per_second for row in rows] == [1.875, 3.75, 7.5]
+
+
+def test_the_table_has_both_ratios_and_fits_a_terminal(rows: list[Speed]) -> None:
+    values = [json.loads(json.dumps({name: getattr(row, name) for name in Speed.__slots__})) for row in rows]
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    print_table(speed_table(values), console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "4.00" in shown and "2.00" in shown and "transformers.generate" in shown
+    assert all(len(line.rstrip()) <= 80 for line in shown.splitlines())
+
+
+def test_bars_are_ratios_from_zero(
+    rows: list[Speed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    save = Figure.savefig
+
+    def keep(figure: Figure, *arguments: Any, **options: Any) -> None:
+        drawn.extend(figure.axes)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    write_speed(rows, tmp_path, {"prompts": 1})
+    (axis,) = drawn
+    assert axis.get_yscale() == "linear" and axis.get_ylim()[0] == 0
+    assert [bar.get_height() for bar in axis.patches] == [0.5, 1.0, 2.0]
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"][2]["over_fastest_ar"] == 2.0
+
+
+def test_prompts_are_evenly_spaced() -> None:
+    assert spread(range(40), 4) == [0, 10, 20, 30]
+    assert spread(range(3), 16) == [0, 1, 2]
