@@ -38,7 +38,7 @@ from opdlm.decoding.generate import collect_finished, generate, make_requests
 from opdlm.decoding.rollout import Rollout
 from opdlm.evaluation.speed import hf_responses
 from opdlm.modeling.compiled import compiled_decoding
-from opdlm.modeling.diffusion_lm import DiffusionLM, PackedForward, backbone
+from opdlm.modeling.diffusion_lm import DiffusionLM, PackedForward
 from opdlm.modeling.kv_cache import DecodeCache
 
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
@@ -55,7 +55,7 @@ def is_tie(model: DiffusionLM, prompt: Ids, ours: Ids, theirs: Ids) -> bool:
     place = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
     with model.teacher_weights() as teacher:
         ids_1L = torch.tensor([[*prompt, *theirs[:place]]])
-        hidden_1LH = backbone(teacher)(input_ids=ids_1L, use_cache=False).last_hidden_state
+        hidden_1LH = teacher.base_model(input_ids=ids_1L, use_cache=False).last_hidden_state
     best, second = model.logits(hidden_1LH[0, -1:], torch.tensor([True]))[0].topk(2).values.tolist()
     return best - second < 1e-4
 
@@ -119,7 +119,7 @@ def bare_seconds(ar_model: Any, num_slots: list[int]) -> float:
     started = time.process_time()
     with torch.inference_mode():
         for num in num_slots:
-            backbone(ar_model)(input_ids=torch.ones(1, num, dtype=torch.long), use_cache=False)
+            ar_model.base_model(input_ids=torch.ones(1, num, dtype=torch.long), use_cache=False)
     return time.process_time() - started
 
 

@@ -20,16 +20,16 @@ from opdlm.config.sections import DataSection, resolve_path
 from opdlm.data.prompts import encode_rows, load_rows, messages_of
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.decode_state import DecodeStats
-from opdlm.decoding.generate import OnStep, generate
-from opdlm.decoding.rollout import Prompt, digest_of
-from opdlm.distill.rollout_file import Engine, decode_resumably, is_finished, write_rollouts
+from opdlm.decoding.generate import generate
+from opdlm.decoding.rollout import Prompt, Rollout, digest_of
+from opdlm.distill.rollout_file import decode_resumably, is_finished, write_rollouts
 from opdlm.errors import ConfigError
 from opdlm.evaluation.generation_log import fingerprint
 from opdlm.modeling.compiled import compiled_decoding
-from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+from opdlm.modeling.diffusion_lm import DiffusionSpec
 from opdlm.seeds import seed_of
 from opdlm.training.metrics import DecodingProgress
-from opdlm.vllm.engine import VllmTeacher, check_vllm, start_teacher
+from opdlm.vllm.engine import check_vllm, start_ar_model
 
 BATCHES_PER_PIECE = 4
 """So many batches are kept on disk at a time: a finished row of a piece is replaced by the next prompt."""
@@ -58,7 +58,8 @@ def record_rollouts(
     config = replace(config, logprobs=True)
     rows = load_rows(section)
     prompts = encode_rows(rows, tokenizer, section=section, mask_token_id=model.spec.mask_token_id)
-    check_fits(model, [prompt.ids for prompt in prompts], config.max_new_tokens, "max_new_tokens")
+    ids = [prompt.ids for prompt in prompts]
+    check_fits(model, ids, config.max_new_tokens, "max_new_tokens")
     settings = {
         **identity_of(model_path, model.spec, prompts),
         **{"engine": engine, "compile": compiles, "dtype": dtype, "seed": seed},
@@ -67,15 +68,19 @@ def record_rollouts(
     if is_finished(out, settings):
         console.print(f"{out} is finished already: {len(prompts)} rollouts", soft_wrap=True)
         return out
-    vllm = start_vllm(model_path, model, prompts, config) if engine == "vllm" else None
+    vllm = start_ar_model(model_path, model, ids, config) if engine == "vllm" else None
     with compiled_decoding(model, compiles), DecodingProgress(len(prompts), console) as progress:
+
+        def decode(piece: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Rollout]:
+            if vllm is not None:
+                return vllm.responses(piece, config, seeds)
+            return generate(model, piece, config, seeds, progress.on_step)
+
         rollouts = decode_resumably(
             out,
             prompts,
             [seed_of(seed, prompt.index) for prompt in prompts],
-            own_engine(model, config, progress.on_step)
-            if vllm is None
-            else lambda ids, seeds: vllm.responses(ids, config, seeds),
+            decode,
             settings,
             piece_size=BATCHES_PER_PIECE * config.batch_size,
             on_piece=progress.on_piece,
@@ -111,23 +116,6 @@ def data_section(path: str, limit: int | None, overrides: Sequence[str]) -> Data
             )
     section = load_config(None, overrides).data
     return replace(section, path=path, limit=section.limit if limit is None else limit)
-
-
-def own_engine(model: DiffusionLM, config: DecodeConfig, on_step: OnStep) -> Engine:
-    """This package's decode loop."""
-    return lambda prompts, seeds: generate(model, prompts, config, seeds, on_step)
-
-
-def start_vllm(path: str, model: DiffusionLM, prompts: Sequence[Prompt], config: DecodeConfig) -> VllmTeacher:
-    """vLLM with the checkpoint as the autoregressive model that it is."""
-    return start_teacher(
-        path,
-        model.student.config,
-        model.spec,
-        dtype=str(model.student.dtype).removeprefix("torch."),
-        max_rows=config.batch_size,
-        max_tokens=max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens,
-    )
 
 
 def identity_of(model_path: str, spec: DiffusionSpec, prompts: Sequence[Prompt]) -> dict[str, Any]:

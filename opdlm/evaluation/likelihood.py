@@ -18,7 +18,7 @@ Shape suffixes: B rows, C masked copies, N blocks, T positions of a block, S slo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,6 @@ from opdlm.objectives.states import (
 )
 from opdlm.objectives.targets import TeacherPass, score_rows
 from opdlm.seeds import generator_for
-
-Order = Callable[[BlockTable], Tensor]
-"""Ranks `[B, N, T]`: the reveal order of each block, 0 first; read at response positions only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,21 +71,13 @@ def ar_response_nll(model: DiffusionLM, rows: Sequence[Rollout]) -> Tensor:
 
 
 @torch.no_grad()
-def chain_nll(model: DiffusionLM, rows: Sequence[Rollout], order: Order) -> Tensor:
-    """Exact negative log-likelihood of revealing one token at a time in this order, in nats: `[B]`."""
-    given = score_text(model, rows)
-    masks_BCNT, next_BCNT = masks_of_order(given.table, order(given.table))
-    return (masked_cross_entropy(model, given, masks_BCNT) * next_BCNT).sum((1, 2, 3))
-
-
-@torch.no_grad()
 def nll_bound(model: DiffusionLM, rows: Sequence[Rollout], num_samples: int, seed: int = 0) -> Bound:
     """Monte-Carlo estimate of the student's bound from `num_samples` (at least 2) pairs of orders."""
     given = score_text(model, rows)
-    draw_order = random_order(generator_for(seed))
+    rng = generator_for(seed)
     samples = []
     for _ in range(num_samples):
-        ranks_BNT = draw_order(given.table)
+        ranks_BNT = torch.rand(given.table.ids_BNT.shape, generator=rng)
         samples.append((order_average(model, given, ranks_BNT) + order_average(model, given, -ranks_BNT)) / 2)
     samples_NB = torch.stack(samples)
     return Bound(nats_B=samples_NB.mean(0), standard_error_B=samples_NB.std(0) / num_samples**0.5)
@@ -96,31 +85,19 @@ def nll_bound(model: DiffusionLM, rows: Sequence[Rollout], num_samples: int, see
 
 def order_average(model: DiffusionLM, given: ScoredText, order_BNT: Tensor) -> Tensor:
     """One sample of the bound `[B]`: the sum over steps of the mean over positions that are still masked."""
-    masks_BCNT, _ = masks_of_order(given.table, order_BNT)
+    masks_BCNT = masks_of_order(given.table, order_BNT)
     entropy_BCNT = masked_cross_entropy(model, given, masks_BCNT)
     return (entropy_BCNT.sum(-1) / masks_BCNT.sum(-1).clamp_min(1)).sum((1, 2))
 
 
-def left_to_right(table: BlockTable) -> Tensor:
-    return table.positions_BNT
-
-
-def right_to_left(table: BlockTable) -> Tensor:
-    return -table.positions_BNT
-
-
-def random_order(rng: torch.Generator) -> Order:
-    return lambda table: torch.rand(table.ids_BNT.shape, generator=rng)
-
-
-def masks_of_order(table: BlockTable, order_BNT: Tensor) -> tuple[Tensor, Tensor]:
-    """Response positions masked before each step, and the position that it reveals: bool `[B, C, N, T]`."""
+def masks_of_order(table: BlockTable, order_BNT: Tensor) -> Tensor:
+    """Response positions masked before each step, bool `[B, C, N, T]`; a block reveals its positions in the
+    order of their ranks.
+    """
     last = order_BNT.max() + 1
     rank_BNT = torch.where(table.is_response_BNT, order_BNT, last).argsort(-1).argsort(-1)
     step_C = torch.arange(order_BNT.shape[-1])[:, None, None]
-    is_response_B1NT = table.is_response_BNT[:, None]
-    rank_B1NT = rank_BNT[:, None]
-    return is_response_B1NT & (rank_B1NT >= step_C), is_response_B1NT & (rank_B1NT == step_C)
+    return table.is_response_BNT[:, None] & (rank_BNT[:, None] >= step_C)
 
 
 def ar_cross_entropy(model: DiffusionLM, given: ScoredText) -> Tensor:

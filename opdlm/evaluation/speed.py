@@ -27,7 +27,7 @@ from opdlm.decoding.rollout import Rollout
 from opdlm.errors import ConfigError
 from opdlm.modeling.compiled import compiled_decoding
 from opdlm.modeling.diffusion_lm import DiffusionLM
-from opdlm.vllm.engine import VllmTeacher, start_teacher
+from opdlm.vllm.engine import VllmTeacher, start_ar_model
 
 AR_NAME = "transformers.generate"
 VLLM_NAME = "vllm"
@@ -134,14 +134,7 @@ def running_vllm(
         yield None
         return
     try:
-        engine = start_teacher(
-            folder,
-            model.student.config,
-            model.spec,
-            dtype=str(model.student.dtype).removeprefix("torch."),
-            max_rows=config.batch_size,
-            max_tokens=max(len(ids) for ids in prompts) + config.max_new_tokens,
-        )
+        engine = start_ar_model(folder, model, prompts, config)
     except (ValueError, RuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"vLLM cannot run {folder} ({reason}): leave it out with --vllm never.") from error

@@ -25,8 +25,8 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
 from opdlm.errors import ConfigError
-from opdlm.modeling.attention import SlotForward, no_mask
-from opdlm.modeling.diffusion_lm import DiffusionLM, PackedForward, backbone
+from opdlm.modeling.attention import SlotForward
+from opdlm.modeling.diffusion_lm import DiffusionLM, PackedForward, run_backbone
 from opdlm.modeling.gate import Gate
 from opdlm.modeling.kv_cache import DecodeCache, attend_rows, store
 
@@ -85,13 +85,8 @@ def forward(
     """The function that is compiled: hidden states `[N, H]`."""
     if gate is not None:
         gate.is_open_N1 = is_open_N1
-    hidden: Tensor = backbone(model)(
-        inputs_embeds=embedded_NH[None],
-        position_ids=positions_N[None],
-        attention_mask=no_mask(embedded_NH.dtype, embedded_NH.device),
-        use_cache=False,
-        slot_forward=SlotForward(dict(masks), windows, None, layout.attend),
-    ).last_hidden_state
+    slot_forward = SlotForward(dict(masks), windows, None, layout.attend)
+    hidden = run_backbone(model, embedded_NH[None], positions_N[None], slot_forward)
     if gate is not None:
         gate.is_open_N1 = None
     return hidden[0]

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from .attention import (
     AttentionChoice,
     Backend,
+    SlotForward,
     choose_backend,
     layer_windows,
     no_mask,
@@ -109,16 +110,11 @@ class PackedForward:
 
     def run(self) -> Tensor:
         """Hidden states `[N, H]`."""
-        dtype, device = self.embedded_NH.dtype, self.embedded_NH.device
+        positions_1N = self.packed.positions_N[None].to(self.embedded_NH.device)
         gate = nullcontext() if self.gate is None else self.gate.after(self.packed.num_clean)
         with gate:
-            return backbone(self.model)(
-                inputs_embeds=self.embedded_NH[None],
-                position_ids=self.packed.positions_N[None].to(device),
-                attention_mask=no_mask(dtype, device),
-                use_cache=False,
-                slot_forward=start_decode(self.windows, dtype, self.cache),
-            ).last_hidden_state[0]
+            slot_forward = start_decode(self.windows, self.embedded_NH.dtype, self.cache)
+            return run_backbone(self.model, self.embedded_NH[None], positions_1N, slot_forward)[0]
 
 
 class DiffusionLM(nn.Module):
@@ -261,20 +257,22 @@ class DiffusionLM(nn.Module):
 
     def _hidden(self, model: PreTrainedModel, slots: Slots, cache: SlotCache | None) -> Tensor:
         embedded_BSH = self.embed(model, slots.ids_BS)
-        dtype = embedded_BSH.dtype
         windows = self.windows if model is self.student else self.teacher_windows
-        return backbone(model)(
-            inputs_embeds=embedded_BSH,
-            position_ids=slots.positions_BS,
-            attention_mask=no_mask(dtype, self.device),
-            use_cache=False,
-            slot_forward=start_forward(slots, windows, dtype, self.backend, cache),
-        ).last_hidden_state
+        slot_forward = start_forward(slots, windows, embedded_BSH.dtype, self.backend, cache)
+        return run_backbone(model, embedded_BSH, slots.positions_BS, slot_forward)
 
 
-def backbone(model: PreTrainedModel) -> nn.Module:
-    """The transformer below the LM head."""
-    return model.base_model
+def run_backbone(
+    model: PreTrainedModel, embedded_BSH: Tensor, positions_BS: Tensor, slot_forward: SlotForward
+) -> Tensor:
+    """Hidden states `[B, S, H]` of the transformer below the LM head."""
+    return model.base_model(
+        inputs_embeds=embedded_BSH,
+        position_ids=positions_BS,
+        attention_mask=no_mask(embedded_BSH.dtype, embedded_BSH.device),
+        use_cache=False,
+        slot_forward=slot_forward,
+    ).last_hidden_state
 
 
 def head_constants(model: PreTrainedModel) -> tuple[float | None, float]:

@@ -126,16 +126,6 @@ class LossOutput(NamedTuple):
     """D at each position, unweighted and detached."""
 
 
-def check_divergence(divergence: Divergence, top_k: int | None, tail: bool) -> None:
-    """ValueError for reverse KL over the top-k without the tail, whose optimum is degenerate."""
-    if divergence == "reverse_kl" and top_k is not None and not tail:
-        raise ValueError(
-            f"loss.divergence (reverse_kl) does not work with targets.top_k ({top_k}) and no tail: the "
-            "student would minimise it by moving all mass away from the teacher's top-k tokens, so keep the "
-            "tail, use the full vocabulary, or choose forward_kl or jsd."
-        )
-
-
 def num_temporaries(divergence: Divergence, reverse_weight: float = 0.0) -> int:
     """Number of [C, V] float32 tensors that exist at the peak of one chunk."""
     if divergence == "jsd":

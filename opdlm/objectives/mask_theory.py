@@ -1,11 +1,11 @@
-"""Closed formulas for mask rates, the share of the AR loss, repeated data and the crossover of two curves.
+"""Closed formulas for mask rates, the share of the AR loss and the crossover of two curves.
 
 k-parity: y is the product of k unknown ones of n bits. A mask is informative if exactly one of the k + 1
 tokens is masked (the signal regime), which has probability P_S(t) = (k + 1) t (1 - t)^k. Text is a mixture of
 orders i: Signal(t) = Σ_i w_i t (1 - t)^(i - 1). The functions take and return Python numbers.
 
-Sources: mask rates arXiv 2601.22450, dual training 2512.14549, repeated data and critical compute 2507.15857,
-crossover 2511.03276; docs/masking.md compares them with measurements.
+Sources: mask rates arXiv 2601.22450, dual training 2512.14549, crossover 2511.03276; docs/masking.md compares
+them with measurements.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from opdlm.errors import DataError
 
 WIKITEXT_WEIGHTS = (0.7427, 0.2063, 0.0401, 0.0084, 0.0024)
 """Published shares of the orders 2 to 6 in WikiText; they give t* = 0.463."""
-R_STAR_AR, R_STAR_DIFFUSION = 32.0, 513.0
-"""Reported number of repetitions after which a repeated token is worth 1/e of a new one (2507.15857)."""
 
 
 def p_signal(k: int, t0: float, t1: float) -> float:
@@ -32,27 +30,6 @@ def p_signal(k: int, t0: float, t1: float) -> float:
     a, b = 1 - t0, 1 - t1
     first, second = (math.fsum(a**i * b ** (n - 1 - i) for i in range(n)) for n in (k + 1, k + 2))
     return first - (k + 1) / (k + 2) * second
-
-
-def signal_optimal_t(k: int) -> float:
-    """The mask rate with the highest P_S."""
-    return 1 / (k + 1)
-
-
-def best_t1(k: int) -> float:
-    """The end of the window [0, t1] with the highest mean P_S: there P_S(t1) equals the mean."""
-    return root(lambda t1: p_signal(k, t1, t1) - p_signal(k, 0, t1), signal_optimal_t(k), 1.0)
-
-
-def sample_complexity_t1(k: int) -> float:
-    """The end of the window [0, t1] that needs the fewest samples (2601.22450).
-
-    The root inside (0, 1) of (2k + 1) s^(k + 1) - (2k + 2) s^k + 1 with s = 1 - t1; it maximises
-    √t1 E_t[(1 - t)^k]. The other root is t1 = 0; left of s = 2k / (2k + 1) the polynomial only falls.
-    """
-    return root(
-        lambda t1: (2 * k + 1) * (1 - t1) ** (k + 1) - (2 * k + 2) * (1 - t1) ** k + 1, 1 / (2 * k + 1), 1.0
-    )
 
 
 def root(function: Callable[[float], float], low: float, high: float) -> float:
@@ -135,34 +112,21 @@ def alpha_rule(repetitions: float) -> float:
     return 63 / 64 if repetitions <= 16 else 16 / repetitions
 
 
-def critical_compute(unique_tokens: float) -> float:
-    """FLOPs from which masked diffusion is reported to beat AR on U unique tokens (2507.15857)."""
-    return 2.12 * 10**1.956 * unique_tokens**2.174
-
-
-def effective_data(unique_tokens: float, repetitions: float, r_star: float) -> float:
-    """Number of new tokens that equal U tokens seen 1 + R_D times: U + U R* (1 - exp(-R_D / R*))."""
-    return unique_tokens * (1 - r_star * math.expm1(-repetitions / r_star))
-
-
 def crossover(
     x: Sequence[float],
     ar: Sequence[float],
     dlm: Sequence[float],
     *,
-    higher_is_better: bool = False,
     smoothing: int = 5,
 ) -> float | None:
     """The first x from which on the diffusion curve is better at every point; None if it is not at the last.
 
     Both curves are smoothed by the mean over `smoothing` neighbouring points (odd; fewer at the ends), so
-    that a single noisy point neither creates nor hides a crossing. The values are losses, or accuracies with
-    `higher_is_better`. A diffusion loss is an upper bound, so a crossing found on it is late rather than
-    early.
+    that a single noisy point neither creates nor hides a crossing. The values are losses. A diffusion loss is
+    an upper bound, so a crossing found on it is late rather than early.
     """
-    sign = 1 if higher_is_better else -1
     pairs = list(zip(smoothed(dlm, smoothing), smoothed(ar, smoothing), strict=True))
-    is_better = [sign * (ours - theirs) > 0 for ours, theirs in pairs]
+    is_better = [ours < theirs for ours, theirs in pairs]
     num_better = next((i for i, better in enumerate(reversed(is_better)) if not better), len(is_better))
     return x[len(x) - num_better] if num_better else None
 

@@ -101,18 +101,16 @@ def draw_masks(
     rng: torch.Generator,
     *,
     at_least_one: bool = False,
-    stratified: bool = False,
 ) -> Masks:
     """Draw masks of rows `[..., T]` with a CPU generator; every leading index draws its own t.
 
     `at_least_one`: if `bernoulli` masks no token of a row, one token is masked (with equal rates the one with
     the lowest uniform number). This adds Π(1 - p_j) / n to every P(masked | t), and the weights include it.
-    `exact` always masks a token. `stratified`: of B rows along the last leading axis, row i draws t from the
-    i-th of B equally likely parts of its distribution. A token of rate 0 counts as one that cannot be masked.
+    `exact` always masks a token. A token of rate 0 counts as one that cannot be masked.
     """
     factor, is_always = position_factors(can_mask, rates)
     can_mask = can_mask & (factor > 0)
-    t = draw_t(can_mask.shape[:-1], rates, rng, stratified=stratified)[..., None]
+    t = draw_t(can_mask.shape[:-1], rates, rng)[..., None]
     rate = (1 - rates.floor) * t + rates.floor
     uniform = torch.rand(can_mask.shape, generator=rng)
     if rates.exact:
@@ -145,13 +143,9 @@ def bernoulli_masks(uniform: Tensor, can_mask: Tensor, p: Tensor, *, at_least_on
     return Masks(is_masked, torch.where(is_masked, 1 / included, 0.0))
 
 
-def draw_t(shape: Sequence[int], rates: MaskRates, rng: torch.Generator, *, stratified: bool) -> Tensor:
+def draw_t(shape: Sequence[int], rates: MaskRates, rng: torch.Generator) -> Tensor:
     """One t per leading index: uniform numbers through the inverse distribution function of the mixture."""
-    if stratified:
-        offset = torch.rand((*shape[:-1], 1), generator=rng)
-        quantile = (torch.arange(shape[-1]) + offset) / shape[-1]
-    else:
-        quantile = torch.rand(tuple(shape), generator=rng)
+    quantile = torch.rand(tuple(shape), generator=rng)
     if len(rates.windows) == 1:
         [(start, end)] = rates.windows
         return start + (end - start) * quantile

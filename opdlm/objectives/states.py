@@ -12,7 +12,7 @@ Shape suffixes: B rollouts, C copies (states), N blocks, T positions of a block,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 
 import torch
@@ -50,12 +50,7 @@ class StateBatch:
         return self.text.ids_BS.numel() + self.slots.ids_BS.numel()
 
     def to(self, device: torch.device) -> StateBatch:
-        return StateBatch(
-            text=self.text.to(device),
-            slots=self.slots.to(device),
-            target_BS=self.target_BS.to(device),
-            masked_fraction_BS=self.masked_fraction_BS.to(device),
-        )
+        return StateBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
     def without_targets(self) -> StateBatch:
         """The same rows without supervised slots."""

@@ -1,6 +1,7 @@
-"""Answers of OpenAI's protocol as pydantic models, whole or as events of a stream.
+"""Answers of OpenAI's protocol, whole or as events of a stream. The pydantic models are the schema of the
+whole ones, which FastAPI checks.
 
-Fields that are not set are left out of the JSON: `logprobs` where nobody asked for them, `role` after the
+Fields without a value are left out of the JSON: `logprobs` where nobody asked for them, `role` after the
 first piece of a stream. https://platform.openai.com/docs/api-reference
 """
 
@@ -14,9 +15,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel
+from pydantic_core import to_json
 
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.rollout import FinishReason, Rollout
+
+Values = dict[str, Any]
 
 
 class AnswerHead(BaseModel):
@@ -80,28 +84,12 @@ class AssistantMessage(BaseModel):
     content: str
 
 
-class MessageDelta(BaseModel):
-    """The next piece of a streamed response to a chat."""
-
-    role: Literal["assistant"] | None = None
-    content: str
-
-
 class ChatChoice(BaseModel):
     """One response to a chat."""
 
     index: int
     message: AssistantMessage
     finish_reason: FinishReason
-    logprobs: ChatLogprobs | None = None
-
-
-class ChatChunkChoice(BaseModel):
-    """The next piece of one response to a chat."""
-
-    index: int
-    delta: MessageDelta
-    finish_reason: FinishReason | None
     logprobs: ChatLogprobs | None = None
 
 
@@ -120,14 +108,6 @@ class ChatCompletion(AnswerHead):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
-
-
-class ChatChunk(AnswerHead):
-    """One event of a streamed chat."""
-
-    object: Literal["chat.completion.chunk"]
-    choices: list[ChatChunkChoice]
-    usage: Usage | None = None
 
 
 class TextCompletion(AnswerHead):
@@ -152,11 +132,10 @@ class ErrorAnswer(BaseModel):
 
     error: ErrorDetail
 
-    @classmethod
-    def of(cls, message: str, *, status: int) -> ErrorAnswer:
-        kind: Literal["invalid_request_error", "server_error"]
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        return cls(error=ErrorDetail(message=message, type=kind, param=None, code=None))
+
+def error_answer(message: str, *, status: int) -> Values:
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +152,7 @@ class FinishedChoice:
 class AnswerFormat:
     """Writes one answer. `is_chat`: for a chat, else for a completion."""
 
-    head: dict[str, Any]
+    head: Values
     """The fields of `AnswerHead`."""
     is_chat: bool
 
@@ -183,70 +162,56 @@ class AnswerFormat:
         head = {"id": f"opdlm-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         return cls(head, is_chat)
 
-    def whole(self, choices: Sequence[FinishedChoice], usage: Usage) -> ChatCompletion | TextCompletion:
+    def whole(self, choices: Sequence[FinishedChoice], usage: Usage) -> Values:
         """The answer with all of its choices."""
-        if not self.is_chat:
-            texts = [
-                TextChoice(
-                    index=index, text=choice.text, finish_reason=choice.finish_reason, **text_logprobs(choice)
-                )
-                for index, choice in enumerate(choices)
-            ]
-            return TextCompletion(**self.head, object="text_completion", choices=texts, usage=usage)
-        messages = [
-            ChatChoice(
-                index=index,
-                message=AssistantMessage(role="assistant", content=choice.text),
-                finish_reason=choice.finish_reason,
-                **chat_logprobs(choice),
-            )
-            for index, choice in enumerate(choices)
+        written = [
+            self.choice(index, choice.text, choice, key="message") for index, choice in enumerate(choices)
         ]
-        return ChatCompletion(**self.head, object="chat.completion", choices=messages, usage=usage)
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        return {**self.head, "object": kind, "choices": written, "usage": usage}
 
-    def piece(
-        self, index: int, text: str, *, is_first: bool, finished: FinishedChoice | None
-    ) -> ChatChunk | TextCompletion:
-        """The event with the next piece of choice `index`. The last piece brings what is known of the whole:
-        pieces of text are not tokens, so log-probabilities cannot come with them.
+    def event(self, choices: Sequence[Values], **usage: Usage) -> Values:
+        """An event of a stream: the next piece of a choice, or with `usage` the token counts."""
+        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
+        return {**self.head, "object": kind, "choices": choices, **usage}
+
+    def choice(
+        self,
+        index: int,
+        text: str,
+        finished: FinishedChoice | None,
+        *,
+        key: str = "delta",
+        names_role: bool = True,
+    ) -> Values:
+        """Choice `index` with its text, or with the next piece of it. The last piece brings what is known of
+        the whole: pieces of text are not tokens, so log-probabilities cannot come with them. `key`: of the
+        message, in chats.
         """
-        reason = None if finished is None else finished.finish_reason
-        if not self.is_chat:
-            part = TextChoice(index=index, text=text, finish_reason=reason, **text_logprobs(finished))
-            return TextCompletion(**self.head, object="text_completion", choices=[part])
-        delta = MessageDelta(role="assistant", content=text) if is_first else MessageDelta(content=text)
-        piece = ChatChunkChoice(index=index, delta=delta, finish_reason=reason, **chat_logprobs(finished))
-        return ChatChunk(**self.head, object="chat.completion.chunk", choices=[piece])
-
-    def usage(self, usage: Usage) -> ChatChunk | TextCompletion:
-        """The event with the token counts."""
-        if not self.is_chat:
-            return TextCompletion(**self.head, object="text_completion", choices=[], usage=usage)
-        return ChatChunk(**self.head, object="chat.completion.chunk", choices=[], usage=usage)
+        role = {"role": "assistant"} if names_role else {}
+        written = {key: {**role, "content": text}} if self.is_chat else {"text": text}
+        choice = {"index": index, **written, "finish_reason": finished and finished.finish_reason}
+        if finished is not None and finished.tokens is not None:
+            choice["logprobs"] = (chat_logprobs if self.is_chat else text_logprobs)(finished.tokens)
+        return choice
 
 
-def chat_logprobs(choice: FinishedChoice | None) -> dict[str, Any]:
-    """The field `logprobs` of a chat's choice, empty where there are none."""
-    if choice is None or choice.tokens is None:
-        return {}
+def chat_logprobs(tokens: Sequence[tuple[str, float]]) -> Values:
+    """The field `logprobs` of a chat's choice."""
     content = [
-        TokenLogprob(token=text, logprob=logprob, bytes=list(text.encode()), top_logprobs=[])
-        for text, logprob in choice.tokens
+        {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
+        for text, logprob in tokens
     ]
-    return {"logprobs": ChatLogprobs(content=content)}
+    return {"content": content}
 
 
-def text_logprobs(choice: FinishedChoice | None) -> dict[str, Any]:
-    """The field `logprobs` of a completion's choice, empty where there are none."""
-    if choice is None or choice.tokens is None:
-        return {}
-    texts, logprobs = [text for text, _ in choice.tokens], [logprob for _, logprob in choice.tokens]
-    starts = itertools.accumulate(map(len, texts), initial=0)
-    offsets = list(itertools.islice(starts, len(texts)))
-    found = TextLogprobs(tokens=texts, token_logprobs=logprobs, top_logprobs=None, text_offset=offsets)
-    return {"logprobs": found}
+def text_logprobs(tokens: Sequence[tuple[str, float]]) -> Values:
+    """The field `logprobs` of a completion's choice."""
+    texts, logprobs = [text for text, _ in tokens], [logprob for _, logprob in tokens]
+    offsets = [*itertools.accumulate(map(len, texts), initial=0)][:-1]
+    return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": offsets}
 
 
-def sse(event: BaseModel) -> str:
+def sse(event: Values) -> str:
     """A server-sent event."""
-    return f"data: {event.model_dump_json(exclude_unset=True)}\n\n"
+    return f"data: {to_json(event).decode()}\n\n"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import from_json
 
 from opdlm.errors import OpdlmError
-from opdlm.serving.answers import ChatCompletion, ErrorAnswer, TextCompletion
+from opdlm.serving.answers import ChatCompletion, ErrorAnswer, TextCompletion, error_answer
 from opdlm.serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -131,14 +131,14 @@ def add_error_handlers(app: "FastAPI") -> None:
 def error_response(message: str, status: int, headers: Mapping[str, str] | None = None) -> "Response":
     from fastapi.responses import JSONResponse
 
-    return JSONResponse(ErrorAnswer.of(message, status=status).model_dump(), status, headers)
+    return JSONResponse(error_answer(message, status=status), status, headers)
 
 
 async def respond(server: "Server", parsed: "ParsedRequest", request: "Request") -> Any:
     """The answer to a request, or the stream of it. A client that leaves cancels its jobs."""
     from fastapi.responses import Response, StreamingResponse
 
-    if parsed.is_streamed:
+    if parsed.request.stream:
         return StreamingResponse(server.stream(parsed), media_type="text/event-stream")
     answer = asyncio.create_task(server.answer(parsed))
     disconnect = asyncio.create_task(wait_for_disconnect(request))

@@ -28,20 +28,11 @@ from opdlm.decoding.streaming import StablePrefix, StopStrings
 from opdlm.errors import ConfigError, require_package
 from opdlm.modeling.compiled import compiled_decoding
 from opdlm.seeds import seed_of
-from opdlm.serving.answers import (
-    AnswerFormat,
-    ChatCompletion,
-    ErrorAnswer,
-    FinishedChoice,
-    TextCompletion,
-    Usage,
-    sse,
-)
+from opdlm.serving.answers import AnswerFormat, FinishedChoice, Usage, Values, error_answer, sse
 from opdlm.serving.app import make_app
 from opdlm.serving.decode_thread import DecodeThread, Job
 from opdlm.serving.protocol import ChatRequest, CompletionRequest, InvalidRequest
 
-DEFAULT_DECODE = DecodeConfig()
 DEFAULT_LENGTH = 4096
 MAX_CHOICES = 4096
 """Of one request, over all of its prompts."""
@@ -69,10 +60,12 @@ class PendingChoice:
 class ParsedRequest:
     """A checked request: its choices, prompt by prompt."""
 
-    choices: tuple[PendingChoice, ...]
-    is_chat: bool
-    is_streamed: bool
-    wants_usage: bool
+    request: ChatRequest | CompletionRequest
+    choices: list[PendingChoice]
+
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.request, ChatRequest)
 
     def cancel(self) -> None:
         """Stop decoding; choices that are complete are not affected."""
@@ -104,7 +97,6 @@ class Server:
         """Prepare the jobs of a request. Raises InvalidRequest with key, value and rule."""
         if request.model not in (None, self.name):
             raise InvalidRequest(f"model ({request.model}) is not served here; {self.name} is.", status=404)
-        is_chat, is_streamed = isinstance(request, ChatRequest), bool(request.stream)
         config = request.decode_config(self.config, logprobs=request.wants_logprobs)
         stops = StopStrings(self.tokenizer, request.stop_strings)
         prompts = [self.chat_ids(request)] if isinstance(request, ChatRequest) else self.prompt_ids(request)
@@ -116,15 +108,10 @@ class Server:
             )
         seed = random.getrandbits(62) if request.seed is None else request.seed
         choices = [
-            self.pending_choice(ids, seed_of(seed, place), num_tokens, config, stops, is_streamed)
+            self.pending_choice(ids, seed_of(seed, place), num_tokens, config, stops, bool(request.stream))
             for place, ids in enumerate(ids for ids in prompts for _ in range(n))
         ]
-        return ParsedRequest(
-            choices=tuple(choices),
-            is_chat=is_chat,
-            is_streamed=is_streamed,
-            wants_usage=request.wants_usage,
-        )
+        return ParsedRequest(request=request, choices=choices)
 
     def chat_ids(self, request: ChatRequest) -> list[int]:
         """Token ids of a conversation."""
@@ -204,7 +191,7 @@ class Server:
         text = choice.stable_prefix.whole(rollout)
         return FinishedChoice(text=text, finish_reason=rollout.finish_reason, tokens=tokens)
 
-    async def answer(self, parsed: ParsedRequest) -> ChatCompletion | TextCompletion:
+    async def answer(self, parsed: ParsedRequest) -> Values:
         """Decode all choices of a request and answer when they are complete. Raises what decoding raises."""
         self.submit(parsed)
         rollouts = [await choice.rollout() for choice in parsed.choices]
@@ -221,7 +208,7 @@ class Server:
                 while finished is None:
                     event = await choice.events.get()
                     if isinstance(event, Exception):
-                        yield sse(ErrorAnswer.of(f"decoding failed: {event}", status=500))
+                        yield sse(error_answer(f"decoding failed: {event}", status=500))
                         return
                     if isinstance(event, str):
                         text = event
@@ -231,10 +218,10 @@ class Server:
                         text = finished.text
                     if len(text) > num_sent or finished is not None:
                         new, is_first = text[num_sent:], num_sent == 0
-                        yield sse(answer.piece(index, new, is_first=is_first, finished=finished))
+                        yield sse(answer.event([answer.choice(index, new, finished, names_role=is_first)]))
                         num_sent = len(text)
-            if parsed.wants_usage:
-                yield sse(answer.usage(Usage.of(rollouts)))
+            if parsed.request.wants_usage:
+                yield sse(answer.event([], usage=Usage.of(rollouts)))
             yield "data: [DONE]\n\n"
         finally:
             parsed.cancel()
@@ -271,23 +258,17 @@ def listen(host: str, port: int) -> socket.socket:
 def serve_folder(
     folder: str,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    name: str | None = None,
-    api_key: str | None = None,
-    max_rows: int = 16,
-    max_length: int | None = None,
-    decode: DecodeConfig = DEFAULT_DECODE,
-    dtype: str = "auto",
-    compile: bool = False,
+    host: str,
+    port: int,
+    name: str | None,
+    api_key: str | None,
+    max_rows: int,
+    max_length: int | None,
+    decode: DecodeConfig,
+    dtype: str,
+    compile: bool,
 ) -> None:
-    """Serve a converted folder (mode ar: any checkpoint) until Ctrl-C.
-
-    `name`: of the model in requests, by default `folder`. `port` 0: any free one. `max_rows`: responses
-    decoded at once. `max_length`: tokens of prompt and response together, by default the model's context, at
-    most 4096. `decode`: settings of requests that name none. `api_key`: by default $OPDLM_API_KEY. Raises
-    ConfigError for settings that do not fit the model or the machine.
-    """
+    """Serve a folder until Ctrl-C; `opdlm.serve` documents the arguments."""
     if max_rows < 1:
         raise ConfigError(f"max_rows ({max_rows}) must be at least 1.")
     for package in ("fastapi", "uvicorn"):

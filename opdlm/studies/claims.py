@@ -10,7 +10,7 @@ one regime and holds in none.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -83,11 +83,22 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(mean(values), t * stdev(values) / math.sqrt(len(values)), len(values))
 
 
+def means(runs: Iterable[Any], measures: Iterable[Callable[[Any], float]]) -> list[str]:
+    """Each measure over the runs, as a table shows it."""
+    runs = list(runs)
+    return [str(over_seeds([measure(run) for run in runs])) for measure in measures]
+
+
+def common_seeds(*runs: Mapping[int, Any]) -> list[int]:
+    """Seeds that every group of runs has."""
+    return sorted(set.intersection(*map(set, runs))) if runs else []
+
+
 def differences(
     first: Mapping[int, Any], second: Mapping[int, Any], measure: Callable[[Any], float]
 ) -> list[float]:
     """First minus second for each common seed."""
-    return [measure(first[seed]) - measure(second[seed]) for seed in sorted(set(first) & set(second))]
+    return [measure(first[seed]) - measure(second[seed]) for seed in common_seeds(first, second)]
 
 
 def is_below(values: Sequence[float], bound: float = 0.0, worth: float = 0.0) -> Verdict:
@@ -103,6 +114,16 @@ def is_below(values: Sequence[float], bound: float = 0.0, worth: float = 0.0) ->
 def interval_rule(worth: float) -> str:
     """The rule of `is_below` as a sentence."""
     return f"holds if the 95 % interval lies below 0, does not if above -{worth:g}"
+
+
+def difference_claim(claim: str, what: str, gaps: Sequence[float], worth: float = WORTH) -> Claim:
+    """That the differences `what`, one per seed, are negative."""
+    return Claim(
+        claim=claim,
+        rule=f"{what}: {interval_rule(worth)}",
+        verdict=is_below(gaps, worth=worth),
+        evidence=str(over_seeds(gaps)),
+    )
 
 
 def is_within(values: Sequence[float], low: float, high: float) -> Verdict:
@@ -167,9 +188,20 @@ def all_of(parts: Mapping[str, Verdict]) -> Verdict:
     return "holds" if set(parts.values()) == {"holds"} else "undecided"
 
 
-def by_regime(verdicts: Mapping[str, Verdict], numbers: Mapping[str, object]) -> str:
-    """The evidence as text: each regime with its numbers and its verdict."""
-    return "; ".join(f"{name}: {numbers[name]} ({verdict})" for name, verdict in verdicts.items())
+def claim_by_regime(
+    claim: str,
+    rule: str,
+    found: Mapping[str, tuple[Verdict | None, object]],
+    *,
+    combined: Callable[[Mapping[str, Verdict]], Verdict] = combine,
+    without: str = "",
+) -> Claim:
+    """A claim about several regimes, each with its verdict and its numbers. Regimes without a verdict do not
+    count; `without` is the evidence where there is no other.
+    """
+    verdicts = {name: verdict for name, (verdict, _) in found.items() if verdict is not None}
+    shown = [f"{name}: {found[name][1]} ({verdict})" for name, verdict in verdicts.items()]
+    return Claim(claim=claim, rule=rule, verdict=combined(verdicts), evidence="; ".join(shown) or without)
 
 
 def conclusion(predictions: Sequence[Claim]) -> str:

@@ -29,9 +29,8 @@ from opdlm.studies.claims import (
     WORTH_ACCURACY,
     Claim,
     Findings,
+    difference_claim,
     differences,
-    interval_rule,
-    is_below,
     over_seeds,
 )
 from opdlm.studies.grid import Cell, Values, chosen
@@ -59,6 +58,7 @@ def check(grid: ConversionGrid) -> None:
 
 
 def make_cells(grid: ConversionGrid, base: Values, seeds: Sequence[int]) -> list[Cell]:
+    check(grid)
     cells = []
     for name, seed in itertools.product(grid.variants, seeds):
         values = copy.deepcopy(base)
@@ -144,12 +144,8 @@ def variant_table(records: Sequence[Values], grid: ConversionGrid, names: Sequen
 def is_better(records: Sequence[Values], name: str, other: str, what: str, measure: Measure) -> Claim:
     gaps = differences(of_variant(records, other), of_variant(records, name), measure)
     worth = WORTH_ACCURACY if what.endswith("accuracy") else WORTH
-    return Claim(
-        claim=f"{name} is better than {other} in {what}",
-        rule=f"paired differences (baseline minus variant): {interval_rule(worth)}",
-        verdict=is_below(gaps, worth=worth),
-        evidence=f"{over_seeds(gaps)}",
-    )
+    claim = f"{name} is better than {other} in {what}"
+    return difference_claim(claim, "paired differences (baseline minus variant)", gaps, worth)
 
 
 def draw(records: Sequence[Values], grid: ConversionGrid, _: Path, path: Path) -> None:

@@ -28,11 +28,12 @@ from opdlm.studies.claims import (
     Findings,
     Verdict,
     all_of,
-    by_regime,
-    combine,
+    claim_by_regime,
+    common_seeds,
     interval_rule,
     is_below,
     is_sooner,
+    means,
     over_seeds,
     quantile,
 )
@@ -72,6 +73,7 @@ def check(grid: CrossoverGrid) -> None:
 
 
 def make_cells(grid: CrossoverGrid, base: Values, seeds: Sequence[int]) -> list[Cell]:
+    check(grid)
     check_curves(base)
     runs = [
         (objective, unique, size)
@@ -121,7 +123,7 @@ def crossings(
 ) -> dict[int, float]:
     """Crossover epoch by seed."""
     md_runs, ar_runs = runs_of(records, "md", unique, size), runs_of(records, ar, unique, size)
-    return {seed: crossing(ar_runs[seed], md_runs[seed]) for seed in sorted(set(md_runs) & set(ar_runs))}
+    return {seed: crossing(ar_runs[seed], md_runs[seed]) for seed in common_seeds(md_runs, ar_runs)}
 
 
 def conclude(records: Sequence[Values], grid: CrossoverGrid, _: Path) -> Findings:
@@ -142,19 +144,15 @@ def crossover_table(records: Sequence[Values], grid: CrossoverGrid) -> Table:
     rows = []
     for ar, unique, size in kinds:
         ar_runs, md_runs = runs_of(records, ar, unique, size), runs_of(records, "md", unique, size)
-        measures = [
-            *[
-                over_seeds([measure(AR)(run) for run in ar_runs.values()])
-                for measure in (final_loss, best_loss)
-            ],
-            *[
-                over_seeds([measure(MD)(run) for run in md_runs.values()])
-                for measure in (final_loss, best_loss)
-            ],
-        ]
-        found = crossings(records, unique, size, ar)
         rows.append(
-            [f"{unique:,}", f"{size[0]} × {size[1]}", ar.replace("_", " "), *map(str, measures), shown(found)]
+            [
+                f"{unique:,}",
+                f"{size[0]} × {size[1]}",
+                ar.replace("_", " "),
+                *means(ar_runs.values(), [final_loss(AR), best_loss(AR)]),
+                *means(md_runs.values(), [final_loss(MD), best_loss(MD)]),
+                shown(crossings(records, unique, size, ar)),
+            ]
         )
     return Table(
         title="Loss at the end and crossover",
@@ -181,18 +179,15 @@ def shown(epochs: Mapping[int, float]) -> str:
 
 def earlier(claim: str, first_and_second: Mapping[str, tuple[dict[int, float], dict[int, float]]]) -> Claim:
     """Whether the first crosses at an earlier epoch than the second, in each regime."""
-    verdicts, numbers = dict[str, Verdict](), dict[str, object]()
-    for name, (first, second) in first_and_second.items():
-        pairs = [(first[seed], second[seed]) for seed in sorted(set(first) & set(second))]
-        verdict, numbers[name] = is_sooner(pairs)
-        if verdict is not None:
-            verdicts[name] = verdict
-    return Claim(
-        claim=claim,
-        rule=f"in two of three seeds: {LIKELY_RULE}; never is later than any epoch, and where neither ever "
+    return claim_by_regime(
+        claim,
+        f"in two of three seeds: {LIKELY_RULE}; never is later than any epoch, and where neither ever "
         "crosses there is nothing to compare",
-        verdict=combine(verdicts),
-        evidence=by_regime(verdicts, numbers) or "no crossing",
+        {
+            name: is_sooner([(first[seed], second[seed]) for seed in common_seeds(first, second)])
+            for name, (first, second) in first_and_second.items()
+        },
+        without="no crossing",
     )
 
 
@@ -230,35 +225,32 @@ def rises(runs: Mapping[int, Values], loss: str) -> list[float]:
 
 
 def turns_up(records: Sequence[Values], grid: CrossoverGrid) -> Claim:
-    verdicts, numbers = dict[str, Verdict](), dict[str, object]()
+    found = {}
     for unique, size in itertools.product(grid.unique_tokens, grid.sizes):
-        ar, md = (
-            rises(runs_of(records, kind, unique, size), loss) for kind, loss in (("ar", AR), ("md", MD))
-        )
-        name = f"U {unique:,}, {size[0]} × {size[1]}"
-        parts = {"AR": is_below([TURN - rise for rise in ar]), "MD": is_below(md, TURN)}
-        verdicts[name], numbers[name] = all_of(parts), f"rise of AR {over_seeds(ar)}, of MD {over_seeds(md)}"
-    return Claim(
-        claim="The AR validation loss turns up while the diffusion bound falls",
-        rule=f"rise from the lowest point to the end: AR above {TURN} nats and MD below it, 95 % intervals",
-        verdict=combine(verdicts),
-        evidence=by_regime(verdicts, numbers),
+        ar = rises(runs_of(records, "ar", unique, size), AR)
+        md = rises(runs_of(records, "md", unique, size), MD)
+        verdict = all_of({"AR": is_below([TURN - rise for rise in ar]), "MD": is_below(md, TURN)})
+        numbers = f"rise of AR {over_seeds(ar)}, of MD {over_seeds(md)}"
+        found[f"U {unique:,}, {size[0]} × {size[1]}"] = verdict, numbers
+    return claim_by_regime(
+        "The AR validation loss turns up while the diffusion bound falls",
+        f"rise from the lowest point to the end: AR above {TURN} nats and MD below it, 95 % intervals",
+        found,
     )
 
 
 def controls_do_not_help(records: Sequence[Values], grid: CrossoverGrid) -> Claim:
     md_runs = runs_of(records, "md", grid.control_tokens, grid.sizes[-1])
-    verdicts, numbers = dict[str, Verdict](), dict[str, object]()
+    found: dict[str, tuple[Verdict, object]] = {}
     for control in grid.controls:
         ar_runs = runs_of(records, control, grid.control_tokens, grid.sizes[-1])
-        seeds = sorted(set(md_runs) & set(ar_runs))
+        seeds = common_seeds(md_runs, ar_runs)
         gaps = [final_loss(MD)(md_runs[seed]) - final_loss(AR)(ar_runs[seed]) for seed in seeds]
-        verdicts[control], numbers[control] = is_below(gaps, worth=WORTH), over_seeds(gaps)
-    return Claim(
-        claim=f"Diffusion ends below regularised AR too (U = {grid.control_tokens:,})",
-        rule=f"final MD bound minus final AR loss of the control, same seeds: {interval_rule(WORTH)}",
-        verdict=combine(verdicts),
-        evidence=by_regime(verdicts, numbers),
+        found[control] = is_below(gaps, worth=WORTH), over_seeds(gaps)
+    return claim_by_regime(
+        f"Diffusion ends below regularised AR too (U = {grid.control_tokens:,})",
+        f"final MD bound minus final AR loss of the control, same seeds: {interval_rule(WORTH)}",
+        found,
     )
 
 

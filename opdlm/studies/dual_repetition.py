@@ -30,12 +30,13 @@ from opdlm.studies.claims import (
     Claim,
     Findings,
     Verdict,
-    by_regime,
-    combine,
+    claim_by_regime,
+    common_seeds,
     differences,
     is_below,
     is_likely,
     is_within,
+    means,
     over_seeds,
 )
 from opdlm.studies.grid import Cell, Values, chosen
@@ -67,10 +68,6 @@ class DualGrid:
     """R, how often the text is repeated: unique tokens = all tokens / R."""
     alphas: tuple[float, ...] = (0, 0.125, 0.5, 0.984375, 1)
     """Shares of autoregressive rows."""
-
-
-def check(_: DualGrid) -> None:
-    """All grids of the right types are valid."""
 
 
 def prepare(_grid: DualGrid, _run: Values, out: Path) -> None:
@@ -114,8 +111,7 @@ def loss_table(records: Sequence[Values], grid: DualGrid) -> Table:
     rows = []
     for repetitions, alpha in itertools.product(grid.repetitions, grid.alphas):
         runs = chosen(records, R=repetitions, alpha=alpha).values()
-        measures = [final_loss(AR), best_loss(AR), final_loss(MD), best_loss(MD)]
-        numbers = [str(over_seeds([measure(run) for run in runs])) for measure in measures]
+        numbers = means(runs, [final_loss(AR), best_loss(AR), final_loss(MD), best_loss(MD)])
         rows.append([f"{repetitions:g}", f"{alpha:.4g}", f"{alpha * repetitions:.3g}", *numbers])
     return Table(
         title="Held-out loss at the end",
@@ -198,10 +194,8 @@ def optimum_table(draws: Draws) -> Table:
 
 
 def both_ends(records: Sequence[Values], grid: DualGrid) -> Claim:
-    verdicts, numbers = dict[str, Verdict](), dict[str, object]()
-    inner = [alpha for alpha in grid.alphas if 0 < alpha < 1]
+    found, inner = {}, mixed_alphas(grid)
     for r, loss in itertools.product([r for r in grid.repetitions if r >= HIGH], (AR, MD)):
-        name = regime(r, loss)
         against = {
             alpha: [
                 differences(
@@ -211,17 +205,20 @@ def both_ends(records: Sequence[Values], grid: DualGrid) -> Claim:
             ]
             for alpha in inner
         }
-        verdicts[name] = some_beats_both(list(against.values()))
         best = min(inner, key=lambda alpha: max(over_seeds(d).mean for d in against[alpha]), default=None)
         gaps = [NOTHING] * 2 if best is None else [str(over_seeds(gap)) for gap in against[best]]
-        numbers[name] = f"α {best or 0:.3g} minus α 0: {gaps[0]}, minus α 1: {gaps[1]}"
-    return Claim(
-        claim=f"Some 0 < α < 1 beats both ends for R ≥ {HIGH}",
-        rule="holds where for some α both 95 % intervals of the paired difference to an end lie below 0, "
-        f"does not where for every α one of them lies above -{WORTH}",
-        verdict=combine(verdicts),
-        evidence=by_regime(verdicts, numbers),
+        numbers = f"α {best or 0:.3g} minus α 0: {gaps[0]}, minus α 1: {gaps[1]}"
+        found[regime(r, loss)] = some_beats_both(list(against.values())), numbers
+    return claim_by_regime(
+        f"Some 0 < α < 1 beats both ends for R ≥ {HIGH}",
+        "holds where for some α both 95 % intervals of the paired difference to an end lie below 0, does not "
+        f"where for every α one of them lies above -{WORTH}",
+        found,
     )
+
+
+def mixed_alphas(grid: DualGrid) -> list[float]:
+    return [alpha for alpha in grid.alphas if 0 < alpha < 1]
 
 
 def some_beats_both(against: Sequence[Sequence[Sequence[float]]]) -> Verdict:
@@ -234,14 +231,8 @@ def some_beats_both(against: Sequence[Sequence[Sequence[float]]]) -> Verdict:
 
 
 def posterior_claim(claim: str, rule: str, probabilities: Mapping[str, float]) -> Claim:
-    verdicts = {name: is_likely(probability) for name, probability in probabilities.items()}
-    shown = {name: f"{probability:.2f}" for name, probability in probabilities.items()}
-    return Claim(
-        claim=claim,
-        rule=f"{rule}: {LIKELY_RULE}",
-        verdict=combine(verdicts),
-        evidence=by_regime(verdicts, shown),
-    )
+    found = {name: (is_likely(share), f"{share:.2f}") for name, share in probabilities.items()}
+    return claim_by_regime(claim, f"{rule}: {LIKELY_RULE}", found)
 
 
 def regime(repetitions: float, loss: str) -> str:
@@ -266,8 +257,7 @@ def mostly_ar(draws: Draws) -> Claim:
 
 def same_optimum(records: Sequence[Values], grid: DualGrid) -> Claim:
     """Compares losses rather than positions, because a flat optimum has no exact position."""
-    verdicts, numbers = dict[str, Verdict](), dict[str, object]()
-    inner = [alpha for alpha in grid.alphas if 0 < alpha < 1]
+    found, inner = {}, mixed_alphas(grid)
     for r in grid.repetitions if inner else ():
         runs = {alpha: chosen(records, R=r, alpha=alpha) for alpha in inner}
         best = {
@@ -277,34 +267,30 @@ def same_optimum(records: Sequence[Values], grid: DualGrid) -> Claim:
         }
         if best:
             costs = differences(runs[best[AR]], runs[best[MD]], final_loss(MD))
-            verdicts[f"R {r:g}"] = is_within(costs, -math.inf, WORTH)
-            numbers[f"R {r:g}"] = f"α {best[AR]:.3g} costs {over_seeds(costs)} against α {best[MD]:.3g}"
-    return Claim(
-        claim="The optimum is nearly the same in AR and MD evaluation",
-        rule="MD bound at the mixed α that is best for AR minus that at its own best one: 95 % interval "
-        f"below {WORTH}, or above",
-        verdict=combine(verdicts),
-        evidence=by_regime(verdicts, numbers),
+            numbers = f"α {best[AR]:.3g} costs {over_seeds(costs)} against α {best[MD]:.3g}"
+            found[f"R {r:g}"] = is_within(costs, -math.inf, WORTH), numbers
+    return claim_by_regime(
+        "The optimum is nearly the same in AR and MD evaluation",
+        "MD bound at the mixed α that is best for AR minus that at its own best one: 95 % interval below "
+        f"{WORTH}, or above",
+        found,
     )
 
 
 def early_stopping(records: Sequence[Values], grid: DualGrid) -> Claim:
     """A control: early stopping may give the same gain in AR mode as dual training."""
-    verdicts, numbers = dict[str, Verdict](), dict[str, object]()
+    found = {}
     for r in [r for r in grid.repetitions if r >= HIGH]:
         pure = chosen(records, R=r, alpha=1)
-        inner = [chosen(records, R=r, alpha=alpha) for alpha in grid.alphas if 0 < alpha < 1]
-        seeds = sorted(set(pure).intersection(*inner))
-        gaps = [
-            best_loss(AR)(pure[s]) - min(final_loss(AR)(runs[s]) for runs in inner) for s in seeds if inner
-        ]
-        verdicts[f"R {r:g}"], numbers[f"R {r:g}"] = is_within(gaps, -math.inf, WORTH), over_seeds(gaps)
-    return Claim(
-        claim=f"AR with early stopping equals dual training in AR mode, R ≥ {HIGH}",
-        rule="best AR loss along the α = 1 run minus the best final one of 0 < α < 1: 95 % interval below "
+        inner = [chosen(records, R=r, alpha=alpha) for alpha in mixed_alphas(grid)]
+        seeds = common_seeds(pure, *inner) if inner else []
+        gaps = [best_loss(AR)(pure[s]) - min(final_loss(AR)(runs[s]) for runs in inner) for s in seeds]
+        found[f"R {r:g}"] = is_within(gaps, -math.inf, WORTH), over_seeds(gaps)
+    return claim_by_regime(
+        f"AR with early stopping equals dual training in AR mode, R ≥ {HIGH}",
+        f"best AR loss along the α = 1 run minus the best final one of 0 < α < 1: 95 % interval below "
         f"{WORTH}",
-        verdict=combine(verdicts),
-        evidence=by_regime(verdicts, numbers),
+        found,
     )
 
 

@@ -227,6 +227,11 @@ def error_of(cell: Cell, process: BaseProcess, out: Path) -> str:
     return f"{last} (see {log})"
 
 
+def of_window(records: Sequence[Values], window: Sequence[float]) -> dict[int, Values]:
+    """Records of this mask window by seed."""
+    return chosen(records, window=list(window))
+
+
 def chosen(records: Sequence[Values], **coordinates: Any) -> dict[int, Values]:
     """Records with these coordinates by seed."""
     return {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -24,14 +25,17 @@ from opdlm.studies.claims import (
     Claim,
     Findings,
     all_of,
-    by_regime,
+    claim_by_regime,
+    common_seeds,
+    difference_claim,
     differences,
     interval_rule,
     is_below,
     is_within,
+    means,
     over_seeds,
 )
-from opdlm.studies.grid import Cell, Values, chosen
+from opdlm.studies.grid import Cell, Values, of_window
 from opdlm.studies.text_runs import LOSS_NAMES, MD, final_loss, text_cell, text_config
 
 Window = tuple[float, float]
@@ -55,20 +59,12 @@ class WindowGrid:
     """Ranges of t; (0, 1) is always added."""
 
 
-def check(_: WindowGrid) -> None:
-    """All grids of the right types are valid."""
-
-
 def make_cells(grid: WindowGrid, base: Values, seeds: Sequence[int]) -> list[Cell]:
     windows = dict.fromkeys((*grid.windows, EVERYTHING))
     return [
         text_cell({"window": list(window), "seed": seed}, base, {"masking.windows": [list(window)]})
         for window, seed in itertools.product(windows, seeds)
     ]
-
-
-def of_window(records: Sequence[Values], window: Sequence[float]) -> dict[int, Values]:
-    return chosen(records, window=list(window))
 
 
 def best_rate(records: Sequence[Values], out: Path) -> float:
@@ -106,7 +102,7 @@ def bound_table(
         [
             f"[{window[0]:g}, {window[1]:g}]",
             f"{fmean(window):.2f}",
-            str(over_seeds([final_loss(MD)(run) for run in runs.values()])),
+            *means(runs.values(), [final_loss(MD)]),
             NOTHING
             if window == EVERYTHING
             else str(over_seeds(differences(runs, everything, final_loss(MD)))),
@@ -129,19 +125,19 @@ def mean_bound(runs: Mapping[int, Values]) -> float:
 def u_shape(narrow: Mapping[Window, Mapping[int, Values]]) -> Claim:
     windows = list(narrow)
     inner = windows[1:-1]
-    verdicts, numbers = {}, {}
+    found = {}
     if inner:
         lowest = min(inner, key=lambda window: mean_bound(narrow[window]))
         for end in (windows[0], windows[-1]):
-            name = f"{fmean(lowest):.2f} against {fmean(end):.2f}"
             gaps = differences(narrow[lowest], narrow[end], final_loss(MD))
-            verdicts[name], numbers[name] = is_below(gaps, worth=WORTH), over_seeds(gaps)
-    return Claim(
-        claim="The bound is U-shaped in the window's midpoint",
-        rule="the lowest inner midpoint is below both outermost ones, paired differences: each "
+            name = f"{fmean(lowest):.2f} against {fmean(end):.2f}"
+            found[name] = is_below(gaps, worth=WORTH), over_seeds(gaps)
+    return claim_by_regime(
+        "The bound is U-shaped in the window's midpoint",
+        "the lowest inner midpoint is below both outermost ones, paired differences: each "
         f"{interval_rule(WORTH)}",
-        verdict=all_of(verdicts),
-        evidence=by_regime(verdicts, numbers),
+        found,
+        combined=all_of,
     )
 
 
@@ -156,10 +152,9 @@ def lowest_midpoint(points: Sequence[tuple[float, float]]) -> float:
 
 
 def near_t_star(narrow: Mapping[Window, Mapping[int, Values]], t_star: float) -> Claim:
-    seeds = sorted(set.intersection(*[set(runs) for runs in narrow.values()])) if narrow else []
     lowest = [
         lowest_midpoint([(fmean(window), final_loss(MD)(runs[seed])) for window, runs in narrow.items()])
-        for seed in seeds
+        for seed in common_seeds(*narrow.values())
     ]
     return Claim(
         claim=f"The minimum is near t* = {t_star:.3f} from n-gram statistics",
@@ -176,12 +171,12 @@ def better_than_everything(
     """The window nearest to t* is compared, whatever its result."""
     window = min(narrow, key=lambda w: abs(fmean(w) - t_star), default=EVERYTHING)
     gaps = differences(narrow.get(window, {}), everything, final_loss(MD))
-    return Claim(
-        claim="A window around t* is better than U[0, 1]",
-        rule=f"bound of the window nearest to t* minus that of [0, 1], same seeds: {interval_rule(WORTH)}",
-        verdict=is_below(gaps, worth=WORTH),
-        evidence=f"[{window[0]:g}, {window[1]:g}]: {over_seeds(gaps)}",
+    claim = difference_claim(
+        "A window around t* is better than U[0, 1]",
+        "bound of the window nearest to t* minus that of [0, 1], same seeds",
+        gaps,
     )
+    return replace(claim, evidence=f"[{window[0]:g}, {window[1]:g}]: {claim.evidence}")
 
 
 def draw(records: Sequence[Values], grid: WindowGrid, out: Path, path: Path) -> None:

@@ -34,9 +34,8 @@ from opdlm.studies.claims import (
     LIKELY_RULE,
     Claim,
     Findings,
-    Verdict,
-    by_regime,
-    combine,
+    claim_by_regime,
+    common_seeds,
     is_sooner,
     is_usual,
     kendall,
@@ -89,6 +88,7 @@ def check(grid: ParityGrid) -> None:
 
 
 def make_cells(grid: ParityGrid, base: Values, seeds: Sequence[int]) -> list[Cell]:
+    check(grid)
     run = asdict(build_section(ParityRun, base, "run."))
     return [
         Cell(
@@ -214,10 +214,6 @@ def steps_of(record: Values) -> float:
     return math.inf if steps is None else steps
 
 
-def signal_of(window: Any, k: int) -> float:
-    return p_signal(k, *window)
-
-
 def conclude(records: Sequence[Values], grid: ParityGrid, _: Path) -> Findings:
     return Findings(
         tables=[steps_table(records, grid)],
@@ -251,7 +247,7 @@ def steps_table(records: Sequence[Values], grid: ParityGrid) -> Table:
         quarters = [quantile(steps, share) for share in (0.5, 0.25, 0.75)]
         median, low, high = ("never" if math.isinf(number) else f"{number:g}" for number in quarters)
         name = window_title(window)
-        signal = NOTHING if window == BASELINE else f"{signal_of(window, task[1]):.3f}"
+        signal = NOTHING if window == BASELINE else f"{p_signal(task[1], *window):.3f}"
         ends = [run["result"]["curve"][-1]["test"] for run in runs if math.isinf(steps_of(run))]
         failed = f"{sum(map(math.isinf, steps))} of {len(steps)}"
         rows.append(
@@ -266,55 +262,45 @@ def steps_table(records: Sequence[Values], grid: ParityGrid) -> Table:
 
 
 def higher_signal_sooner(records: Sequence[Values], grid: ParityGrid) -> Claim:
-    verdicts, numbers = dict[str, Verdict](), dict[str, object]()
+    found = {}
     for task in grid.tasks:
-        windows = [list(window) for window in grid.windows]
-        runs = [runs_of(records, task, window) for window in windows]
-        signals = [signal_of(window, task[1]) for window in windows]
-        seeds = sorted(set.intersection(*[set(found) for found in runs])) if runs else []
-        taus = [kendall(signals, [-steps_of(found[seed]) for found in runs]) for seed in seeds]
-        verdict, numbers[task_name(task)] = is_sooner([(-tau, 0) for tau in taus])
-        if verdict is not None:
-            verdicts[task_name(task)] = verdict
-    return Claim(
-        claim="Windows of higher P_S generalise sooner",
-        rule="Kendall's τ between P_S and earliness over the windows of a seed is positive, in two of three "
-        f"seeds that learnt with any: {LIKELY_RULE}",
-        verdict=combine(verdicts),
-        evidence=by_regime(verdicts, numbers) or "nothing was learnt",
+        runs = [runs_of(records, task, list(window)) for window in grid.windows]
+        signals = [p_signal(task[1], *window) for window in grid.windows]
+        taus = [kendall(signals, [-steps_of(group[seed]) for group in runs]) for seed in common_seeds(*runs)]
+        found[task_name(task)] = is_sooner([(-tau, 0) for tau in taus])
+    return claim_by_regime(
+        "Windows of higher P_S generalise sooner",
+        "Kendall's τ between P_S and earliness over the windows of a seed is positive, in two of three seeds "
+        f"that learnt with any: {LIKELY_RULE}",
+        found,
+        without="nothing was learnt",
     )
 
 
 def sooner_than_baseline(records: Sequence[Values], grid: ParityGrid) -> Claim:
-    verdicts, numbers = dict[str, Verdict](), dict[str, object]()
+    found = {}
     for task in grid.tasks:
-        best = max((list(window) for window in grid.windows), key=lambda window: signal_of(window, task[1]))
-        ours, theirs = runs_of(records, task, best), runs_of(records, task, BASELINE)
-        pairs = [(steps_of(ours[s]), steps_of(theirs[s])) for s in sorted(set(ours) & set(theirs))]
-        verdict, numbers[task_name(task)] = is_sooner(pairs)
-        if verdict is not None:
-            verdicts[task_name(task)] = verdict
-    return Claim(
-        claim="Masked diffusion with the window of the highest P_S generalises before the baseline",
-        rule=f"in two of three seeds, both never left out: {LIKELY_RULE}",
-        verdict=combine(verdicts),
-        evidence=by_regime(verdicts, numbers),
+        best = max(grid.windows, key=lambda window: p_signal(task[1], *window))
+        ours, theirs = runs_of(records, task, list(best)), runs_of(records, task, BASELINE)
+        pairs = [(steps_of(ours[seed]), steps_of(theirs[seed])) for seed in common_seeds(ours, theirs)]
+        found[task_name(task)] = is_sooner(pairs)
+    return claim_by_regime(
+        "Masked diffusion with the window of the highest P_S generalises before the baseline",
+        f"in two of three seeds, both never left out: {LIKELY_RULE}",
+        found,
     )
 
 
 def memorises(records: Sequence[Values], grid: ParityGrid) -> Claim:
-    verdicts, numbers = dict[str, Verdict](), dict[str, object]()
+    found = {}
     for task in grid.tasks:
-        runs = runs_of(records, task, BASELINE).values()
-        stuck = [is_stuck(run) for run in runs]
-        verdicts[task_name(task)] = is_usual(sum(stuck), len(stuck) - sum(stuck))
-        numbers[task_name(task)] = f"{sum(stuck)} of {len(stuck)} seeds"
-    return Claim(
-        claim="The baseline memorises and does not generalise",
-        rule="training inputs right, others not, when the steps are over, in two of three seeds: "
-        f"{LIKELY_RULE}",
-        verdict=combine(verdicts),
-        evidence=by_regime(verdicts, numbers),
+        stuck = [is_stuck(run) for run in runs_of(records, task, BASELINE).values()]
+        verdict = is_usual(sum(stuck), len(stuck) - sum(stuck))
+        found[task_name(task)] = verdict, f"{sum(stuck)} of {len(stuck)} seeds"
+    return claim_by_regime(
+        "The baseline memorises and does not generalise",
+        f"training inputs right, others not, when the steps are over, in two of three seeds: {LIKELY_RULE}",
+        found,
     )
 
 

@@ -2,7 +2,7 @@
 
 A recipe names the study, its seeds, its grid, and the settings that all runs share. `grid` executes the runs,
 one process per core, resumable run by run. Tables, plot and verdicts are computed from their results. Every
-study is a module with the same functions: `check`, `make_cells`, `conclude`, `draw`.
+study is a module with the same functions: `make_cells`, `conclude`, `draw`.
 """
 
 from __future__ import annotations
@@ -32,52 +32,31 @@ from opdlm.studies.text_runs import prepare_text, run_text
 TABLE_FILE, RESULTS_FILE, PICTURE_FILE = "table.md", "results.json", "study.png"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Study:
-    """The functions of one study."""
+    """The parts of one study."""
 
+    module: Any
+    """Has `make_cells(grid, run, seeds)`, which checks all settings, `conclude(records, grid, out)` and
+    `draw(records, grid, out, path)`."""
     grid: type
     """Dataclass of the `grid` section."""
-    check: Callable[[Any], None]
-    prepare: Callable[[Any, Values, Path], None]
-    """(grid, run, out): writes files that all cells read."""
-    make_cells: Callable[[Any, Values, Sequence[int]], list[Cell]]
     run_cell: RunCell
-    conclude: Callable[[Sequence[Values], Any, Path], Findings]
-    draw: Callable[[Sequence[Values], Any, Path, Path], None]
+    prepare: Callable[[Any, Values, Path], None] | None = None
+    """(grid, run, out): writes files that all cells read."""
 
 
 def prepare_corpus(_grid: Any, _run: Values, out: Path) -> None:
     prepare_text(out)
 
 
-def prepare_nothing(_grid: Any, _run: Values, _out: Path) -> None:
-    """The cells need no file."""
-
-
-def study_of(
-    module: Any, grid: type, run_cell: RunCell, prepare: Callable[[Any, Values, Path], None]
-) -> Study:
-    return Study(
-        grid=grid,
-        check=module.check,
-        prepare=prepare,
-        make_cells=module.make_cells,
-        run_cell=run_cell,
-        conclude=module.conclude,
-        draw=module.draw,
-    )
-
-
 STUDIES = {
-    "dual_repetition": study_of(study_dual, study_dual.DualGrid, run_text, study_dual.prepare),
-    "mask_window": study_of(study_window, study_window.WindowGrid, run_text, prepare_corpus),
-    "parity": study_of(study_parity, study_parity.ParityGrid, study_parity.run_cell, prepare_nothing),
-    "crossover": study_of(study_crossover, study_crossover.CrossoverGrid, run_text, prepare_corpus),
-    "conversion": study_of(
-        study_conversion, study_conversion.ConversionGrid, study_conversion.run_cell, prepare_nothing
-    ),
-    "window_sft": study_of(study_sft, study_sft.SftGrid, study_sft.run_cell, study_sft.prepare),
+    "dual_repetition": Study(study_dual, study_dual.DualGrid, run_text, study_dual.prepare),
+    "mask_window": Study(study_window, study_window.WindowGrid, run_text, prepare_corpus),
+    "parity": Study(study_parity, study_parity.ParityGrid, study_parity.run_cell),
+    "crossover": Study(study_crossover, study_crossover.CrossoverGrid, run_text, prepare_corpus),
+    "conversion": Study(study_conversion, study_conversion.ConversionGrid, study_conversion.run_cell),
+    "window_sft": Study(study_sft, study_sft.SftGrid, study_sft.run_cell, study_sft.prepare),
 }
 
 
@@ -109,10 +88,9 @@ def read_plan(recipe: Path, overrides: Sequence[str], num_seeds: int | None = No
         raise ConfigError(f"unknown key {unknown} in a study: it has the sections grid and run, and seeds.")
     study = STUDIES[name]
     grid: Any = build_section(study.grid, values.get("grid", {}), "grid.")
-    study.check(grid)
     seeds = tuple(range(num_seeds)) if num_seeds is not None else read_seeds(values.get("seeds", [0, 1, 2]))
     run = values.get("run", {})
-    cells = study.make_cells(grid, run, seeds)
+    cells = study.module.make_cells(grid, run, seeds)
     title = recipe.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
     return StudyPlan(name=name, title=title, study=study, grid=grid, run=run, seeds=seeds, cells=cells)
 
@@ -127,7 +105,8 @@ def read_seeds(value: Any) -> tuple[int, ...]:
 
 def run_study(plan: StudyPlan, out: Path, console: Console, processes: int | None = None) -> GridResult:
     """Run all cells that are not finished, and write table.md, results.json and study.png to `out`."""
-    plan.study.prepare(plan.grid, plan.run, out)
+    if plan.study.prepare is not None:
+        plan.study.prepare(plan.grid, plan.run, out)
     result = run_grid(plan.cells, plan.study.run_cell, out, console, processes)
     if result.records:
         write_study(plan, result, out)
@@ -136,8 +115,8 @@ def run_study(plan: StudyPlan, out: Path, console: Console, processes: int | Non
 
 def write_study(plan: StudyPlan, result: GridResult, out: Path) -> None:
     records = list(result.records.values())
-    findings = plan.study.conclude(records, plan.grid, out)
-    plan.study.draw(records, plan.grid, out, out / PICTURE_FILE)
+    findings = plan.study.module.conclude(records, plan.grid, out)
+    plan.study.module.draw(records, plan.grid, out, out / PICTURE_FILE)
     write_atomic(out / TABLE_FILE, study_text(plan, result, findings))
     results = {
         "study": plan.name,

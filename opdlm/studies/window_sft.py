@@ -12,15 +12,13 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 
-from opdlm.config.loader import build_section
-from opdlm.config.rules import check_config
 from opdlm.config.sections import STRICT, Config
 from opdlm.distill.pipeline import convert_checkpoint
 from opdlm.errors import DataError
@@ -31,16 +29,18 @@ from opdlm.studies.claims import (
     WORTH_ACCURACY,
     Claim,
     Findings,
+    common_seeds,
+    difference_claim,
     differences,
-    interval_rule,
     is_below,
     kendall,
+    means,
     over_seeds,
 )
-from opdlm.studies.grid import Cell, Values, chosen
+from opdlm.studies.conversion import Measure, conversion_config, measure_of
+from opdlm.studies.grid import Cell, Values, of_window
 
 Window = tuple[float, float]
-Measure = Callable[[Values], float]
 LIKELIHOOD, GENERATION = (0.45, 0.55), (0.5, 1.0)
 """The published best windows for likelihood and for generative fine-tuning."""
 SAME_ORDER = 0.5
@@ -53,10 +53,6 @@ class SftGrid:
     """Ranges of the mask rate t of a block."""
     num_prompts: int = 2000
     """Prompts that the teacher answers."""
-
-
-def check(_: SftGrid) -> None:
-    """All grids of the right types are valid."""
 
 
 def make_cells(grid: SftGrid, base: Values, seeds: Sequence[int]) -> list[Cell]:
@@ -77,11 +73,9 @@ def make_cells(grid: SftGrid, base: Values, seeds: Sequence[int]) -> list[Cell]:
 
 def sft_config(values: Values, data: Path, output_dir: Path) -> Config:
     """The settings of one conversion, with its paths."""
-    values = copy.deepcopy(values) | {"output_dir": str(output_dir)}
+    values = copy.deepcopy(values)
     values.setdefault("rollout", {})["path"] = str(data / ROLLOUTS)
-    config = build_section(Config, values)
-    check_config(config)
-    return config
+    return conversion_config(values, output_dir)
 
 
 def prepare(grid: SftGrid, base: Values, out: Path) -> None:
@@ -115,16 +109,8 @@ def bound_of(record: Values) -> float:
     return record["result"]["bound"]
 
 
-def accuracy_of(mode: str) -> Measure:
-    return lambda record: record["result"]["modes"][mode]["accuracy"]
-
-
 def errors_of(mode: str) -> Measure:
-    return lambda record: 1 - record["result"]["modes"][mode]["accuracy"]
-
-
-def of_window(records: Sequence[Values], window: Sequence[float]) -> dict[int, Values]:
-    return chosen(records, window=list(window))
+    return lambda record: 1 - measure_of(mode, "accuracy")(record)
 
 
 def conclude(records: Sequence[Values], grid: SftGrid, _: Path) -> Findings:
@@ -151,9 +137,8 @@ def window_table(records: Sequence[Values], grid: SftGrid, modes: Sequence[str])
     rows = []
     for window in grid.windows:
         runs = of_window(records, window).values()
-        measures = [bound_of, *[accuracy_of(mode) for mode in modes]]
-        shown = [str(over_seeds([measure(run) for run in runs])) for measure in measures]
-        rows.append([f"[{window[0]:g}, {window[1]:g}]", *shown])
+        measures = [bound_of, *[measure_of(mode, "accuracy") for mode in modes]]
+        rows.append([f"[{window[0]:g}, {window[1]:g}]", *means(runs, measures)])
     return Table(
         title="Likelihood and generation by training window",
         head=["window", "bound, nats per token", *[f"{mode} accuracy" for mode in modes]],
@@ -168,20 +153,20 @@ def better_window(
 ) -> Claim:
     """Compares two windows by `measure`, of which lower is better."""
     gaps = differences(of_window(records, window), of_window(records, other), measure)
-    return Claim(
-        claim=f"[{window[0]:g}, {window[1]:g}] is better than [{other[0]:g}, {other[1]:g}] for {what}",
-        rule=f"paired differences (negative is better): {interval_rule(worth)}",
-        verdict=is_below(gaps, worth=worth),
-        evidence=str(over_seeds(gaps)),
+    return difference_claim(
+        f"[{window[0]:g}, {window[1]:g}] is better than [{other[0]:g}, {other[1]:g}] for {what}",
+        "paired differences (negative is better)",
+        gaps,
+        worth,
     )
 
 
 def other_order(records: Sequence[Values], grid: SftGrid, mode: str) -> Claim:
     runs = [of_window(records, window) for window in grid.windows]
-    seeds = sorted(set.intersection(*[set(found) for found in runs])) if runs else []
+    accuracy = measure_of(mode, "accuracy")
     taus = [
-        kendall([-bound_of(f[seed]) for f in runs], [accuracy_of(mode)(f[seed]) for f in runs])
-        for seed in seeds
+        kendall([-bound_of(f[seed]) for f in runs], [accuracy(f[seed]) for f in runs])
+        for seed in common_seeds(*runs)
     ]
     return Claim(
         claim=f"Likelihood does not rank windows as {mode} accuracy does",
@@ -199,9 +184,9 @@ def draw(records: Sequence[Values], grid: SftGrid, _: Path, path: Path) -> None:
     for number, window in enumerate(grid.windows):
         runs = of_window(records, window).values()
         for mode, mark in zip(modes, "o^sD", strict=False):
-            xs, ys = [bound_of(run) for run in runs], [100 * accuracy_of(mode)(run) for run in runs]
+            xs, accuracy = [bound_of(run) for run in runs], measure_of(mode, "accuracy")
             label = f"[{window[0]:g}, {window[1]:g}], {mode}"
-            axis.plot(xs, ys, mark, color=f"C{number}", label=label)
+            axis.plot(xs, [100 * accuracy(run) for run in runs], mark, color=f"C{number}", label=label)
     axis.set_xlabel("bound, nats per token")
     axis.set_ylabel("exact match, %")
     axis.grid(alpha=0.3)

@@ -61,13 +61,6 @@ class TextBatch:
         return replace(self, num_ar=0.0, num_masked=0.0, **places)
 
 
-def causal_slots(row_batch: RowBatch, ids_BL: Tensor | None = None) -> Slots:
-    """Every input sees its piece up to itself."""
-    return slots_visible_until(
-        row_batch, row_batch.ids_BR[:, :-1] if ids_BL is None else ids_BL, positions(row_batch)
-    )
-
-
 def positions(row_batch: RowBatch) -> Tensor:
     start_BL = row_batch.start_BR[:, :-1]
     return torch.arange(start_BL.shape[1]) - start_BL
@@ -136,7 +129,7 @@ def mixed_rows(
     has_teacher_M = ~is_own_M | (positions(row_batch)[row_M, column_M] > 0)
     return TextBatch(
         slots=slots_visible_until(row_batch, ids_BL, visible_until_BL),
-        text=causal_slots(row_batch),
+        text=slots_visible_until(row_batch, row_batch.ids_BR[:, :-1], positions(row_batch)),
         row_M=row_M,
         column_M=column_M,
         target_M=target_BL[row_M, column_M],

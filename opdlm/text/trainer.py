@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -165,25 +164,18 @@ def make_batches(run: TextRun, step: int) -> list[TextBatch]:
     chosen = equally_many(accelerator, [mine[first : first + size] for first in range(0, len(mine), size)])
     rates = rates_at(config.masking, step)
     if config.objective.name == "block_diffusion":
-        seeds = [generator_for(config.train.seed, Stream.MASKS, step, place) for place in range(num_rows)]
-        make = partial(block_micro_batch, rows, run.model.spec, rates, seeds, config.objective)
+        rngs = [generator_for(config.train.seed, Stream.MASKS, step, place) for place in range(num_rows)]
+
+        def make(part: Sequence[int]) -> TextBatch:
+            parts = [rows[i] for i in part], run.model.spec, rates, [rngs[i] for i in part]
+            return block_batch(*parts, complementary=config.objective.complementary)
     else:
-        make = partial(
-            row_micro_batch, *rows_and_masks(rows, rates, config, step), run.model.spec, config, step
-        )
+        row_batch, masks = rows_and_masks(rows, rates, config, step)
+
+        def make(part: Sequence[int]) -> TextBatch:
+            return row_micro_batch(row_batch, masks, run.model.spec, config, step, part)
+
     return [make(part) if part else make([0]).without_targets() for part in chosen]
-
-
-def block_micro_batch(
-    rows: Sequence[TextRow],
-    spec: DiffusionSpec,
-    rates: MaskRates,
-    rngs: Sequence[torch.Generator],
-    section: ObjectiveSection,
-    chosen: Sequence[int],
-) -> TextBatch:
-    parts = [rows[i] for i in chosen], spec, rates, [rngs[i] for i in chosen]
-    return block_batch(*parts, complementary=section.complementary)
 
 
 def rows_and_masks(

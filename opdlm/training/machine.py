@@ -12,7 +12,6 @@ from accelerate import PartialState
 from opdlm.checkpoints.load import new_causal_lm, read_architecture
 from opdlm.config.sections import Config
 from opdlm.errors import OpdlmError
-from opdlm.modeling.diffusion_lm import backbone
 
 PROBE_LAYERS = 2
 PROBE_SECONDS = 1.0
@@ -42,7 +41,7 @@ def measured_speed(config: Config, slots_per_row: int) -> tuple[float, float] | 
         )
     except OpdlmError:
         return None
-    layers = backbone(model.to(PartialState().device))
+    layers = model.to(PartialState().device).base_model
     rows = config.rollout.decode.batch_size
     return flops_per_second(layers, rows, slots_per_row), flops_per_second(layers, 1, TRAINING_TOKENS)
 

@@ -65,11 +65,19 @@ def installed_version() -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class VllmTeacher:
+class VllmEngine:
     """A running engine, and the special tokens of the run."""
 
     llm: Any
     spec: DiffusionSpec
+
+    def close(self) -> None:
+        """Free the memory of the engine, which deleting the object would not do."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+class VllmTeacher(VllmEngine):
+    """The AR model."""
 
     @property
     def allowed_token_ids(self) -> list[int]:
@@ -126,10 +134,6 @@ class VllmTeacher:
             for rollout, output in zip(rollouts, outputs, strict=True)
         ]
 
-    def close(self) -> None:
-        """Free the memory of the engine, which deleting the object would not do."""
-        self.llm.llm_engine.engine_core.shutdown()
-
 
 def start_teacher(
     path: str,
@@ -160,6 +164,20 @@ def start_teacher(
             disable_log_stats=True,
         )
     return VllmTeacher(llm, spec)
+
+
+def start_ar_model(
+    path: str, model: DiffusionLM, prompts: Sequence[Sequence[int]], config: DecodeConfig
+) -> VllmTeacher:
+    """`start_teacher` to answer these prompts, a batch at once, in the dtype of the model."""
+    return start_teacher(
+        path,
+        model.student.config,
+        model.spec,
+        dtype=str(model.student.dtype).removeprefix("torch."),
+        max_rows=config.batch_size,
+        max_tokens=max(map(len, prompts)) + config.max_new_tokens,
+    )
 
 
 @contextmanager
@@ -219,12 +237,8 @@ def top_k_of(flat: Any, num_prompt: int, k: int, banned: torch.Tensor, tail: boo
     return TopKTargets(ids_MK=ids_RK, logprobs_MK=logprobs_RK, tail=tail)
 
 
-@dataclass(frozen=True, slots=True)
-class VllmStudent:
-    """A running engine that denoises the blocks of a student (`plugin`)."""
-
-    llm: Any
-    spec: DiffusionSpec
+class VllmStudent(VllmEngine):
+    """Denoises the blocks of a student (`plugin`)."""
 
     def update(self, model: DiffusionLM) -> None:
         """Copy the present weights of the student into the engine.
@@ -281,10 +295,6 @@ class VllmStudent:
             num_forwards=1 + max(step for _, step in response) + num_commits,
             num_steps=last_step,
         )
-
-    def close(self) -> None:
-        """Free the memory of the engine, which deleting the object would not do."""
-        self.llm.llm_engine.engine_core.shutdown()
 
 
 def plain_weights(model: DiffusionLM) -> Iterator[tuple[str, Tensor]]:

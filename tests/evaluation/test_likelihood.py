@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,20 +12,39 @@ from torch import Tensor
 
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
+from opdlm.decoding.rollout import Rollout
 from opdlm.evaluation.likelihood import (
     agreement_report,
     ar_response_nll,
-    chain_nll,
-    left_to_right,
     likelihood_report,
+    masked_cross_entropy,
+    masks_of_order,
     nll_bound,
-    right_to_left,
+    score_text,
 )
+from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.modeling.slots import GridKind
 from opdlm.objectives.states import BlockTable, text_to_rollout
 
 VOCABULARY, SIZE = 6, 3
 PROMPT = (1, 2, 3)
+
+
+def left_to_right(table: BlockTable) -> Tensor:
+    return table.positions_BNT
+
+
+def right_to_left(table: BlockTable) -> Tensor:
+    return -table.positions_BNT
+
+
+@torch.no_grad()
+def chain_nll(model: DiffusionLM, rows: Sequence[Rollout], order: Callable[[BlockTable], Tensor]) -> Tensor:
+    """Exact negative log-likelihood of revealing one token at a time in this order, in nats: `[B]`."""
+    given = score_text(model, rows)
+    masks_BCNT = masks_of_order(given.table, order(given.table))
+    later_BCNT = torch.cat([masks_BCNT[:, 1:], torch.zeros_like(masks_BCNT[:, :1])], 1)
+    return (masked_cross_entropy(model, given, masks_BCNT) * (masks_BCNT & ~later_BCNT)).sum((1, 2, 3))
 
 
 def fixed_order(offsets: tuple[int, ...]) -> Callable[[BlockTable], Tensor]:

@@ -51,14 +51,11 @@ def some_rows(num: int, width: int = 8) -> Tensor:
     return torch.rand((num, width), generator=seeded(1)) < torch.rand((num, 1), generator=seeded(2))
 
 
-@pytest.mark.parametrize("stratified", [False, True])
 @pytest.mark.parametrize("at_least_one", [False, True])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_weights_sum_to_the_tokens_on_average(name: str, at_least_one: bool, stratified: bool) -> None:
+def test_weights_sum_to_the_tokens_on_average(name: str, at_least_one: bool) -> None:
     can_mask = some_rows(200_000)
-    masks = draw_masks(
-        can_mask, DISTRIBUTIONS[name], seeded(), at_least_one=at_least_one, stratified=stratified
-    )
+    masks = draw_masks(can_mask, DISTRIBUTIONS[name], seeded(), at_least_one=at_least_one)
     assert not (masks.is_masked & ~can_mask).any()
     assert ((masks.weight > 0) == masks.is_masked).all()
     sums = masks.weight.sum(-1) - can_mask.sum(-1)
@@ -146,30 +143,14 @@ def test_exact_counts_of_u01_are_equally_likely() -> None:
     torch.testing.assert_close(counts, torch.tensor([0, *[0.2] * 5]), atol=0.01, rtol=0)
 
 
-def test_t_follows_the_mixture_and_strata_hold_one_row_each() -> None:
+def test_t_follows_the_mixture() -> None:
     rates = MaskRates(windows=SHIFTED, window_weights=(1.0, 3.0))
-    t = draw_t((80_000,), rates, seeded(), stratified=False)
+    t = draw_t((80_000,), rates, seeded())
     is_low = t < 0.5
     assert float(is_low.float().mean()) == pytest.approx(0.25, abs=0.01)
     for values, (low, high) in ((t[is_low], SHIFTED[0]), (t[~is_low], SHIFTED[1])):
         assert low <= float(values.min()) < low + 1e-3 and high - 1e-3 < float(values.max()) <= high
         assert float(values.mean()) == pytest.approx((low + high) / 2, abs=1e-3)
-    t = draw_t((3, 32), ANY_RATE, seeded(), stratified=True)
-    assert torch.equal((t * 32).floor(), torch.arange(32.0).expand(3, 32))
-    assert len(set((t * 32 % 1)[:, 0].tolist())) == 3  # each leading index has an offset of its own
-    t = draw_t((8,), rates, seeded(), stratified=True)
-    assert (t < 0.5).tolist() == [True] * 2 + [False] * 6
-
-
-def test_stratified_t_makes_the_bound_less_noisy() -> None:
-    rates, can_mask = MaskRates(floor=0.01), torch.ones((32, 64), dtype=torch.bool)
-
-    def spread(stratified: bool) -> float:
-        rng = seeded()
-        sums = [draw_masks(can_mask, rates, rng, stratified=stratified).is_masked.sum() for _ in range(200)]
-        return float(torch.stack(sums).float().std())
-
-    assert spread(stratified=True) < 0.5 * spread(stratified=False)
 
 
 def test_position_rates_stretch_over_the_tokens_that_can_be_masked() -> None:

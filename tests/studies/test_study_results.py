@@ -64,7 +64,7 @@ def test_verdicts_are_those_of_the_present_rules(name: str, tmp_path: Path) -> N
         if found["versions"]["python"] != platform.python_version():
             pytest.skip("another standard library")
         prepare_text(tmp_path)
-    findings = plan.study.conclude(list(found["cells"].values()), plan.grid, tmp_path)
+    findings = plan.study.module.conclude(list(found["cells"].values()), plan.grid, tmp_path)
     assert [asdict(claim) for claim in findings.claims] == found["predictions"]
 
 
