@@ -132,10 +132,12 @@ def variant_table(records: Sequence[Values], grid: ConversionGrid, names: Sequen
         values = {what: [columns[what](run) for run in runs] for what in known}
         shown = [str(over_seeds(values[what])) if what in known else NOTHING for what in columns]
         tokens = over_seeds([run["result"]["rollout_tokens"] / 1000 for run in runs])
-        rows.append([name, " ".join(grid.variants[name]) or NOTHING, *shown, f"{tokens.mean:.0f} k"])
+        minutes = over_seeds([run["seconds"] / 60 for run in runs])
+        changes = " ".join(grid.variants[name]) or NOTHING
+        rows.append([name, changes, *shown, f"{tokens.mean:.0f} k", f"{minutes.mean:.1f}"])
     return Table(
         title="Conversion by variant",
-        head=["variant", "changes", *columns, "rollout tokens"],
+        head=["variant", "changes", *columns, "rollout tokens", "core minutes"],
         rows=rows,
         note="Mean ± half of the 95 % interval over seeds.",
     )
