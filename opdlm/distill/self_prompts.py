@@ -100,9 +100,11 @@ def write_prompts(
         batch_size=rows,
         temperature=1.0,
     )
-    drawn_by = digest_of([start, [end, rows, decoding.max_new_tokens, config.train.seed]])
-    kept = [row["prompts"] for row in read_metrics(partial) if row["drawn_by"] == drawn_by]
-    found = [text for batch in kept for text in batch]
+    settings = [start, [end, rows, decoding.max_new_tokens, config.train.seed]]
+    drawn_by = digest_of([*settings, *(list(text.encode()) for text in sorted(excluded))])
+    kept = [row for row in read_metrics(partial) if row["drawn_by"] == drawn_by]
+    write_atomic(partial, "".join(json.dumps(row) + "\n" for row in kept))  # without a line cut off by a kill
+    found = [text for row in kept for text in row["prompts"]]
     with PhaseProgress("prompts that the model writes", wanted, console) as progress:
         progress.skip(min(wanted, len(found)))
         for number in range(len(kept), -(-wanted * DRAWS_PER_PROMPT // rows)):

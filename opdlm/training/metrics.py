@@ -76,7 +76,7 @@ class PhaseProgress:
 
     def advance(self, num: int, status: str = "") -> None:
         """Count `num` more as done."""
-        self.done += num
+        self.done = min(self.total, self.done + num)
         self.progress.update(self.task, completed=self.done, status=status)
         is_done = num > 0 and self.done >= self.total
         if is_done or time.monotonic() - self.told > LINE_SECONDS:

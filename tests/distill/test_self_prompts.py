@@ -47,9 +47,9 @@ def test_a_user_turn_is_what_the_template_writes_around_the_text(tokenizer: PreT
 
 
 def test_the_teacher_asks_in_the_form_of_every_skill(
-    student: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config
+    student: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config, tmp_path: Path
 ) -> None:
-    texts = write_prompts(student, tokenizer, config, excluded=())
+    texts = write_prompts(student, tokenizer, config, (), tmp_path / "partial")
     assert len(texts) == NUM_PROMPTS
     assert not any("<|" in text or text != text.strip() for text in texts)
     forms = {text.split()[0] for text in texts}
@@ -57,24 +57,37 @@ def test_the_teacher_asks_in_the_form_of_every_skill(
 
 
 def test_what_the_teacher_often_asks_is_kept_as_often(
-    student: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config
+    student: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config, tmp_path: Path
 ) -> None:
     """Few questions about days exist and very many sums: dropping repeats would lose the days."""
     data = replace(config.data, self_prompts=600)
     rollout = replace(config.rollout, decode=replace(config.rollout.decode, batch_size=100))
-    texts = write_prompts(student, tokenizer, replace(config, data=data, rollout=rollout), excluded=())
+    texts = write_prompts(student, tokenizer, replace(config, data=data, rollout=rollout), (), tmp_path / "p")
     days = [text for text in texts if "day" in text]
     assert len(set(days)) < len(days)
 
 
 def test_prompts_depend_on_the_seed_alone_and_leave_out_what_is_excluded(
-    student: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config
+    student: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config, tmp_path: Path
 ) -> None:
-    texts = write_prompts(student, tokenizer, config, excluded=())
-    assert write_prompts(student, tokenizer, config, excluded=()) == texts
-    others = write_prompts(student, tokenizer, config, excluded=set(texts[:5]))
+    texts = write_prompts(student, tokenizer, config, (), tmp_path / "first")
+    assert write_prompts(student, tokenizer, config, (), tmp_path / "second") == texts
+    others = write_prompts(student, tokenizer, config, set(texts[:5]), tmp_path / "first")
     assert not set(others) & set(texts[:5])
     assert others[: NUM_PROMPTS - 5] == texts[5:]
+
+
+def test_an_interrupted_search_continues_after_its_last_batch(
+    student: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config, tmp_path: Path
+) -> None:
+    partial = tmp_path / "partial"
+    texts = write_prompts(student, tokenizer, config, (), partial)
+    lines = partial.read_text().splitlines()
+    assert len(lines) > 1
+    marked = lines[0].replace(texts[0], "kept")
+    partial.write_text(marked + "\n" + lines[1][:10])  # killed while the second batch was written
+    assert write_prompts(student, tokenizer, config, (), partial) == ["kept", *texts[1:]]
+    assert partial.read_text().splitlines() == [marked, *lines[1:]]
 
 
 def test_an_interrupted_run_reads_the_prompts_it_wrote(

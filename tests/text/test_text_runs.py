@@ -253,7 +253,7 @@ def test_from_an_empty_folder_to_an_evaluated_student(
     assert main(["convert", "second/model", *convert]) == 0
     capsys.readouterr()
     assert main(["eval", "third/model", "eval.path=tasks.jsonl", "eval.decode.max_new_tokens=8"]) == 0
-    assert "sum" in capsys.readouterr().out
+    assert "Retention on 1 prompts" in capsys.readouterr().out
 
 
 def test_settings_are_listed_and_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
