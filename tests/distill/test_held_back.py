@@ -1,0 +1,88 @@
+"""Prompts that a conversion without `eval.path` keeps from training: which, when measured, what is said."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data, write_rows
+
+import opdlm
+from opdlm.cli.main import main
+from opdlm.data.prompts import hold_back
+from opdlm.distill.trainer import StudentLoss
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=80), st.integers(1, 20))
+def test_held_back_prompts_are_not_trained_on(items: list[int], number: int) -> None:
+    kept, chosen = hold_back(items, lambda item: (item,), number)
+    distinct = len(set(items))
+    if distinct < 8:
+        assert kept == items and set(chosen) <= {(item,) for item in items}
+    else:
+        assert len(chosen) == len(set(chosen)) == min(number, distinct // 8)
+        assert kept == [item for item in items if (item,) not in chosen]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("held_back")
+    write_checkpoint(root / "teacher")
+    write_data(root)
+    write_rows(root / "prompts.jsonl", [{"prompt": f"add {i} {7 * i % 10}"} for i in range(24)])
+    return root
+
+
+def settings(root: Path, output: Path, *overrides: str) -> list[str]:
+    return [*tiny_overrides(root / "teacher", root, output)[1:], "eval.held_back=32", *overrides]
+
+
+def test_a_conversion_ends_with_numbers_on_prompts_that_it_kept_from_training(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert (
+        main(["convert", str(root / "teacher"), *settings(root, run, "optimizer.learning_rate=1e-12")]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "21 prompts (21 distinct)" in printed
+    assert "This run learnt nothing" in printed and "before training" in printed
+    assert "nothing was gained" in printed and f"next: opdlm chat {run / 'model'}" in printed
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["held_back_tokens_per_forward"] > 0 for row in rows)
+    held_back = [json.loads(line) for line in (run / "model" / "held_back.jsonl").read_text().splitlines()]
+    assert len(held_back) == 3
+    report = opdlm.evaluate(run / "model", modes=["lossless"])
+    assert report["teacher"]["num_prompts"] == 3
+    assert report["student"][0]["identical_to_teacher"] == 1.0
+
+
+def test_an_update_without_enough_memory_is_repeated_with_smaller_micro_batches(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The failure is injected: a forward over more than `limit` columns does not find its memory."""
+
+    def losses(name: str) -> list[float]:
+        folder = tmp_path / name
+        opdlm.convert(root / "teacher", overrides=settings(root, folder, "train.micro_batch_rows=2"))
+        return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    plain, forward, widths = losses("plain"), StudentLoss.forward, list[int]()
+
+    def starved(self: StudentLoss, states: Any, weights_M: torch.Tensor) -> Any:
+        widths.append(states.num_columns)
+        if len(widths) == 1:
+            raise torch.OutOfMemoryError("injected")
+        return forward(self, states, weights_M)
+
+    monkeypatch.setattr(StudentLoss, "forward", starved)
+    with caplog.at_level(logging.WARNING):
+        assert losses("starved") == pytest.approx(plain, rel=1e-5)
+    assert "train.micro_batch_rows=1" in caplog.text
+    assert max(widths[1:]) < widths[0]
