@@ -10,7 +10,7 @@ from typing import Any
 
 Values = dict[str, Any]
 
-MIN_GAIN = 1.05
+MIN_GAIN = 1.1
 """Smallest ratio of speeds that counts as a gain; repeats of one measurement differ by less than the rest."""
 MIN_TOKENS_PER_FORWARD = 1.5
 """Tokens per forward from which forwards are saved that a faster device may turn into time."""
