@@ -50,9 +50,17 @@ class LowRank(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def forward(self, inputs: Tensor, plain: Tensor) -> Tensor:
-        """`plain` is the base layer's output without its bias."""
+        """In the adapter's precision. `plain` is the base layer's output without its bias."""
         low_rank = F.linear(F.linear(inputs.to(self.down_RI.dtype), self.down_RI), self.up_OR) * self.scale
         return low_rank if self.factor_O is None else (self.factor_O - 1) * plain + self.factor_O * low_rank
+
+    def add(self, inputs: Tensor, output: Tensor, bias: Tensor | None) -> None:
+        """Add the delta to the base layer's output in place, LoRA's in the precision of the base."""
+        if self.factor_O is not None:
+            output.add_(self(inputs, output if bias is None else output - bias))
+            return
+        low_rank = F.linear(inputs, self.down_RI.to(inputs.dtype))
+        output.addmm_(low_rank, self.up_OR.to(inputs.dtype).t(), alpha=self.scale)
 
 
 class LoadedAdapter:
@@ -79,15 +87,15 @@ class LoadedAdapter:
         base = host.forward
         host.low_rank = low_rank  # a submodule, so that it moves with the layer
 
-        def delta(inputs: Tensor, output: Tensor) -> Tensor:
-            return low_rank(inputs, output if host.bias is None else output - host.bias)
-
         def forward(inputs: Tensor) -> Tensor:
             output = base(inputs)
-            return (output + delta(inputs, output)).to(output.dtype) if self.enabled else output
+            if not self.enabled:
+                return output
+            plain = output if host.bias is None else output - host.bias
+            return (output + low_rank(inputs, plain)).to(output.dtype)
 
         host.forward = forward
-        return Adapted(host, base, lambda inputs, output: output.add_(delta(inputs, output)))
+        return Adapted(host, base, lambda inputs, output: low_rank.add(inputs, output, host.bias))
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -78,12 +78,14 @@ def conversion_config(values: Values, output_dir: Path) -> Config:
 
 
 def run_cell(settings: Values, folder: Path) -> Values:
-    """Convert. Returns accuracy and tokens per forward of every mode from the report of the folder."""
+    """Convert. Returns accuracy, common prefix with the teacher's text and tokens per forward of every mode from
+    the report of the folder.
+    """
     config = conversion_config(settings["config"], folder / "run")
     model_folder = convert_checkpoint(config, Console(quiet=True))
     report = json.loads((model_folder / "retention.json").read_text())
     results = json.loads((model_folder / "all_results.json").read_text())
-    keys = ("accuracy", "tokens_per_forward")
+    keys = ("accuracy", "common_prefix", "tokens_per_forward")
     modes = {row["name"]: {key: row[key] for key in keys} for row in report["student"]}
     return {"modes": modes, "rollout_tokens": results["rollout_tokens"]}
 
@@ -93,11 +95,13 @@ def measure_of(mode: str, key: str) -> Measure:
 
 
 def measures(record: Values) -> dict[str, Measure]:
-    """Accuracy of every mode but lossless, and tokens per forward of every mode but static."""
+    """Accuracy and common prefix of every mode but lossless, and tokens per forward of every mode but static."""
     found = {}
-    for mode in record["result"]["modes"]:
+    for mode, row in record["result"]["modes"].items():
         if mode != "lossless":
             found[f"{mode} accuracy"] = measure_of(mode, "accuracy")
+            if "common_prefix" in row:
+                found[f"{mode} common prefix"] = measure_of(mode, "common_prefix")
         if mode != "static":
             found[f"{mode} tokens per forward"] = measure_of(mode, "tokens_per_forward")
     return found
@@ -145,7 +149,7 @@ def variant_table(records: Sequence[Values], grid: ConversionGrid, names: Sequen
 
 def is_better(records: Sequence[Values], name: str, other: str, what: str, measure: Measure) -> Claim:
     gaps = differences(of_variant(records, other), of_variant(records, name), measure)
-    worth = WORTH_ACCURACY if what.endswith("accuracy") else WORTH
+    worth = WORTH if what.endswith("tokens per forward") else WORTH_ACCURACY
     claim = f"{name} is better than {other} in {what}"
     return difference_claim(claim, "paired differences (baseline minus variant)", gaps, worth)
 
