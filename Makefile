@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test test-slow test-vllm lint wheel clean env
 
 demo: env
-	@$(BIN)/opdlm convert tiny
+	@$(BIN)/python examples/demo.py runs/demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal

@@ -73,4 +73,4 @@ def describe(config: opdlm.Config) -> str:
     check_model_path(config, needs_weights=False)
     from opdlm.distill.plan import describe_plan, make_plan, mean_prompt_tokens
 
-    return describe_plan(config, make_plan(config), mean_prompt_tokens(config))
+    return describe_plan(make_plan(config), mean_prompt_tokens(config))

@@ -40,6 +40,8 @@ GIB = 2**30
 class ConversionPlan:
     """Estimates for one process."""
 
+    config: Config
+    """With the precision that `model.dtype=auto` means."""
     sizes: ModelSizes
     memory: dict[str, float]
     """Bytes per device by purpose. Entries that start with `rollout:` are freed before training, unless
@@ -57,10 +59,12 @@ class ConversionPlan:
     """Maximum of the whole run."""
 
 
-def make_plan(config: Config) -> ConversionPlan:
-    """Plan a run from its config.json; writes nothing. DataError if there is no config.json."""
+def make_plan(config: Config, sizes: ModelSizes | None = None) -> ConversionPlan:
+    """Plan a run from its config.json; writes nothing. `sizes`: of the model, where they are known. DataError
+    if there is no config.json.
+    """
     config = with_known_dtype(config)
-    sizes = measure_sizes(config)
+    sizes = sizes or measure_sizes(config)
     last = config.train.num_steps - 1
     fixed = fixed_memory(config, sizes)
     row = longest_row(config, sizes, last)
@@ -69,6 +73,7 @@ def make_plan(config: Config) -> ConversionPlan:
     together = operator.add if stays else max
     steps = range(config.train.num_steps)
     return ConversionPlan(
+        config=config,
         sizes=sizes,
         memory=fixed | rollout | training,
         activations=(kept_bytes(config, sizes, row, False), kept_bytes(config, sizes, row, True)),
@@ -79,9 +84,9 @@ def make_plan(config: Config) -> ConversionPlan:
     )
 
 
-def describe_plan(config: Config, plan: ConversionPlan, mean_prompt: int | None = None) -> str:
+def describe_plan(plan: ConversionPlan, mean_prompt: int | None = None) -> str:
     """The plan as lines of text. `mean_prompt`: tokens of a prompt, for the hours; None: the longest."""
-    config, sizes = with_known_dtype(config), plan.sizes
+    config, sizes = plan.config, plan.sizes
     without, with_checkpointing = (f"{x / GIB:.2f} GiB" for x in plan.activations)
     free = free_memory()
     flops = "  ".join(f"{name} {value:.2e}" for name, value in plan.step_flops.items())
@@ -100,7 +105,7 @@ def describe_plan(config: Config, plan: ConversionPlan, mean_prompt: int | None 
         f"  last step  {sum(plan.step_flops.values()):.2e} FLOPs: {flops}",
         f"  whole run  {plan.total_flops:.2e} FLOPs, {plan.response_tokens:,} response tokens, "
         f"{num_updates_of(config):,} updates",
-        f"  {hours_line(config, mean_prompt)}",
+        f"  {hours_line(config, sizes, mean_prompt)}",
         "",
         "schedule",
         *(f"  {line}" for line in schedule_lines(config)),
@@ -123,7 +128,7 @@ def mean_prompt_tokens(config: Config) -> int | None:
     return sum(lengths) // len(lengths)
 
 
-def hours_line(config: Config, mean_prompt: int | None) -> str:
+def hours_line(config: Config, sizes: ModelSizes, mean_prompt: int | None) -> str:
     """The time of the run on this device, by a measurement of seconds. `mean_prompt`: tokens of a prompt."""
     speed = measured_speed(config, slots_per_row=config.format.block_size + 1)
     if speed is None:
@@ -131,7 +136,7 @@ def hours_line(config: Config, mean_prompt: int | None) -> str:
     decoding, training = speed
     if mean_prompt is not None:
         config = replace(config, data=replace(config.data, max_prompt_tokens=mean_prompt))
-    flops = step_flops(config, measure_sizes(config), config.train.num_steps - 1)
+    flops = step_flops(config, sizes, config.train.num_steps - 1)
     rollout = flops["rollout"]
     seconds = rollout / decoding + (sum(flops.values()) - rollout) / training
     return (
@@ -164,6 +169,15 @@ def schedule_lines(config: Config) -> list[str]:
     return lines
 
 
+def measured_line(config: Config) -> str:
+    """What the result is measured on."""
+    if config.eval.path:
+        return f"with a report on {config.eval.path}"
+    if config.eval.held_back:
+        return f"with a report on at most {config.eval.held_back} prompts that are not trained on"
+    return "not evaluated (eval.path is empty, eval.held_back is 0)"
+
+
 def file_lines(config: Config, sizes: ModelSizes) -> list[str]:
     """Files that the run writes, and the checkpoint that it would resume from."""
     folder = Path(config.output_dir)
@@ -174,8 +188,7 @@ def file_lines(config: Config, sizes: ModelSizes) -> list[str]:
         f"{folder / 'config.yaml'}, {folder / 'metrics.jsonl'}",
         f"{folder / 'checkpoint-N'}: every {config.train.save_every} steps, {checkpoint / GIB:.2f} GiB each, "
         f"the last {config.train.save_total_limit} kept",
-        f"{folder / 'model'}: {model / GIB:.2f} GiB"
-        + (", with retention.json" if config.eval.path else ", not evaluated (eval.path is empty)"),
+        f"{folder / 'model'}: {model / GIB:.2f} GiB, {measured_line(config)}",
     ]
     if config.data.self_prompts:
         lines.append(

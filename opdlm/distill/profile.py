@@ -8,18 +8,19 @@ size 576. A full copy of the weights moves much further at the same rate, and ge
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import PartialState
 
-from opdlm.checkpoints.load import read_architecture, with_known_dtype
-from opdlm.config.loader import build_section, read_settings
+from opdlm.checkpoints.load import read_architecture
+from opdlm.config.loader import build_section, flat, read_settings, set_value
 from opdlm.config.rules import check_config
 from opdlm.config.schedules import num_updates_of
 from opdlm.config.sections import Config
+from opdlm.distill.costs import measure_sizes
 from opdlm.distill.plan import make_plan
-from opdlm.errors import OpdlmError
+from opdlm.errors import DataError
 from opdlm.training.machine import free_memory
 
 LORA_RATE, LORA_WIDTH = 3e-3, 128
@@ -44,21 +45,15 @@ class Choice:
 
 def profile(model_path: str, overrides: Sequence[str]) -> list[Choice]:
     """The settings that `overrides` leave open, chosen for the checkpoint and this machine."""
-    given = {override.partition("=")[0] for override in overrides}
-    config = settings_with(model_path, [], overrides)
+    values = read_settings(None, [f"model.path={model_path}", *overrides])
+    given = set(flat(values))
     chosen: list[Choice] = []
     for choose in (method_choices, size_choices, optimizer_choices, memory_choices):
-        chosen += [choice for choice in choose(config) if choice.key not in given]
-        config = settings_with(model_path, chosen, overrides)
-        if choose is optimizer_choices:
-            check_config(config)
+        for choice in choose(build_section(Config, values)):
+            if choice.key not in given:
+                set_value(values, choice.key, choice.value)
+                chosen.append(choice)
     return chosen
-
-
-def settings_with(model_path: str, chosen: Sequence[Choice], overrides: Sequence[str]) -> Config:
-    """Settings before the rules across keys are checked."""
-    texts = [f"model.path={model_path}", *map(str, chosen), *overrides]
-    return with_known_dtype(build_section(Config, read_settings(None, texts)))
 
 
 def method_choices(config: Config) -> list[Choice]:
@@ -96,24 +91,24 @@ def optimizer_choices(config: Config) -> list[Choice]:
 
 def memory_choices(config: Config) -> list[Choice]:
     """The largest micro-batch whose estimate fits, with recomputed activations where one row needs them."""
-    free, section = free_memory(), config.train
-    rows = section.rows_per_update
-    sizes = [(n, False) for n in (rows, rows // 2, rows // 4) if n] + [(n, True) for n in (rows // 4, 1) if n]
-    for micro, is_checkpointed in sizes:
-        texts = [f"train.micro_batch_rows={micro}", f"train.gradient_checkpointing={is_checkpointed}"]
-        values = config.to_dict()
-        values["train"] |= {"micro_batch_rows": micro, "gradient_checkpointing": is_checkpointed}
-        try:
-            peak = make_plan(build_section(Config, values)).peak
-        except OpdlmError:  # no model that can be converted: the run says why
-            return []
-        if peak <= MEMORY_SHARE * free or (micro, is_checkpointed) == sizes[-1]:
+    check_config(config)
+    free, rows = free_memory(), config.train.rows_per_update
+    options = [(n, False) for n in (rows, rows // 2, rows // 4) if n] + [
+        (n, True) for n in (rows // 4, 1) if n
+    ]
+    try:
+        sizes = measure_sizes(config)
+    except DataError:  # no model that can be converted: the run says why
+        return []
+    for micro, recomputes in options:
+        train = replace(config.train, micro_batch_rows=micro, gradient_checkpointing=recomputes)
+        peak = make_plan(replace(config, train=train), sizes).peak
+        if peak <= MEMORY_SHARE * free:
             break
     reason = f"estimate {peak / 2**30:.1f} of {free / 2**30:.1f} GiB free"
-    keys = [text.partition("=")[0] for text in texts]
     return [
-        Choice(key=keys[0], value=micro, reason=reason),
-        Choice(key=keys[1], value=is_checkpointed, reason="the same"),
+        Choice(key="train.micro_batch_rows", value=micro, reason=reason),
+        Choice(key="train.gradient_checkpointing", value=recomputes, reason="the same"),
     ]
 
 

@@ -78,9 +78,7 @@ def conversion_config(values: Values, output_dir: Path) -> Config:
 
 
 def run_cell(settings: Values, folder: Path) -> Values:
-    """Convert. Returns accuracy, common prefix with the teacher's text and tokens per forward of every mode from
-    the report of the folder.
-    """
+    """Convert. Returns the measures of every mode from the report of the folder."""
     config = conversion_config(settings["config"], folder / "run")
     model_folder = convert_checkpoint(config, Console(quiet=True))
     report = json.loads((model_folder / "retention.json").read_text())
@@ -95,7 +93,7 @@ def measure_of(mode: str, key: str) -> Measure:
 
 
 def measures(record: Values) -> dict[str, Measure]:
-    """Accuracy and common prefix of every mode but lossless, and tokens per forward of every mode but static."""
+    """Accuracy and common prefix of modes but lossless, and tokens per forward of modes but static."""
     found = {}
     for mode, row in record["result"]["modes"].items():
         if mode != "lossless":

@@ -56,7 +56,6 @@ STUDIES = {
     "parity": Study(study_parity, study_parity.ParityGrid, study_parity.run_cell),
     "crossover": Study(study_crossover, study_crossover.CrossoverGrid, run_text, prepare_corpus),
     "conversion": Study(study_conversion, study_conversion.ConversionGrid, study_conversion.run_cell),
-    "profile": Study(study_conversion, study_conversion.ConversionGrid, study_conversion.run_cell),
     "window_sft": Study(study_sft, study_sft.SftGrid, study_sft.run_cell, study_sft.prepare),
 }
 

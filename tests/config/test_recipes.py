@@ -348,7 +348,7 @@ def test_a_dry_run_prints_everything_and_writes_nothing(
         *("8,190.7 M parameters", "8,190.7 M trained (full copy)", "weights ", "AdamW moments", "gradients"),
         *("activations are", "FLOPs", "response tokens", "steps 0-9: the teacher's responses, block size 4"),
         *("steps 10-49: the student's", "steps 50-199: the student's responses, block size 8"),
-        *("runs/sdar_full/checkpoint-N", "runs/sdar_full/model", "not evaluated"),
+        *("runs/sdar_full/checkpoint-N", "runs/sdar_full/model", "not trained on"),
         *("fits: no, ", "GiB free", "hours here: about ", "GFLOP/s decoding"),
     ):
         assert text in printed, text

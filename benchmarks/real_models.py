@@ -1,0 +1,162 @@
+"""What the conversion of a real model keeps, and how fast it is: docs/results/real/NAME.json.
+
+    python benchmarks/real_models.py qwen_coder --models MODELS --data DATA --out runs/real
+
+MODELS holds checkpoint folders of these names, DATA the public files humaneval/HumanEval.jsonl,
+mbpp/mbpp.jsonl, gsm8k/{train,test}.jsonl and mt_bench/question.jsonl. The conversion has no other setting than
+its prompts. The questions were not trained on. HumanEval and MBPP run code that the model writes, in a limited
+process. The same command continues what was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import opdlm
+from opdlm.evaluation.retention import versions
+from opdlm.files import write_atomic
+
+Rows = list[dict[str, Any]]
+
+ONE_BLOCK = "Answer with one Python code block that holds the whole program, with imports, and nothing else."
+MBPP_TEST, MBPP_REST = range(11, 511), range(511, 975)
+MBPP_STEP = 5
+"""Of the test tasks, every fifth is a question."""
+CAP = 256
+"""Tokens of a response."""
+BENCH_BATCHES = (1, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which prompts a model is converted on, and what it is asked then."""
+
+    prompts: str
+    questions: tuple[str, ...]
+
+
+PLANS = {
+    "qwen_coder": Plan("mbpp_rest", ("humaneval", "mbpp")),
+    "smollm2": Plan("gsm8k_train", ("gsm8k", "mt_bench", "humaneval")),
+    "gemma3": Plan("gsm8k_train", ("gsm8k",)),
+}
+
+
+def read(data: Path, name: str) -> Rows:
+    return [json.loads(line) for line in (data / name).read_text(encoding="utf-8").splitlines()]
+
+
+def mbpp(data: Path, tasks: range) -> Iterator[dict[str, Any]]:
+    """Tasks with these numbers; the tests are part of the prompt, as in the paper (arXiv 2108.07732)."""
+    for row in read(data, "mbpp/mbpp.jsonl"):
+        if row["task_id"] in tasks:
+            tests = "\n".join(row["test_list"])
+            prompt = f"{row['text']}\nYour code should pass these tests:\n{tests}"
+            yield {"prompt": prompt, "answer": f"{row['test_setup_code']}\n{tests}"}
+
+
+def make(data: Path, name: str) -> Rows:
+    """The rows of one prompt or question file. ValueError for a name that is none of them."""
+    match name:
+        case "mbpp_rest":
+            return [{"prompt": row["prompt"]} for row in mbpp(data, MBPP_REST)]
+        case "mbpp":
+            rows = list(mbpp(data, MBPP_TEST))[::MBPP_STEP]
+            return [row | {"prompt": f"{row['prompt']}\n{ONE_BLOCK}"} for row in rows]
+        case "humaneval":
+            return [
+                {
+                    "prompt": f"Complete this function. {ONE_BLOCK}\n```python\n{row['prompt']}```",
+                    "answer": f"{row['test']}\ncheck({row['entry_point']})",
+                }
+                for row in read(data, "humaneval/HumanEval.jsonl")
+            ]
+        case "gsm8k_train":
+            return [{"prompt": row["question"]} for row in read(data, "gsm8k/train.jsonl")]
+        case "gsm8k":
+            return [{"prompt": row["question"]} for row in read(data, "gsm8k/test.jsonl")[:40]]
+        case "mt_bench":
+            return [{"prompt": row["turns"][0]} for row in read(data, "mt_bench/question.jsonl")[::2]]
+    raise ValueError(name)
+
+
+def write_rows(path: Path, rows: Rows) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def evaluate(folder: Path, questions: Rows, path: Path, out: Path, batch_size: int) -> dict[str, Any]:
+    """The report on the questions: nothing replaced by the AR model in static and threshold."""
+    has_tests = "answer" in questions[0]
+    if not (out / "retention.json").exists():
+        opdlm.evaluate(
+            folder,
+            data=write_rows(path, questions),
+            modes=("static", "threshold", "lossless"),
+            out=out,
+            overrides=[
+                *(["eval.scoring=code", "eval.run_code=true"] if has_tests else []),
+                "eval.agreement=false",
+                "eval.timed_prompts=0",
+                "eval.decode.ar_accept_threshold=0",
+                f"eval.decode.max_new_tokens={CAP}",
+                f"eval.decode.batch_size={batch_size}",
+            ],
+        )
+    report: dict[str, Any] = json.loads((out / "retention.json").read_text())
+    return {"scored": has_tests, "modes": [report["teacher"], *report["student"]]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=list(PLANS))
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/real"))
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--results", type=Path, default=Path("docs/results/real"))
+    options = parser.parse_args()
+    plan, run = PLANS[options.name], options.out / options.name
+    prompts = write_rows(run.with_suffix(".prompts.jsonl"), make(options.data, plan.prompts))
+    folder = opdlm.convert(options.models / options.name, data=prompts, output_dir=run)
+    asked = {}
+    for name in plan.questions:
+        path, out = run.with_suffix(f".{name}.jsonl"), run.with_suffix(f".{name}")
+        asked[name] = evaluate(folder, make(options.data, name), path, out, options.batch_size)
+    speed = run.with_suffix(".bench")
+    if not (speed / "bench.json").exists():
+        opdlm.bench(
+            folder,
+            prompts=run.with_suffix(f".{plan.questions[0]}.jsonl"),
+            batch_sizes=BENCH_BATCHES,
+            limit=16,
+            repeats=2,
+            vllm="never",
+            out=speed,
+        )
+    result = {
+        "model": options.name,
+        "trained_on": plan.prompts,
+        "run": json.loads((run / "model" / "all_results.json").read_text()),
+        "curve": [
+            {key: row[key] for key in ("step", "rollout_tokens", "held_back_tokens_per_forward")}
+            for row in read(run, "metrics.jsonl")
+            if "held_back_tokens_per_forward" in row
+        ],
+        "questions": asked,
+        "speed": json.loads((speed / "bench.json").read_text()),
+        "versions": versions(),
+    }
+    write_atomic(options.results / f"{options.name}.json", json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
