@@ -32,8 +32,9 @@ FORMS = (
 )
 TOPICS = (
     "bread", "bicycles", "the moon", "chess", "gardening", "photosynthesis", "trains",
-    "learning a language", "rivers", "cooking for one", "the printing press", "bees", "sleep", "maps", "volcanoes",
-    "public libraries", "running", "tea", "glass", "winter", "the piano", "saving money", "bridges", "dogs",
+    "learning a language", "rivers", "cooking for one", "the printing press", "bees", "sleep", "maps",
+    "volcanoes", "public libraries", "running", "tea", "glass", "winter", "the piano", "saving money",
+    "bridges", "dogs",
 )  # fmt: skip
 TURNS = (
     "Give me three tips for keeping house plants alive.",
