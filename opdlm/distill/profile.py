@@ -48,7 +48,7 @@ def profile(model_path: str, overrides: Sequence[str]) -> list[Choice]:
     values = read_settings(None, [f"model.path={model_path}", *overrides])
     given = set(flat(values))
     chosen: list[Choice] = []
-    for choose in (method_choices, size_choices, optimizer_choices, memory_choices):
+    for choose in (objective_choices, method_choices, size_choices, optimizer_choices, memory_choices):
         for choice in choose(build_section(Config, values)):
             if choice.key not in given:
                 set_value(values, choice.key, choice.value)
@@ -56,14 +56,24 @@ def profile(model_path: str, overrides: Sequence[str]) -> list[Choice]:
     return chosen
 
 
+def objective_choices(config: Config) -> list[Choice]:
+    """Whose text the student learns on. In `preserve` both are the model's own."""
+    if config.format.name != "preserve":
+        return []
+    return [Choice(key="loss.objective", value="off_policy", reason="text of the AR mode")]
+
+
 def method_choices(config: Config) -> list[Choice]:
     """How the student learns."""
-    return [
+    chosen = [
         Choice(key="format.block_size", value=8, reason="tokens drafted together"),
         Choice(key="format.mask_init", value="noise", reason="zero multiplies the first gradients by fifty"),
-        Choice(key="states.selection", value="one_per_block", reason="of each block, another in each pass"),
         Choice(key="train.epochs_per_rollout", value=2, reason="responses cost more than updates"),
     ]
+    if config.loss.objective == "opd":
+        reason = "of each block, another in each pass"
+        chosen.append(Choice(key="states.selection", value="one_per_block", reason=reason))
+    return chosen
 
 
 def size_choices(config: Config) -> list[Choice]:
@@ -71,7 +81,8 @@ def size_choices(config: Config) -> list[Choice]:
     if PartialState().device.type != "cpu":
         return []
     return [
-        Choice(key="rollout.prompts_per_step", value=16, reason="a CPU's step of half a minute"),
+        Choice(key="train.num_steps", value=24, reason="a CPU: 20 minutes for 0.1 B parameters"),
+        Choice(key="rollout.prompts_per_step", value=16, reason="a CPU's step of a minute"),
         Choice(key="rollout.decode.max_new_tokens", value=128, reason="the same"),
         Choice(key="rollout.decode.batch_size", value=16, reason="rows decoded at once"),
     ]
