@@ -5,7 +5,7 @@ STAMP := .venv/.opdlm-installed
 export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-vllm lint wheel clean env
+.PHONY: demo test test-slow test-real test-vllm lint wheel clean env
 
 demo: env
 	@$(BIN)/python examples/demo.py runs/demo
@@ -14,7 +14,11 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: env
-	$(BIN)/python -m pytest -m "slow and not gpu and not vllm"
+	$(BIN)/python -m pytest -m "slow and not gpu and not vllm and not real"
+
+# OPDLM_REAL: a folder whose sub-folders are checkpoints (python examples/smollm2.py FOLDER/smollm2 makes one).
+test-real: env
+	$(BIN)/python -m pytest -m real
 
 # vLLM pins its own torch and transformers, so it has an environment of its own. --no-deps: the lock is
 # complete, and leaves out what must not be there. One process per file: vLLM decides about Triton once.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import opdlm
+from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.evaluation.retention import versions
 from opdlm.files import write_atomic
 
@@ -29,7 +30,10 @@ MBPP_STEP = 5
 """Of the test tasks, every fifth is a question."""
 CAP = 256
 """Tokens of a response."""
-BENCH_BATCHES = (1, 8)
+BENCH_BATCHES, BENCH_TOKENS = (1, 8), 48
+
+
+TITLES = {"humaneval": "HumanEval", "mbpp": "MBPP", "gsm8k": "GSM8K", "mt_bench": "MT-bench"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,39 @@ def evaluate(folder: Path, questions: Rows, path: Path, out: Path, batch_size: i
     return {"scored": has_tests, "modes": [report["teacher"], *report["student"]]}
 
 
+def table(result: dict[str, Any]) -> str:
+    """The result as README shows it: of each decoding what it kept, and its speed."""
+    names = list(result["questions"])
+    speed = {(row["name"], row["batch_size"]): row["over_fastest_ar"] for row in result["speed"]["rows"]}
+    kept = [
+        f"{TITLES[name]}, {'pass@1' if result['questions'][name]['scored'] else 'prefix'}" for name in names
+    ]
+    head = ["decoding", *kept, *(f"{TITLES[name]}, tokens per forward" for name in names)]
+    head += [f"× AR, batch {size}" for size in BENCH_BATCHES]
+    lines = [row_of(head), row_of(["---", *["---:"] * (len(head) - 1)])]
+    for number, mode in enumerate(next(iter(result["questions"].values()))["modes"]):
+        asked = [result["questions"][name] for name in names]
+        modes = [one["modes"][number] for one in asked]
+        cells = [score(mode, one["scored"]) for mode, one in zip(modes, asked, strict=True)]
+        cells += [f"{mode['tokens_per_forward']:.2f}" for mode in modes]
+        name = "ar" if number == 0 else mode["name"].partition(",")[0]
+        cells += [f"{speed[name, size]:.2f}" for size in BENCH_BATCHES]
+        lines.append(row_of(["the original" if number == 0 else mode["name"], *cells]))
+    return "\n".join(lines)
+
+
+def row_of(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def score(mode: dict[str, Any], is_scored: bool) -> str:
+    """pass@1 with its 95 % interval, else the share of the teacher's tokens before the first difference."""
+    if not is_scored:
+        return f"{100 * mode['common_prefix']:.0f} %"
+    low, high = mode["accuracy_interval"]
+    return f"{100 * mode['accuracy']:.1f} % ({100 * low:.0f}–{100 * high:.0f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -136,8 +173,9 @@ def main() -> None:
         opdlm.bench(
             folder,
             prompts=run.with_suffix(f".{plan.questions[0]}.jsonl"),
+            config=DecodeConfig(max_new_tokens=BENCH_TOKENS),
             batch_sizes=BENCH_BATCHES,
-            limit=16,
+            limit=max(BENCH_BATCHES),
             repeats=2,
             vllm="never",
             out=speed,
@@ -156,6 +194,7 @@ def main() -> None:
         "versions": versions(),
     }
     write_atomic(options.results / f"{options.name}.json", json.dumps(result, indent=1))
+    print(table(result))
 
 
 if __name__ == "__main__":

@@ -264,6 +264,17 @@ def test_the_remote_code_reads_every_kind_of_adapter(
         assert decode(remote.diffusion, mode) == decode(model, mode)
 
 
+def test_in_bfloat16_the_remote_code_rounds_as_the_package_does(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = runs / "preserve" / "model"
+    remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
+    model, _ = opdlm.load(folder, "bfloat16")
+    assert torch.equal(noised_logits(remote.diffusion), noised_logits(model))
+    assert decode(remote.diffusion, "static") == decode(model, "static")
+
+
 def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
