@@ -3,8 +3,7 @@
     python benchmarks/real_models.py qwen_coder --models MODELS --data DATA --out runs/real
 
 MODELS holds checkpoint folders of these names, DATA the public files humaneval/HumanEval.jsonl,
-mbpp/mbpp.jsonl, gsm8k/{train,test}.jsonl and mt_bench/question.jsonl. The conversion has no other setting
-than its prompts. The questions were not trained on. HumanEval and MBPP run code that the model writes, in a
+mbpp/mbpp.jsonl, gsm8k/{train,test}.jsonl and mt_bench/question.jsonl. The questions were not trained on. HumanEval and MBPP run code that the model writes, in a
 limited process. The same command continues what was interrupted.
 """
 
@@ -28,8 +27,10 @@ ONE_BLOCK = "Answer with one Python code block that holds the whole program, wit
 MBPP_TEST, MBPP_REST = range(11, 511), range(511, 975)
 MBPP_STEP = 5
 """Of the test tasks, every fifth is a question."""
-CAP = 256
-"""Tokens of a response."""
+CAP, CAP_UNSCORED = 256, 128
+"""Tokens of a response: to questions with tests, and to those that are only compared with the original."""
+NUM_UNSCORED = 24
+"""Of each file."""
 BENCH_BATCHES, BENCH_TOKENS = (1, 8), 48
 
 
@@ -42,11 +43,15 @@ class Plan:
 
     prompts: str
     questions: tuple[str, ...]
+    settings: tuple[str, ...] = ()
+    """What the profile would choose otherwise."""
 
 
+ALONE = ("loss.objective=opd", "rollout.warm_start_steps=16", "train.num_steps=28")
+"""For what the student writes alone: its own text, once it can write."""
 PLANS = {
-    "qwen_coder": Plan("mbpp_rest", ("humaneval", "mbpp")),
-    "smollm2": Plan("gsm8k_train", ("gsm8k", "mt_bench", "humaneval")),
+    "qwen_coder": Plan("mbpp_rest", ("humaneval", "mbpp"), ALONE),
+    "smollm2": Plan("gsm8k_train", ("gsm8k", "mt_bench")),
     "gemma3": Plan("gsm8k_train", ("gsm8k",)),
 }
 
@@ -83,9 +88,12 @@ def make(data: Path, name: str) -> Rows:
         case "gsm8k_train":
             return [{"prompt": row["question"]} for row in read(data, "gsm8k/train.jsonl")]
         case "gsm8k":
-            return [{"prompt": row["question"]} for row in read(data, "gsm8k/test.jsonl")[:40]]
+            return [{"prompt": row["question"]} for row in read(data, "gsm8k/test.jsonl")[:NUM_UNSCORED]]
         case "mt_bench":
-            return [{"prompt": row["turns"][0]} for row in read(data, "mt_bench/question.jsonl")[::2]]
+            return [
+                {"prompt": row["turns"][0]}
+                for row in read(data, "mt_bench/question.jsonl")[::3][:NUM_UNSCORED]
+            ]
     raise ValueError(name)
 
 
@@ -109,7 +117,7 @@ def evaluate(folder: Path, questions: Rows, path: Path, out: Path, batch_size: i
                 "eval.agreement=false",
                 "eval.timed_prompts=0",
                 "eval.decode.ar_accept_threshold=0",
-                f"eval.decode.max_new_tokens={CAP}",
+                f"eval.decode.max_new_tokens={CAP if has_tests else CAP_UNSCORED}",
                 f"eval.decode.batch_size={batch_size}",
             ],
         )
@@ -163,7 +171,9 @@ def main() -> None:
     options = parser.parse_args()
     plan, run = PLANS[options.name], options.out / options.name
     prompts = write_rows(run.with_suffix(".prompts.jsonl"), make(options.data, plan.prompts))
-    folder = opdlm.convert(options.models / options.name, data=prompts, output_dir=run)
+    folder = opdlm.convert(
+        options.models / options.name, data=prompts, output_dir=run, overrides=plan.settings
+    )
     asked = {}
     for name in plan.questions:
         path, out = run.with_suffix(f".{name}.jsonl"), run.with_suffix(f".{name}")
@@ -183,6 +193,7 @@ def main() -> None:
     result = {
         "model": options.name,
         "trained_on": plan.prompts,
+        "settings": plan.settings,
         "run": json.loads((run / "model" / "all_results.json").read_text()),
         "curve": [
             {key: row[key] for key in ("step", "rollout_tokens", "held_back_tokens_per_forward")}
