@@ -3,8 +3,9 @@
     python benchmarks/real_models.py qwen_coder --models MODELS --data DATA --out runs/real
 
 MODELS holds checkpoint folders of these names, DATA the public files humaneval/HumanEval.jsonl,
-mbpp/mbpp.jsonl, gsm8k/{train,test}.jsonl and mt_bench/question.jsonl. The questions were not trained on. HumanEval and MBPP run code that the model writes, in a
-limited process. The same command continues what was interrupted.
+mbpp/mbpp.jsonl, gsm8k/{train,test}.jsonl and mt_bench/question.jsonl. The questions were not trained on.
+HumanEval and MBPP run code that the model writes, in a limited process. The same command continues what was
+interrupted.
 """
 
 from __future__ import annotations
