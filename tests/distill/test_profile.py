@@ -15,7 +15,7 @@ from opdlm.config.rules import load_config
 from opdlm.distill import profile as profile_module
 from opdlm.distill.profile import profile
 
-METHOD = ("format.block_size", "format.mask_init", "states.selection", "train.epochs_per_rollout")
+METHOD = ("loss.objective", "format.block_size", "format.mask_init", "train.epochs_per_rollout")
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +68,15 @@ def test_the_choices_are_printed_with_a_reason(model: Path, capsys: pytest.Captu
     assert len(chosen) >= 8 and all(len(line.split(maxsplit=1)) == 2 for line in chosen)
     assert main(["convert", str(model), data, "--print-config"]) == 0
     assert "mask_init: noise" in capsys.readouterr().out
+
+
+def test_the_objective_follows_the_format_and_no_choice_is_without_effect(model: Path) -> None:
+    assert values_of(model)["loss.objective"] == "off_policy"
+    assert "states.selection" not in values_of(model)
+    assert "loss.objective" not in values_of(model, "format.name=sdar")
+    assert values_of(model, "loss.objective=opd")["states.selection"] == "one_per_block"
+
+
+def test_an_old_name_counts_as_given(model: Path) -> None:
+    chosen = values_of(model, "rollout.max_new_tokens=7", "train.passes_per_rollout=3")
+    assert not {"rollout.decode.max_new_tokens", "train.epochs_per_rollout"} & set(chosen)
