@@ -41,7 +41,7 @@ TURNS = (
     "Which of them matters most, and why?",
     "Write it as a short note to a friend.",
 )
-SETTINGS = ("train.num_steps=12", "eval.held_back=8")
+SETTINGS = ("train.num_steps=9", "eval.held_back=8")
 """Ten minutes on two cores, with the measurements."""
 TOY_TURNS = ("add 47 38", "copy abc", "reverse stone")
 
