@@ -13,20 +13,20 @@ from typing import Any
 
 from accelerate import PartialState
 
-from opdlm.checkpoints.load import read_architecture
 from opdlm.config.loader import build_section, flat, read_settings, set_value
 from opdlm.config.rules import check_config
 from opdlm.config.schedules import num_updates_of
 from opdlm.config.sections import Config
-from opdlm.distill.costs import measure_sizes
+from opdlm.distill.costs import ModelSizes, measure_sizes
 from opdlm.distill.plan import make_plan
-from opdlm.errors import DataError
 from opdlm.training.machine import free_memory
 
 LORA_RATE, LORA_WIDTH = 3e-3, 128
 """Peak learning rate of an adapter, at this hidden size."""
 FULL_RATE, FULL_WIDTH = 1e-5, 2560
 """Peak learning rate of all weights (OPDLM, arXiv 2606.06712), at this hidden size."""
+CPU_STEPS, CPU_PARAMETERS, CPU_MOST_STEPS = 24, 135e6, 100
+"""Steps for a model of so many parameters on a CPU, fewer by the root of its size, and the most."""
 MEMORY_SHARE = 0.8
 """Of the free memory, what the estimate may reach."""
 
@@ -47,23 +47,24 @@ def profile(model_path: str, overrides: Sequence[str]) -> list[Choice]:
     """The settings that `overrides` leave open, chosen for the checkpoint and this machine."""
     values = read_settings(None, [f"model.path={model_path}", *overrides])
     given = set(flat(values))
+    sizes = measure_sizes(build_section(Config, values))
     chosen: list[Choice] = []
     for choose in (objective_choices, method_choices, size_choices, optimizer_choices, memory_choices):
-        for choice in choose(build_section(Config, values)):
+        for choice in choose(build_section(Config, values), sizes):
             if choice.key not in given:
                 set_value(values, choice.key, choice.value)
                 chosen.append(choice)
     return chosen
 
 
-def objective_choices(config: Config) -> list[Choice]:
+def objective_choices(config: Config, _: ModelSizes) -> list[Choice]:
     """Whose text the student learns on. In `preserve` both are the model's own."""
     if config.format.name != "preserve":
         return []
     return [Choice(key="loss.objective", value="off_policy", reason="text of the AR mode")]
 
 
-def method_choices(config: Config) -> list[Choice]:
+def method_choices(config: Config, _: ModelSizes) -> list[Choice]:
     """How the student learns."""
     chosen = [
         Choice(key="format.block_size", value=8, reason="tokens drafted together"),
@@ -76,21 +77,22 @@ def method_choices(config: Config) -> list[Choice]:
     return chosen
 
 
-def size_choices(config: Config) -> list[Choice]:
-    """How much a step does: a CPU gets a sign of progress within a minute."""
+def size_choices(_: Config, sizes: ModelSizes) -> list[Choice]:
+    """How much a CPU does: about 20 minutes on a core in all, a step in a minute or two."""
     if PartialState().device.type != "cpu":
         return []
+    steps = min(CPU_MOST_STEPS, max(1, round(CPU_STEPS * (CPU_PARAMETERS / sizes.total) ** 0.5)))
     return [
-        Choice(key="train.num_steps", value=24, reason="a CPU: 20 minutes for 0.1 B parameters"),
-        Choice(key="rollout.prompts_per_step", value=16, reason="a CPU's step of a minute"),
+        Choice(key="train.num_steps", value=steps, reason=f"{sizes.total / 1e6:,.0f} M parameters on a CPU"),
+        Choice(key="rollout.prompts_per_step", value=16, reason="the same"),
         Choice(key="rollout.decode.max_new_tokens", value=128, reason="the same"),
         Choice(key="rollout.decode.batch_size", value=16, reason="rows decoded at once"),
     ]
 
 
-def optimizer_choices(config: Config) -> list[Choice]:
+def optimizer_choices(config: Config, sizes: ModelSizes) -> list[Choice]:
     """The learning rate by training mode and width, and its warm-up."""
-    width = read_architecture(config.model.path, config.model.trust_remote_code).get_text_config().hidden_size
+    width = sizes.hidden
     rate = LORA_RATE * (LORA_WIDTH / width) ** 0.5 if config.lora.enabled else FULL_RATE * FULL_WIDTH / width
     mode = "LoRA" if config.lora.enabled else "all weights"
     warmup = max(1, min(20, num_updates_of(config) // 20))
@@ -100,17 +102,12 @@ def optimizer_choices(config: Config) -> list[Choice]:
     ]
 
 
-def memory_choices(config: Config) -> list[Choice]:
+def memory_choices(config: Config, sizes: ModelSizes) -> list[Choice]:
     """The largest micro-batch whose estimate fits, with recomputed activations where one row needs them."""
     check_config(config)
     free, rows = free_memory(), config.train.rows_per_update
-    options = [(n, False) for n in (rows, rows // 2, rows // 4) if n] + [
-        (n, True) for n in (rows // 4, 1) if n
-    ]
-    try:
-        sizes = measure_sizes(config)
-    except DataError:  # no model that can be converted: the run says why
-        return []
+    options = [(n, False) for n in (rows, rows // 2, rows // 4) if n]
+    options += [(n, True) for n in (rows // 4, 1) if n]
     for micro, recomputes in options:
         train = replace(config.train, micro_batch_rows=micro, gradient_checkpointing=recomputes)
         peak = make_plan(replace(config, train=train), sizes).peak

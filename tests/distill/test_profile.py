@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,11 @@ def test_the_objective_follows_the_format_and_no_choice_is_without_effect(model:
 def test_an_old_name_counts_as_given(model: Path) -> None:
     chosen = values_of(model, "rollout.max_new_tokens=7", "train.passes_per_rollout=3")
     assert not {"rollout.decode.max_new_tokens", "train.epochs_per_rollout"} & set(chosen)
+
+
+def test_a_larger_model_makes_fewer_steps_on_a_cpu(model: Path, tmp_path: Path) -> None:
+    assert values_of(model)["train.num_steps"] == profile_module.CPU_MOST_STEPS
+    shape = {"num_hidden_layers": 24, "hidden_size": 896, "intermediate_size": 4864, "vocab_size": 150_000}
+    config = json.loads((model / "config.json").read_text()) | shape
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert 5 < values_of(tmp_path)["train.num_steps"] < profile_module.CPU_STEPS
