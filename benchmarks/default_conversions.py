@@ -3,7 +3,7 @@
     python benchmarks/default_conversions.py MODELS/smollm2 MODELS/qwen_coder --prompts prompts.jsonl \\
         --dtypes bfloat16 float32 --out runs/defaults
 
-For each model and precision: held-back tokens per forward while it trained (drawn in defaults.png), the numbers
+For each model and precision: held-back tokens per forward while it trained (defaults.png), the numbers
 at the end, and whether every weight and tokenizer file of the result has the SHA-256 of the original's.
 Finished runs are read, not repeated.
 """
