@@ -39,6 +39,7 @@ def model_card(config: Config, results: dict[str, Any], report: dict[str, Any] |
         "convert_card.md",
         results,
         config=config,
+        name=source.name if (source := Path(config.model.path)).is_dir() else config.model.path,
         tokens=f"{results.get('rollout_tokens', 0):,.0f}",
         ar_meaning="the teacher, bit for bit" if preserve else "the student's weights read causally",
         mode="lossless" if preserve else "threshold",

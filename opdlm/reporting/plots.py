@@ -57,6 +57,9 @@ def plot_metrics(metrics: Sequence[dict[str, float]], path: Path) -> None:
             axis.plot(tokens, [row[name] for row in rows], linewidth=1)
         if name in LOGARITHMIC and any(row[name] > 0 for row in rows):
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
+            axis.tick_params(which="minor", labelsize=7)
         axis.locator_params(axis="x", nbins=5)
         axis.set_title(CURVES[name], fontsize=10)
         axis.set_xlabel("tokens seen", fontsize=8)

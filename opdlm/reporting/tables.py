@@ -88,7 +88,8 @@ def place_of(mode: Values) -> int:
 
 REPLACED_NOTE = (
     "replaced: share of tokens that the AR model put in place of the student's; `alone`: it replaced none. "
-    "`lossless` is the AR model's text by construction, so only its speed says what was learnt."
+    "`lossless` is the AR model's text by construction, so only its speed says what was learnt. It drafts "
+    "less here than where its speed was measured, if more rows are decoded at once."
 )
 
 

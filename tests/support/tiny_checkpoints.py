@@ -104,6 +104,7 @@ def write_data(folder: Path) -> tuple[Path, Path]:
 SETTINGS_OF_THE_PROFILE = (
     *("format.block_size=4", "format.mask_init=zero", "states.selection=all", "train.epochs_per_rollout=1"),
     *("rollout.decode.batch_size=64", "optimizer.warmup_steps=0", "train.gradient_checkpointing=false"),
+    "loss.objective=opd",
 )
 """What `opdlm convert MODEL` would choose, fixed, so that a test does not depend on the machine."""
 
