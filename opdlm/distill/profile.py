@@ -19,6 +19,7 @@ from opdlm.config.schedules import num_updates_of
 from opdlm.config.sections import Config
 from opdlm.distill.costs import ModelSizes, measure_sizes
 from opdlm.distill.plan import make_plan
+from opdlm.errors import OpdlmError
 from opdlm.training.machine import free_memory
 
 LORA_RATE, LORA_WIDTH = 3e-3, 128
@@ -47,7 +48,10 @@ def profile(model_path: str, overrides: Sequence[str]) -> list[Choice]:
     """The settings that `overrides` leave open, chosen for the checkpoint and this machine."""
     values = read_settings(None, [f"model.path={model_path}", *overrides])
     given = set(flat(values))
-    sizes = measure_sizes(build_section(Config, values))
+    try:
+        sizes = measure_sizes(build_section(Config, values))
+    except OpdlmError:  # nothing that can be converted: the run says why
+        return []
     chosen: list[Choice] = []
     for choose in (objective_choices, method_choices, size_choices, optimizer_choices, memory_choices):
         for choice in choose(build_section(Config, values), sizes):
