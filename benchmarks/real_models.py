@@ -129,12 +129,12 @@ def evaluate(folder: Path, questions: Rows, path: Path, out: Path, batch_size: i
 def table(result: dict[str, Any]) -> str:
     """The result as README shows it: of each decoding what it kept, and its speed."""
     names = list(result["questions"])
-    speed = {(row["name"], row["batch_size"]): row["over_fastest_ar"] for row in result["speed"]["rows"]}
+    speed = {(row["name"], row["batch_size"]): row for row in result["speed"]["rows"]}
     kept = [
         f"{TITLES[name]}, {'pass@1' if result['questions'][name]['scored'] else 'prefix'}" for name in names
     ]
     head = ["decoding", *kept, *(f"{TITLES[name]}, tokens per forward" for name in names)]
-    head += [f"× AR, batch {size}" for size in BENCH_BATCHES]
+    head += [f"× AR, batch {size} (tokens per forward)" for size in BENCH_BATCHES]
     lines = [row_of(head), row_of(["---", *["---:"] * (len(head) - 1)])]
     for number, mode in enumerate(next(iter(result["questions"].values()))["modes"]):
         asked = [result["questions"][name] for name in names]
@@ -142,9 +142,13 @@ def table(result: dict[str, Any]) -> str:
         cells = [score(mode, one["scored"]) for mode, one in zip(modes, asked, strict=True)]
         cells += [f"{mode['tokens_per_forward']:.2f}" for mode in modes]
         name = "ar" if number == 0 else mode["name"].partition(",")[0]
-        cells += [f"{speed[name, size]:.2f}" for size in BENCH_BATCHES]
+        cells += [speed_of(speed[name, size]) for size in BENCH_BATCHES]
         lines.append(row_of(["the original" if number == 0 else mode["name"], *cells]))
     return "\n".join(lines)
+
+
+def speed_of(row: dict[str, Any]) -> str:
+    return f"{row['over_fastest_ar']:.2f} ({row['tokens_per_forward']:.2f})"
 
 
 def row_of(cells: list[str]) -> str:
