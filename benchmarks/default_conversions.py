@@ -16,13 +16,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from real_models import curve, read
+
 import opdlm
 from opdlm.evaluation.retention import versions
 from opdlm.files import write_atomic
 from opdlm.reporting.plots import DPI, new_figure
 
 WEIGHTS_AND_TOKENIZER = (".safetensors", ".model", ".jinja", ".txt")
-CURVE = "held_back_tokens_per_forward"
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -42,7 +43,7 @@ def convert(model: Path, dtype: str, prompts: str, out: Path) -> dict[str, Any]:
     original, result = digests(model), digests(run / "model")
     report = json.loads((run / "model" / "retention.json").read_text())
     timing = json.loads((run / "model" / "timing.json").read_text())
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = read(run, "metrics.jsonl")
     keys = ("common_prefix", "identical_to_teacher", "replaced", "tokens_per_forward")
     return {
         "model": model.name,
@@ -50,7 +51,7 @@ def convert(model: Path, dtype: str, prompts: str, out: Path) -> dict[str, Any]:
         "steps": rows[-1]["step"],
         "rollout_tokens": rows[-1]["rollout_tokens"],
         "train_seconds": sum(row["seconds"] for row in rows),
-        "curve": [[row["step"], row[CURVE]] for row in rows if CURVE in row],
+        "curve": curve(rows),
         "modes": {mode["name"]: {key: mode[key] for key in keys} for mode in report["student"]},
         "speed": timing.get("speed"),
         "files": sorted(original),
@@ -63,9 +64,10 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     figure, axes = new_figure(1, 6.5, 4.5)
     axis: Any = axes[0][0]
     for run in runs:
-        steps, values = zip(*run["curve"], strict=True)
-        axis.plot(steps, values, "o-", label=f"{run['model']}, {run['dtype']}")
-    axis.set_xlabel("training step")
+        tokens = [point["rollout_tokens"] for point in run["curve"]]
+        values = [point["held_back_tokens_per_forward"] for point in run["curve"]]
+        axis.plot(tokens, values, "o-", label=f"{run['model']}, {run['dtype']}")
+    axis.set_xlabel("tokens of its own text seen")
     axis.set_ylabel("lossless tokens per forward, held-back prompts")
     axis.set_ylim(bottom=1)
     axis.grid(alpha=0.3)

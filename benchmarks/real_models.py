@@ -126,6 +126,12 @@ def evaluate(folder: Path, questions: Rows, path: Path, out: Path, batch_size: i
     return {"scored": has_tests, "modes": [report["teacher"], *report["student"]]}
 
 
+def curve(metrics: Rows) -> Rows:
+    """What lossless decoding of the held-back prompts gave while the run trained."""
+    keys = ("step", "rollout_tokens", "held_back_tokens_per_forward")
+    return [{key: row[key] for key in keys} for row in metrics if keys[-1] in row]
+
+
 def table(result: dict[str, Any]) -> str:
     """The result as README shows it: of each decoding what it kept, and its speed."""
     names = list(result["questions"])
@@ -188,7 +194,7 @@ def main() -> None:
         opdlm.bench(
             folder,
             prompts=run.with_suffix(f".{plan.questions[0]}.jsonl"),
-            config=DecodeConfig(max_new_tokens=BENCH_TOKENS),
+            config=DecodeConfig(max_new_tokens=BENCH_TOKENS, ar_accept_threshold=0.0),
             batch_sizes=BENCH_BATCHES,
             limit=max(BENCH_BATCHES),
             repeats=2,
@@ -200,11 +206,7 @@ def main() -> None:
         "trained_on": plan.prompts,
         "settings": plan.settings,
         "run": json.loads((run / "model" / "all_results.json").read_text()),
-        "curve": [
-            {key: row[key] for key in ("step", "rollout_tokens", "held_back_tokens_per_forward")}
-            for row in read(run, "metrics.jsonl")
-            if "held_back_tokens_per_forward" in row
-        ],
+        "curve": curve(read(run, "metrics.jsonl")),
         "questions": asked,
         "speed": json.loads((speed / "bench.json").read_text()),
         "versions": versions(),
