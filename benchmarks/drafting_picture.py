@@ -13,7 +13,8 @@ from html import escape
 from pathlib import Path
 
 import opdlm
-from opdlm.data.prompts import encode_prompt
+from opdlm.data.chat_template import encode_prompt
+from opdlm.data.messages import Conversation
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.decode_state import Request
 from opdlm.decoding.generate import Decoder
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/drafting.svg"))
     options = parser.parse_args()
     model, tokenizer = opdlm.load(options.folder)
-    ids = encode_prompt(tokenizer, [{"role": "user", "content": options.prompt}])
+    ids = encode_prompt(tokenizer, Conversation(prompt=options.prompt))
     recorded = record_frames(model, list(ids), options.max_new_tokens)
     frames = [(words(tokenizer, f.verified), words(tokenizer, f.draft)) for f in recorded]
     options.out.write_text(draw(options.prompt, frames), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from opdlm.errors import ConfigError, OpdlmError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from opdlm.data.messages import Conversation
 
 Messages = list[dict[str, str]]
 
@@ -110,7 +113,7 @@ def run_generate(options: argparse.Namespace) -> int:
         stream=Console(highlight=False) if options.stream else None,
     )
     for prompt, rollout in zip(prompts, rollouts, strict=True):
-        show(prompt[-1]["content"], rollout, tokenizer, options)
+        show(prompt.last_text, rollout, tokenizer, options)
     stats = DecodeStats.of(rollouts)
     print(
         f"{stats.num_tokens} tokens in {stats.num_forwards} forwards, "
@@ -120,15 +123,16 @@ def run_generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def read_prompts(options: argparse.Namespace) -> list[Messages]:
+def read_prompts(options: argparse.Namespace) -> list[Conversation]:
     """Every prompt as a conversation: those of the command line, then those of the file."""
-    conversations: list[Messages] = [[{"role": "user", "content": text}] for text in options.prompts]
-    if options.prompts_file:
-        from opdlm.config.sections import DataSection
-        from opdlm.data.prompts import load_rows, messages_of
+    from opdlm.config.sections import DataSection
+    from opdlm.data.messages import conversation_of
+    from opdlm.data.prompts import load_rows
 
+    conversations = [conversation_of("PROMPT", {"prompt": text}) for text in options.prompts]
+    if options.prompts_file:
         rows = load_rows(DataSection(path=options.prompts_file))
-        conversations += [messages_of(place, row, "") for place, row in rows]
+        conversations += [conversation_of(place, row) for place, row in rows]
     return conversations
 
 
@@ -164,6 +168,8 @@ def run_chat(options: argparse.Namespace) -> int:
 
     from opdlm.seeds import seed_of
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # an undecodable byte is refused with its line
     console = Console(highlight=False)
     console.print("[dim]/new starts over, Ctrl-D ends[/dim]")
     start: Messages = [{"role": "system", "content": options.system}] if options.system else []

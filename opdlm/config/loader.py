@@ -7,6 +7,7 @@ field is its help text.
 from __future__ import annotations
 
 import ast
+import datetime
 import difflib
 import inspect
 import itertools
@@ -166,6 +167,8 @@ def prepare(cls: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]
 
 def prepare_value(value: Any, hint: Any) -> Any:
     options = members(hint)
+    if isinstance(value, datetime.date) and str in options:  # YAML reads 2026-11-29 as a date
+        return str(value)
     if any(typing.get_origin(option) is tuple for option in options) and not isinstance(value, list | tuple):
         is_word = any(typing.get_origin(option) is Literal for option in options)
         if value is None or is_word or (str in options and "," not in str(value)):

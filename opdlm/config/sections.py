@@ -100,7 +100,9 @@ class LoraSection:
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class DataSection:
     path: str | tuple[str, ...] = ""
-    """Prompts: .jsonl, .parquet or a `datasets` name, one or a list. Rows need `prompt` or `messages`."""
+    """Prompts: .jsonl or .json (also .gz, .zst), .parquet or a `datasets` name, one or a list. Rows need
+    `prompt` (text or messages), `messages`, `conversations` (ShareGPT), or `instruction` (Alpaca).
+    """
     self_prompts: Steps = 0
     """Number of prompts that the model writes before training, in addition to those of path."""
     config: str = ""
@@ -108,9 +110,15 @@ class DataSection:
     split: str = "train"
     """Split of a `datasets` name; slices such as train[:1000] work."""
     prompt_column: str = ""
-    """Column that holds the prompt as text; empty: `prompt` or `messages`."""
+    """Column that holds the prompt, as text or as messages, whose final response is left out; empty: the
+    first of those above.
+    """
     enable_thinking: bool | None = None
     """Passed to the chat templates that know it (Qwen3, SmolLM3); None = the template's default."""
+    date: str = ""
+    """The day that chat templates with a date print, as 2026-11-29; empty: the day on which the run starts,
+    also where it resumes later.
+    """
     max_prompt_tokens: Count = 1024
     """Longer prompts are an error, never cut."""
     drop_long_prompts: bool = False

@@ -56,8 +56,9 @@ class TextLoraSection(LoraSection):
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class TextSection:
     path: str | tuple[str, ...] = ""
-    """.jsonl, .parquet or a `datasets` name, one or a list. Rows need `text`, or `prompt` and `response`, or
-    `messages` that end with the assistant's.
+    """.jsonl or .json (also .gz, .zst), .parquet or a `datasets` name, one or a list. Rows need `text`, or a
+    prompt and its response: `prompt` and `response` (or `completion`), `messages` or `conversations` that end
+    with the assistant's, or `instruction` and `output`.
     """
     text_column: str = "text"
     """Column that holds the text."""
@@ -65,6 +66,10 @@ class TextSection:
     """Configuration of a `datasets` name that has several."""
     split: str = "train"
     """Split of a `datasets` name."""
+    date: str = ""
+    """The day that chat templates with a date print, as 2026-11-29; empty: the day on which the run starts,
+    also where it resumes later.
+    """
     sequence_length: Annotated[int, Field(ge=2, le=10**9)] = 512
     """Tokens of a row."""
     packing: Literal["chunks", "whole"] = "chunks"

@@ -18,10 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.config.text import TextSection
-from opdlm.data.prompts import Row, encode_prompt, is_message, messages_of, read_rows
+from opdlm.data.chat_template import encode_prompt, token_ids, with_date
+from opdlm.data.messages import PROMPT_COLUMNS, conversation_of, read_messages
+from opdlm.data.rows import Row, check_text, read_rows
 from opdlm.errors import DataError
 from opdlm.seeds import Stream, generator_for
 
+UNWRITTEN = ("tool_calls", "reasoning_content", "thinking")
+"""Keys of a message that belong to its response and are not in its content."""
 PADDING = -1
 """`start` of a padding token."""
 
@@ -89,6 +93,7 @@ def load_documents(
     paths = (section.path,) if isinstance(section.path, str) else section.path
     if not paths or not all(paths):
         raise DataError(f"{key} is empty: give a .jsonl or .parquet file, or the name of a dataset.")
+    tokenizer = with_date(tokenizer, section.date)
     documents = []
     for place, row in itertools.chain.from_iterable(
         read_rows(path, section.split, section.config) for path in paths
@@ -103,35 +108,44 @@ def load_documents(
 
 def read_document(place: str, row: Row, tokenizer: PreTrainedTokenizerBase, column: str) -> Document:
     """The document of a row with text, with prompt and response, or with messages."""
-    if column in row:
-        text, num_prompt, prompt = row[column], 0, list[int]()
-    else:
-        text = response_of(place, row, column)
-        prompt = encode_prompt(tokenizer, messages_of(place, row, ""))
-        num_prompt = len(prompt)
+    text, prompt = (row[column], []) if column in row else read_pair(place, row, tokenizer, column)
     if not isinstance(text, str) or not text:
         raise DataError(f"{place}: its text is empty or not text ({text!r:.40}). Remove the row.")
-    ids = tokenizer(text, add_special_tokens=not num_prompt)["input_ids"]
+    ids = token_ids(tokenizer, check_text(place, text), is_rendered=bool(prompt))
     stop = tokenizer.eos_token_id
     if stop is not None and (not ids or ids[-1] != stop):
         ids = [*ids, stop]
-    return Document((*prompt, *ids), num_prompt)
+    return Document((*prompt, *ids), len(prompt))
 
 
-def response_of(place: str, row: Row, column: str) -> Any:
-    """The text after the prompt of `messages_of`; `messages` take precedence over `prompt`, as there."""
-    if "messages" in row:
-        messages = row["messages"]
-        last: Any = messages[-1] if isinstance(messages, list) and messages else None
-        if not is_message(last) or last["role"] != "assistant":
+def read_pair(place: str, row: Row, tokenizer: PreTrainedTokenizerBase, column: str) -> tuple[Any, list[int]]:
+    """The response of a row, and the token ids of its prompt."""
+    if any(row.get(name) is not None for name in PROMPT_COLUMNS):
+        conversation = conversation_of(place, row)
+        if conversation.response is not None:
+            return response_text(place, conversation.response), encode_prompt(tokenizer, conversation)
+        if row.get("messages") is not None:
             raise DataError(f"{place}: `messages` must end with the assistant's, which is trained on.")
-        return last["content"]
-    if "prompt" in row and "response" in row:
-        return row["response"]
     raise DataError(
         f"{place} has neither `{column}`, nor `prompt` and `response`, nor `messages` (found: "
         f"{', '.join(row) or 'nothing'}). Set data.text_column or rename a column."
     )
+
+
+def response_text(place: str, response: Any) -> Any:
+    """The text of a response, which may be a message or a list of one."""
+    if isinstance(response, list):
+        messages = read_messages(place, "completion", response)
+        response = messages[0] if len(messages) == 1 else None
+    if not isinstance(response, dict):
+        return response
+    lost = [key for key in UNWRITTEN if response.get(key)]
+    if lost:
+        raise DataError(
+            f"{place}: its response has {', '.join(lost)}, and only its content is trained on: write them "
+            "into the content, or remove the row."
+        )
+    return response.get("content")
 
 
 def keep_tokens(documents: Sequence[Document], num_tokens: int, seed: int) -> list[Document]:

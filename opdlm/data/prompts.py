@@ -1,9 +1,8 @@
 """Prompts and evaluation tasks from JSONL, Parquet or a `datasets` name, as token ids of the chat template.
 
-Rows need `prompt` (text), another column that `data.prompt_column` names, or `messages` (a list of
-role/content); `prompt_ids` (a list of token ids) beside the text replaces its encoding. Prompts are not
-truncated; long prompts are an error, or are dropped and counted. Without a chat template the prompt is
-encoded as it is. An invalid row raises a `DataError` that names file, line and fix before training.
+`messages` says which columns are read; `prompt_ids` (a list of token ids) beside them replaces the encoding
+of the prompt. Prompts are not truncated; long prompts are an error, or are dropped and counted. An invalid
+row raises a `DataError` that names file, line and fix before training.
 """
 
 from __future__ import annotations
@@ -18,12 +17,14 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from opdlm.config.sections import DataSection, resolve_path
+from opdlm.config.sections import DataSection
+from opdlm.data.chat_template import encode_prompt, unread_keys, with_date
+from opdlm.data.messages import conversation_of
+from opdlm.data.rows import Row, read_rows
 from opdlm.decoding.rollout import Prompt
 from opdlm.errors import DataError
 from opdlm.files import write_atomic
 
-Row = dict[str, Any]
 Scoring = Literal["exact", "gsm8k", "math", "choice", "code"]
 """How responses are scored: `eval.scoring`, implemented in `evaluation.scoring`."""
 Item = TypeVar("Item")
@@ -38,120 +39,16 @@ class Task:
     prompt: Prompt
     text: str
     """The last message of the prompt."""
-    answer: str | None
+    answers: tuple[str, ...]
+    """What counts as right, each of them; empty: what the teacher responds."""
     skill: str
     held_out: bool
     scoring: Scoring = "exact"
 
-
-def read_rows(path: str, split: str = "train", config: str = "") -> list[tuple[str, Row]]:
-    """(place, row) pairs, where `place` names file and line; DataError if they cannot be read."""
-    file = Path(resolve_path(path))
-    if file.suffix == ".jsonl":
-        return read_jsonl(file)
-    if file.suffix == ".parquet":
-        return read_parquet(file)
-    if file.is_file() or (file.suffix and not file.is_dir()):
-        raise DataError(f"data.path ({path}) must be a .jsonl or .parquet file, or the name of a dataset.")
-    return read_dataset(path, split, config)
-
-
-def read_jsonl(file: Path) -> list[tuple[str, Row]]:
-    """The objects of a JSONL file; empty lines are skipped."""
-    rows = []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise DataError(f"{file} does not exist. Give a JSONL file with one prompt per line.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as UTF-8 text: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{file}:{number} is not valid JSON ({error.msg}). Fix or remove the line."
-            ) from error
-        if not isinstance(row, dict):
-            raise DataError(f"{file}:{number} must be a JSON object, not {type(row).__name__}.")
-        rows.append((f"{file}:{number}", row))
-    return rows
-
-
-def read_parquet(file: Path) -> list[tuple[str, Row]]:
-    """The rows of a Parquet file."""
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(file)
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise DataError(f"{file} cannot be read as Parquet: {error}") from error
-    return [(f"{file} row {i}", row) for i, row in enumerate(table.to_pylist())]
-
-
-def read_dataset(name: str, split: str, config: str) -> list[tuple[str, Row]]:
-    """The rows of a data set that `datasets` loads."""
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(name, config or None, split=split)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise DataError(
-            f"data.path ({name}), split {split}, cannot be loaded by `datasets`: {first}"
-        ) from error
-    return [(f"{name} row {i}", row) for i, row in enumerate(loaded)]
-
-
-def messages_of(place: str, row: Row, system_prompt: str, column: str = "") -> list[dict[str, str]]:
-    """The messages before the response. `column`: the column with the prompt's text, instead of `messages` or
-    `prompt`.
-
-    DataError if the row is invalid.
-    """
-    if "messages" in row and not column:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not all(is_message(m) for m in messages):
-            raise DataError(
-                f"{place}: `messages` must be a list of objects with `role` and `content`, both text."
-            )
-        if messages and messages[-1].get("role") == "assistant":
-            messages = messages[:-1]  # the response
-    elif (name := column or "prompt") in row:
-        if not isinstance(row[name], str):
-            raise DataError(f"{place}: `{name}` must be text, not {type(row[name]).__name__}.")
-        messages = [{"role": "user", "content": row[name]}]
-    elif column:
-        raise DataError(
-            f"{place} has no column {column} (data.prompt_column), only {', '.join(row) or 'nothing'}."
-        )
-    else:
-        raise DataError(
-            f"{place} has neither `prompt` nor `messages` (found: {', '.join(row) or 'nothing'})."
-        )
-    if not messages or not str(messages[-1]["content"]).strip():
-        raise DataError(f"{place} has an empty prompt. Remove the row.")
-    return ([{"role": "system", "content": system_prompt}] if system_prompt else []) + messages
-
-
-def is_message(value: Any) -> bool:
-    """Whether a value is an object with `role` and `content`, both text."""
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], enable_thinking: bool | None = None
-) -> list[int]:
-    """Token ids up to the start of the response; `enable_thinking` is for the chat template."""
-    if tokenizer.chat_template:
-        options: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False, **options
-        )
-        return list(ids)
-    return list(tokenizer(messages[-1]["content"])["input_ids"])
+    @property
+    def answer(self) -> str | tuple[str, ...] | None:
+        """The answer for a report: None, one, or several."""
+        return self.answers if len(self.answers) > 1 else next(iter(self.answers), None)
 
 
 def encode_rows(
@@ -162,10 +59,15 @@ def encode_rows(
     mask_token_id: int,
 ) -> list[Prompt]:
     """Prompts of (place, row) pairs. DataError for an invalid or long prompt, or without any prompt."""
-    prompts, num_long = [], 0
+    tokenizer = with_date(tokenizer, section.date)
+    prompts, num_long, unread = [], 0, set[str]()
     for index, (place, row) in enumerate(rows):
-        messages = messages_of(place, row, section.system_prompt, section.prompt_column)
-        ids = row.get("prompt_ids") or encode_prompt(tokenizer, messages, section.enable_thinking)
+        conversation = conversation_of(place, row, section.system_prompt, section.prompt_column)
+        if row.get("prompt_ids"):
+            ids = row["prompt_ids"]
+        else:
+            ids = encode_prompt(tokenizer, conversation, section.enable_thinking)
+            unread |= unread_keys(tokenizer, conversation)
         if len(ids) > section.max_prompt_tokens:
             if section.drop_long_prompts:
                 num_long += 1
@@ -180,6 +82,8 @@ def encode_rows(
         if mask_token_id in ids:
             raise DataError(f"{place} contains the mask token. Remove it or set another format.mask_token.")
         prompts.append(Prompt(ids=tuple(ids), index=index))
+    if unread:
+        log.warning(f"the chat template does not read {', '.join(sorted(unread))}: no prompt shows them")
     if num_long:
         log.warning(
             f"dropped {num_long} of {len(rows)} prompts: longer than {section.max_prompt_tokens} tokens"
@@ -220,6 +124,7 @@ def load_tasks(
     *,
     limit: int | None = None,
     enable_thinking: bool | None = None,
+    date: str = "",
     scoring: Scoring = "exact",
 ) -> list[Task]:
     """Evaluation tasks, at most `limit` of each skill. DataError for an invalid row."""
@@ -228,7 +133,7 @@ def load_tasks(
         raise DataError(f"eval.path ({path}) holds no rows.")
     if scoring == "gsm8k":
         rows = [(place, gsm8k_row(place, row)) for place, row in rows]
-    section = DataSection(max_prompt_tokens=10**9, enable_thinking=enable_thinking)
+    section = DataSection(max_prompt_tokens=10**9, enable_thinking=enable_thinking, date=date)
     prompts = encode_rows(rows, tokenizer, section=section, mask_token_id=mask_token_id)
     tasks, counts = [], dict[str, int]()
     for prompt, (place, row) in zip(prompts, rows, strict=True):
@@ -236,18 +141,27 @@ def load_tasks(
         counts[skill] = counts.get(skill, 0) + 1
         if limit is not None and counts[skill] > limit:
             continue
-        answer = row.get("answer")
         tasks.append(
             Task(
                 prompt=prompt,
-                text=str(messages_of(place, row, "")[-1]["content"]),
-                answer=None if answer is None else str(answer),
+                text=conversation_of(place, row).last_text,
+                answers=read_answers(place, row.get("answer"), scoring),
                 skill=skill,
                 held_out=bool(row.get("held_out", False)),
                 scoring=scoring,
             )
         )
     return tasks
+
+
+def read_answers(place: str, answer: Any, scoring: Scoring) -> tuple[str, ...]:
+    """The accepted answers: none, one, or each of a list."""
+    answers = answer if isinstance(answer, list) else [] if answer is None else [answer]
+    if answer == [] or not all(isinstance(item, str | int | float) for item in answers):
+        raise DataError(f"{place}: `answer` must be a text, a number, or a list of at least one of them.")
+    if scoring == "code" and len(answers) > 1:
+        raise DataError(f"{place}: `answer` must be one text with all tests (eval.scoring=code), not a list.")
+    return tuple(map(str, answers))
 
 
 def gsm8k_row(place: str, row: Row) -> Row:

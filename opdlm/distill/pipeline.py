@@ -54,7 +54,7 @@ from opdlm.training.checkpoint import (
 from opdlm.training.devices import check_trackers, is_sharded, join_ranks
 from opdlm.training.loop import EvalCallback
 from opdlm.training.metrics import MetricsLog, read_metrics
-from opdlm.training.run_folder import prepare_output
+from opdlm.training.run_folder import prepare_output, start_date
 
 DRAFTED = "held_back_tokens_per_forward"
 LEARNT = 0.05
@@ -161,7 +161,7 @@ def load_inputs(config: Config) -> Inputs:
         )
     check_engine(student, prompts, config)
     if config.data.self_prompts:
-        user_turn(tokenizer, config.data.system_prompt)
+        user_turn(tokenizer, config.data)
     tasks = load_eval_tasks(student, tokenizer, config) if config.eval.path else []
     return Inputs(student, tokenizer, prompts, tasks, recorded)
 
@@ -177,6 +177,7 @@ def check_attention(model: PreTrainedModel, config: Config) -> None:
 def convert_checkpoint(config: Config, console: Console) -> Path:
     """Run or resume a conversion; returns the folder of the converted model."""
     config = with_known_dtype(config)
+    config = replace(config, data=replace(config.data, date=start_date(config.data.date, config.output_dir)))
     ranks = join_ranks(config)
     with console.status(f"loading {config.model.path}"):
         inputs = load_inputs(config)

@@ -17,7 +17,8 @@ from opdlm.checkpoints.convert import load_decoder
 from opdlm.checkpoints.load import check_decode, check_fits
 from opdlm.config.rules import load_config
 from opdlm.config.sections import DataSection, resolve_path
-from opdlm.data.prompts import encode_rows, load_rows, messages_of
+from opdlm.data.messages import conversation_of
+from opdlm.data.prompts import encode_rows, load_rows
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.generate import generate
@@ -85,7 +86,9 @@ def record_rollouts(
             piece_size=BATCHES_PER_PIECE * config.batch_size,
             on_piece=progress.on_piece,
         )
-    texts = [messages_of(*rows[prompt.index], "", section.prompt_column)[-1]["content"] for prompt in prompts]
+    texts = [
+        conversation_of(*rows[prompt.index], column=section.prompt_column).last_text for prompt in prompts
+    ]
     write_rollouts(out, texts, rollouts, tokenizer, settings)
     stats = DecodeStats.of(rollouts)
     console.print(

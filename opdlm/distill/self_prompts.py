@@ -15,8 +15,11 @@ from pathlib import Path
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from opdlm.config.sections import Config
+from opdlm.config.sections import Config, DataSection
+from opdlm.data.chat_template import render, with_date
+from opdlm.data.messages import conversation_of
 from opdlm.data.prompts import load_prompts
+from opdlm.data.rows import NO_TEXT
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Prompt, digest_of
@@ -33,7 +36,7 @@ DRAWS_PER_PROMPT = 20
 """Samples per requested prompt, after which the search is given up."""
 
 
-def user_turn(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> tuple[list[int], int]:
+def user_turn(tokenizer: PreTrainedTokenizerBase, section: DataSection) -> tuple[list[int], int]:
     """Token ids up to the start of the user's text, and the special token that ends it.
 
     DataError if the tokenizer has no chat template, or the turn does not end with a special token.
@@ -42,9 +45,8 @@ def user_turn(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> tuple[l
         raise DataError(
             "data.self_prompts needs a chat template, and this tokenizer has none: set data.path."
         )
-    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    messages.append({"role": "user", "content": PLACEHOLDER})
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    conversation = conversation_of("data.self_prompts", {"prompt": PLACEHOLDER}, section.system_prompt)
+    text = render(with_date(tokenizer, section.date), conversation)
     before, _, after = text.partition(PLACEHOLDER)
     start = tokenizer(before, add_special_tokens=False)["input_ids"]
     end = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
@@ -91,7 +93,7 @@ def write_prompts(
 
     Every batch is appended to `partial`, from which an interrupted run continues. DataError if too few end.
     """
-    start, end = user_turn(tokenizer, config.data.system_prompt)
+    start, end = user_turn(tokenizer, config.data)
     wanted, rows = config.data.self_prompts, config.rollout.decode.batch_size
     decoder = model.teacher_decoder(stop_token_ids=(end,))
     decoding = DecodeConfig(
@@ -115,7 +117,8 @@ def write_prompts(
             batch = []
             for rollout in rollouts:
                 text = str(tokenizer.decode(list(rollout.text_ids[:-1]))).strip()
-                if rollout.finish_reason == "stop" and text and text not in excluded:
+                is_usable = text and text not in excluded and not NO_TEXT.search(text)
+                if rollout.finish_reason == "stop" and is_usable:
                     batch.append(text)
             with partial.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"drawn_by": drawn_by, "prompts": batch}) + "\n")

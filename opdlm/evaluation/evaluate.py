@@ -226,7 +226,7 @@ def evaluate(
         teacher=reports.pop("teacher"),
         student=list(reports.values()),
         held_out_skills=sorted({t.skill for t in tasks if t.held_out}),
-        num_answered=sum(task.answer is not None for task in tasks),
+        num_answered=sum(bool(task.answers) for task in tasks),
     )
     return report, outputs
 
@@ -259,7 +259,7 @@ def check_modes(spec: DiffusionSpec, tasks: Sequence[Task], section: EvalSection
         raise ConfigError(
             "mode lossless needs format preserve; this checkpoint is sdar. Drop it from eval.modes."
         )
-    if section.decode.temperature and any(task.answer is None for task in tasks):
+    if section.decode.temperature and not all(task.answers for task in tasks):
         raise DataError(
             f"{section.path} has prompts without `answer`, whose reference is the teacher's greedy response; "
             f"at eval.decode.temperature ({section.decode.temperature:g}) there is none. Give answers or "
@@ -339,8 +339,10 @@ def report_mode(
 
 def score_responses(tasks: Sequence[Task], texts: Sequence[str], references: Sequence[str]) -> list[bool]:
     """Whether each response is correct; the reference is the answer of a task without one."""
-    expected = [r if t.answer is None else t.answer for t, r in zip(tasks, references, strict=True)]
-    return [is_right(x, e, t.scoring) for x, e, t in zip(texts, expected, tasks, strict=True)]
+    return [
+        any(is_right(text, answer, task.scoring) for answer in task.answers or (reference,))
+        for task, text, reference in zip(tasks, texts, references, strict=True)
+    ]
 
 
 def skill_of(item: tuple[Task, Any]) -> str:
@@ -359,8 +361,13 @@ def mean_over_skills(pairs: dict[str, list[tuple[bool, bool]]]) -> tuple[float, 
 
 def flexible_accuracy(texts: Sequence[str], tasks: Sequence[Task]) -> float | None:
     """Share of responses whose last number is correct; None without GSM8K tasks."""
-    numeric = [(x, t.answer) for x, t in zip(texts, tasks, strict=True) if t.answer and t.scoring == "gsm8k"]
-    return mean([float(is_right_flexibly(text, answer)) for text, answer in numeric])
+    return mean(
+        [
+            float(any(is_right_flexibly(text, answer) for answer in task.answers))
+            for text, task in zip(texts, tasks, strict=True)
+            if task.answers and task.scoring == "gsm8k"
+        ]
+    )
 
 
 def common_prefix(ours: Rollout, theirs: Rollout) -> float:

@@ -118,9 +118,10 @@ def load_eval_tasks(model: DiffusionLM, tokenizer: PreTrainedTokenizerBase, conf
         model.spec.mask_token_id,
         limit=config.eval.limit,
         enable_thinking=config.data.enable_thinking,
+        date=config.data.date,
         scoring=config.eval.scoring,
     )
-    unanswered = [task.text for task in tasks if task.answer is None]
+    unanswered = [task.text for task in tasks if not task.answers]
     if unanswered and config.eval.scoring != "exact":
         raise DataError(
             f"eval.scoring ({config.eval.scoring}) needs an `answer` in every row of eval.path; the prompt "

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from opdlm.data.messages import MESSAGES_RULE, Conversation, Message, check_conversation
 from opdlm.decoding.decode_config import LIMITS, DecodeConfig
 from opdlm.errors import OpdlmError
 
@@ -63,30 +64,6 @@ class StreamOptions(StrictModel):
     """What a stream sends beside its text."""
 
     include_usage: bool | None = None
-
-
-class TextPart(BaseModel):
-    """One part of a message's content."""
-
-    model_config = ConfigDict(strict=True)
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    """One message. Other keys (`name`, `reasoning_content`, ...) go to the chat template."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    role: str
-    content: str | list[TextPart]
-
-    def for_template(self) -> dict[str, Any]:
-        """The message as chat templates expect it, its content in one piece."""
-        parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        return {**(self.model_extra or {}), "role": self.role, "content": text}
 
 
 class GenerationRequest(StrictModel):
@@ -141,10 +118,8 @@ class GenerationRequest(StrictModel):
 class ChatRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(
-        min_length=1,
-        description="a list of objects with `role` and `content`, both text; parts of content are text only",
-    )
+    messages: list[Message] = Field(min_length=1, description=MESSAGES_RULE)
+    tools: list[dict[str, Any]] | None = Field(None, description="a list of objects")
     logprobs: bool | None = Field(None, description="true or false")
     top_logprobs: Literal[0] | None = Field(None, description=f"0: {CHOSEN_ONLY}")
 
@@ -152,14 +127,12 @@ class ChatRequest(GenerationRequest):
     def wants_logprobs(self) -> bool:
         return bool(self.logprobs)
 
-    def conversation(self) -> list[dict[str, Any]]:
-        """The messages up to the response: an assistant's message at the end is left out."""
+    def conversation(self) -> Conversation:
+        """The messages and tools. DataError where they are no prompt."""
         messages = [message.for_template() for message in self.messages]
-        if messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        if not messages or not messages[-1]["content"].strip():
-            raise InvalidRequest("messages end with an empty message: give it some text.")
-        return messages
+        conversation = Conversation(prompt=messages, tools=self.tools or None, place="the request")
+        check_conversation(conversation)
+        return conversation
 
 
 class CompletionRequest(GenerationRequest):

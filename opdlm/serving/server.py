@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlm.checkpoints.convert import load_decoder
 from opdlm.checkpoints.load import check_decode, max_total_tokens
-from opdlm.data.prompts import encode_prompt
+from opdlm.data.chat_template import encode_prompt, token_ids, unread_keys
+from opdlm.data.rows import check_text
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import grid_of
 from opdlm.decoding.rollout import Rollout
@@ -114,17 +115,17 @@ class Server:
         return ParsedRequest(request=request, choices=choices)
 
     def chat_ids(self, request: ChatRequest) -> list[int]:
-        """Token ids of a conversation."""
+        """Token ids of a conversation. DataError where the chat template does not show it."""
         conversation = request.conversation()
-        try:
-            return encode_prompt(self.tokenizer, conversation)
-        except Exception as error:  # the template is a program of the checkpoint: it may raise anything
-            raise InvalidRequest(f"messages do not fit the model's chat template: {error}.") from error
+        ids = encode_prompt(self.tokenizer, conversation)
+        if conversation.tools and "tools" in unread_keys(self.tokenizer, conversation):
+            raise InvalidRequest("tools are not shown by the model's chat template: leave them out.")
+        return ids
 
     def prompt_ids(self, request: CompletionRequest) -> list[list[int]]:
         """Token ids of each prompt."""
         prompts = [
-            list(self.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else prompt
+            token_ids(self.tokenizer, check_text("prompt", prompt)) if isinstance(prompt, str) else prompt
             for prompt in request.prompts()
         ]
         if not all(prompts):

@@ -16,7 +16,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.checkpoints.load import check_decode, check_fits, vocabulary_rows
-from opdlm.data.prompts import encode_prompt
+from opdlm.data.chat_template import encode_prompt
+from opdlm.data.messages import Conversation, conversation_of
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.generate import generate as generate_ids
 from opdlm.decoding.generate import grid_of
@@ -27,8 +28,8 @@ from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.seeds import seed_of
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
-"""A conversation: `{"role": "user", "content": "..."}` and so on, the user's turn last."""
-PromptInput: TypeAlias = str | Messages | Sequence[int]
+"""A conversation: `{"role": "user", "content": "..."}` and so on; a last one of the assistant is continued."""
+PromptInput: TypeAlias = str | Messages | Conversation | Sequence[int]
 
 
 def generate(
@@ -160,7 +161,7 @@ def encode(
 ) -> list[int]:
     """A prompt as token ids, with the mask id only where a gap is to be filled."""
     mask_token_id = model.spec.mask_token_id
-    if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
+    if not isinstance(prompt, str | Conversation) and all(isinstance(token, int) for token in prompt):
         ids: list[Any] = list(prompt)
         if not ids:
             raise ConfigError("PROMPT has no token: give at least one.")
@@ -172,16 +173,22 @@ def encode(
         return ids
     if tokenizer is None:
         raise ConfigError("tokenizer is missing: prompts that are text need the one of opdlm.load.")
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    messages = [dict(turn) for turn in turns if not isinstance(turn, int)]
-    text = str(messages[-1]["content"])
-    if not text.strip():
-        raise ConfigError("PROMPT is empty: give some text.")
-    if mask_token_id in tokenizer(text)["input_ids"]:
+    if isinstance(prompt, Conversation):
+        conversation = prompt
+    else:
+        given = (
+            prompt
+            if isinstance(prompt, str)
+            else [dict(turn) for turn in prompt if not isinstance(turn, int)]
+        )
+        conversation = conversation_of("PROMPT", {"prompt": given})
+    if infill and not isinstance(conversation.prompt, str):
+        raise ConfigError("`infill` fills the gaps of one text, and PROMPT is a conversation: give its text.")
+    if any(mask_token_id in tokenizer(message["content"])["input_ids"] for message in conversation.messages):
         raise ConfigError("PROMPT contains the mask token, which stands for unknown text: remove it.")
     if infill:
-        return encode_gaps(tokenizer, text, mask_token_id, model.spec.block_size)
-    return encode_prompt(tokenizer, messages)
+        return encode_gaps(tokenizer, conversation.last_text, mask_token_id, model.spec.block_size)
+    return encode_prompt(tokenizer, conversation)
 
 
 @contextmanager

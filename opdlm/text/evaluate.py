@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opdlm.data.documents import PackedDataset, load_documents
-from opdlm.data.prompts import read_rows
+from opdlm.data.rows import read_rows
 from opdlm.errors import ConfigError, DataError
 from opdlm.evaluation.retention import student_names, versions
 from opdlm.reporting.tables import NOTHING, Table, percent, with_interval

@@ -13,8 +13,10 @@ from statistics import fmean
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from opdlm.data.chat_template import encode_prompt
 from opdlm.data.documents import PADDING, TextRow
-from opdlm.data.prompts import Row, encode_prompt, messages_of
+from opdlm.data.messages import conversation_of
+from opdlm.data.rows import Row
 from opdlm.errors import DataError
 from opdlm.evaluation.intervals import wilson
 from opdlm.text.likelihood import Score
@@ -119,7 +121,7 @@ def read_question(place: str, row: Row, tokenizer: PreTrainedTokenizerBase) -> Q
             f"{place}: `answer` ({answer!r}) must be the index of the right option, 0 to {len(options) - 1}."
         )
     ids = [tuple(tokenizer(option, add_special_tokens=False)["input_ids"]) for option in options]
-    prompt_ids = tuple(encode_prompt(tokenizer, messages_of(place, row, "")))
+    prompt_ids = tuple(encode_prompt(tokenizer, conversation_of(place, row)))
     if not prompt_ids or not all(ids):
         raise DataError(f"{place}: its prompt or one of its options has no token. Remove the row.")
     return Question(prompt_ids, tuple(ids), answer)

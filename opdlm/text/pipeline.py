@@ -52,7 +52,7 @@ from opdlm.training.checkpoint import (
 from opdlm.training.devices import check_trackers, is_sharded, join_ranks
 from opdlm.training.dropout import add_output_dropout
 from opdlm.training.metrics import MetricsLog, read_metrics
-from opdlm.training.run_folder import prepare_output
+from opdlm.training.run_folder import prepare_output, start_date
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,7 @@ class TextInputs:
 def train_text(config: TextConfig, console: Console) -> Path:
     """Run or continue a training on text; returns the folder of the model."""
     config = with_known_dtype(config)
+    config = replace(config, data=replace(config.data, date=start_date(config.data.date, config.output_dir)))
     ranks = join_ranks(config)
     inputs = load_text_inputs(config)
     config = inputs.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,16 @@ def prepare_output(config: RunConfig, *, writes: bool = True) -> Path:
             f"output_dir ({output_dir}) cannot be written: {error.strerror}. Choose another output_dir."
         ) from error
     return output_dir
+
+
+def start_date(day: str, output_dir: str) -> str:
+    """The day that chat templates print in the run of a folder: `day` where it is set, else the one on which
+    the run began.
+    """
+    saved = Path(output_dir) / CONFIG_FILE
+    if day or not saved.is_file():
+        return day or datetime.date.today().isoformat()
+    return str((read_recipe(saved).get("data") or {}).get("date", ""))
 
 
 def changed_settings(

@@ -181,17 +181,18 @@ def test_text_ends_with_the_stop_token_once(tmp_path: Path) -> None:
     assert other == plain
 
 
-@pytest.mark.parametrize("template", [True, False])
-def test_prompts_and_messages_are_given_and_responses_learnt(tmp_path: Path, template: bool) -> None:
+def test_prompts_and_messages_are_given_and_responses_learnt(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    if not template:
-        tokenizer.chat_template = None
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = ({"prompt": "a", "response": "b"}, {"messages": messages})
     pair, chat = load(tmp_path, *rows, tokenizer=tokenizer)
-    prompt = tuple(tokenizer("a\n> " if template else "a")["input_ids"])
-    response = tuple(tokenizer("b")["input_ids"])
+    prompt, response = (tuple(tokenizer(text)["input_ids"]) for text in ("a\n> ", "b"))
     assert pair == chat == Document((*prompt, *response, STOP), len(prompt))
+    tokenizer.chat_template = None
+    (pair,) = load(tmp_path, rows[0], tokenizer=tokenizer)
+    assert pair == Document((*tokenizer("a")["input_ids"], *response, STOP), 1)
+    with pytest.raises(DataError, match=r":1: messages.* need a chat template, and this tokenizer has none"):
+        load(tmp_path, rows[1], tokenizer=tokenizer)
 
 
 def test_a_conversation_keeps_its_earlier_turns_as_the_prompt(tmp_path: Path) -> None:
@@ -213,7 +214,7 @@ def test_a_conversation_keeps_its_earlier_turns_as_the_prompt(tmp_path: Path) ->
         ({"prompt": "a", "response": ""}, ":2: its text is empty"),
         ({"prompt": "", "response": "a"}, ":2 has an empty prompt"),
         ({"prompt": 3, "response": "a"}, ":2: `prompt` must be text"),
-        ({"messages": "hi"}, ":2: `messages` must"),
+        ({"messages": "hi"}, ":2: `messages` is not valid JSON"),
         ({"messages": [{"role": "user", "content": "a"}]}, ":2: `messages` must end with the assistant's"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, ":2 has an empty prompt"),
         ({"body": "a"}, r":2 has neither `text`.*found: body.*data\.text_column"),

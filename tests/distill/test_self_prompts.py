@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from opdlm.checkpoints.convert import make_student
 from opdlm.checkpoints.load import load_causal_lm
 from opdlm.config.rules import load_config
-from opdlm.config.sections import Config
+from opdlm.config.sections import Config, DataSection
 from opdlm.distill.pipeline import convert_checkpoint
 from opdlm.distill.self_prompts import self_prompts, user_turn, write_prompts
 from opdlm.modeling.diffusion_lm import DiffusionLM
@@ -41,7 +41,7 @@ def student(teacher_folder: Path, tokenizer: PreTrainedTokenizerBase, config: Co
 
 
 def test_a_user_turn_is_what_the_template_writes_around_the_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    start, end = user_turn(tokenizer, "")
+    start, end = user_turn(tokenizer, DataSection())
     assert tokenizer.decode(start) == "<|user|>"
     assert tokenizer.decode([end]) == "<|assistant|>"
 

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from opdlm.cli.main import main
 from opdlm.config.sections import resolve_path
-from opdlm.data.prompts import read_jsonl
+from opdlm.data.rows import read_json
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
 from opdlm.errors import ConfigError
@@ -55,7 +55,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`run/model`, and `tasks/` with YAML over a local file; wrong choices look like right ones."""
     root = tmp_path_factory.mktemp("harness")
-    rows = [row for _, row in read_jsonl(Path(resolve_path("bundled:eval.jsonl")))][::13]
+    rows = [row for _, row in read_json(Path(resolve_path("bundled:eval.jsonl")))][::13]
     answers = [row["answer"] for row in rows]
     for row, other in zip(rows, answers[1:] + answers[:1], strict=True):
         row["choices"] = [other, row["answer"], row["answer"][::-1]]

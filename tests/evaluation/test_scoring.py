@@ -69,7 +69,7 @@ def test_a_gsm8k_file_becomes_tasks(tmp_path: Path) -> None:
     (task,) = load_tasks(str(path), tiny_tokenizer(), 63, scoring="gsm8k")
     assert task.text == "Question: how much is 2+2\nAnswer:"
     assert (task.skill, task.scoring, task.held_out) == ("gsm8k", "gsm8k", False)
-    assert task.answer is not None and is_right("so it is 4\n#### 4", task.answer, task.scoring)
+    assert is_right("so it is 4\n#### 4", *task.answers, task.scoring)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import opdlm
 from opdlm.cli.main import main
-from opdlm.data.prompts import encode_prompt
+from opdlm.data.chat_template import encode_prompt
+from opdlm.data.messages import Conversation
 
 MODELS = sorted(path.parent for path in Path(os.environ.get("OPDLM_REAL", "/nowhere")).glob("*/config.json"))
 QUESTIONS = [f"What is {a} plus {b}? Explain it in one sentence." for a, b in enumerate(range(40, 72), 3)]
@@ -63,7 +64,7 @@ def test_lossless_text_is_that_of_transformers_in_float32(converted: tuple[Path,
     model, tokenizer = opdlm.load(folder, "float32")
     plain: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     for text in QUESTIONS[:3]:
-        ids = encode_prompt(tokenizer, [{"role": "user", "content": text}])
+        ids = encode_prompt(tokenizer, Conversation(prompt=text))
         (ours,) = opdlm.generate(model, [ids], mode="lossless", max_new_tokens=24)
         stops = list(model.spec.stop_token_ids)
         theirs = plain.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=stops)

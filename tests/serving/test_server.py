@@ -23,7 +23,8 @@ from loopback_server import CHAT, HELLO, TEXT, Served, serve
 
 from opdlm.checkpoints.load import load
 from opdlm.cli.main import main
-from opdlm.data.prompts import encode_prompt
+from opdlm.data.chat_template import encode_prompt
+from opdlm.data.messages import Conversation
 from opdlm.decoding import generate as generate_module
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
@@ -314,7 +315,7 @@ def test_a_conversation_goes_on_with_what_was_said(
     stops, config = StopStrings(tokenizer), DecodeConfig(mode="lossless", max_new_tokens=8)
 
     def answer(messages: list[dict[str, str]], turn: int) -> str:
-        ids = encode_prompt(tokenizer, messages)
+        ids = encode_prompt(tokenizer, Conversation(prompt=messages))
         return stops.text(generate(model, [ids], config, [seed_of(0, turn)])[0].text_ids)
 
     first = [{"role": "user", "content": "add 1 2"}]

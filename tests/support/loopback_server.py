@@ -13,7 +13,8 @@ from typing import Any
 import uvicorn
 
 from opdlm.checkpoints.load import load
-from opdlm.data.prompts import encode_prompt
+from opdlm.data.chat_template import encode_prompt
+from opdlm.data.messages import Conversation
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
 from opdlm.decoding.streaming import StopStrings
@@ -57,7 +58,7 @@ class Served:
 
     def expected(self, text: str, seed: int, stop: tuple[str, ...] = (), **settings: Any) -> tuple[str, str]:
         """Text and finish reason of the request alone, by `generate`."""
-        ids = encode_prompt(self.tokenizer, [{"role": "user", "content": text}])
+        ids = encode_prompt(self.tokenizer, Conversation(prompt=text))
         stops, config = StopStrings(self.tokenizer, stop), replace(self.config, **settings)
         find_end = stops.find_end if stop else None
         (rollout,) = generate(self.model, [ids], config, [seed_of(seed, 0)], find_end=find_end)

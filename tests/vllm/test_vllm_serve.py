@@ -23,7 +23,8 @@ from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
 
 from opdlm.checkpoints.load import load, read_spec
 from opdlm.cli.main import main
-from opdlm.data.prompts import encode_prompt
+from opdlm.data.chat_template import encode_prompt
+from opdlm.data.messages import Conversation
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
@@ -70,7 +71,7 @@ def own_rollouts(
     folder: Path, config: DecodeConfig, questions: list[str], seeds: list[int] | None = None
 ) -> tuple[list[Rollout], Any]:
     model, tokenizer = load(folder)
-    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in questions]
+    prompts = [encode_prompt(tokenizer, Conversation(prompt=text)) for text in questions]
     return generate(model, prompts, config, seeds), tokenizer
 
 
