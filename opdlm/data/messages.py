@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
-from opdlm.data.rows import Row, check_texts, parse_json
+from opdlm.data.rows import Row, check_text, check_texts, parse_json
 from opdlm.errors import DataError
 
 PROMPT_COLUMNS = ("messages", "prompt", "conversations", "instruction")
@@ -95,7 +95,7 @@ def conversation_of(place: str, row: Row, system_prompt: str = "", column: str =
         response = prompt.pop()
     for key in filter(row.__contains__, RESPONSE_COLUMNS.get(name, ())):
         response = row[key]
-    systems = [system_prompt] if system_prompt else []
+    systems = [check_text("data.system_prompt", system_prompt)] if system_prompt else []
     if name in ("conversations", "instruction") and row.get("system"):
         systems.append(text_of(place, "system", row["system"]))
     tools = read_list(place, "tools", row["tools"]) if row.get("tools") else None
@@ -175,7 +175,7 @@ def text_of(place: str, name: str, value: Any) -> str:
     """The value of a column that must be text."""
     if not isinstance(value, str):
         raise DataError(f"{place}: `{name}` must be text, not {type(value).__name__}.")
-    return value
+    return check_text(f"{place}: `{name}`", value)
 
 
 def with_parsed_arguments(call: Any) -> Any:

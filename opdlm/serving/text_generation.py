@@ -28,7 +28,7 @@ from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.seeds import seed_of
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
-"""A conversation: `{"role": "user", "content": "..."}` and so on; a last one of the assistant is continued."""
+"""A conversation: `{"role": "user", "content": "..."}` and so on; a last one of the assistant goes on."""
 PromptInput: TypeAlias = str | Messages | Conversation | Sequence[int]
 
 
