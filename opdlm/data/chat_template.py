@@ -81,8 +81,8 @@ def unread_keys(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) 
     """Keys beside role and content, and `tools`, that the chat template does not name."""
     keys = {key for message in conversation.messages for key in message if key not in ("role", "content")}
     keys |= {"tools"} if conversation.tools else set()
-    if not keys:
-        return keys
+    if not keys or not tokenizer.chat_template:
+        return set()
     template = tokenizer.get_chat_template(tools=conversation.tools)
     return {key for key in keys if key not in template}
 

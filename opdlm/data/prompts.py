@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlm.config.sections import DataSection
 from opdlm.data.chat_template import encode_prompt, unread_keys, with_date
-from opdlm.data.messages import conversation_of
+from opdlm.data.messages import Conversation, conversation_of
 from opdlm.data.rows import Row, read_rows
 from opdlm.decoding.rollout import Prompt
 from opdlm.errors import DataError
@@ -60,14 +60,12 @@ def encode_rows(
 ) -> list[Prompt]:
     """Prompts of (place, row) pairs. DataError for an invalid or long prompt, or without any prompt."""
     tokenizer = with_date(tokenizer, section.date)
-    prompts, num_long, unread = [], 0, set[str]()
+    prompts, num_long, num_unknown, unread = [], 0, 0, set[str]()
     for index, (place, row) in enumerate(rows):
         conversation = conversation_of(place, row, section.system_prompt, section.prompt_column)
-        if row.get("prompt_ids"):
-            ids = row["prompt_ids"]
-        else:
-            ids = encode_prompt(tokenizer, conversation, section.enable_thinking)
-            unread |= unread_keys(tokenizer, conversation)
+        ids = row_ids(row, conversation, tokenizer, section.enable_thinking)
+        unread |= unread_keys(tokenizer, conversation)
+        num_unknown += is_unknown(tokenizer, ids)
         if len(ids) > section.max_prompt_tokens:
             if section.drop_long_prompts:
                 num_long += 1
@@ -84,6 +82,8 @@ def encode_rows(
         prompts.append(Prompt(ids=tuple(ids), index=index))
     if unread:
         log.warning(f"the chat template does not read {', '.join(sorted(unread))}: no prompt shows them")
+    if num_unknown:
+        log.warning(f"{num_unknown} of {len(rows)} prompts have characters that the tokenizer does not know")
     if num_long:
         log.warning(
             f"dropped {num_long} of {len(rows)} prompts: longer than {section.max_prompt_tokens} tokens"
@@ -93,6 +93,28 @@ def encode_rows(
             f"no prompt has at most {section.max_prompt_tokens} tokens: raise data.max_prompt_tokens."
         )
     return prompts
+
+
+def row_ids(
+    row: Row, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None
+) -> list[int]:
+    """`prompt_ids` of a row, else its conversation encoded."""
+    ids, num_tokens = row.get("prompt_ids"), len(tokenizer)
+    if not ids:
+        return encode_prompt(tokenizer, conversation, enable_thinking)
+    if isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < num_tokens for i in ids):
+        return ids
+    raise DataError(
+        f"{conversation.place}: `prompt_ids` must be a list of token ids from 0 to {num_tokens - 1}."
+    )
+
+
+def is_unknown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
+    """Whether a token stands for characters that the vocabulary lacks. Some tokenizers name another special
+    token `unk_token` and never need it.
+    """
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return tokenizer.unk_token_id not in (None, *others) and tokenizer.unk_token_id in ids
 
 
 def load_prompts(

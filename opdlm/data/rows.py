@@ -113,10 +113,11 @@ def read_parquet(file: Path) -> list[tuple[str, Row]]:
 def read_dataset(name: str, split: str, config: str) -> list[tuple[str, Row]]:
     """The rows of a data set that `datasets` loads."""
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         loaded = datasets.load_dataset(name, config or None, split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         first = str(error).splitlines()[0]
         raise DataError(
             f"data.path ({name}), split {split}, cannot be loaded by `datasets`: {first}"

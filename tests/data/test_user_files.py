@@ -6,6 +6,7 @@ import copy
 import gzip
 import json
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,14 @@ NO_TOOLS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<
 STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}" + CHAT
 
 
+@cache
+def bundled_tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(resolve_path("bundled:byte"))
+
+
 def byte_tokenizer(template: str | None = CHAT) -> PreTrainedTokenizerBase:
     """One token per byte: text comes back from its ids as it was."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_path("bundled:byte"))
+    tokenizer = copy.copy(bundled_tokenizer())
     tokenizer.chat_template = template
     return tokenizer
 
@@ -395,7 +401,7 @@ def test_what_the_template_does_not_read_is_named(tmp_path: Path, caplog: pytest
 @pytest.mark.parametrize("template", [None, "<|end|>{{ messages[0].content }}"])
 def test_a_first_token_is_not_doubled(template: str | None) -> None:
     """A tokenizer that always puts BOS first, and a text or a template that does so too."""
-    tokenizer = byte_tokenizer(template)
+    tokenizer = copy.deepcopy(byte_tokenizer(template))
     tokenizer.bos_token = "<|end|>"
     bos = tokenizer.bos_token_id
     call = type(tokenizer).__call__
@@ -404,7 +410,6 @@ def test_a_first_token_is_not_doubled(template: str | None) -> None:
         def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
             return {"input_ids": [bos, *call(self, text, **options)["input_ids"]]}
 
-    tokenizer = copy.copy(tokenizer)
     tokenizer.__class__ = AddsBos
     text = "hi" if template else "<|end|>hi"
     ids = encode_prompt(tokenizer, Conversation(prompt=text))

@@ -135,7 +135,12 @@ REFUSED: dict[str, tuple[str, Any, int, str]] = {
         "text only",
     ),
     "another model": (CHAT, {"messages": HELLO, "model": "gpt"}, 404, "gpt"),
-    "tools": (CHAT, {"messages": HELLO, "tools": [{}]}, 400, "tools is not supported"),
+    "tools": (
+        CHAT,
+        {"messages": HELLO, "tools": [{}]},
+        400,
+        "tools are not shown by the model's chat template",
+    ),
     "a hot temperature": (CHAT, {"messages": HELLO, "temperature": "hot"}, 400, "temperature ('hot')"),
     "top_p of 0": (CHAT, {"messages": HELLO, "top_p": 0}, 400, "top_p (0)"),
     "no tokens": (CHAT, {"messages": HELLO, "max_tokens": 0}, 400, "max_tokens (0)"),
@@ -186,7 +191,7 @@ def test_a_template_that_fails_refuses_the_messages(
     ):
         monkeypatch.setattr(lossless.tokenizer, "chat_template", template)
         status, answer = lossless.post(CHAT, {"messages": HELLO})
-        assert status == 400 and "do not fit the model's chat template" in answer["error"]["message"]
+        assert status == 400 and "the request: the chat template" in answer["error"]["message"]
 
 
 def test_other_keys_of_a_message_go_to_the_chat_template(
@@ -197,6 +202,27 @@ def test_other_keys_of_a_message_go_to_the_chat_template(
     )
     message = {"role": "user", "content": "12", "thought": "345"}
     assert lossless.post(CHAT, {"messages": [message]})[1]["usage"]["prompt_tokens"] == 5
+
+
+def test_messages_with_calls_or_an_unfinished_answer_become_the_whole_prompt(
+    lossless: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = (
+        "{{ tools[0].name }}{% for m in messages %}{% for call in m.tool_calls or [] %}{{ call.id }}"
+        "{% endfor %}{{ m.content }}\n{% endfor %}"
+    )
+    monkeypatch.setattr(lossless.tokenizer, "chat_template", template)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "12"}]}
+    messages = [*HELLO, call, {"role": "tool", "content": "34"}, {"role": "assistant", "content": "56 7"}]
+    status, answer = lossless.post(CHAT, {"messages": messages, "tools": [{"name": "89"}], "max_tokens": 4})
+    expected = f"89{HELLO[0]['content']}\n12\n34\n56 7"
+    assert status == 200 and answer["usage"]["prompt_tokens"] == len(expected)
+
+
+def test_a_text_that_is_none_is_refused(lossless: Served) -> None:
+    for path, body in ((CHAT, {"messages": [{"role": "user", "content": "a\0"}]}), (TEXT, {"prompt": "a\0"})):
+        status, answer = lossless.post(path, body)
+        assert status == 400 and "U+0000 at character 1" in answer["error"]["message"]
 
 
 def test_small_packets_leave_at_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import os
 import shutil
 import signal
@@ -14,13 +15,21 @@ from pathlib import Path
 import pytest
 import torch
 from finished_runs import assert_same_run, metrics
-from tiny_checkpoints import failing_after_a_save, tiny_overrides, write_checkpoint, write_data
+from tiny_checkpoints import (
+    TEMPLATE,
+    failing_after_a_save,
+    tiny_overrides,
+    tiny_tokenizer,
+    write_checkpoint,
+    write_data,
+)
 
 from opdlm.cli.main import main
+from opdlm.config.loader import read_recipe
 from opdlm.config.sections import Config
 from opdlm.distill import trainer as trainer
 from opdlm.training.metrics import MetricsLog
-from opdlm.training.run_folder import changed_settings
+from opdlm.training.run_folder import changed_settings, start_date
 
 ROOT = Path(__file__).parents[2]
 
@@ -198,6 +207,28 @@ def test_a_run_does_not_continue_on_other_data(
         f"the training data are not those of {tmp_path / 'run' / 'checkpoint-4'}" in capsys.readouterr().err
     )
     assert checkpoints(tmp_path / "run") == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_run_that_continues_on_another_day_keeps_the_date_of_its_prompts(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(place / "llama", tmp_path / "llama")
+    write_data(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%Y') }} " + TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "llama")
+    with failing_after_a_save(monkeypatch):
+        assert main(command(tmp_path, tmp_path / "run", "data.date=2020-01-01")) == 2
+    assert main(command(tmp_path, tmp_path / "run")) == 0
+    assert read_recipe(tmp_path / "run" / "config.yaml")["data"]["date"] == "2020-01-01"
+
+
+def test_the_date_of_a_run_is_that_of_its_start(tmp_path: Path) -> None:
+    assert start_date("", str(tmp_path)) == datetime.date.today().isoformat()
+    for written, date in (("data: {date: '2020-01-01'}", "2020-01-01"), ("data: {path: x}", "")):
+        (tmp_path / "config.yaml").write_text(written)
+        assert start_date("", str(tmp_path)) == date
+        assert start_date("1999-12-31", str(tmp_path)) == "1999-12-31"
 
 
 def test_without_resuming_a_run_starts_over(
