@@ -132,7 +132,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a setting out of range": ({"temperature": -1.0}, r"temperature \(-1\) must lie between"),
     "more steps than tokens": ({"denoising_steps": 99}, r"denoising_steps \(99\) must lie between 1 and"),
     "text without a tokenizer": ({"tokenizer": None}, "tokenizer is missing"),
-    "no prompt": ({"prompts": [" "]}, "PROMPT is empty"),
+    "no prompt": ({"prompts": [" "]}, "PROMPT has an empty prompt"),
     "one text instead of a list": ({"prompts": "add 1 2"}, "give a list"),
     "a mask in the ids": ({"prompts": [[5, 46]]}, "`infill=True`"),
     "no id": ({"prompts": [[]]}, "no token"),

@@ -512,7 +512,7 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     ),
     "line is no object": (
         lambda p: p.convert(f"data.path={p.file('list.jsonl', '[1]')}"),
-        ("list.jsonl:1", "must be a JSON object"),
+        ("list.jsonl row 0 must be a JSON object, not int",),
     ),
     "columns missing": (
         lambda p: p.convert(p.prompts({"prompt": "a"}, {"question": "b"})),
@@ -525,7 +525,7 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     ),
     "messages are no list": (
         lambda p: p.convert(p.prompts({"messages": "hello"})),
-        ("bad.jsonl:1", "`messages` must be a list"),
+        ("bad.jsonl:1: `messages` is not valid JSON", "Fix"),
     ),
     "message content is no text": (
         lambda p: p.convert(p.prompts({"messages": [{"role": "user", "content": 3}]})),
@@ -557,7 +557,7 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     ),
     "unsupported suffix": (
         lambda p: p.convert("data.path=prompts.csv"),
-        ("prompts.csv", ".jsonl or .parquet"),
+        ("prompts.csv", ".parquet file", "convert it"),
     ),
     "broken Parquet": (
         lambda p: p.convert(f"data.path={p.file('broken.parquet', 'PAR')}"),
