@@ -308,8 +308,8 @@ class MeasureSection:
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class EvalSection(MeasureSection):
     path: str = ""
-    """JSONL with `prompt`, and optionally `answer`, `skill`, `held_out`. Empty: the prompts that held_back
-    keeps from training.
+    """Prompts in a form of data.path, optionally with `answer` (one, or a list of accepted ones), `skill`,
+    `held_out`. Empty: the prompts that held_back keeps from training.
     """
     held_back: Steps = 32
     """Without path: prompts of the training data, at most an eighth of them, that are not trained on, and

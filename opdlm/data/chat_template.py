@@ -53,7 +53,7 @@ def render(
     if enable_thinking is not None:
         options["enable_thinking"] = enable_thinking
     messages, place = conversation.messages, conversation.place
-    marks = [f"MESSAGE{i}MARK" for i in range(len(messages))]
+    marks = [f"MESSAGE{i}MARK" if m["content"].strip() else "" for i, m in enumerate(messages)]
     marked = [{**m, "content": m["content"] + mark} for m, mark in zip(messages, marks, strict=True)]
     is_continued = messages[-1]["role"] == "assistant"
     try:
@@ -68,7 +68,7 @@ def render(
             "(data.system_prompt adds one), or give a checkpoint with another template."
         ) from error
     for message, mark in zip(messages, marks, strict=True):
-        if message["content"].strip() and mark not in with_marks:
+        if mark not in with_marks:
             raise DataError(
                 f"{place}: the chat template does not show the message of role {message['role']} "
                 f"({message['content']!r:.40}). Put its text into the user's message"

@@ -138,6 +138,15 @@ READ: dict[str, tuple[str, bytes, dict[str, Any], list[str]]] = {
         {"template": WITH_TOOLS},
         [f"[{json.dumps(TOOL)}]<user>hi</><assistant>{CALLED}</><tool>3 C</><assistant>"],
     ),
+    "a call whose template wants no content": (
+        "a.jsonl",
+        said(messages=[USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT]),
+        {
+            "template": "{% for m in messages if m.tool_calls and m.content %}{{ raise_exception('both') }}"
+            "{% endfor %}" + CHAT
+        },
+        [f"<user>hi</><assistant>{CALLED}</><tool>3 C</><assistant>"],
+    ),
     "a tool that says nothing": (
         "a.jsonl",
         said(messages=[USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": ""}]),

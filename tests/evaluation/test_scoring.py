@@ -9,6 +9,7 @@ import pytest
 from tiny_checkpoints import tiny_tokenizer, write_rows
 
 from opdlm.data.prompts import load_tasks
+from opdlm.evaluation.evaluate import score_responses
 from opdlm.evaluation.scoring import (
     NEXT_QUESTION,
     chosen_letter,
@@ -62,6 +63,13 @@ def test_gsm8k_scores_are_those_of_the_harness(response: str) -> None:
 
 def test_exact_match_ignores_the_space_around() -> None:
     assert is_right(" 42\n", "42", "exact") and not is_right("42.", "42", "exact")
+
+
+def test_each_of_several_answers_is_accepted(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "answer": ["4", "four"]}, {"prompt": "a", "answer": 4}, {"prompt": "a"}]
+    tasks = load_tasks(str(write_rows(tmp_path / "tasks.jsonl", rows)), tiny_tokenizer(), 63)
+    assert score_responses(tasks, ["four"] * 3, ["six"] * 3) == [True, False, False]
+    assert score_responses(tasks, ["4"] * 3, ["4"] * 3) == [True, True, True]
 
 
 def test_a_gsm8k_file_becomes_tasks(tmp_path: Path) -> None:
