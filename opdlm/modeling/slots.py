@@ -146,12 +146,14 @@ def clean_slots(ids_BL: Tensor, lengths_B: Tensor, num_prompt_B: Tensor, grid: G
 def visible(queries: Slots, keys: Slots, window: int | None = None) -> Tensor:
     """Bool `[B, Q, K]`: the keys that each query attends to. A sliding `window` keeps those whose position is
     less than `window` before the query's.
+
+    FlexAttention compiles this function, and its compiler accepts no operation in place.
     """
     position_BQK = keys.key_columns_BS[:, None, :] - queries.start_BS[:, :, None]  # in the query's document
     keys_clean_BQK = (position_BQK >= 0) & (position_BQK <= queries.visible_until_BS[:, :, None])
-    keys_clean_BQK &= (keys.group_BS == CLEAN)[:, None, :]
+    keys_clean_BQK = keys_clean_BQK & (keys.group_BS == CLEAN)[:, None, :]
     same_group_BQK = queries.group_BS[:, :, None] == keys.group_BS[:, None, :]
     seen_BQK = keys_clean_BQK | (same_group_BQK & (queries.group_BS != CLEAN)[:, :, None])
     if window is not None:
-        seen_BQK &= queries.positions_BS[:, :, None] - position_BQK < window
+        seen_BQK = seen_BQK & (queries.positions_BS[:, :, None] - position_BQK < window)
     return seen_BQK
