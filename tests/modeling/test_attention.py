@@ -7,7 +7,6 @@ H heads, D head dimension.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from tiny_models import CPU, KINDS, SLIDING, make_lm, make_prompts, make_rollout, qwen3
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opdlm.decoding.decode_config import DecodeConfig
@@ -133,23 +133,20 @@ def random_inputs(layout: Layout, dtype: torch.dtype, device: str) -> list[Tenso
 
 
 def run_backend(
-    backend: Backend, layout: Layout, window: int | None, inputs: list[Tensor]
+    backend: Backend, layout: Layout, window: int | None, inputs: list[Tensor], compiled: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Output at the real slots, and (where inputs want it) gradients through a weighted sum of them."""
+    """Output at the real slots, and (where inputs want it) gradients through a weighted sum of them.
+    FlexAttention runs as plain operations if it is not `compiled`.
+    """
     queries, keys = layout
     mask = make_mask(queries, keys, window, inputs[0].dtype, backend)
     assert (backend == "sdpa") == isinstance(mask, Tensor)
     module = nn.Module().eval()
     module.layer_idx, module.num_key_value_groups = 0, HEADS // KV_HEADS  # type: ignore[assignment]
     forward = SlotForward({window: mask}, (window,), None)
-    with uncompiled(inputs[0].device.type):
+    with torch.compiler.set_stance("default" if compiled else "force_eager"):
         out, _ = slot_attention(module, *inputs, None, slot_forward=forward, scaling=HEAD_DIM**-0.5)
     return with_gradients(out, visible(queries, keys, window), inputs)
-
-
-def uncompiled(device: str) -> AbstractContextManager[Any]:
-    """FlexAttention on a CPU as plain operations."""
-    return torch.compiler.set_stance("force_eager") if device == "cpu" else nullcontext()
 
 
 def with_gradients(out: Tensor, seen_BQK: Tensor, inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -168,13 +165,14 @@ def assert_equals_reference(
     device: str,
     *,
     grad: bool = True,
+    compiled: bool = False,
 ) -> None:
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     inputs = [x.requires_grad_(grad) for x in random_inputs(layout, dtype, device)]
     exact = [x.detach().double().requires_grad_(grad) for x in inputs]
     seen_BQK = visible(*layout, window)
     expected = with_gradients(reference(*exact, seen_BQK), seen_BQK, exact)
-    found = run_backend(backend, layout, window, inputs)
+    found = run_backend(backend, layout, window, inputs, compiled)
     pairs = [(found[0], expected[0]), *zip(found[1], expected[1], strict=True)]
     assert len(pairs) == (4 if grad else 1)
     for left, right in pairs:
@@ -228,9 +226,23 @@ def test_flash_without_a_flash_kernel_gives_the_same(
 
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_flex_output_equals_the_softmax_over_visible_keys(name: str, window: int | None) -> None:
-    """On a CPU it has no backward pass."""
-    assert_equals_reference("flex", LAYOUTS[name](), window, torch.float64, "cpu", grad=False)
+def test_flex_output_and_gradient_equal_the_softmax_over_visible_keys(
+    name: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As plain operations, which have a backward pass on a CPU too once torch's refusal is lifted."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    assert_equals_reference("flex", LAYOUTS[name](), window, torch.float64, "cpu")
+
+
+def test_flex_compiled_by_inductor_equals_the_softmax_over_visible_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The lowering of the mask is the one that CUDA uses."""
+    monkeypatch.setattr(attention, "create_block_mask", attention.compiled_block_mask())
+    torch._dynamo.reset()
+    assert_equals_reference(
+        "flex", LAYOUTS["packed_sdar"](), 7, torch.float32, "cpu", grad=False, compiled=True
+    )
 
 
 @pytest.mark.parametrize("device", CUDA)
@@ -242,7 +254,7 @@ def test_backends_agree_on_a_gpu(backend: Backend, name: str, window: int | None
         pytest.skip("no CUDA device")
     queries, keys = LAYOUTS[name]()
     layout = moved(queries, device), moved(keys, device)
-    assert_equals_reference(backend, layout, window, torch.float32, device)
+    assert_equals_reference(backend, layout, window, torch.float32, device, compiled=True)
 
 
 def test_a_forward_with_few_queries_runs_sdpa() -> None:
