@@ -1,7 +1,8 @@
 """The decode loop with continuous batching: prompts to rollouts, one step of the mode at a time.
 
 At most `batch_size` rows are active, in a cache that is allocated once. When rows finish, waiting prompts
-join, and their prefill shares the forward pass with the steps of the other rows. The output of a row depends
+join, and their prefill shares the forward pass with the steps of the other rows, unless its mask would be too
+large: then `prefill` computes the prompts before, in parts. The output of a row depends
 on its prompt and seed only, not on the other rows (up to floating-point rounding).
 
 Shape suffixes: B rows, L row capacity.
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..modeling.diffusion_lm import DiffusionLM, DiffusionSpec
-from ..modeling.kv_cache import DecodeCache
-from ..modeling.slots import Format, Grid
+from ..modeling.kv_cache import DecodeCache, Packed
+from ..modeling.slots import CLEAN, Format, Grid
 from .decode_config import DecodeConfig, Mode
 from .decode_state import DecodeState, Request
 from .denoise import denoise_step
@@ -30,6 +31,8 @@ OnStep = Callable[[Tensor, Tensor, Tensor], None]
 FindEnd = Callable[[Sequence[int]], int | None]
 """Response ids -> the number of tokens to keep if the response is complete, else None."""
 Seeds = torch.Generator | Sequence[int] | None
+PREFILL_PAIRS = 2**25
+"""Largest number of (slot, key) pairs in the mask of a forward that computes prompts."""
 
 
 class Decoder:
@@ -50,7 +53,7 @@ class Decoder:
         """
         spec = model.spec
         self.model, self.config, self.num_rows, self.on_step = model, config, num_rows, on_step
-        self.grid = grid_of(config.mode, spec)
+        self.grid, self.format = grid_of(config.mode, spec), format_of(config.mode, spec)
         capacity = max_length + 2 * spec.block_size + 1
         self.cache = DecodeCache(num_rows, capacity + spec.block_size**2, model.device)
         self.waiting: deque[Request] = deque()
@@ -62,7 +65,7 @@ class Decoder:
             mask_token_id=spec.mask_token_id,
             draft_length=spec.block_size - 1,
         )
-        self._advance = step_of(model, self.cache, config, self.grid)
+        self._advance = step_of(model, self.cache, config, self.grid, self.format)
         self.state = self._start([])
 
     @property
@@ -76,7 +79,9 @@ class Decoder:
         """
         num_joining = min(self.num_rows - len(self.state), len(self.waiting))
         if num_joining:
+            first_row = len(self.state)
             self.state.join(self._start([self.waiting.popleft() for _ in range(num_joining)]))
+            prefill(self.model, self.state, self.cache, first_row, self.grid, self.format)
         state, finished = self.state, dict[int, Rollout]()
         before_BL = state.tokens_BL.clone() if self.on_step is not None else state.tokens_BL
         self._advance(state)
@@ -163,8 +168,39 @@ def grid_of(mode: Mode, spec: DiffusionSpec) -> Grid:
     return Grid(block_size=1) if mode in ("ar", "lossless") else spec.block_grid
 
 
+def format_of(mode: Mode, spec: DiffusionSpec) -> Format:
+    """The format of the slots of a mode."""
+    return "preserve" if mode in ("ar", "lossless") else spec.format
+
+
+def prefill(
+    model: DiffusionLM, state: DecodeState, cache: DecodeCache, first_row: int, grid: Grid, fmt: Format
+) -> None:
+    """Compute the prompts of the rows from `first_row` on, up to what their first step needs, in forwards of
+    at most PREFILL_PAIRS pairs; nothing if the step itself can compute them within that limit.
+    """
+    frontier_B = state.frontier(model.spec.mask_token_id)
+    end_B = frontier_B - 1 if fmt == "preserve" else grid.block_start(frontier_B, state.num_prompt_B)
+    longest = int(end_B[first_row:].max())
+    if (len(state) - first_row) * longest**2 <= PREFILL_PAIRS:
+        return
+    num_rows = max(1, PREFILL_PAIRS // longest**2)
+    width = max(PREFILL_PAIRS // (num_rows * longest), grid.block_size)
+    row_B = torch.arange(len(state))
+    for first in range(first_row, len(state), num_rows):
+        last = min(first + num_rows, len(state))
+        stop_B = torch.where((row_B >= first) & (row_B < last), end_B, state.committed_B)
+        while (state.committed_B < stop_B).any():
+            next_B = grid.block_start(state.committed_B + width, state.num_prompt_B)  # blocks stay whole
+            next_B = torch.minimum(stop_B, next_B)
+            packed, _ = Packed.of(state.span(state.committed_B, next_B, grid, fmt, group=CLEAN))
+            _, num_forwards = model.packed_hidden(packed, last, cache)
+            state.num_forwards_B = state.num_forwards_B + num_forwards * (next_B > state.committed_B)
+            state.committed_B = next_B
+
+
 def step_of(
-    model: DiffusionLM, cache: DecodeCache, config: DecodeConfig, grid: Grid
+    model: DiffusionLM, cache: DecodeCache, config: DecodeConfig, grid: Grid, fmt: Format
 ) -> Callable[[DecodeState], None]:
     """The function that advances a state by one step of the mode."""
     if config.mode == "lossless":
@@ -174,7 +210,6 @@ def step_of(
             overhead = 32.0 if model.device.type == "cpu" else 512.0
         policy = DraftPolicy(model.spec.block_size - 1, overhead)
         return lambda state: lossless_step(model, state, cache, config, policy)
-    fmt: Format = "preserve" if config.mode == "ar" else model.spec.format
     return lambda state: denoise_step(model, state, cache, config, grid, fmt)
 
 

@@ -79,15 +79,15 @@ class DraftPolicy:
         return self.accepted[place] / self.tried[place]
 
     def plan(self, state: DecodeState) -> list[DraftPlan]:
-        """What the next forward verifies and drafts. A row without a cache drafts at full length."""
+        """What the next forward verifies and drafts. A row in its first step drafts at full length."""
         throughput = self.throughput
         survival = [survived / offered for survived, offered in zip(self.survived, self.offered, strict=True)]
         length = max(1, len(list(takewhile(lambda probability: probability > 2 * throughput, survival))))
         cost = throughput * length
         value = sum(survival[:length]) - cost
         plans = []
-        for committed, confidences in zip(state.committed_B.tolist(), draft_confidences(state), strict=True):
-            if not committed:
+        for num_steps, confidences in zip(state.num_steps_B.tolist(), draft_confidences(state), strict=True):
+            if not num_steps:
                 plans.append(DraftPlan(0, (0,), self.draft_length))
                 continue
             prefix = list(accumulate(map(self.acceptance, confidences), mul, initial=1.0))

@@ -14,6 +14,7 @@ C queries of a chunk.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
@@ -31,6 +32,7 @@ from transformers.masking_utils import sdpa_mask
 from .kv_cache import DecodeCache, SlotCache
 from .slots import Slots, join_slots, visible
 
+logger = logging.getLogger(__name__)
 ATTENTION_NAME = "opdlm"
 CHUNK = 128
 """Queries per chunk of `flash`. A forward of at most two chunks uses `sdpa`, which is as fast there."""
@@ -59,23 +61,62 @@ def layer_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
 
 
 def choose_backend(choice: AttentionChoice, device: torch.device, config: PreTrainedConfig) -> Backend:
-    """The backend for a choice: `auto` selects flex where it is supported, else flash."""
+    """The backend for a choice: `auto` selects flex where it is supported and works, else flash."""
     if choice != "auto":
         return choice
-    return "flash" if unsupported_reason("flex", device, config) else "flex"
+    reason = unsupported_reason("flex", device, config)
+    if reason and device.type == "cuda":
+        note_fallback(reason)
+    return "flash" if reason else "flex"
+
+
+@cache
+def note_fallback(reason: str) -> None:
+    """Say once why `auto` is not flex on a GPU."""
+    logger.warning("model.attention=auto is flash: %s", reason)
 
 
 def unsupported_reason(choice: AttentionChoice, device: torch.device, config: PreTrainedConfig) -> str | None:
     """Why this backend cannot train this model on this device; None if it can."""
+    if choice != "flex":
+        return None
     text_config = config.get_text_config()
-    head_dim = getattr(text_config, "head_dim", None)
-    head_dim = head_dim or text_config.hidden_size // text_config.num_attention_heads
-    if choice == "flex" and device.type != "cuda":
+    num_heads = text_config.num_attention_heads
+    num_kv = getattr(text_config, "num_key_value_heads", None) or num_heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads
+    if device.type != "cuda":
         return f"FlexAttention has no backward pass on {device.type}; choose flash or sdpa"
-    if choice == "flex" and head_dim < FLEX_MIN_HEAD_DIM:
+    if head_dim < FLEX_MIN_HEAD_DIM:
         return (
             f"FlexAttention needs heads of {FLEX_MIN_HEAD_DIM} or more dimensions; here they have {head_dim}"
         )
+    return flex_failure(device, num_heads, num_kv, head_dim, text_config.dtype or torch.float32)
+
+
+@cache
+def flex_failure(
+    device: torch.device, num_heads: int, num_kv: int, head_dim: int, dtype: torch.dtype
+) -> str | None:
+    """Why a small forward and backward of FlexAttention fails with heads like these; None if it works.
+
+    Compilers fail in many ways, so every exception counts.
+    """
+    num_queries = 2 * CHUNK + 1
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            zeros_1Q = torch.zeros((1, num_queries), dtype=torch.long, device=device)
+            columns_1Q = zeros_1Q + torch.arange(num_queries, device=device)
+            slots = Slots(zeros_1Q, columns_1Q, columns_1Q, zeros_1Q, zeros_1Q)
+            query, key, value = (
+                torch.ones(1, heads, num_queries, head_dim, dtype=dtype, device=device, requires_grad=True)
+                for heads in (num_heads, num_kv, num_kv)
+            )
+            out, _ = flex_attention_forward(nn.Module(), query, key, value, block_mask(slots, slots, None))
+            out.sum().backward()
+            float(query.grad.sum())  # type: ignore[union-attr]  # waits for the kernels
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        return f"FlexAttention does not work here ({type(error).__name__}: {reason}); choose flash or sdpa"
     return None
 
 

@@ -99,15 +99,17 @@ class DecodeCache:
         self.packed, self.num_active, self._padded = packed, num_rows, {}
         self._length = length
         num_clean = packed.num_clean
-        noised_row_N, noised_group_N = packed.row_N[num_clean:], packed.group_N[num_clean:]
+        noised_row_N = packed.row_N[num_clean:]
         clean_place_N, clean_count_B = place_in_row(packed.row_N[:num_clean], num_rows)
         noised_place_N, noised_count_B = place_in_row(noised_row_N, num_rows)
         width = int(noised_count_B.max())
         assert self._length + width <= self.capacity
-        self._noised_group_BJ = torch.full((num_rows, width), -1)
-        self._noised_group_BJ[noised_row_N, noised_place_N] = noised_group_N
-        self._noised_position_BJ = torch.zeros((num_rows, width), dtype=torch.long)
-        self._noised_position_BJ[noised_row_N, noised_place_N] = packed.positions_N[num_clean:]
+        noised_2BJ = torch.full((2, num_rows, width), -1)  # groups and positions
+        noised_2BJ[0, noised_row_N, noised_place_N] = packed.group_N[num_clean:]
+        noised_2BJ[1, noised_row_N, noised_place_N] = packed.positions_N[num_clean:]
+        self._noised_2BJ = noised_2BJ.to(self.device)
+        numbers = (packed.row_N, packed.positions_N, packed.visible_until_N, packed.group_N)
+        self._numbers_4N = torch.stack(numbers).to(self.device)
         index_N = torch.cat([packed.positions_N[:num_clean], self._length + noised_place_N])
         self.write_N = packed.row_N * (self.capacity + 1) + index_N
         self.place_N = torch.cat([clean_place_N, clean_count_B[noised_row_N] + noised_place_N])
@@ -119,10 +121,11 @@ class DecodeCache:
         """
         row_N, num_rows, count_B = self.packed.row_N, self.num_active, self.count_B
         self._write_N = self.write_N.to(self.device)
-        if num_rows == 1:  # nothing to pad
-            self._segments, self._back_N = [Segment(0, 1, None)], None
+        start = int(row_N.min())  # rows before it have no slots: a part of a prompt is computed on its own
+        if num_rows == start + 1:  # nothing to pad
+            self._segments, self._back_N = [Segment(start, num_rows, None)], None
             return
-        bounds = [0, *best_split(count_B), num_rows]
+        bounds = [start, *(start + cut for cut in best_split(count_B[start:])), num_rows]
         self._segments, offset = [], 0
         self._back_N = torch.zeros_like(row_N)
         for first, last in pairwise(bounds):
@@ -137,15 +140,18 @@ class DecodeCache:
         self._back_N = self._back_N.to(self.device)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Additive mask `[1, 1, N, K]` of the current forward; keys are those of the query's own row."""
-        packed = self.packed
-        key_K = torch.arange(self._length)
-        seen_NK = key_K <= packed.visible_until_N[:, None]
-        seen_NJ = self._noised_group_BJ[packed.row_N] == packed.group_N[:, None]
+        """Additive mask `[1, 1, N, K]` of the current forward; keys are those of the query's own row. It is
+        computed on the device, from four integers per slot and two per noised key.
+        """
+        row_N, position_N, visible_until_N, group_N = self._numbers_4N
+        noised_group_NJ, noised_position_NJ = self._noised_2BJ[:, row_N]
+        key_K = torch.arange(self._length, device=self.device)
+        seen_NK = key_K <= visible_until_N[:, None]
+        seen_NJ = noised_group_NJ == group_N[:, None]
         if window is not None:
-            seen_NK &= packed.positions_N[:, None] - key_K < window
-            seen_NJ &= packed.positions_N[:, None] - self._noised_position_BJ[packed.row_N] < window
-        seen_NK = torch.cat([seen_NK, seen_NJ], 1).to(self.device)
+            seen_NK &= position_N[:, None] - key_K < window
+            seen_NJ &= position_N[:, None] - noised_position_NJ < window
+        seen_NK = torch.cat([seen_NK, seen_NJ], 1)
         mask_NK = torch.zeros(seen_NK.shape, dtype=dtype, device=self.device)
         return mask_NK.masked_fill_(~seen_NK, torch.finfo(dtype).min)[None, None]
 

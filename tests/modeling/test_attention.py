@@ -263,12 +263,27 @@ def test_a_forward_with_few_queries_runs_sdpa() -> None:
     assert isinstance(make_mask(few, keys, None, torch.float32, "flash"), Tensor)
 
 
-def test_auto_is_flex_where_it_can_train_and_flash_elsewhere() -> None:
-    config, cuda = qwen3(head_dim=32).config, torch.device("cuda")
-    assert choose_backend("auto", cuda, config) == "flex"
+def test_auto_is_flex_where_it_can_train_and_flash_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
+    """Without a CUDA device the trial of FlexAttention fails as a broken compiler would."""
+    attention.note_fallback.cache_clear()
+    attention.flex_failure.cache_clear()
+    config, cuda, works = qwen3(head_dim=32).config, torch.device("cuda"), torch.cuda.is_available()
+    for _ in range(2):
+        assert choose_backend("auto", cuda, config) == ("flex" if works else "flash")
+    assert caplog.text.count("model.attention=auto is flash: FlexAttention does not work here") == 1 - works
     assert choose_backend("auto", CPU, config) == "flash"
     assert choose_backend("auto", cuda, qwen3(head_dim=8).config) == "flash"
     assert choose_backend("sdpa", cuda, config) == "sdpa"
+
+
+def test_the_trial_of_flex_runs_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the backward fails, unless torch's refusal is lifted."""
+    attention.flex_failure.cache_clear()
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        reason = attention.flex_failure(CPU, HEADS, KV_HEADS, HEAD_DIM, torch.float32)
+        assert reason and "does not support backward on CPU" in reason
+        monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+        assert attention.flex_failure(CPU, HEADS, KV_HEADS, HEAD_DIM, torch.bfloat16) is None
 
 
 def student_gradients(model: DiffusionLM, backend: Backend) -> tuple[Tensor, dict[str, Tensor]]:
