@@ -13,11 +13,13 @@ import torch
 from simple_loop import simple_ar, simple_denoise
 from tiny_models import GRIDS, KINDS, MASK, STOP, make_lm, make_prompts, qwen3
 
+from opdlm.decoding import generate as engine
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.decode_state import DecodeState, DecodeStats
 from opdlm.decoding.generate import generate, make_requests
 from opdlm.decoding.lossless import DraftPlan, DraftPolicy
 from opdlm.decoding.unmasking import choose_tokens, choose_within_entropy, noise_keys
+from opdlm.modeling.diffusion_lm import PackedForward
 from opdlm.modeling.slots import GridKind
 
 LENGTHS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 3, 20]
@@ -66,6 +68,39 @@ def test_ar_and_lossless_are_the_simple_loop_sample_for_sample(
     assert [rollout.text_ids for rollout in rollouts] == expected
     stats = DecodeStats.of(rollouts)
     assert mode == "ar" or stats.num_forwards < stats.num_tokens * (1 if kind == "lora" else 2)
+
+
+@pytest.mark.parametrize("pairs", [1, 400, 4000])
+@pytest.mark.parametrize("mode", ["threshold", "lossless", "ar"])
+@pytest.mark.parametrize(
+    ("kind", "grid"), [("lora", "absolute"), ("copy", "response"), *(("sdar", grid) for grid in GRIDS)]
+)
+def test_prompts_computed_in_parts_give_the_same_responses_in_smaller_forwards(
+    kind: str, grid: GridKind, mode: Mode, pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4000: two rows at once; 400: one row in parts; 1: block by block."""
+    if kind == "sdar" and mode == "lossless":
+        pytest.skip("sdar has no AR model to verify with")
+    model, sizes = make_lm(kind, grid), list[int]()
+    prompts = make_prompts([1, 3, 38, 40, 39, 4, 37])
+    config = DecodeConfig(mode=mode, max_new_tokens=9, batch_size=4, temperature=1.0)
+
+    def run(forward: PackedForward) -> torch.Tensor:
+        sizes.append(int(forward.cache.count_B.max()))
+        return forward.run()
+
+    model.run_packed = run
+    whole = generate(model, prompts, config, torch.Generator().manual_seed(7))
+    assert max(sizes) >= 38
+    monkeypatch.setattr(engine, "PREFILL_PAIRS", pairs)
+    sizes.clear()
+    parts = generate(model, prompts, config, torch.Generator().manual_seed(7))
+    assert [r.text_ids for r in parts] == [r.text_ids for r in whole]
+    more = [a.num_forwards - b.num_forwards for a, b in zip(parts, whole, strict=True)]
+    if pairs < 4000:
+        assert max(sizes) <= max(pairs // 37, 24) and min(more[2:5]) > 2
+    elif mode != "lossless":  # whose plans depend on what was decoded before
+        assert max(more) == 1
 
 
 @pytest.mark.parametrize("kind", ["lora", "copy"])
