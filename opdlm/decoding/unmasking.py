@@ -57,10 +57,12 @@ def filter_logits(logits_MV: Tensor, top_k: int | None, top_p: float | None) -> 
 
 
 def mix_bits(number: Tensor) -> Tensor:
-    """A bijective hash of int64: the finaliser of splitmix64, with arithmetic shifts."""
-    number = (number ^ (number >> 30)) * -4658895280553007687
-    number = (number ^ (number >> 27)) * -7723592293110705685
-    return number ^ (number >> 31)
+    """A bijective hash of int64: the finaliser of splitmix64, with arithmetic shifts. It makes two tensors at
+    a time, since those of `gumbel_noise` are the largest of a decoding step.
+    """
+    number = (number >> 30).bitwise_xor_(number).mul_(-4658895280553007687)
+    number = (number >> 27).bitwise_xor_(number).mul_(-7723592293110705685)
+    return (number >> 31).bitwise_xor_(number)
 
 
 def noise_keys(seed_M: Tensor, position_M: Tensor, step_M: Tensor | int) -> Tensor:
@@ -71,7 +73,9 @@ def noise_keys(seed_M: Tensor, position_M: Tensor, step_M: Tensor | int) -> Tens
 def gumbel_noise(key_M: Tensor, num_tokens: int) -> Tensor:
     """Standard Gumbel noise `[M, V]`, a function of key and token; with 23 random bits at most 16.6."""
     token_V = torch.arange(num_tokens, device=key_M.device) * -7046029254386353131
-    bits_MV = (mix_bits(key_M[:, None] + token_V) >> 20) & ((1 << UNIFORM_BITS) - 1)
+    bits_MV = (
+        mix_bits(key_M[:, None] + token_V).bitwise_right_shift_(20).bitwise_and_((1 << UNIFORM_BITS) - 1)
+    )
     return -torch.log(-torch.log((bits_MV.float() + 0.5) / (1 << UNIFORM_BITS)))
 
 

@@ -32,6 +32,7 @@ from opdlm.config.schedules import (
     selection_at,
 )
 from opdlm.config.sections import Config
+from opdlm.decoding.generate import PREFILL_PAIRS
 from opdlm.errors import DataError
 from opdlm.objectives.losses import default_chunk_size, num_temporaries
 from opdlm.objectives.targets import needs_teacher
@@ -199,17 +200,28 @@ def fixed_memory(config: Config, sizes: ModelSizes) -> dict[str, float]:
 
 
 def rollout_memory(config: Config, sizes: ModelSizes, row: LongestRow) -> dict[str, float]:
-    """Key-value cache and largest layer of decoding, in bytes; empty if rollouts come from a file."""
+    """Key-value cache, masks and largest layer of decoding, in bytes; empty if rollouts come from a file.
+
+    A mask holds booleans (2 bytes), numbers, and the numbers of each query head that shares keys. Sampling
+    holds logits twice and two int64 of its noise (`unmasking.mix_bits`); the logits themselves take three
+    float32.
+    """
     if config.rollout.path:
         return {}
     rows, a = min(config.rollout.decode.batch_size, config.rollout.prompts_per_step), weight_element(config)
     tokens = rows * (row.length + 2 * row.block_size + 1)
-    prefill = rows * row.prompt * (3 * sizes.feed_forward + 4 * sizes.hidden) * a
+    step = 2 * rows * row.block_size  # slots of a step, of which prompts may be a part
+    slots = step + rows * row.prompt
+    if rows * row.prompt**2 > PREFILL_PAIRS:
+        slots = max(step, PREFILL_PAIRS // row.prompt)
+    pairs = max(slots * row.prompt, step * row.length)
+    prefill = slots * (3 * sizes.feed_forward + 6 * sizes.hidden + sizes.query_width) * a
     # The keys and values of one layer, repeated for every head, in the cache and concatenated.
     layer = 2 * tokens * (sizes.query_width + sizes.key_width) * a
-    logits = 3 * 4 * rows * row.block_size * sizes.vocabulary
+    logits = rows * row.block_size * sizes.vocabulary * (24 if config.rollout.decode.temperature else 12)
     return {
         "rollout: cache": 2.0 * tokens * sizes.layers * sizes.key_width * a,
+        "rollout: masks": pairs * (2.0 + a + a * sizes.query_width / sizes.key_width),
         "rollout: one layer and logits": float(max(prefill, layer, logits)),
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from opdlm.config.loader import read_recipe
 from opdlm.config.recipes import FORMER_RECIPES, bundled_recipes
 from opdlm.config.rules import check_config, load_config
 from opdlm.config.schedules import num_updates_of
+from opdlm.decoding import generate as engine
 from opdlm.decoding.rollout import Prompt, Rollout
 from opdlm.distill import costs as costs
 from opdlm.distill import trainer as trainer
@@ -260,6 +262,25 @@ def test_the_memory_estimate_of_training_holds_for_a_real_update(
     parts = ("gradients", "teacher states and cache", "activations", "one layer or loss chunks")
     planned = sum(plan.memory[part] for part in parts)
     print(kind, checkpointing, live.peak, planned / live.peak)
+    assert live.peak / MEMORY_FACTOR < planned < live.peak * MEMORY_FACTOR
+
+
+@pytest.mark.parametrize("pairs", [2**25, PROMPT * 16])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["lora", "sdar"])
+def test_the_memory_estimate_of_rollouts_holds_for_real_decoding(
+    kind: str, temperature: float, pairs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts in one forward and in parts; every row at its cap."""
+    for module in (engine, costs):
+        monkeypatch.setattr(module, "PREFILL_PAIRS", pairs)
+    options = [f"rollout.decode.temperature={temperature}", "rollout.decode.batch_size=16"]
+    run, _, plan = one_step(tmp_path, kind, *options, "rollout.prompts_per_step=16")
+    run.model.spec = replace(run.model.spec, stop_token_ids=())
+    with LiveBytes() as live:
+        engine.generate(run.model, [(1,) * PROMPT] * 16, run.config.rollout.decode)
+    planned = sum(size for part, size in plan.memory.items() if part.startswith("rollout:"))
+    print(kind, temperature, pairs, live.peak, planned / live.peak, plan.memory)
     assert live.peak / MEMORY_FACTOR < planned < live.peak * MEMORY_FACTOR
 
 

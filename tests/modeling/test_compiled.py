@@ -7,6 +7,7 @@ The backend "eager" runs what was traced as it stands, so that a test takes seco
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
 from opdlm.distill.async_student import AsyncStudent
 from opdlm.errors import ConfigError
-from opdlm.modeling.compiled import compiled_decoding, rounded
+from opdlm.modeling.compiled import CompiledForward, compiled_decoding, rounded
 from opdlm.modeling.diffusion_lm import DiffusionLM, PackedForward
 
 LENGTHS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 3, 20]
@@ -147,6 +148,23 @@ def test_a_model_that_cannot_be_traced_is_refused_in_one_sentence() -> None:
         decode(model)
     assert "torch.compile fails on Qwen3ForCausalLM" in str(error.value)
     assert "rollout.compile=false" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_padded_rows_follow_the_occupied_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the rows of the cache: a nearly empty one would pay for all."""
+    model, rows, padded = make_lm("lora"), list[tuple[int, int]](), CompiledForward.padded
+
+    def recorded(self: CompiledForward, call: PackedForward, pads: bool) -> tuple[Any, ...]:
+        inputs = padded(self, call, pads)
+        rows.append((call.cache.num_active, inputs[-1][None].shape[0]))
+        return inputs
+
+    monkeypatch.setattr(CompiledForward, "padded", recorded)
+    prompts = make_prompts([3] * 20, model.spec.mask_token_id + 1)
+    with compiled_decoding(model, backend="eager", pads=True):
+        generate(model, prompts, replace(CONFIG, batch_size=20), torch.Generator().manual_seed(7))
+    assert {shown for _, shown in rows} == {8, 16, 20}
+    assert all(occupied <= shown <= occupied + 7 for occupied, shown in rows)
 
 
 def test_padded_sizes_are_few_and_at_most_a_quarter_more() -> None:
