@@ -59,6 +59,6 @@ def is_alike(config: Config, step: int, other: int) -> bool:
 @cache
 def num_updates_of(config: Config) -> int:
     """Optimiser updates in a whole run."""
-    per_pass = -(-config.rollout.prompts_per_step // config.train.rows_per_update)
-    num_pools = sum(step - first_reused_step(config, step) + 1 for step in range(config.train.num_steps))
-    return num_pools * config.train.epochs_per_rollout * per_pass
+    prompts, rows = config.rollout.prompts_per_step, config.train.rows_per_update
+    pools = (step - first_reused_step(config, step) + 1 for step in range(config.train.num_steps))
+    return config.train.epochs_per_rollout * sum(-(-prompts * pool // rows) for pool in pools)

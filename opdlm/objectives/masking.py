@@ -5,7 +5,7 @@ p_i = min(1, m_i ((1 - ε) t + ε)), with ε = `floor` and m_i its multiplier (`
 masks every token independently, `exact` masks ⌈p n⌉ of n tokens. A masked token has weight 1 / P(masked | t),
 so that
 
-    E[Σ_masked weight] = number of tokens that can be masked,   for every distribution of t.
+    E[Σ_masked weight] = number of tokens with P(masked | t) > 0,   for every distribution of t.
 
 Windows therefore change which masks are learned, but not the scale of the loss (docs/concepts.md, "Mask
 rates"). `mask_theory` computes good windows; the caller decides which tokens can be masked.
@@ -54,6 +54,8 @@ class Masks:
     is_masked: Tensor
     weight: Tensor
     """1 / P(masked | t) for masked tokens, 0 for the others."""
+    is_counted: Tensor
+    """P(masked | t) > 0. The sum of the weights estimates the number of these tokens."""
 
 
 def rates_at(section: MaskSection, step: int) -> MaskRates:
@@ -125,7 +127,7 @@ def exact_masks(uniform: Tensor, can_mask: Tensor, rate: Tensor) -> Masks:
     num_masked = (rate * count - COUNT_SLACK).ceil().clamp_min(1)
     rank = uniform.masked_fill(~can_mask, 2.0).argsort(-1).argsort(-1)
     is_masked = can_mask & (rank < num_masked)
-    return Masks(is_masked, is_masked * (count / num_masked))
+    return Masks(is_masked, is_masked * (count / num_masked), can_mask)
 
 
 def bernoulli_masks(uniform: Tensor, can_mask: Tensor, p: Tensor, *, at_least_one: bool) -> Masks:
@@ -140,7 +142,7 @@ def bernoulli_masks(uniform: Tensor, can_mask: Tensor, p: Tensor, *, at_least_on
         is_masked = is_masked | (can_mask & is_lowest & ~is_masked.any(-1, keepdim=True))
         count = can_mask.sum(-1, keepdim=True)
         included = p + (1 - p).prod(-1, keepdim=True) / count.clamp_min(1)
-    return Masks(is_masked, torch.where(is_masked, 1 / included, 0.0))
+    return Masks(is_masked, torch.where(is_masked, 1 / included, 0.0), can_mask & (included > 0))
 
 
 def draw_t(shape: Sequence[int], rates: MaskRates, rng: torch.Generator) -> Tensor:

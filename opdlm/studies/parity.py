@@ -173,8 +173,7 @@ def masked_loss(model: nn.Module, ids_BL: Tensor, rates: MaskRates, rng: torch.G
     masks = draw_masks(torch.ones_like(ids_BL, dtype=torch.bool), rates, rng)
     logits_BLV = logits_of(model, ids_BL.masked_fill(masks.is_masked, MASK))
     loss_BL = F.cross_entropy(logits_BLV.transpose(1, 2), ids_BL, reduction="none")
-    num_learnt = len(ids_BL) if rates.always_mask else ids_BL.numel()
-    return (loss_BL * masks.weight).sum() / num_learnt
+    return (loss_BL * masks.weight).sum() / masks.is_counted.sum()
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ class TextBatch:
     num_ar: float
     """Tokens that autoregressive rows learn."""
     num_masked: float
-    """Tokens that masked rows learn, which is the expectation of the sum of their weights over masks."""
+    """Tokens that masked rows may learn, which is the expectation of the sum of their weights over masks."""
 
     def to(self, device: torch.device) -> TextBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -115,10 +115,13 @@ def mixed_rows(
     if prediction == "next_position":
         next_BL = torch.ones(num_rows, length)  # the last token is no input and always predicted
         next_BL[:, :-1] = masks.weight[:, 1:]
-        learnt_BL, weight_BL = follows_BL, next_BL * follows_BL
+        counted_BL = follows_BL.clone()
+        counted_BL[:, :-1] &= masks.is_counted[:, 1:]
+        weight_BL = next_BL * follows_BL
     else:
-        learnt_BL = can_mask(row_batch, prediction)
-        weight_BL = masks.weight * learnt_BL
+        counted_BL = can_mask(row_batch, prediction)
+        weight_BL = masks.weight * counted_BL
+        counted_BL &= masks.is_counted
     is_own_B1 = ~is_ar_B1 & (prediction == "same_position")
     target_BL = torch.where(is_own_B1, row_batch.ids_BR[:, :-1], row_batch.ids_BR[:, 1:])
     weight_BL = torch.where(is_ar_B1, ar_weight * follows_BL, weight_BL)
@@ -137,7 +140,7 @@ def mixed_rows(
         weight_M=weight_BL[row_M, column_M],
         is_ar_M=is_ar_M,
         num_ar=float((follows_BL & is_ar_B1).sum()),
-        num_masked=float((learnt_BL & ~is_ar_B1).sum()),
+        num_masked=float((counted_BL & ~is_ar_B1).sum()),
     )
 
 
@@ -156,6 +159,7 @@ def block_batch(
             table = block_table([rollout], spec)
             masks = draw_masks(table.is_response_BNT, rates, rng, at_least_one=True)
             versions, weight = masks.is_masked[:, None], masks.weight[:, None]
+            num_masked += rollout.num_response if complementary else int(masks.is_counted.sum())
             if complementary:
                 versions = torch.stack([masks.is_masked, table.is_response_BNT & ~masks.is_masked], 1)
                 weight = versions.float()
@@ -163,7 +167,6 @@ def block_batch(
             shown = versions | (is_rest_BNT[:, None] & versions.any(-1, keepdim=True))
             states.append(make_states([rollout], table, shown, spec))
             weights.append(weight[versions])
-            num_masked += rollout.num_response
     if not states:  # only prompts: the forward still runs, on any masks, without targets
         row = TextRow(rows[0].ids_R, torch.zeros_like(rows[0].start_R), rows[0].ids_R < 0)
         return block_batch([row], spec, rates, rngs, complementary=complementary).without_targets()

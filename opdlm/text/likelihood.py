@@ -101,7 +101,8 @@ def next_token_nll(model: DiffusionLM, row_batch: RowBatch, prefix_BL: Tensor) -
     nats, tokens = list[Tensor](), list[Tensor]()
     for index in torch.arange(len(row_batch.ids_BR)).split(ROWS_PER_FORWARD):
         part, prefix = row_batch.pick(index), prefix_BL[index]
-        no_masks = Masks(torch.zeros_like(part.is_text_BL), torch.zeros(part.is_text_BL.shape))
+        none_BL = torch.zeros_like(part.is_text_BL)
+        no_masks = Masks(none_BL, none_BL.float(), none_BL)
         batch = mixed_rows(part, len(index), no_masks, "next_position", model.spec.mask_token_id)
         visible_until_BL = positions(part).maximum(prefix - 1)
         batch = replace(batch, slots=slots_visible_until(part, part.ids_BR[:, :-1], visible_until_BL))
@@ -146,7 +147,7 @@ def md_bound(
     row_N = torch.arange(len(can_BL)).repeat_interleave(num_rates)
     nats = list[Tensor]()
     for index in torch.arange(len(row_N)).split(ROWS_PER_FORWARD):
-        part_masks = Masks(is_masked_NL[index], weight_NL[index])
+        part_masks = Masks(is_masked_NL[index], weight_NL[index], can_BL[row_N[index]])
         batch = mixed_rows(row_batch.pick(row_N[index]), 0, part_masks, prediction, model.spec.mask_token_id)
         nats.append(row_sums(cross_entropy(model, batch) * batch.weight_M, batch, len(index)))
     learnt_BL = row_batch.follows_BL if prediction == "next_position" else can_BL
@@ -182,7 +183,8 @@ def pseudo_nll(
         after_BL = torch.arange(learnt_BL.shape[1]) - token_B1
         is_near_BL = (after_BL >= 0) & (after_BL <= num_right)
         is_near_BL &= part.start_BR[:, :-1] == part.start_BR.gather(1, token_B1)
-        masks = Masks(is_near_BL & can_mask(part, prediction), (after_BL == 0).float())
+        can_BL = can_mask(part, prediction)
+        masks = Masks(is_near_BL & can_BL, (after_BL == 0).float(), can_BL)
         batch = mixed_rows(part, 0, masks, prediction, model.spec.mask_token_id)
         is_scored_M = batch.column_M + is_next == token_N[index][batch.row_M]
         values_B = row_sums(cross_entropy(model, batch) * is_scored_M, batch, len(index))

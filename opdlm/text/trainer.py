@@ -201,12 +201,13 @@ def row_micro_batch(
     """One micro-batch; the first rows of the update are autoregressive."""
     section, picked = config.objective, torch.tensor(chosen)
     num_causal = int((picked < num_causal_rows(config, step)).sum())
-    masks = Masks(masks.is_masked[picked], masks.weight[picked])
+    masks = Masks(*(values_BL[picked] for values_BL in (masks.is_masked, masks.weight, masks.is_counted)))
     row_batch = row_batch.pick(picked)
     if section.complementary:
         masked_BL, can_BL = masks.is_masked, can_mask(row_batch, section.prediction)
         both = torch.cat([masked_BL, can_BL & ~masked_BL])
-        row_batch, masks = row_batch.pick(torch.arange(len(picked)).repeat(2)), Masks(both, both.float())
+        row_batch = row_batch.pick(torch.arange(len(picked)).repeat(2))
+        masks = Masks(both, both.float(), can_BL.repeat(2, 1))
     batch = mixed_rows(
         row_batch,
         num_causal,

@@ -114,6 +114,20 @@ def test_a_pool_holds_rollouts_that_are_fresh_enough_and_of_one_kind() -> None:
     assert num_updates_of(replace(config, train=replace(config.train, rows_per_update=4))) == sum(pools) * 2
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_planned_updates_are_those_that_a_run_makes(epochs: int) -> None:
+    """A pool of two steps is not a multiple of the rows of an update."""
+    config = config_with("train.num_steps=10", "train.rows_per_update=8", "train.max_staleness=1")
+    config = replace(
+        config,
+        rollout=replace(config.rollout, prompts_per_step=12),
+        train=replace(config.train, epochs_per_rollout=epochs),
+    )
+    rng = torch.Generator().manual_seed(0)
+    made = [list(trainer.update_order(12 * (1 + (step > 0)), config, rng)) for step in range(10)]
+    assert num_updates_of(config) == sum(map(len, made)) == 29 * epochs
+
+
 def test_a_rollout_survives_json() -> None:
     rollout = replace(make_rollout(3, 6, "absolute"), unmask_step=(1, 2, 3, NEVER, 5))
     assert Rollout.from_dict(json.loads(json.dumps(rollout.to_dict()))) == rollout

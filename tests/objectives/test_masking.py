@@ -77,6 +77,26 @@ def test_a_uniform_predictor_costs_log_v_under_every_distribution(name: str) -> 
 
 @pytest.mark.parametrize("at_least_one", [False, True])
 @pytest.mark.parametrize(
+    "rates",
+    [
+        MaskRates(windows=((0.0, 0.0),), always_mask=(0, -1)),
+        MaskRates(windows=((0.2, 0.9),), position_rates=(0.0, 1.0, 2.0)),
+        MaskRates(windows=((0.0, 0.0), (0.4, 0.8)), always_mask=(2,)),
+    ],
+    ids=["two tokens", "never the first", "half of the rows"],
+)
+def test_tokens_that_are_never_masked_are_not_counted(rates: MaskRates, at_least_one: bool) -> None:
+    can_mask = some_rows(200_000)
+    masks = draw_masks(can_mask, rates, seeded(), at_least_one=at_least_one)
+    assert not (masks.is_counted & ~can_mask).any() and not (masks.is_masked & ~masks.is_counted).any()
+    assert masks.is_counted.sum() < can_mask.sum()
+    sums = masks.weight.sum(-1) - masks.is_counted.sum(-1)
+    error = float(sums.std()) / math.sqrt(len(sums))
+    assert abs(float(sums.mean())) <= 4 * error + 1e-6 and error < 0.05
+
+
+@pytest.mark.parametrize("at_least_one", [False, True])
+@pytest.mark.parametrize(
     ("rates", "never"),
     [
         (MaskRates(windows=((0.15, 0.15),)), ()),

@@ -177,7 +177,7 @@ def test_mixed_rows_in_one_forward_equal_two_forwards(prediction: Prediction) ->
         total = 0.0
         for part, num_causal in parts:
             some = RowBatch(row_batch.ids_BR[part], row_batch.start_BR[part], row_batch.is_given_BR[part])
-            chosen = Masks(masks.is_masked[part], masks.weight[part])
+            chosen = Masks(masks.is_masked[part], masks.weight[part], masks.is_counted[part])
             batch = mixed_rows(some, num_causal, chosen, prediction, MASK)
             output = loss(batch, batch.weight_M / 40)
             output.loss.backward()
@@ -206,6 +206,24 @@ def test_weights_sum_to_the_learnt_tokens_on_average(prediction: Prediction, num
     learnt = [(~row.is_given_R & (row.start_R != PADDING))[:LENGTH].sum() for row in rows]
     if prediction == "same_position":
         assert num == sum(learnt)
+
+
+LAST_ONLY = MaskRates(windows=((0.0, 0.0),), always_mask=(-1,))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_tokens_that_are_never_masked_are_not_counted(prediction: Prediction) -> None:
+    row_batch = RowBatch.of(text_rows("whole"))
+    batch = mixed_rows(row_batch, 0, drawn(row_batch, prediction, 0, LAST_ONLY), prediction, MASK)
+    assert 0 < len(batch.weight_M) == float(batch.weight_M.sum()) == batch.num_masked
+    assert batch.num_masked < can_mask(row_batch, prediction).sum()
+
+
+def test_tokens_of_blocks_that_are_never_masked_are_not_counted() -> None:
+    rows, spec = text_rows("chunks"), make_lm("sdar").spec
+    rngs = [generator_for(i) for i in range(len(rows))]
+    batch = block_batch(rows, spec, LAST_ONLY, rngs, complementary=False)
+    assert 0 < len(batch.weight_M) == float(batch.weight_M.sum()) == batch.num_masked
 
 
 def test_next_position_predicts_the_last_token_always_and_a_first_token_never() -> None:
@@ -264,7 +282,13 @@ def test_padding_is_invisible(prediction: Prediction, both: Both) -> None:
             row_batch = RowBatch.of([padded(width, filler)])
             is_masked = torch.zeros(1, width, dtype=torch.bool)
             is_masked[0, [1, 2, 4]] = can_mask(row_batch, prediction)[0, [1, 2, 4]]
-            batch = mixed_rows(row_batch, num_causal, Masks(is_masked, is_masked * 2.0), prediction, MASK)
+            batch = mixed_rows(
+                row_batch,
+                num_causal,
+                Masks(is_masked, is_masked * 2.0, torch.ones_like(is_masked)),
+                prediction,
+                MASK,
+            )
             found.append(nats(both.model, batch))
         assert found[0] and found[0] == found[1]
         assert found[2] == pytest.approx(found[0], abs=1e-6)

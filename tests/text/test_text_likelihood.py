@@ -240,7 +240,7 @@ def trained_to_answer(prediction: Prediction, *, causal: bool) -> DiffusionLM:
     optimizer = torch.optim.AdamW(model.student.parameters(), lr=1e-2)
     row_batch = RowBatch.of([question.row(question.answer) for question in QUESTIONS])
     can_BL = can_mask(row_batch, prediction)
-    masks = Masks(can_BL, can_BL.float())
+    masks = Masks(can_BL, can_BL.float(), can_BL)
     batch = mixed_rows(row_batch, len(QUESTIONS) if causal else 0, masks, prediction, MASK)
     for _ in range(40):
         hidden_MH = model.student_hidden(batch.slots)[batch.row_M, batch.column_M]

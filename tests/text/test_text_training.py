@@ -198,7 +198,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
     model = make_lm("sdar", noise=0.0)
     rows = PackedDataset(documents(), TextSection(sequence_length=LENGTH), seed=0)
     row_batch = RowBatch.of([rows.at(0)])
-    nothing = Masks(torch.zeros_like(row_batch.is_text_BL), torch.zeros(row_batch.is_text_BL.shape))
+    none_BL = torch.zeros_like(row_batch.is_text_BL)
+    nothing = Masks(none_BL, none_BL.float(), none_BL)
     batch = mixed_rows(row_batch, 1, nothing, "next_position", MASK)
     output = TextLoss(model, ObjectiveSection(distill_weight=1.0))(batch, batch.weight_M)
     assert abs(output.loss.item()) < 1e-5
