@@ -50,7 +50,8 @@ def check_config(config: Config) -> None:
     if rollout.prompts_per_step % config.train.rows_per_update:
         raise ConfigError(
             f"rollout.prompts_per_step ({rollout.prompts_per_step}) is not a multiple of "
-            f"train.rows_per_update ({config.train.rows_per_update}): the rows of the last, smaller update would count for more."
+            f"train.rows_per_update ({config.train.rows_per_update}): the rows of the last, smaller "
+            "update would count for more."
         )
     if config.loss.ar_weight and config.format.name == "preserve":
         raise ConfigError(

@@ -39,6 +39,7 @@ Item = TypeVar("Item")
 def join_ranks(config: RunConfig) -> PartialState:
     """Join the process group of the launch. accelerate uses CPU ranks only with `cpu=True`."""
     check_zero(config)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once; see `deterministic_kernels`
     with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):  # `training.deepspeed` starts the engine
         state = PartialState(cpu=not torch.accelerator.is_available())
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", "1")), "every rank would run alone"
@@ -81,6 +82,27 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         settings = {key: str(value) for key, value in config.flat().items()}
         accelerator.init_trackers("opdlm", config=settings)
     return accelerator
+
+
+@contextmanager
+def deterministic_kernels(device: torch.device) -> Iterator[None]:
+    """Ask CUDA for deterministic kernels, so that a resumed run equals an uninterrupted one.
+
+    torch warns of each operation that has none (docs/many_devices.md, "Bit for bit"). Those for CPUs are
+    deterministic, and decoding writes no element twice.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_deterministic_debug_mode()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # only a slow aid to debugging
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def place(model: DiffusionLM, accelerator: Accelerator) -> None:

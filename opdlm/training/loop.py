@@ -40,6 +40,7 @@ from opdlm.training.checkpoint import (
 from opdlm.training.deepspeed import whole_weights, zero_stage
 from opdlm.training.devices import (
     clip_and_step,
+    deterministic_kernels,
     gathered_weights,
     leave_ranks,
     place,
@@ -84,8 +85,8 @@ class Loop:
 
     def progress(self, step: int) -> dict[str, Any]:
         """The `progress.json` of a checkpoint after `step` steps."""
-        kept = {"num_updates": self.num_updates, "totals": self.totals, "scores": self.scores}
-        return kept | {"data_digest": self.data_digest}
+        kept = {"num_updates": self.num_updates, "num_planned": self.num_planned, "totals": self.totals}
+        return kept | {"scores": self.scores, "data_digest": self.data_digest}
 
     def restore(self, progress: dict[str, Any]) -> None:
         """Inverse of `progress`."""
@@ -126,7 +127,7 @@ def run_steps(
     the newest checkpoint in `output_dir` if there is one. `eval_callback` is called every `every` steps.
     """
     config, is_main = loop.config, loop.accelerator.is_main_process
-    first_step = resume(loop)
+    first_step = resume(loop, log)
     if is_main:
         log.start(config.train.num_steps, first_step)
     with deferred_interrupt(log) as interrupted:
@@ -216,7 +217,7 @@ def update_weights(
     config, rank = loop.config, loop.accelerator.process_index
     loss = divergence = num_positions = 0.0
     dropout_seed = generator_for(config.train.seed, Stream.DROPOUT + loop.num_updates, rank).initial_seed()
-    with training_dropout(loop.model, dropout_seed):
+    with deterministic_kernels(loop.accelerator.device), training_dropout(loop.model, dropout_seed):
         for number, (batch, weights_M) in enumerate(batches):
             with without_sync(loop.loss, is_last=number == num_batches - 1), loop.accelerator.autocast():
                 output: LossOutput = loop.loss(batch, weights_M)
@@ -290,10 +291,11 @@ def save(loop: Loop, step: int) -> None:
     loop.accelerator.wait_for_everyone()
 
 
-def resume(loop: Loop) -> int:
+def resume(loop: Loop, log: MetricsLog) -> int:
     """Resume from the newest checkpoint, or delete all checkpoints without `train.resume_from_checkpoint`.
 
-    Returns the number of finished steps. DataError if the training data have changed.
+    Returns the number of finished steps; notes if the run has become longer. DataError if the training data
+    have changed.
     """
     found = find_checkpoints(Path(loop.config.output_dir))
     if not loop.config.train.resume_from_checkpoint:
@@ -311,6 +313,13 @@ def resume(loop: Loop) -> int:
             "continue, or choose another output_dir to start over."
         )
     loop.restore(progress)
+    planned = progress.get("num_planned", loop.num_planned)
+    if planned != loop.num_planned:
+        log.note(
+            f"train.num_steps has changed: the first {loop.num_updates} updates followed a cosine over "
+            f"{planned} updates, the others follow one over {loop.num_planned}. The learning rate goes on at "
+            f"{loop.scheduler.get_last_lr()[0]:.2g}; the weights will not be those of one run of this length."
+        )
     if loop.average:
         load_average(found[-1], loop.average)
     return progress["step"]

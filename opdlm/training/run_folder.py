@@ -59,12 +59,15 @@ def changed_settings(
     old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any], prefix: str = ""
 ) -> list[str]:
     """Dotted keys that differ and affect the trained weights. A key that `old` lacks, since an earlier
-    version wrote it, counts as its default.
+    version wrote it, counts as its default. More steps than before continue a run (`loop.resume`).
     """
     changed = []
     for key, value in new.items():
+        name, before = f"{prefix}{key}", old.get(key, defaults.get(key))
         if isinstance(value, dict):
             changed += changed_settings(old.get(key) or {}, value, defaults.get(key) or {}, f"{prefix}{key}.")
-        elif old.get(key, defaults.get(key)) != value and not f"{prefix}{key}".startswith(FREE_SETTINGS):
-            changed.append(f"{prefix}{key}")
+        elif name == "train.num_steps" and value >= before:
+            continue
+        elif before != value and not name.startswith(FREE_SETTINGS):
+            changed.append(name)
     return changed

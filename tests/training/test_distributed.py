@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
 from tiny_models import make_lm, make_prompts, make_rollout, qwen3
 
@@ -47,6 +48,7 @@ from opdlm.training.checkpoint import trainable_weights
 from opdlm.training.deepspeed import ZeroOptimizer
 from opdlm.training.devices import leave_ranks
 from opdlm.training.loop import resume, save
+from opdlm.training.metrics import MetricsLog
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("lora", "sdar")
@@ -140,7 +142,7 @@ def run_all(kind: str, output: Path) -> dict[str, list[Metrics]]:
 def continued(kind: str, output: Path) -> list[Metrics]:
     """The last two steps, from the checkpoint after the second."""
     run = start(kind, output)
-    assert resume(run) == 2
+    assert resume(run, MetricsLog(output, Console(quiet=True))) == 2
     return steps(run, range(2, 4))
 
 

@@ -8,6 +8,7 @@ import torch
 
 from opdlm.checkpoints.load import load
 from opdlm.cli.main import main
+from opdlm.training.devices import deterministic_kernels
 
 SMALL_RUN = [
     "train.num_steps=2",
@@ -43,3 +44,15 @@ def test_a_tracker_receives_every_metric(tmp_path: Path) -> None:
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
     logged = events.Scalars("loss")[1]
     assert (logged.step, logged.value) == (2, pytest.approx(row["loss"], rel=1e-6))
+
+
+def test_updates_on_cuda_ask_for_deterministic_kernels_and_leave_the_setting_as_it_was() -> None:
+    with deterministic_kernels(torch.device("cpu")):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(KeyError), deterministic_kernels(torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory

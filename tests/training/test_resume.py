@@ -80,6 +80,26 @@ def test_four_steps_equal_two_and_two_more(
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_a_finished_run_is_continued_by_more_steps_and_says_what_became_of_its_schedule(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(place / "whole", output)
+    finished = (output / "model" / "adapter" / "adapter_model.safetensors").read_bytes()
+    recipe = ["convert", str(output / "config.yaml"), f"output_dir={output}"]
+    assert main([*recipe, "train.num_steps=6"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "resumed at step 4 of 6" in printed
+    assert "the first 16 updates followed a cosine over 16 updates, the others follow one over 24" in printed
+    rows = metrics(output)
+    assert rows[:4] == metrics(place / "whole")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[4]["learning_rate"] > rows[3]["learning_rate"]
+    assert (output / "model" / "adapter" / "adapter_model.safetensors").read_bytes() != finished
+    assert main([*recipe, "train.num_steps=4"]) == 2
+    assert "holds a run with other settings (train.num_steps;" in capsys.readouterr().err
+
+
 KILLED = """
 import os, signal, sys
 from opdlm.training import checkpoint as checkpoint
