@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.decode_state import DecodeStats
@@ -114,6 +115,7 @@ def measure_speed(
     forward, `vllm_folder` adds vLLM. `on_row` is called with each row. ConfigError
     if vLLM cannot run the folder.
     """
+    use_flash_attn(ar_model)
     rows = []
     for batch_size in batch_sizes:
         plain = replace(
@@ -123,6 +125,15 @@ def measure_speed(
             decoders = make_decoders(model, ar_model, prompts, modes, plain, compiles, vllm)
             rows += time_decoders(decoders, batch_size, repeats, on_row)
     return rows
+
+
+def use_flash_attn(ar_model: PreTrainedModel) -> None:
+    """The baseline attends with the package flash-attn where it is installed and can: half precision on CUDA.
+    Not yet run on a GPU.
+    """
+    is_half = ar_model.dtype in (torch.float16, torch.bfloat16)
+    if ar_model.device.type == "cuda" and is_half and is_flash_attn_2_available():
+        ar_model.set_attn_implementation("flash_attention_2")
 
 
 @contextmanager

@@ -377,10 +377,10 @@ def slot_attention(
         key, value = slot_forward.cache.extend(module.layer_idx, key, value)
     if isinstance(mask, Tensor):
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast may leave them in float32
     if isinstance(mask, BlockMask):
         return flex_attention_forward(module, query, key, value, mask, **kwargs)
     assert not kwargs.get("dropout"), "dropout would differ when the backward computes a chunk again"
-    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast may leave them in float32
     return ChunkedAttention.apply(query, key, value, mask, kwargs.get("scaling")), None
 
 
