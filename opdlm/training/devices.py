@@ -94,15 +94,15 @@ def deterministic_kernels(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = torch.get_deterministic_debug_mode()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    options: Any = torch.utils.deterministic
+    mode, fills = torch.get_deterministic_debug_mode(), options.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # only a slow aid to debugging
+    options.fill_uninitialized_memory = False  # a slow aid to debugging
     try:
         yield
     finally:
-        torch.set_deterministic_debug_mode(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        torch.set_deterministic_debug_mode(mode)
+        options.fill_uninitialized_memory = fills
 
 
 def place(model: DiffusionLM, accelerator: Accelerator) -> None:
