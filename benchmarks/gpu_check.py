@@ -69,7 +69,7 @@ class Size:
     device: str = "cuda"
     compiler: str = "inductor"
     estimated_gib: float | None = None
-    """Peak of a training step by the dry run, which needs more packages (`tests/config/test_gpu_check.py`)."""
+    """Peak of a training step by the dry run, which needs more packages: computed in a test."""
 
     def config(self) -> Qwen3Config:
         return Qwen3Config(

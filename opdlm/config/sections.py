@@ -280,7 +280,9 @@ class LoopSection:
     save_total_limit: Count = 2
     """Older checkpoints are deleted."""
     resume_from_checkpoint: bool = True
-    """Continue an interrupted run found in output_dir; false starts over and deletes its checkpoints."""
+    """Continue the run found in output_dir, interrupted or to a larger num_steps; false starts over and
+    deletes its checkpoints.
+    """
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Trackers beside metrics.jsonl."""
 
