@@ -2,8 +2,8 @@
 
 At most `batch_size` rows are active, in a cache that is allocated once. When rows finish, waiting prompts
 join, and their prefill shares the forward pass with the steps of the other rows, unless its mask would be too
-large: then `prefill` computes the prompts before, in parts. The output of a row depends
-on its prompt and seed only, not on the other rows (up to floating-point rounding).
+large: then `prefill` computes the prompts before, in parts. The output of a row depends on its prompt and
+seed only, not on the other rows (up to floating-point rounding).
 
 Shape suffixes: B rows, L row capacity.
 """

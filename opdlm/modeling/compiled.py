@@ -131,11 +131,8 @@ class CompiledForward:
         num_slots, width = max(len(packed), 2), max(int(cache.count_B.max()), 2)
         num_rows = max(cache.num_active, min(cache.num_rows, 2))
         if pads:
-            num_slots, num_rows, width = (
-                rounded(num_slots),
-                min(rounded(num_rows), cache.num_rows),
-                rounded(width),
-            )
+            num_rows = min(rounded(num_rows), cache.num_rows)
+            num_slots, width = rounded(num_slots), rounded(width)
         extra = num_slots - len(packed)
         source_BW = torch.zeros((num_rows, width), dtype=torch.long)
         source_BW[packed.row_N, cache.place_N] = torch.arange(len(packed))
