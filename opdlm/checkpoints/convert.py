@@ -1,35 +1,42 @@
 """Turn an autoregressive checkpoint into a diffusion student: mask token, format, trained weights, `probe`.
 
 `probe` runs the family's own code on tiny inputs and checks what block diffusion requires: the model uses the
-mask and positions that it is given, cached keys give the states of the full pass, and the LM head is a linear
-map of the hidden states. A family that fails is refused with the reason, so there is no list of families.
+mask and positions that it is given, cached keys give the states of the full pass, a row does not depend on
+the rows beside it, and the LM head is a linear map of the hidden states. A family that fails is refused with
+the reason, so there is no list of families (docs/families.md shows what the probe says of some).
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import torch
 from accelerate import PartialState
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlm.checkpoints.folders import is_converted
 from opdlm.checkpoints.load import (
     assemble,
+    context_length,
     copy_of,
+    is_quantized,
     load,
     load_causal_lm,
     load_tokenizer,
+    one_line,
+    read_spec,
     set_embedding_row,
     vocabulary_rows,
 )
 from opdlm.config.sections import Config, FormatSection, RunConfig, resolve_path
 from opdlm.errors import DataError
-from opdlm.modeling.attention import layer_kinds
+from opdlm.modeling.attention import UnsupportedModel, layer_kinds
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec, head_logits
 from opdlm.modeling.kv_cache import SlotCache
-from opdlm.modeling.slots import clean_slots
+from opdlm.modeling.slots import clean_slots, make_slots
 
 PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference of states, relative to their size: above rounding, far below the effect of a wrong mask.
@@ -38,6 +45,10 @@ A checkpoint whose own cached pass rounds more gets three times that.
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps for 12 hours in the sun."
 PROBE_LENGTH = 16
 """Tokens of the text that the probe reads. Ids that no training has seen would amplify rounding."""
+FARTHEST = 2**20
+"""Largest position that the probe tries, where the context allows it."""
+OWN_ATTENTION = "their attention is not called through transformers' attention interface, so no mask can be set"
+log = logging.getLogger(__name__)
 
 
 def make_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> DiffusionLM:
@@ -55,11 +66,13 @@ def make_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, con
 
 def build_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> DiffusionLM:
     """`make_student` without a seed."""
+    check_trainable(model, config)
+    num_rows = vocabulary_rows(model)
     if config.format.name == "preserve":
-        mask_token_id = outside_mask_id(model, tokenizer, config.format)
+        mask_token_id = outside_mask_id(tokenizer, config.format)
     else:
         mask_token_id = add_mask_token(model, tokenizer, config.format)
-    spec = make_spec(model, tokenizer, config, mask_token_id)
+    spec = make_spec(model, tokenizer, config, mask_token_id, num_rows)
     probe(model, spec, tokenizer)
     initial = initial_mask_embedding(model, spec, config.format.mask_init, config.train.seed)
     model.requires_grad_(not config.lora.enabled)
@@ -74,37 +87,43 @@ def build_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
     return assemble(model, spec, lora=None, teacher=teacher, mask_embedding=initial)
 
 
-def outside_mask_id(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: FormatSection
-) -> int:
+def check_trainable(model: PreTrainedModel, config: Config) -> None:
+    """DataError for weights that cannot be trained as the settings ask, or that no AR model has."""
+    if is_converted(config.model.path):
+        if read_spec(config.model.path).format == "sdar":
+            raise DataError(
+                f"model.path ({config.model.path}) is a converted sdar folder: its weights predict masked tokens, "
+                "and cannot teach as an AR model. Give the checkpoint that it was made from."
+            )
+        log.warning(
+            f"{config.model.path} is a converted folder: a new adapter is trained on its AR model, and what it "
+            "learnt before is not used"
+        )
+    if is_quantized(model) and not config.lora.enabled:
+        raise DataError(
+            f"model.path ({config.model.path}) holds quantised weights, which cannot be trained: set "
+            "lora.enabled=true, or give the checkpoint in full precision."
+        )
+
+
+def outside_mask_id(tokenizer: PreTrainedTokenizerBase, section: FormatSection) -> int:
     """An id for [MASK] that changes neither model nor tokenizer: `format.mask_token` if that token exists,
     else the first id above the tokenizer's. Its embedding is stored apart (`MASK_EMBEDDING_FILE`).
     """
-    vocabulary = checked_vocabulary(model, tokenizer)
-    return vocabulary.get(section.mask_token, max(vocabulary.values()) + 1)
-
-
-def checked_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Token -> id. DataError if the tokenizer does not belong to the model."""
     vocabulary = tokenizer.get_vocab()
-    if max(vocabulary.values()) >= vocabulary_rows(model):
-        raise DataError(
-            f"the tokenizer has ids up to {max(vocabulary.values())}, but the model's embedding has only "
-            f"{vocabulary_rows(model)} rows: they do not belong together. Use the checkpoint's own tokenizer."
-        )
-    return vocabulary
+    return vocabulary.get(section.mask_token, max(vocabulary.values()) + 1)
 
 
 def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: FormatSection) -> int:
     """The id of [MASK] in model and tokenizer: `format.mask_token` if the token exists, else the first unused
-    row of the embedding, else a new row. DataError if the tokenizer does not belong to the model.
+    row of the embedding, else a new row. DataError if the new token has the id of another.
     """
-    vocabulary = checked_vocabulary(model, tokenizer)
-    if section.mask_token in vocabulary:
+    vocabulary = tokenizer.get_vocab()
+    if vocabulary.get(section.mask_token, vocabulary_rows(model)) < vocabulary_rows(model):
         return vocabulary[section.mask_token]
     tokenizer.add_special_tokens({"mask_token": section.mask_token})
     mask_token_id = tokenizer.get_vocab()[section.mask_token]
-    if mask_token_id in vocabulary.values():
+    if mask_token_id in {i for token, i in vocabulary.items() if token != section.mask_token}:
         raise DataError(
             f"the tokenizer gave {section.mask_token} the id {mask_token_id}, which another token has: ids "
             "have gaps. Set format.mask_token to a token that exists and is never used."
@@ -115,12 +134,23 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
 
 
 def make_spec(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, mask_token_id: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    mask_token_id: int,
+    num_rows: int | None = None,
 ) -> DiffusionSpec:
-    """The `block_diffusion` entry of the student's config.json. DataError without a stop token."""
-    used = set(tokenizer.get_vocab().values())
+    """The `block_diffusion` entry of the student's config.json. `num_rows`: rows of the embedding before
+    [MASK] was added. DataError without a stop token, or if [MASK] is one.
+    """
+    used = {i for i in tokenizer.get_vocab().values() if num_rows is None or i < num_rows}
     unused = [i for i in range(vocabulary_rows(model)) if i not in used]
     stops = stop_token_ids(model, tokenizer)
+    if mask_token_id in stops:
+        raise DataError(
+            f"format.mask_token ({config.format.mask_token}) has the id {mask_token_id}, which ends a response: "
+            "an unknown token would be an end. Name a token that is never used, or leave format.mask_token out."
+        )
     if not stops:
         raise DataError(
             "the checkpoint has no stop token. Set eos_token_id in its config.json or generation_config.json "
@@ -163,12 +193,36 @@ def load_decoder(
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids that end a response, from the generation config, the config and the tokenizer, sorted."""
+    """The ids that end a response, sorted: from the generation config, the config, the tokenizer, and the
+    token by which the chat template ends a turn.
+    """
     found: set[int] = set()
-    for value in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+    text_eos = getattr(model.config.get_text_config(), "eos_token_id", None)
+    for value in (model.generation_config.eos_token_id, text_eos, tokenizer.eos_token_id):
         if value is not None:
             found.update([value] if isinstance(value, int) else value)
+    end = end_of_turn(tokenizer)
+    if end is not None and end not in found:
+        token = tokenizer.convert_ids_to_tokens(end)
+        log.warning(
+            f"the chat template ends a turn with {token} (id {end}), which is not among the checkpoint's stop "
+            f"ids ({', '.join(map(str, sorted(found))) or 'none'}): it is one now"
+        )
+        found.add(end)
     return tuple(sorted(i for i in found if i < vocabulary_rows(model)))
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The first special token that the chat template puts after an assistant's message; None without one."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE_TEXT}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except (TemplateError, ValueError, TypeError, KeyError):
+        return None  # no template, or one for other conversations
+    _, found, end = text.rpartition(PROBE_TEXT)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"] if found else []
+    return next((i for i in ids if i in special), None)
 
 
 def initial_mask_embedding(model: PreTrainedModel, spec: DiffusionSpec, kind: str, seed: int) -> Tensor:
@@ -191,16 +245,31 @@ def initial_mask_embedding(model: PreTrainedModel, spec: DiffusionSpec, kind: st
 @torch.no_grad()
 def probe(model: PreTrainedModel, spec: DiffusionSpec, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that the model supports block diffusion; DataError with the reason and what was measured."""
-    family = model.config.model_type
     try:
-        failure = find_failure(model, spec, probe_ids(spec, tokenizer).to(model.device))
-    except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, AssertionError) as error:
-        text = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(
-            f"{family} models cannot be converted: they do not accept our masks and positions ({text})."
-        ) from error
+        failure = known_obstacle(model) or find_failure(
+            model, spec, probe_ids(spec, tokenizer).to(model.device)
+        )
+    except UnsupportedModel as error:
+        failure = str(error)
+    except (LookupError, ValueError, TypeError, RuntimeError, AttributeError, AssertionError) as error:
+        failure = f"they do not accept our masks and positions ({one_line(error)})"
+        if not model._supports_attention_backend:
+            failure = OWN_ATTENTION
     if failure:
-        raise DataError(f"{family} models cannot be converted: {failure}.")
+        raise DataError(f"{model.config.model_type} models cannot be converted: {failure}.")
+
+
+def known_obstacle(model: PreTrainedModel) -> str | None:
+    """What the model's class or config says against block diffusion; None if nothing."""
+    if getattr(model, "_is_stateful", False):
+        return "it has recurrent layers, whose state no mask can divide and no draft can be taken out of"
+    names = dir(model.get_decoder())
+    if getattr(model.config, "alibi", False) or any("alibi" in name for name in names):
+        return "its positions are added to the scores (ALiBi), which our attention does not compute"
+    others = sorted({*layer_kinds(model.config)} - {"full_attention", "sliding_attention"})
+    if others:
+        return f"its {', '.join(others)} layers are neither full nor sliding attention"
+    return None
 
 
 def probe_ids(spec: DiffusionSpec, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -213,10 +282,12 @@ def probe_ids(spec: DiffusionSpec, tokenizer: PreTrainedTokenizerBase) -> Tensor
 
 def find_failure(model: PreTrainedModel, spec: DiffusionSpec, ids_BL: Tensor) -> str | None:
     """The first required property that fails, in words; None if all hold."""
-    others = sorted({*layer_kinds(model.config)} - {"full_attention", "sliding_attention"})
-    if others:
-        return f"its {', '.join(others)} layers accept no attention mask"
     plain = model(input_ids=ids_BL, use_cache=False)
+    later_BL = ids_BL.clone()
+    later_BL[0, 8] = ids_BL[0, 9] if ids_BL[0, 9] != ids_BL[0, 8] else ids_BL[0, 0]
+    moved = model(input_ids=later_BL, use_cache=False)
+    if distance(moved.logits[:, :8], plain.logits[:, :8]) > PROBE_TOLERANCE[model.dtype]:
+        return "it is not causal: a later token changes its earlier predictions"
     own = own_rounding(model, ids_BL, plain.logits)
     limit = max(PROBE_TOLERANCE[model.dtype], 3 * own)
 
@@ -228,14 +299,14 @@ def find_failure(model: PreTrainedModel, spec: DiffusionSpec, ids_BL: Tensor) ->
     causal = clean_slots(ids_BL, lengths_B, lengths_B, spec.block_grid, "preserve")
     hidden_BLH = wrapped.student_hidden(causal)
     gap = distance(head_logits(model, hidden_BLH), plain.logits)
+    if gap > limit and not model._supports_attention_backend:
+        return OWN_ATTENTION
     if gap > limit:
         return (
             f"its logits under our causal mask differ from its own {by(gap)}, or its head is more than a "
             "linear map"
         )
 
-    later_BL = ids_BL.clone()
-    later_BL[0, 8] = ids_BL[0, 9] if ids_BL[0, 9] != ids_BL[0, 8] else ids_BL[0, 0]
     later = clean_slots(later_BL, lengths_B, lengths_B, spec.block_grid, "preserve")
     gap = distance(wrapped.student_hidden(later)[:, :8], hidden_BLH[:, :8])
     if gap > limit:
@@ -253,6 +324,14 @@ def find_failure(model: PreTrainedModel, spec: DiffusionSpec, ids_BL: Tensor) ->
     gap = distance(cached_BLH[:, 6:], hidden_BLH[:, 6:])
     if gap > limit:
         return f"states computed with the key-value cache differ from the full pass {by(gap)}"
+
+    positions_2L = causal.positions_BS.repeat(2, 1)
+    positions_2L[1] += int(min(context_length(model.config), FARTHEST)) - ids_BL.shape[1]
+    clean_2L = torch.zeros_like(positions_2L)
+    beside = make_slots(ids_BL.repeat(2, 1), positions_2L, positions_2L, clean_2L, clean_2L == 0)
+    gap = distance(wrapped.student_hidden(beside)[:1], hidden_BLH)
+    if gap > limit:
+        return f"a row beside it, at later positions, changes the states of a row {by(gap)}"
     return None
 
 

@@ -20,8 +20,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from opdlm.checkpoints.folders import gguf_file
 from opdlm.checkpoints.load import (
     ADAPTER_FOLDER,
+    AR_CLASS,
     MASK_EMBEDDING_FILE,
     STUDENT_FOLDER,
     load,
@@ -65,7 +67,7 @@ CHECKPOINT_FILES = (
 TEMPLATES_FOLDER = "additional_chat_templates"
 SDAR_MASK_ID = 151_669
 """The first unused row of Qwen3's embedding, which the source code of the engines contains as a constant."""
-AUTO_MAP = {"AutoModelForCausalLM": "modeling_opdlm.OpdlmForCausalLM"}
+AUTO_CLASS = "modeling_opdlm.OpdlmForCausalLM"
 
 
 def write_model(
@@ -79,6 +81,7 @@ def write_model(
     """
     spec = model.spec
     is_packed = getattr(model.student, "is_loaded_in_4bit", False)  # the adapter belongs to the 4-bit weights
+    is_copied = spec.format == "preserve" and not is_packed and not gguf_file(resolve_path(str(source)))
     base = write_student(folder, model)
     if model.mask_embedding is not None:
         if spec.format == "sdar" and not spec.adapter:
@@ -87,14 +90,17 @@ def write_model(
             save_file(
                 {"mask_embedding": model.mask_embedding.detach().contiguous()}, folder / MASK_EMBEDDING_FILE
             )
-    if spec.format == "preserve" and not is_packed:
+    if is_copied:
         copy_checkpoint(checkpoint_folder(source), folder)
     else:
         base.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     values = json.loads((folder / "config.json").read_text())
     values["block_diffusion"] = spec.to_dict()
-    values["auto_map"] = values.get("auto_map", {}) | AUTO_MAP
+    classes = values.get("auto_map", {})
+    if classes.get("AutoModelForCausalLM", AUTO_CLASS) != AUTO_CLASS:
+        values[AR_CLASS] = classes["AutoModelForCausalLM"]
+    values["auto_map"] = classes | {"AutoModelForCausalLM": AUTO_CLASS}
     (folder / "config.json").write_text(json.dumps(values, indent=2))
     package = Path(__file__).parent.parent
     for file in REMOTE_FILES:

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from opdlm.config.sections import resolve_path
-from opdlm.errors import ConfigError, DataError
+from opdlm.errors import ConfigError, DataError, require_package
+
+is_code_trusted: ContextVar[bool] = ContextVar("is_code_trusted", default=False)
+
+
+@contextmanager
+def trust_remote_code(trusted: bool = True) -> Iterator[None]:
+    """Inside the block, Python code that a checkpoint brings is run. Use it only if you trust its author."""
+    token = is_code_trusted.set(trusted or is_code_trusted.get())
+    try:
+        yield
+    finally:
+        is_code_trusted.reset(token)
 
 
 def looks_like_path(name: str) -> bool:
@@ -26,8 +41,11 @@ def check_is_checkpoint(path: str, *, setting: str = "model.path", needs_weights
     folder, name = Path(path), f"{setting} ({path})" if setting else path
     if not folder.exists() and looks_like_path(path):
         raise DataError(f"{name} does not exist. Give a checkpoint folder or a hub id.")
+    if gguf_file(path):
+        require_package("gguf", "gguf", f"{name}, a GGUF file,")
+        return
     if folder.is_file():
-        raise DataError(f"{name} is a file. Give the folder that holds config.json.")
+        raise DataError(f"{name} is a file. Give the folder that holds config.json, or a .gguf file.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise DataError(f"{name} has no config.json, so it is not a Hugging Face checkpoint folder.")
     if needs_weights and folder.is_dir() and not any(folder.glob("*.safetensors")):
@@ -41,6 +59,22 @@ def check_is_checkpoint(path: str, *, setting: str = "model.path", needs_weights
             json.loads((folder / "config.json").read_text())
         except ValueError as error:
             raise DataError(f"{folder / 'config.json'} is not valid JSON. Download it again.") from error
+
+
+def gguf_file(path: str) -> Path | None:
+    """The GGUF file that holds the checkpoint: `path`, or the only one of a folder without safetensors.
+
+    DataError if the folder has several.
+    """
+    if path.endswith(".gguf") and Path(path).is_file():
+        return Path(path)
+    found = [] if any(Path(path).glob("*.safetensors")) else sorted(Path(path).glob("*.gguf"))
+    if len(found) > 1:
+        raise DataError(
+            f"{path} holds {len(found)} .gguf files ({', '.join(file.name for file in found)}). Give one of "
+            "them; one that was split must be joined first (llama-gguf-split --merge)."
+        )
+    return found[0] if found else None
 
 
 def is_converted(folder: str | Path) -> bool:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,12 +25,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from opdlm.checkpoints.folders import check_is_checkpoint, check_is_converted
+from opdlm.checkpoints.folders import (
+    check_is_checkpoint,
+    check_is_converted,
+    gguf_file,
+    is_code_trusted,
+)
 from opdlm.checkpoints.lora import adapted_layers, add_lora, no_future_warnings
 from opdlm.config.sections import LoraSection, RunConfig, resolve_path
 from opdlm.decoding.decode_config import DecodeConfig
@@ -44,6 +52,11 @@ Settings = TypeVar("Settings", bound=RunConfig)
 ADAPTER_FOLDER = "adapter"
 STUDENT_FOLDER = "student"
 MASK_EMBEDDING_FILE = "mask_embedding.safetensors"
+AR_CLASS = "autoregressive_class"
+"""Entry of a converted folder's config.json: the class of its AR model, where the checkpoint's code has it."""
+CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
+"""What transformers raises for a config.json that it cannot use."""
+log = logging.getLogger(__name__)
 
 
 def load_tokenizer(
@@ -53,12 +66,21 @@ def load_tokenizer(
     path = resolve_path(path)
     check_is_checkpoint(path, needs_weights=needs_weights)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(**source_of(path, trust_remote_code))
+    except (OSError, ImportError, *CONFIG_ERRORS) as error:
         raise DataError(
-            f"no tokenizer can be loaded from {path} ({first_line(error)}). Copy the checkpoint's own "
+            f"no tokenizer can be loaded from {path} ({one_line(error)}). Copy the checkpoint's own "
             "tokenizer.json and tokenizer_config.json into it."
         ) from error
+
+
+def source_of(path: str, trust_remote_code: bool) -> dict[str, Any]:
+    """Where `from_pretrained` finds a folder, hub id or GGUF file, and whether it may run code from there."""
+    trust = {"trust_remote_code": trust_remote_code or is_code_trusted.get()}
+    file = gguf_file(path)
+    if file is None:
+        return {"pretrained_model_name_or_path": path, **trust}
+    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, **trust}
 
 
 def load_causal_lm(
@@ -70,7 +92,10 @@ def load_causal_lm(
     """
     path = resolve_path(path)
     check_is_checkpoint(path)
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    options = source_of(path, trust_remote_code) | {"dtype": dtype}
+    options["config"] = read_architecture(path, trust_remote_code)
+    if "gguf_file" in options:
+        options["quantization_config"] = GgufConfig(dequantize=True)
     if load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -80,14 +105,14 @@ def load_causal_lm(
         )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, use_safetensors=True, output_loading_info=True, **options
+            use_safetensors=True, output_loading_info=True, **options
         )
     except SafetensorError as error:
         raise DataError(
-            f"the weights in {path} are damaged or cut off ({first_line(error)}). Download them again."
+            f"the weights in {path} are damaged or cut off ({one_line(error)}). Download them again."
         ) from error
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise DataError(f"cannot load {path} as a causal language model: {first_line(error)}") from error
+    except (OSError, RuntimeError, ImportError, *CONFIG_ERRORS) as error:
+        raise DataError(f"cannot load {path} as a causal language model: {one_line(error)}") from error
     model, found = loaded
     if found["missing_keys"]:
         raise DataError(
@@ -95,15 +120,31 @@ def load_causal_lm(
             "Download or copy the checkpoint again."
         )
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if parameter.is_floating_point() and not torch.isfinite(parameter.to(model.dtype)).all():
             raise DataError(
                 f"{path}: weight {name} holds NaN or infinite values; the checkpoint is damaged. Download it "
                 "again."
             )
     if getattr(model, "is_loaded_in_4bit", False):
         make_savable(model)
+    tell_if_dequantized(model, path)
     use_faster_linear(model)
     return model.eval()
+
+
+def tell_if_dequantized(model: Any, path: str) -> None:
+    """Say so where quantised files became plain weights, and make the model save them as such."""
+    section = getattr(model.config, "quantization_config", None)
+    if section is None or not getattr(section, "dequantize", False):
+        return
+    log.warning(f"{path}: its {section.quant_method.value} weights are dequantised to {model.dtype}")
+    model.hf_quantizer = None
+    del model.config.quantization_config
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether the linear layers hold packed weights, which can be frozen but not trained."""
+    return getattr(model, "hf_quantizer", None) is not None
 
 
 def make_savable(model: Any) -> None:
@@ -130,17 +171,25 @@ def with_known_dtype(config: Settings) -> Settings:
 
 
 def read_architecture(path: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config.json of a checkpoint; DataError if there is none that transformers can read."""
+    """The config.json of a checkpoint, of a converted folder that of its AR model; DataError if there is none
+    that transformers can read.
+    """
     path = resolve_path(path)
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(**source_of(path, trust_remote_code))
     except OSError as error:
         raise DataError(
             f"model.path ({path}) is no folder with a config.json, and neither cache nor hub has one: "
             "fetch it where there is a network (hf download ORG/NAME config.json), or give a folder."
         ) from error
-    except (ValueError, KeyError) as error:
-        raise DataError(f"model.path ({path}) is no causal language model: {first_line(error)}") from error
+    except CONFIG_ERRORS as error:
+        raise DataError(
+            f"model.path ({path}): transformers cannot use its config.json: {one_line(error)}"
+        ) from error
+    if hasattr(config, "block_diffusion"):  # its AutoModelForCausalLM is the diffusion model
+        classes = {**vars(config).get("auto_map", {}), "AutoModelForCausalLM": getattr(config, AR_CLASS, None)}
+        config.auto_map = {name: where for name, where in classes.items() if where}
+    return config
 
 
 def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) -> PreTrainedModel:
@@ -150,10 +199,7 @@ def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) ->
     """
     path = resolve_path(path)
     check_is_checkpoint(path, needs_weights=False)
-    try:
-        values = AutoConfig.from_pretrained(path).to_dict()
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"cannot read {path}/config.json: {first_line(error)}") from error
+    values = read_architecture(path).get_text_config().to_dict()
     unknown = sorted(set(shape) - set(values))
     if unknown:
         raise ConfigError(f"model.shape.{unknown[0]} is no entry of {path}/config.json. Correct its name.")
@@ -167,14 +213,15 @@ def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) ->
                 config, dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype)
             )
         except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-            raise ConfigError(f"model.shape ({dict(shape)}) makes no model: {first_line(error)}") from error
+            raise ConfigError(f"model.shape ({dict(shape)}) makes no model: {one_line(error)}") from error
     use_faster_linear(model)
     return model.eval()
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def one_line(error: Exception) -> str:
+    """The start of an error's message, in one line."""
+    text = " ".join(str(error).split())
+    return (text if len(text) <= 300 else f"{text[:300]} ...") or type(error).__name__
 
 
 def assemble(
@@ -253,11 +300,24 @@ def set_embedding_row(model: PreTrainedModel, token_id: int, entering_H: Tensor)
 
 def check_fits(model: DiffusionLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, key: str) -> None:
     """DataError if prompts, responses (limited by setting `key`) and drafts exceed the model's context."""
-    longest = max(len(ids) for ids in prompts)
+    longest, config = max(len(ids) for ids in prompts), model.student.config
     if longest + max_new_tokens > max_total_tokens(model):
+        switch = "" if rotary_switch(config) is None else ", where its rotary tables switch"
         raise DataError(
             f"the longest prompt ({longest} tokens) plus {key} ({max_new_tokens}) and two blocks of drafts "
-            f"exceeds the model's context ({context_length(model)}). Lower {key} or shorten the prompt."
+            f"exceeds the model's context ({context_length(config)}{switch}). Lower {key} or shorten the prompt."
+        )
+    check_ids(model, prompts)
+
+
+def check_ids(model: DiffusionLM, texts: Iterable[Sequence[int]]) -> None:
+    """DataError if a text holds a token that the tokenizer names and the model has no embedding for."""
+    known = range(vocabulary_rows(model.student))
+    foreign = {token for ids in texts for token in ids if token not in known} - {model.spec.mask_token_id}
+    if foreign:
+        raise DataError(
+            f"a text holds the token id {min(foreign)}, but the model's embedding has only {len(known)} rows: "
+            "remove that token from the text, or use the checkpoint's own tokenizer."
         )
 
 
@@ -274,14 +334,32 @@ def check_decode(config: DecodeConfig, spec: DiffusionSpec) -> None:
         )
 
 
-def context_length(model: DiffusionLM) -> float:
-    """Positions of the model; infinite if its config has no `max_position_embeddings`."""
-    return getattr(model.student.config.get_text_config(), "max_position_embeddings", None) or math.inf
+def context_length(config: PretrainedConfig) -> float:
+    """Positions of a model; infinite if its config has no `max_position_embeddings`. Positions from
+    `rotary_switch` on do not count.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    return min(positions, rotary_switch(config) or math.inf)
+
+
+def rotary_switch(config: PretrainedConfig) -> int | None:
+    """The position from which longrope rotates all keys of a forward by other angles; None without it.
+
+    Keys in a cache, and rows that are decoded beside a longer one, would have the wrong ones.
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    sections = [rope, *(section for section in rope.values() if isinstance(section, dict))]
+    found = [
+        section["original_max_position_embeddings"]
+        for section in sections
+        if section.get("rope_type") == "longrope"
+    ]
+    return min(found, default=None)
 
 
 def max_total_tokens(model: DiffusionLM) -> float:
     """Maximum tokens of prompt and response together: the context minus two blocks for drafts."""
-    return context_length(model) - 2 * model.spec.block_size
+    return context_length(model.student.config) - 2 * model.spec.block_size
 
 
 def input_embedding(model: PreTrainedModel) -> nn.Embedding:

@@ -11,6 +11,7 @@ LoRA arXiv 2106.09685, rsLoRA 2312.03732, DoRA 2402.09353, QLoRA 2305.14314.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ def add_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
         target_modules=target if isinstance(target, str) else list(target),
+        exclude_modules=outside_text_model(model),
         use_rslora=section.use_rslora,
         use_dora=section.use_dora,
         init_lora_weights=True if section.init == "default" else section.init,  # type: ignore[arg-type]
@@ -89,6 +91,14 @@ def check_targets(peft_model: PeftModel, section: LoraSection) -> None:
             f"lora.target_modules ({section.target_modules}) matches the embedding or the LM head, which "
             "teacher and student share. Name layers between them, for example [q_proj, v_proj]."
         )
+
+
+def outside_text_model(model: PreTrainedModel) -> str | None:
+    """A pattern of the modules that read images or sound, which no text reaches; None without any."""
+    if model.config.get_text_config() is model.config:
+        return None
+    (prefix,) = (name for name, module in model.named_modules() if module is model.get_decoder())
+    return rf"(?!{re.escape(prefix)}\.).*"
 
 
 def attention_layers(model: PreTrainedModel) -> tuple[str, ...]:

@@ -23,7 +23,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from opdlm.checkpoints.load import add_lora, first_line, input_embedding, read_architecture, with_known_dtype
+from opdlm.checkpoints.load import (
+    add_lora,
+    context_length,
+    input_embedding,
+    one_line,
+    read_architecture,
+    with_known_dtype,
+)
 from opdlm.config.schedules import (
     block_size_at,
     first_reused_step,
@@ -94,7 +101,7 @@ def meta_model(config: Config) -> Any:
             )
     except (ValueError, KeyError) as error:
         name = config.model.path
-        raise DataError(f"model.path ({name}) is no causal language model: {first_line(error)}") from error
+        raise DataError(f"model.path ({name}) is no causal language model: {one_line(error)}") from error
 
 
 def measure_sizes(config: Config) -> ModelSizes:
@@ -132,7 +139,7 @@ def measure_sizes(config: Config) -> ModelSizes:
         key_width=kv_heads * head_size,
         feed_forward=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=table.shape[0],
-        context=getattr(text, "max_position_embeddings", None) or 10**9,
+        context=int(min(context_length(model.config), 10**9)),
     )
 
 

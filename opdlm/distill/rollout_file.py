@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from opdlm.checkpoints.load import vocabulary_rows
+from opdlm.checkpoints.load import context_length, vocabulary_rows
 from opdlm.config.schedules import block_size_at, selection_at
 from opdlm.config.sections import Config
 from opdlm.decoding.rollout import NEVER, Prompt, Rollout
@@ -238,7 +238,7 @@ def problem_of(rollout: Rollout, model: DiffusionLM, known: set[int]) -> str | N
     pairs = zip(rollout.response_ids, rollout.unmask_step, strict=True)
     if any((token == mask_id) != (step == NEVER) for token, step in pairs):
         return f"was denoised with another mask token than the student's (id {mask_id}): give its own file"
-    context = getattr(model.student.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and len(ids) + model.spec.block_size > context:
+    context = context_length(model.student.config)
+    if len(ids) + model.spec.block_size > context:
         return f"has {len(ids)} tokens, more than the model's context ({context}): remove it"
     return None

@@ -39,6 +39,11 @@ CHUNK = 128
 KEPT_BYTES = 64 * 2**20
 """Largest total size of the `flash` masks that are kept between layers."""
 FLEX_MIN_HEAD_DIM = 16
+SCORE_CHANGES = {
+    "softcap": "caps its scores",
+    "s_aux": "adds a learned sink to every softmax",
+}
+"""Keywords of attention functions that change the scores, and what they do."""
 
 Backend = Literal["sdpa", "flex", "flash"]
 AttentionChoice = Literal["auto", "sdpa", "flex", "flash"]
@@ -293,6 +298,10 @@ def attend_backward(
     return torch.autograd.grad(again, inputs, grad)
 
 
+class UnsupportedModel(ValueError):
+    """A model whose attention these functions do not compute. The message ends a sentence about it."""
+
+
 LayerMask = Tensor | BlockMask | QueryChunks
 
 
@@ -365,9 +374,14 @@ def slot_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that models call: queries `[B, H, Q, D]` -> `[B, Q, H, D]`. Without a
-    `slot_forward` it is transformers' own sdpa.
+    `slot_forward` it is transformers' own sdpa. UnsupportedModel if the scores are more than products.
     """
+    for keyword, meaning in SCORE_CHANGES.items():
+        if kwargs.get(keyword) is not None:
+            raise UnsupportedModel(f"its attention {meaning} (`{keyword}`), which ours does not compute")
     if slot_forward is None:
+        if attention_mask is not None and attention_mask.shape[-1] < key.shape[2]:
+            raise UnsupportedModel("its layers do not pass keywords on to the attention function: no mask can be set")
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     mask = slot_forward.masks[slot_forward.windows[module.layer_idx]]
     if slot_forward.attend is not None:

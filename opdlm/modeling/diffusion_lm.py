@@ -266,7 +266,7 @@ def run_backbone(
     model: PreTrainedModel, embedded_BSH: Tensor, positions_BS: Tensor, slot_forward: SlotForward
 ) -> Tensor:
     """Hidden states `[B, S, H]` of the transformer below the LM head."""
-    return model.base_model(
+    return model.get_decoder()(  # of a model that also reads images or sound, the text part
         inputs_embeds=embedded_BSH,
         position_ids=positions_BS,
         attention_mask=no_mask(embedded_BSH.dtype, embedded_BSH.device),

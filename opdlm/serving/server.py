@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.checkpoints.convert import load_decoder
-from opdlm.checkpoints.load import check_decode, max_total_tokens
+from opdlm.checkpoints.load import check_decode, max_total_tokens, vocabulary_rows
 from opdlm.data.chat_template import encode_prompt, token_ids, unread_keys
 from opdlm.data.rows import check_text
 from opdlm.decoding.decode_config import DecodeConfig
@@ -139,7 +139,9 @@ class Server:
         token ids that no prompt may have.
         """
         key, num_tokens = request.length_limit(self.config.max_new_tokens)
-        mask_token_id, num_ids = self.thread.model.spec.mask_token_id, len(self.tokenizer)
+        model = self.thread.model
+        mask_token_id = model.spec.mask_token_id
+        num_ids = min(len(self.tokenizer), vocabulary_rows(model.student))
         if any(not 0 <= token < num_ids or token == mask_token_id for ids in prompts for token in ids):
             raise InvalidRequest(
                 f"prompt has token ids beyond {num_ids - 1}, or the mask token: remove them."

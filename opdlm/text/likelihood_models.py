@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlm.checkpoints.convert import make_spec, probe, stop_token_ids
 from opdlm.checkpoints.folders import is_converted
-from opdlm.checkpoints.load import load, load_causal_lm, load_tokenizer, vocabulary_rows
+from opdlm.checkpoints.load import context_length, load, load_causal_lm, load_tokenizer, vocabulary_rows
 from opdlm.config.loader import apply_override, build_section
 from opdlm.config.rules import load_config
 from opdlm.config.sections import CONFIG_COPY
@@ -74,8 +74,8 @@ class LikelihoodModel:
     """Metrics that cannot be measured, and why."""
 
     @property
-    def context_length(self) -> int | None:
-        return getattr(self.diffusion_lm.student.config.get_text_config(), "max_position_embeddings", None)
+    def context_length(self) -> float:
+        return context_length(self.diffusion_lm.student.config)
 
     def choose_metrics(self, metrics: Sequence[str], folder: Path) -> tuple[str, ...]:
         """The metrics that the user named, or all that the model was trained for."""
@@ -217,8 +217,8 @@ def from_plain_folder(folder: Path, options: LikelihoodOptions) -> LikelihoodMod
 
 def plain_section(model: DiffusionLM, options: LikelihoodOptions) -> TextSection:
     """How text is cut into rows for models that were not trained on rows."""
-    context = getattr(model.student.config.get_text_config(), "max_position_embeddings", None)
-    values: dict[str, Any] = {"data": {"sequence_length": min(TextSection().sequence_length, context or 512)}}
+    length = min(TextSection().sequence_length, context_length(model.student.config))
+    values: dict[str, Any] = {"data": {"sequence_length": length}}
     for override in options.overrides:
         apply_override(values, override)
     return build_section(TextConfig, values).data

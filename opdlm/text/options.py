@@ -94,14 +94,14 @@ def read_questions(
     rows: Sequence[tuple[str, Row]],
     tokenizer: PreTrainedTokenizerBase,
     mask_token_id: int,
-    context_length: int | None,
+    context_length: float,
 ) -> list[Question]:
     """Rows with `prompt` (or `messages`), `options` (texts, with their leading space) and `answer`."""
     questions = []
     for place, row in rows:
         question = read_question(place, row, tokenizer)
         num_tokens = len(question.prompt_ids) + max(map(len, question.options))
-        if context_length is not None and num_tokens > context_length:
+        if num_tokens > context_length:
             raise DataError(
                 f"{place} has {num_tokens} tokens of prompt and option, more than the model's context "
                 f"({context_length}). Shorten or remove the row."

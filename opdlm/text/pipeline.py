@@ -20,7 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opdlm.checkpoints.convert import add_mask_token, initial_mask_embedding, make_spec, probe
 from opdlm.checkpoints.export import write_model
 from opdlm.checkpoints.load import (
+    AR_CLASS,
     assemble,
+    check_ids,
+    context_length,
     copy_of,
     load_causal_lm,
     load_tokenizer,
@@ -112,15 +115,16 @@ def load_text_inputs(config: TextConfig) -> TextInputs:
     if config.optimizer.name == "adamw8bit":
         require_package("bitsandbytes", "quant", "optimizer.name (adamw8bit)")
     model, tokenizer = load_text_model(config)
-    context = getattr(model.student.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model.student.config)
     is_block = config.objective.name == "block_diffusion"  # its forward completes the last block
-    if context is not None and config.data.sequence_length > context - is_block * config.format.block_size:
+    if config.data.sequence_length > context - is_block * config.format.block_size:
         block = f" less a block ({config.format.block_size})" if is_block else ""
         raise ConfigError(
             f"data.sequence_length ({config.data.sequence_length}) exceeds the model's context ({context})"
             f"{block}: use shorter rows."
         )
     documents = load_documents(config.data, tokenizer, model.spec.mask_token_id)
+    check_ids(model, (document.ids for document in documents))
     if config.data.unique_tokens is not None:
         documents = keep_tokens(documents, config.data.unique_tokens, config.train.seed)
     if is_block and not config.data.document_mask and any(document.num_prompt for document in documents):
@@ -133,6 +137,7 @@ def load_text_inputs(config: TextConfig) -> TextInputs:
     if config.eval.path:
         section = replace(config.data, path=config.eval.path)
         held_out_documents = load_documents(section, tokenizer, model.spec.mask_token_id, "eval.path")
+        check_ids(model, (document.ids for document in held_out_documents))
         held_out_rows = PackedDataset(held_out_documents, section, 0, "eval.path")
         held_out = held_out_rows.evenly(config.eval.limit)
     weights: tuple[float, ...] = ()
@@ -163,7 +168,9 @@ def build_text_model(config: TextConfig) -> tuple[DiffusionLM, PreTrainedTokeniz
     if reason:
         raise ConfigError(f"model.attention ({section.attention}) cannot run: {reason}.")
     had_mask = config.format.mask_token in tokenizer.get_vocab()
-    spec = make_spec(model, tokenizer, config, add_mask_token(model, tokenizer, config.format))
+    num_rows = vocabulary_rows(model)
+    mask_token_id = add_mask_token(model, tokenizer, config.format)
+    spec = make_spec(model, tokenizer, config, mask_token_id, num_rows)
     probe(model, spec, tokenizer)
     teacher = load_teacher(config, model)
     if config.objective.dropout:
@@ -292,7 +299,7 @@ def write_result(
     base = model.student if peft_model is None else merge_adapter(peft_model)
     if model.mask_embedding is not None:
         set_embedding_row(base, model.spec.mask_token_id, model.mask_embedding)
-    for name in ("block_diffusion", "auto_map"):  # of the diffusion folder that the run started from
+    for name in ("block_diffusion", AR_CLASS):  # of the diffusion folder that the run started from
         vars(base.config).pop(name, None)
     base.generation_config.suppress_tokens = [model.spec.mask_token_id]  # its logit was never trained
     base.save_pretrained(folder)
