@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opdlm.api import bench, convert, evaluate, export, load, merge, rollout, serve, train
+    from opdlm.checkpoints.folders import trust_remote_code
     from opdlm.config.rules import load_config
     from opdlm.config.sections import Config
     from opdlm.config.text import TextConfig, load_text_config
@@ -50,6 +51,7 @@ __all__ = [
     "rollout",
     "serve",
     "train",
+    "trust_remote_code",
 ]
 
 _ELSEWHERE = {
@@ -64,6 +66,7 @@ _ELSEWHERE = {
     "generate": "serving.text_generation",
     "load_config": "config.rules",
     "load_text_config": "config.text",
+    "trust_remote_code": "checkpoints.folders",
 }
 """Modules of the names that are not functions of `opdlm.api`."""
 

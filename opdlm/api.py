@@ -18,6 +18,7 @@ from opdlm.checkpoints.folders import (
     check_can_decode,
     check_is_checkpoint,
     check_is_converted,
+    trust_remote_code,
 )
 from opdlm.config.loader import apply_override, build_section
 from opdlm.config.recipes import resolve_target
@@ -104,7 +105,8 @@ def convert(
     check_model_path(config, needs_weights=True)
     from opdlm.distill.pipeline import convert_checkpoint
 
-    return convert_checkpoint(config, console)
+    with trust_remote_code(config.model.trust_remote_code):
+        return convert_checkpoint(config, console)
 
 
 def train(
@@ -139,7 +141,8 @@ def train(
     check_model_path(config, needs_weights=not config.model.from_scratch)
     from opdlm.text.pipeline import train_text
 
-    return train_text(config, console or main_console())
+    with trust_remote_code(config.model.trust_remote_code):
+        return train_text(config, console or main_console())
 
 
 def evaluate(

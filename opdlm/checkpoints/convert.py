@@ -47,7 +47,7 @@ PROBE_LENGTH = 16
 """Tokens of the text that the probe reads. Ids that no training has seen would amplify rounding."""
 FARTHEST = 2**20
 """Largest position that the probe tries, where the context allows it."""
-OWN_ATTENTION = "their attention is not called through transformers' attention interface, so no mask can be set"
+OWN_ATTENTION = "its attention is not called through transformers' attention interface, so no mask can be set"
 log = logging.getLogger(__name__)
 
 
@@ -263,8 +263,8 @@ def known_obstacle(model: PreTrainedModel) -> str | None:
     """What the model's class or config says against block diffusion; None if nothing."""
     if getattr(model, "_is_stateful", False):
         return "it has recurrent layers, whose state no mask can divide and no draft can be taken out of"
-    names = dir(model.get_decoder())
-    if getattr(model.config, "alibi", False) or any("alibi" in name for name in names):
+    builds = any(name.startswith("build_") and "alibi" in name for name in dir(model.get_decoder()))
+    if builds or getattr(model.config, "alibi", False):
         return "its positions are added to the scores (ALiBi), which our attention does not compute"
     others = sorted({*layer_kinds(model.config)} - {"full_attention", "sliding_attention"})
     if others:
@@ -294,6 +294,14 @@ def find_failure(model: PreTrainedModel, spec: DiffusionSpec, ids_BL: Tensor) ->
     def by(gap: float) -> str:
         return f"by {gap:.2g} of their size (allowed: {limit:.2g}; its own cached pass differs by {own:.2g})"
 
+    decoder, embedded_BLH = model.get_decoder(), model.get_input_embeddings()(ids_BL)
+    own_BLH = decoder(input_ids=ids_BL, use_cache=False).last_hidden_state
+    gap = distance(head_logits(model, own_BLH), plain.logits)
+    if gap > limit:
+        return f"its head is more than a linear map of the last states: its logits differ {by(gap)}"
+    gap = distance(decoder(inputs_embeds=embedded_BLH, use_cache=False).last_hidden_state, own_BLH)
+    if gap > limit:
+        return f"it changes the embeddings of its tokens on the way: its states differ {by(gap)}"
     wrapped = DiffusionLM(model, spec)
     lengths_B = torch.tensor([ids_BL.shape[1]], device=model.device)
     causal = clean_slots(ids_BL, lengths_B, lengths_B, spec.block_grid, "preserve")
@@ -302,10 +310,7 @@ def find_failure(model: PreTrainedModel, spec: DiffusionSpec, ids_BL: Tensor) ->
     if gap > limit and not model._supports_attention_backend:
         return OWN_ATTENTION
     if gap > limit:
-        return (
-            f"its logits under our causal mask differ from its own {by(gap)}, or its head is more than a "
-            "linear map"
-        )
+        return f"its logits under our causal mask differ from its own {by(gap)}"
 
     later = clean_slots(later_BL, lengths_B, lengths_B, spec.block_grid, "preserve")
     gap = distance(wrapped.student_hidden(later)[:, :8], hidden_BLH[:, :8])

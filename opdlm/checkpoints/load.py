@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,6 +31,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers import AutoHfQuantizer
 
 from opdlm.checkpoints.folders import (
     check_is_checkpoint,
@@ -54,8 +56,8 @@ STUDENT_FOLDER = "student"
 MASK_EMBEDDING_FILE = "mask_embedding.safetensors"
 AR_CLASS = "autoregressive_class"
 """Entry of a converted folder's config.json: the class of its AR model, where the checkpoint's code has it."""
-CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
-"""What transformers raises for a config.json that it cannot use."""
+CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
+"""What transformers raises for a checkpoint that it cannot use, and code of a checkpoint for its own faults."""
 log = logging.getLogger(__name__)
 
 
@@ -67,7 +69,7 @@ def load_tokenizer(
     check_is_checkpoint(path, needs_weights=needs_weights)
     try:
         return AutoTokenizer.from_pretrained(**source_of(path, trust_remote_code))
-    except (OSError, ImportError, *CONFIG_ERRORS) as error:
+    except (OSError, *CONFIG_ERRORS) as error:
         raise DataError(
             f"no tokenizer can be loaded from {path} ({one_line(error)}). Copy the checkpoint's own "
             "tokenizer.json and tokenizer_config.json into it."
@@ -93,7 +95,7 @@ def load_causal_lm(
     path = resolve_path(path)
     check_is_checkpoint(path)
     options = source_of(path, trust_remote_code) | {"dtype": dtype}
-    options["config"] = read_architecture(path, trust_remote_code)
+    options["config"] = config = read_architecture(path, trust_remote_code)
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
     if load_in_4bit:
@@ -104,20 +106,26 @@ def load_causal_lm(
             bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
         )
     try:
+        method = quantization_method(path, config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            use_safetensors=True, output_loading_info=True, **options
+            use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except SafetensorError as error:
         raise DataError(
             f"the weights in {path} are damaged or cut off ({one_line(error)}). Download them again."
         ) from error
-    except (OSError, RuntimeError, ImportError, *CONFIG_ERRORS) as error:
+    except (OSError, RuntimeError, *CONFIG_ERRORS) as error:
         raise DataError(f"cannot load {path} as a causal language model: {one_line(error)}") from error
     model, found = loaded
     if found["missing_keys"]:
         raise DataError(
             f"{path}: {len(found['missing_keys'])} weights are missing, first {min(found['missing_keys'])}. "
             "Download or copy the checkpoint again."
+        )
+    for name, in_files, in_model in found["mismatched_keys"]:
+        raise DataError(
+            f"{path}: weight {name} has the shape {tuple(in_files)} in the files, and config.json says "
+            f"{tuple(in_model)}. Download or copy the checkpoint again."
         )
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not torch.isfinite(parameter.to(model.dtype)).all():
@@ -127,23 +135,27 @@ def load_causal_lm(
             )
     if getattr(model, "is_loaded_in_4bit", False):
         make_savable(model)
-    tell_if_dequantized(model, path)
+    if method and not is_quantized(model):
+        log.warning(f"{path}: its {method} weights are dequantised to {model.dtype}")
     use_faster_linear(model)
     return model.eval()
 
 
-def tell_if_dequantized(model: Any, path: str) -> None:
-    """Say so where quantised files became plain weights, and make the model save them as such."""
-    section = getattr(model.config, "quantization_config", None)
-    if section is None or not getattr(section, "dequantize", False):
-        return
-    log.warning(f"{path}: its {section.quant_method.value} weights are dequantised to {model.dtype}")
-    model.hf_quantizer = None
-    del model.config.quantization_config
+def quantization_method(path: str, config: PretrainedConfig) -> str | None:
+    """How the files are quantised; DataError if transformers does not know that method."""
+    section = getattr(config, "quantization_config", None)
+    if section is None:
+        return "gguf" if gguf_file(path) else None
+    if not AutoHfQuantizer.supports_quant_method(section):
+        raise DataError(
+            f"{path} holds weights quantised by {section['quant_method']}, which transformers cannot read. Give the "
+            "checkpoint in full precision."
+        )
+    return str(section["quant_method"])
 
 
-def is_quantized(model: Any) -> bool:
-    """Whether the linear layers hold packed weights, which can be frozen but not trained."""
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Whether the model computes with packed weights, which can be frozen but not trained."""
     return getattr(model, "hf_quantizer", None) is not None
 
 
@@ -186,8 +198,14 @@ def read_architecture(path: str, trust_remote_code: bool = False) -> PretrainedC
         raise DataError(
             f"model.path ({path}): transformers cannot use its config.json: {one_line(error)}"
         ) from error
+    classes = vars(config).get("auto_map") or {}
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in classes:
+        raise DataError(
+            f"model.path ({path}) holds no causal language model that AutoModelForCausalLM can load: transformers "
+            f"has none of the type {config.model_type}. Give a text checkpoint."
+        )
     if hasattr(config, "block_diffusion"):  # its AutoModelForCausalLM is the diffusion model
-        classes = {**vars(config).get("auto_map", {}), "AutoModelForCausalLM": getattr(config, AR_CLASS, None)}
+        classes = {**classes, "AutoModelForCausalLM": getattr(config, AR_CLASS, None)}
         config.auto_map = {name: where for name, where in classes.items() if where}
     return config
 
@@ -221,6 +239,8 @@ def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) ->
 def one_line(error: Exception) -> str:
     """The start of an error's message, in one line."""
     text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return "it brings Python code, which is run only with --trust-remote-code (model.trust_remote_code=true)"
     return (text if len(text) <= 300 else f"{text[:300]} ...") or type(error).__name__
 
 

@@ -7,6 +7,7 @@ folder is the autoregressive model. Not here: training.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,7 +130,11 @@ class OpdlmForCausalLM(nn.Module):
         loading = {
             key: options[key] for key in ("dtype", "torch_dtype", "revision", "token") if key in options
         }
-        base = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **loading)
+        plain, own_class = copy.deepcopy(config), getattr(config, "autoregressive_class", None)
+        plain.auto_map = {**config.auto_map, "AutoModelForCausalLM": own_class} if own_class else {}
+        base = AutoModelForCausalLM.from_pretrained(
+            name, config=plain, trust_remote_code=own_class is not None, **loading
+        )
         spec = DiffusionSpec.from_dict(config.block_diffusion)
         if spec.format == "sdar" and not spec.adapter:
             return cls(config, DiffusionLM(base, spec)).eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import opdlm
-from opdlm.cli.flags import MODES, Parser, Verbs, add_compile, add_decode_flags, add_verb, decode_config
+from opdlm.cli.flags import MODES, Parser, Verbs, add_compile, add_decode_flags, add_trust, add_verb, decode_config
 
 EXAMPLES = """  opdlm bench runs/tiny/model
   opdlm bench runs/tiny/model --batch-sizes 1 8 --modes ar lossless --limit 40 --out report"""
@@ -27,6 +27,7 @@ def add_bench(verbs: Verbs) -> None:
 
 def add_bench_flags(parser: Parser) -> None:
     parser.add_argument("folder", metavar="DIR")
+    add_trust(parser)
     parser.add_argument(
         "--prompts", metavar="FILE", help="JSONL with `prompt` (default: eval.path of the run)"
     )

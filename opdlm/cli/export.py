@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import opdlm
-from opdlm.cli.flags import Parser, Verbs, add_decode_flags, add_verb, decode_config, given_decode
+from opdlm.cli.flags import Parser, Verbs, add_decode_flags, add_trust, add_verb, decode_config, given_decode
 from opdlm.decoding.decode_config import Mode
 from opdlm.errors import ConfigError
 
@@ -39,6 +39,7 @@ def add_export(verbs: Verbs) -> None:
 def add_export_flags(parser: Parser) -> None:
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("out", metavar="OUT")
+    add_trust(parser)
     parser.add_argument("--to", choices=("vllm", "sdar"), default="vllm", help="default: vllm")
     add_decode_flags(parser, leave_out=(*FIXED_BY_REQUESTS, *OF_OTHER_MODES), modes=SERVED_MODES)
 
@@ -60,6 +61,7 @@ def add_merge(verbs: Verbs) -> None:
 def add_merge_flags(parser: Parser) -> None:
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("out", metavar="OUT")
+    add_trust(parser)
     parser.add_argument(
         "--full-copy", action="store_true", help="preserve: a merged student beside the AR weights"
     )

@@ -75,12 +75,13 @@ def add_verb(
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, trust_remote_code=False)
     parser.add_flags = add_flags
 
 
 def add_settings(parser: Parser) -> None:
     """What every verb that trains takes."""
+    add_trust(parser)
     parser.add_argument("target", nargs="?", metavar="TARGET")
     add_overrides(parser, "section.key=value")
     parser.add_argument(
@@ -115,11 +116,20 @@ def read_settings(
         raise ConfigError(
             f"{verb} needs a TARGET: a recipe, a recipe's name or a model. See: opdlm {verb} --help"
         )
-    config = settings_of(options.target, options.overrides)
+    trust = ["model.trust_remote_code=true"] if options.trust_remote_code else []
+    config = settings_of(options.target, [*options.overrides, *trust])
     if options.print_config:
         print(config.to_yaml(), end="")
         return None
     return config
+
+
+def add_trust(parser: Parser) -> None:
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that the checkpoint brings; leave it off unless you trust its author",
+    )
 
 
 def add_seed(parser: Parser) -> None:
@@ -127,7 +137,8 @@ def add_seed(parser: Parser) -> None:
 
 
 def add_dtype(parser: Parser, default: str | None = "auto") -> None:
-    """`default` None: the precision of the run."""
+    """And whether code of the checkpoint is run. `default` None: the precision of the run."""
+    add_trust(parser)
     text = "that of the run" if default is None else f"{default}, that of the checkpoint's files"
     parser.add_argument(
         "--dtype",

@@ -34,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read when torch is first imported
     quiet_libraries()
     try:
-        status: int = options.run(options)
+        from opdlm.checkpoints.folders import trust_remote_code
+
+        with trust_remote_code(options.trust_remote_code):
+            status: int = options.run(options)
         sys.stdout.flush()
         return status
     except OpdlmError as error:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from accelerate import PartialState
 from rich.console import Console
@@ -16,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlm.checkpoints.convert import make_student
 from opdlm.checkpoints.export import write_model
-from opdlm.checkpoints.load import check_fits, load_causal_lm, load_tokenizer, with_known_dtype
+from opdlm.checkpoints.folders import trust_remote_code
+from opdlm.checkpoints.load import check_fits, load, load_causal_lm, load_tokenizer, with_known_dtype
 from opdlm.config.sections import CONFIG_COPY, Config, EvalSection
 from opdlm.data.prompts import Ids, Task, hold_back, load_prompts, write_prompt_ids
 from opdlm.decoding.decode_config import DecodeConfig, Mode
@@ -27,7 +29,7 @@ from opdlm.distill.rollout_file import load_rollouts
 from opdlm.distill.rollouts import check_engine, check_launch
 from opdlm.distill.self_prompts import self_prompts, user_turn
 from opdlm.distill.trainer import train
-from opdlm.errors import ConfigError, require_package
+from opdlm.errors import ConfigError, DataError, require_package
 from opdlm.evaluation.evaluate import Outputs, evaluate, score_of
 from opdlm.evaluation.retention import (
     HELD_BACK_FILE,
@@ -139,14 +141,10 @@ def load_inputs(config: Config) -> Inputs:
         require_package("bitsandbytes", "quant", "optimizer.name (adamw8bit)")
     check_launch(config)
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    model = load_causal_lm(
-        config.model.path,
-        config.model.dtype,
-        config.model.trust_remote_code,
-        load_in_4bit=config.model.load_in_4bit,
-    )
-    check_attention(model, config)
-    student = make_student(model, tokenizer, config)
+    student = load_student(config, tokenizer)
+    if type(student.student).__module__.startswith("transformers_modules"):
+        check_round_trip(student, tokenizer, config)
+        student = load_student(config, tokenizer)
     prompts: list[Prompt] = []
     recorded: Sequence[Rollout] = ()
     if config.rollout.path:
@@ -164,6 +162,32 @@ def load_inputs(config: Config) -> Inputs:
         user_turn(tokenizer, config.data)
     tasks = load_eval_tasks(student, tokenizer, config) if config.eval.path else []
     return Inputs(student, tokenizer, prompts, tasks, recorded)
+
+
+def load_student(config: Config, tokenizer: PreTrainedTokenizerBase) -> DiffusionLM:
+    """The student at step 0, from the files of `model.path`."""
+    section = config.model
+    model = load_causal_lm(
+        section.path, section.dtype, section.trust_remote_code, load_in_4bit=section.load_in_4bit
+    )
+    check_attention(model, config)
+    return make_student(model, tokenizer, config)
+
+
+def check_round_trip(student: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    """DataError where a checkpoint with code of its own could not be used after training: its result folder is
+    written, loaded and decodes one token. This removes the LoRA layers from `student`.
+    """
+    parent = next(folder for folder in Path(config.output_dir).resolve().parents if folder.is_dir())
+    with TemporaryDirectory(dir=parent) as folder, trust_remote_code(config.model.trust_remote_code):
+        write_model(Path(folder), student, tokenizer, config.model.path)
+        try:
+            model, _ = load(folder)
+        except DataError as error:
+            raise DataError(
+                f"model.path ({config.model.path}) brings code that cannot be loaded from a result folder: {error}"
+            ) from error
+        generate(model, [[model.spec.stop_token_ids[0]]], DecodeConfig(mode="static", max_new_tokens=1))
 
 
 def check_attention(model: PreTrainedModel, config: Config) -> None:

@@ -264,8 +264,11 @@ class SlotCache:
         keys and values.
         """
         if layer not in self._layers:
-            shape = (self.num_rows, keys_BHSD.shape[1], self.capacity, keys_BHSD.shape[3])
-            self._layers[layer] = (keys_BHSD.new_zeros(shape), values_BHSD.new_zeros(shape))
+            shape = (self.num_rows, keys_BHSD.shape[1], self.capacity)
+            self._layers[layer] = (
+                keys_BHSD.new_zeros(*shape, keys_BHSD.shape[3]),
+                values_BHSD.new_zeros(*shape, values_BHSD.shape[3]),
+            )
         stored = self._layers[layer]
         if self._write is not None:
             rows_N, slots_N, columns_N = self._write

@@ -33,7 +33,8 @@ def measured_speed(config: Config, slots_per_row: int) -> tuple[float, float] | 
 
     `config.model.dtype` must be known. None where such layers cannot be made.
     """
-    known = read_architecture(config.model.path, config.model.trust_remote_code).to_dict()
+    architecture = read_architecture(config.model.path, config.model.trust_remote_code)
+    known = architecture.get_text_config().to_dict()
     shape: dict[str, Any] = {"num_hidden_layers": PROBE_LAYERS, "vocab_size": 1024, "pad_token_id": None}
     try:
         model = new_causal_lm(

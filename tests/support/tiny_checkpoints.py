@@ -37,16 +37,44 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
-EXTRA: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
-    "mistral": {"sliding_window": 6},
-    "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
-    "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 48},
-    "smollm3": {"no_rope_layers": [1, 0]},
-    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"], "num_experts": 0},
-    "mamba": {"state_size": 4},
+EXPERTS: dict[str, Any] = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+LATENT: dict[str, Any] = {
+    **{"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": None, "head_dim": 4, "v_head_dim": 8},
+    **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    **{"n_group": 2, "topk_group": 1, "moe_intermediate_size": 24, "first_k_dense_replace": 1},
 }
+"""Attention over latent keys (MLA)."""
+VISION: dict[str, Any] = {
+    **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    **{"image_size": 28, "patch_size": 14},
+}
+MIXED: dict[str, Any] = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+STATE_SPACE: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+EXTRA: dict[str, dict[str, Any]] = {  # `...`: an entry of SMALL that the family's config must not have
+    "bamba": STATE_SPACE | {"attn_layer_indices": [1]},
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "falcon": {"head_dim": ...},
+    "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8},
+    "gemma3": MIXED,
+    "gemma3_text": MIXED,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 48},
+    "granitemoehybrid": STATE_SPACE | {"layer_types": ["mamba", "attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "mamba": {"state_size": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8},
+    "minicpm3": LATENT,
+    "mistral": {"sliding_window": 6},
+    "qwen3_5_text": HYBRID,
+    "qwen3_moe": EXPERTS,
+    "qwen3_next": HYBRID | {"num_experts": 0},
+    "smollm3": {"no_rope_layers": [1, 0]},
+}
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "gemma3": {"mm_tokens_per_image": 4, "image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62},
+}
+"""Families whose config holds those of a text and a vision part."""
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -68,7 +96,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     """A random model of a family, with weights large enough that predictions differ from token to token."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SMALL | EXTRA.get(family, {}) | changes)
+    values = {key: value for key, value in (SMALL | EXTRA.get(family, {})).items() if value is not ...}
+    if family in WRAPPERS:
+        values = WRAPPERS[family] | {"text_config": values, "vision_config": VISION}
+    config = AutoConfig.for_model(family, **values | changes)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
