@@ -9,6 +9,7 @@ the reason, so there is no list of families (docs/families.md shows what the pro
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -92,12 +93,12 @@ def check_trainable(model: PreTrainedModel, config: Config) -> None:
     if is_converted(config.model.path):
         if read_spec(config.model.path).format == "sdar":
             raise DataError(
-                f"model.path ({config.model.path}) is a converted sdar folder: its weights predict masked tokens, "
-                "and cannot teach as an AR model. Give the checkpoint that it was made from."
+                f"model.path ({config.model.path}) is a converted sdar folder: its weights predict masked "
+                "tokens, and cannot teach as an AR model. Give the checkpoint that it was made from."
             )
         log.warning(
-            f"{config.model.path} is a converted folder: a new adapter is trained on its AR model, and what it "
-            "learnt before is not used"
+            f"{config.model.path} is a converted folder: this run starts anew from its AR model, and uses "
+            "nothing that was learnt before"
         )
     if is_quantized(model) and not config.lora.enabled:
         raise DataError(
@@ -148,8 +149,8 @@ def make_spec(
     stops = stop_token_ids(model, tokenizer)
     if mask_token_id in stops:
         raise DataError(
-            f"format.mask_token ({config.format.mask_token}) has the id {mask_token_id}, which ends a response: "
-            "an unknown token would be an end. Name a token that is never used, or leave format.mask_token out."
+            f"format.mask_token ({config.format.mask_token}) has the id {mask_token_id}, which ends a "
+            "response. Name a token that is never used, or leave format.mask_token out."
         )
     if not stops:
         raise DataError(
@@ -205,8 +206,8 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     if end is not None and end not in found:
         token = tokenizer.convert_ids_to_tokens(end)
         log.warning(
-            f"the chat template ends a turn with {token} (id {end}), which is not among the checkpoint's stop "
-            f"ids ({', '.join(map(str, sorted(found))) or 'none'}): it is one now"
+            f"the chat template ends a turn with {token} (id {end}), which is not among the stop ids "
+            f"({', '.join(map(str, sorted(found))) or 'none'}): it is added"
         )
         found.add(end)
     return tuple(sorted(i for i in found if i < vocabulary_rows(model)))
@@ -281,63 +282,61 @@ def probe_ids(spec: DiffusionSpec, tokenizer: PreTrainedTokenizerBase) -> Tensor
 
 
 def find_failure(model: PreTrainedModel, spec: DiffusionSpec, ids_BL: Tensor) -> str | None:
-    """The first required property that fails, in words; None if all hold."""
-    plain = model(input_ids=ids_BL, use_cache=False)
+    """The first required property that fails, in words; None if all hold. May raise UnsupportedModel."""
+    plain_BLV = model(input_ids=ids_BL, use_cache=False).logits
+    own = own_rounding(model, ids_BL, plain_BLV)
+    limit = max(PROBE_TOLERANCE[model.dtype], 3 * own)
+    for failure, left, right in comparisons(model, spec, ids_BL, plain_BLV):
+        gap = distance(left, right)
+        if gap > limit:
+            return (
+                f"{failure} by {gap:.2g} of their size (allowed: {limit:.2g}; its own cached pass differs by "
+                f"{own:.2g})"
+            )
+    return None
+
+
+def comparisons(
+    model: PreTrainedModel, spec: DiffusionSpec, ids_BL: Tensor, plain_BLV: Tensor
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Pairs of tensors that must be equal, each with the sentence for the case that they are not."""
     later_BL = ids_BL.clone()
     later_BL[0, 8] = ids_BL[0, 9] if ids_BL[0, 9] != ids_BL[0, 8] else ids_BL[0, 0]
-    moved = model(input_ids=later_BL, use_cache=False)
-    if distance(moved.logits[:, :8], plain.logits[:, :8]) > PROBE_TOLERANCE[model.dtype]:
-        return "it is not causal: a later token changes its earlier predictions"
-    own = own_rounding(model, ids_BL, plain.logits)
-    limit = max(PROBE_TOLERANCE[model.dtype], 3 * own)
-
-    def by(gap: float) -> str:
-        return f"by {gap:.2g} of their size (allowed: {limit:.2g}; its own cached pass differs by {own:.2g})"
-
+    moved_BLV = model(input_ids=later_BL, use_cache=False).logits
+    yield "it is not causal: a later token changes its earlier logits", moved_BLV[:, :8], plain_BLV[:, :8]
     decoder, embedded_BLH = model.get_decoder(), model.get_input_embeddings()(ids_BL)
     own_BLH = decoder(input_ids=ids_BL, use_cache=False).last_hidden_state
-    gap = distance(head_logits(model, own_BLH), plain.logits)
-    if gap > limit:
-        return f"its head is more than a linear map of the last states: its logits differ {by(gap)}"
-    gap = distance(decoder(inputs_embeds=embedded_BLH, use_cache=False).last_hidden_state, own_BLH)
-    if gap > limit:
-        return f"it changes the embeddings of its tokens on the way: its states differ {by(gap)}"
+    yield "its head is more than a linear map: its logits differ", head_logits(model, own_BLH), plain_BLV
+    from_embedded_BLH = decoder(inputs_embeds=embedded_BLH, use_cache=False).last_hidden_state
+    yield "it changes what its embedding layer gives: its states differ", from_embedded_BLH, own_BLH
+
     wrapped = DiffusionLM(model, spec)
     lengths_B = torch.tensor([ids_BL.shape[1]], device=model.device)
     causal = clean_slots(ids_BL, lengths_B, lengths_B, spec.block_grid, "preserve")
     hidden_BLH = wrapped.student_hidden(causal)
-    gap = distance(head_logits(model, hidden_BLH), plain.logits)
-    if gap > limit and not model._supports_attention_backend:
-        return OWN_ATTENTION
-    if gap > limit:
-        return f"its logits under our causal mask differ from its own {by(gap)}"
-
+    failure = "its logits under our causal mask differ from its own"
+    if not model._supports_attention_backend:
+        failure = f"{OWN_ATTENTION}: {failure}"
+    yield failure, head_logits(model, hidden_BLH), plain_BLV
     later = clean_slots(later_BL, lengths_B, lengths_B, spec.block_grid, "preserve")
-    gap = distance(wrapped.student_hidden(later)[:, :8], hidden_BLH[:, :8])
-    if gap > limit:
-        return (
-            f"a later token changes earlier states {by(gap)} although the mask is causal (not a plain "
-            "attention model)"
-        )
+    failure = "although our mask is causal, a later token changes earlier states"
+    yield failure, wrapped.student_hidden(later)[:, :8], hidden_BLH[:, :8]
     open_ended = replace(causal, visible_until_BS=torch.full_like(ids_BL, ids_BL.shape[1] - 1))
     if torch.equal(wrapped.student_hidden(open_ended), hidden_BLH):
-        return "it ignores a mask that lets earlier tokens see later ones"
+        raise UnsupportedModel("it ignores a mask that lets earlier tokens see later ones")
 
     cache = SlotCache(*ids_BL.shape)
     wrapped.student_hidden(causal.only(causal.positions_BS < 6), cache)
     cached_BLH = wrapped.student_hidden(causal.only(causal.positions_BS >= 6), cache)
-    gap = distance(cached_BLH[:, 6:], hidden_BLH[:, 6:])
-    if gap > limit:
-        return f"states computed with the key-value cache differ from the full pass {by(gap)}"
+    failure = "states computed with the key-value cache differ from the full pass"
+    yield failure, cached_BLH[:, 6:], hidden_BLH[:, 6:]
 
     positions_2L = causal.positions_BS.repeat(2, 1)
     positions_2L[1] += int(min(context_length(model.config), FARTHEST)) - ids_BL.shape[1]
     clean_2L = torch.zeros_like(positions_2L)
     beside = make_slots(ids_BL.repeat(2, 1), positions_2L, positions_2L, clean_2L, clean_2L == 0)
-    gap = distance(wrapped.student_hidden(beside)[:1], hidden_BLH)
-    if gap > limit:
-        return f"a row beside it, at later positions, changes the states of a row {by(gap)}"
-    return None
+    failure = "a row at later positions changes the states of the row beside it"
+    yield failure, wrapped.student_hidden(beside)[:1], hidden_BLH
 
 
 def own_rounding(model: PreTrainedModel, ids_BL: Tensor, logits_BLV: Tensor) -> float:

@@ -55,9 +55,9 @@ ADAPTER_FOLDER = "adapter"
 STUDENT_FOLDER = "student"
 MASK_EMBEDDING_FILE = "mask_embedding.safetensors"
 AR_CLASS = "autoregressive_class"
-"""Entry of a converted folder's config.json: the class of its AR model, where the checkpoint's code has it."""
+"""Entry of a converted folder's config.json: the class of its AR model, where the checkpoint brings it."""
 CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
-"""What transformers raises for a checkpoint that it cannot use, and code of a checkpoint for its own faults."""
+"""What transformers, or the code of a checkpoint, raises where it cannot be used."""
 log = logging.getLogger(__name__)
 
 
@@ -117,6 +117,17 @@ def load_causal_lm(
     except (OSError, RuntimeError, *CONFIG_ERRORS) as error:
         raise DataError(f"cannot load {path} as a causal language model: {one_line(error)}") from error
     model, found = loaded
+    check_weights(path, model, found)
+    if getattr(model, "is_loaded_in_4bit", False):
+        make_savable(model)
+    if method and not is_quantized(model):
+        log.warning(f"{path}: its {method} weights are dequantised to {model.dtype}")
+    use_faster_linear(model)
+    return model.eval()
+
+
+def check_weights(path: str, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
+    """DataError for weights that are missing, of another shape or not finite, by transformers' report."""
     if found["missing_keys"]:
         raise DataError(
             f"{path}: {len(found['missing_keys'])} weights are missing, first {min(found['missing_keys'])}. "
@@ -133,12 +144,6 @@ def load_causal_lm(
                 f"{path}: weight {name} holds NaN or infinite values; the checkpoint is damaged. Download it "
                 "again."
             )
-    if getattr(model, "is_loaded_in_4bit", False):
-        make_savable(model)
-    if method and not is_quantized(model):
-        log.warning(f"{path}: its {method} weights are dequantised to {model.dtype}")
-    use_faster_linear(model)
-    return model.eval()
 
 
 def quantization_method(path: str, config: PretrainedConfig) -> str | None:
@@ -148,10 +153,10 @@ def quantization_method(path: str, config: PretrainedConfig) -> str | None:
         return "gguf" if gguf_file(path) else None
     if not AutoHfQuantizer.supports_quant_method(section):
         raise DataError(
-            f"{path} holds weights quantised by {section['quant_method']}, which transformers cannot read. Give the "
-            "checkpoint in full precision."
+            f"{path} holds weights quantised by {section['quant_method']}, which transformers cannot read. "
+            "Give the checkpoint in full precision."
         )
-    return str(section["quant_method"])
+    return str(section.get("quant_method", "bitsandbytes"))
 
 
 def is_quantized(model: PreTrainedModel) -> bool:
@@ -201,8 +206,8 @@ def read_architecture(path: str, trust_remote_code: bool = False) -> PretrainedC
     classes = vars(config).get("auto_map") or {}
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in classes:
         raise DataError(
-            f"model.path ({path}) holds no causal language model that AutoModelForCausalLM can load: transformers "
-            f"has none of the type {config.model_type}. Give a text checkpoint."
+            f"model.path ({path}) holds no causal language model: AutoModelForCausalLM has none of "
+            f"the type {config.model_type}. Give a text checkpoint."
         )
     if hasattr(config, "block_diffusion"):  # its AutoModelForCausalLM is the diffusion model
         classes = {**classes, "AutoModelForCausalLM": getattr(config, AR_CLASS, None)}
@@ -240,7 +245,9 @@ def one_line(error: Exception) -> str:
     """The start of an error's message, in one line."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
-        return "it brings Python code, which is run only with --trust-remote-code (model.trust_remote_code=true)"
+        return (
+            "it brings Python code, which is run only with --trust-remote-code (model.trust_remote_code=true)"
+        )
     return (text if len(text) <= 300 else f"{text[:300]} ...") or type(error).__name__
 
 
@@ -321,11 +328,12 @@ def set_embedding_row(model: PreTrainedModel, token_id: int, entering_H: Tensor)
 def check_fits(model: DiffusionLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, key: str) -> None:
     """DataError if prompts, responses (limited by setting `key`) and drafts exceed the model's context."""
     longest, config = max(len(ids) for ids in prompts), model.student.config
+    context = context_length(config)
     if longest + max_new_tokens > max_total_tokens(model):
         switch = "" if rotary_switch(config) is None else ", where its rotary tables switch"
         raise DataError(
             f"the longest prompt ({longest} tokens) plus {key} ({max_new_tokens}) and two blocks of drafts "
-            f"exceeds the model's context ({context_length(config)}{switch}). Lower {key} or shorten the prompt."
+            f"exceeds the model's context ({context}{switch}). Lower {key} or shorten the prompt."
         )
     check_ids(model, prompts)
 
@@ -336,8 +344,8 @@ def check_ids(model: DiffusionLM, texts: Iterable[Sequence[int]]) -> None:
     foreign = {token for ids in texts for token in ids if token not in known} - {model.spec.mask_token_id}
     if foreign:
         raise DataError(
-            f"a text holds the token id {min(foreign)}, but the model's embedding has only {len(known)} rows: "
-            "remove that token from the text, or use the checkpoint's own tokenizer."
+            f"a text holds the token id {min(foreign)}, but the model's embedding has only {len(known)} "
+            "rows. Remove that token from the text, or use the checkpoint's own tokenizer."
         )
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 
 import opdlm
-from opdlm.cli.flags import MODES, Parser, Verbs, add_compile, add_decode_flags, add_trust, add_verb, decode_config
+from opdlm.cli.flags import (
+    MODES,
+    Parser,
+    Verbs,
+    add_compile,
+    add_decode_flags,
+    add_trust,
+    add_verb,
+    decode_config,
+)
 
 EXAMPLES = """  opdlm bench runs/tiny/model
   opdlm bench runs/tiny/model --batch-sizes 1 8 --modes ar lossless --limit 40 --out report"""

@@ -175,8 +175,8 @@ def load_student(config: Config, tokenizer: PreTrainedTokenizerBase) -> Diffusio
 
 
 def check_round_trip(student: DiffusionLM, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
-    """DataError where a checkpoint with code of its own could not be used after training: its result folder is
-    written, loaded and decodes one token. This removes the LoRA layers from `student`.
+    """DataError where the result folder of a checkpoint that brings code could not be used: it is written,
+    loaded, and decodes one token. This removes the LoRA layers from `student`.
     """
     parent = next(folder for folder in Path(config.output_dir).resolve().parents if folder.is_dir())
     with TemporaryDirectory(dir=parent) as folder, trust_remote_code(config.model.trust_remote_code):
@@ -185,7 +185,7 @@ def check_round_trip(student: DiffusionLM, tokenizer: PreTrainedTokenizerBase, c
             model, _ = load(folder)
         except DataError as error:
             raise DataError(
-                f"model.path ({config.model.path}) brings code that cannot be loaded from a result folder: {error}"
+                f"model.path ({config.model.path}) brings code that a result folder cannot load: {error}"
             ) from error
         generate(model, [[model.spec.stop_token_ids[0]]], DecodeConfig(mode="static", max_new_tokens=1))
 

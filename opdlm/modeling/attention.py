@@ -381,7 +381,9 @@ def slot_attention(
             raise UnsupportedModel(f"its attention {meaning} (`{keyword}`), which ours does not compute")
     if slot_forward is None:
         if attention_mask is not None and attention_mask.shape[-1] < key.shape[2]:
-            raise UnsupportedModel("its layers do not pass keywords on to the attention function: no mask can be set")
+            raise UnsupportedModel(
+                "its layers do not pass keywords on to the attention function: no mask can be set"
+            )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     mask = slot_forward.masks[slot_forward.windows[module.layer_idx]]
     if slot_forward.attend is not None:

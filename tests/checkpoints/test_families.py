@@ -1,4 +1,6 @@
-"""Families go convert, train, write, load, decode. One that cannot is refused with the reason."""
+"""Families go convert, train, write, load, decode. One that cannot is refused with the reason. The table in
+docs/families.md holds more of them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import EXACT, PROMPTS, REFUSED, examine, model_of, plain_greedy, table
 from tiny_checkpoints import tiny_model, tiny_overrides, tiny_tokenizer, write_checkpoint, write_data
 
 import opdlm
@@ -23,7 +26,6 @@ FAMILIES = [
     *("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gemma3_text", "gpt2", "phi3"),
     *("smollm3", "olmo2", "granite", "glm4"),
 ]
-PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [20]]
 
 
 def convert(folder: Path, family: str, *overrides: str) -> Path:
@@ -39,18 +41,6 @@ def decode(model: DiffusionLM, mode: Mode, num_tokens: int = 12) -> list[tuple[i
         model, PROMPTS, DecodeConfig(mode=mode, max_new_tokens=num_tokens, ar_accept_threshold=0.0)
     )
     return [rollout.text_ids for rollout in rollouts]
-
-
-def plain_greedy(model: torch.nn.Module, prompt: list[int], num_tokens: int, banned: list[int]) -> list[int]:
-    """The family's own greedy decoding, without a cache, a mask or a line of this project."""
-    ids = list(prompt)
-    while len(ids) < len(prompt) + num_tokens:
-        logits_V = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].clone()
-        logits_V[banned] = -torch.inf
-        ids.append(int(logits_V.argmax()))
-        if ids[-1] == 1:
-            break
-    return ids[len(prompt) :]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,15 +94,40 @@ def test_adapters_of_a_mixture_of_experts_stay_where_the_gate_is() -> None:
         )
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma3", "opt", "phi3 (longrope)"])
+def test_decoding_is_the_family_s_own(family: str) -> None:
+    assert examine(family) == "exact"
+
+
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("qwen3_next", "its linear_attention layers accept no attention mask"),
-        ("mamba", "they do not accept our masks and positions"),
-        ("gemma2", "does not support `softcap`"),
+        ("bert", "it is not causal"),
+        ("bloom", "its positions are added to the scores (ALiBi)"),
+        ("falcon", "its attention is not called through transformers' attention interface"),
+        ("gemma2", "its attention caps its scores (`softcap`)"),
+        ("gpt_oss", "its attention adds a learned sink to every softmax (`s_aux`)"),
+        ("lfm2", "its conv layers are neither full nor sliding attention"),
+        ("minicpm3", "its head is more than a linear map"),
+        ("nemotron", "its layers do not pass keywords on to the attention function"),
+        ("qwen3_next", "it has recurrent layers"),
     ],
 )
 def test_a_family_that_cannot_work_is_refused_with_the_reason(family: str, reason: str) -> None:
-    config = load_config(None, ["model.path=unused"])
-    with pytest.raises(DataError, match=f"{family} models cannot be converted: .*{reason}"):
-        make_student(tiny_model(family), tiny_tokenizer(), config)
+    assert examine(family).startswith(f"{family} models cannot be converted: {reason}")
+
+
+def test_a_row_that_depends_on_the_rows_beside_it_is_refused() -> None:
+    """Rotary tables that change with the longest position of a forward, undeclared in the config."""
+    model = model_of("llama (dynamic rope)")
+    model.model.rotary_emb.max_seq_len_cached = model.model.rotary_emb.original_max_seq_len = 64
+    with pytest.raises(DataError, match="a row at later positions changes the states of the row beside it"):
+        make_student(model, tiny_tokenizer(), load_config(None, ["model.path=unused"]))
+
+
+@pytest.mark.slow
+def test_the_table_of_the_documentation_is_what_the_families_give() -> None:
+    page = table()
+    assert page == (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    for family in (*EXACT, *REFUSED):
+        assert (f"| {family} | exact |" in page) == (family in EXACT), family

@@ -357,7 +357,7 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     "no stop token": (lambda p: p.convert(model=without_stop(p)), ("no stop token", "eos_token_id", "Set")),
     "no attention to mask": (
         lambda p: p.convert(model=linear_attention(p)),
-        ("mamba models cannot be converted", "masks"),
+        ("mamba models cannot be converted", "recurrent layers"),
     ),
     "blocks that do not start at step 0": (
         lambda p: p.convert("format.block_growth=[[1,2]]", "format.block_size=2"),

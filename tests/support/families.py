@@ -39,22 +39,78 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             | {"original_max_position_embeddings": 16, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         },
     ),
-    "llama (dynamic rope)": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama (dynamic rope)": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    ),
     "llama (yarn)": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
     "falcon (ALiBi)": ("falcon", {"alibi": True}),
 }
 """Families in another than their default form: (model type, changes of its config)."""
 EXACT = (
-    *("apertus", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "doge", "ernie4_5"),
-    *("exaone4", "gemma", "gemma3", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox"),
-    *("granite", "granitemoe", "helium", "hunyuan_v1_dense", "internlm3", "jetmoe", "llama", "llama (dynamic rope)"),
+    *(
+        "apertus",
+        "arcee",
+        "biogpt",
+        "bitnet",
+        "cohere",
+        "cohere2",
+        "deepseek_v2",
+        "deepseek_v3",
+        "doge",
+        "ernie4_5",
+    ),
+    *(
+        "exaone4",
+        "gemma",
+        "gemma3",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "glm4_moe",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neox",
+    ),
+    *(
+        "granite",
+        "granitemoe",
+        "helium",
+        "hunyuan_v1_dense",
+        "internlm3",
+        "jetmoe",
+        "llama",
+        "llama (dynamic rope)",
+    ),
     *("llama (llama3 rope)", "llama (yarn)", "ministral", "mistral", "mixtral", "olmo", "olmo2", "olmo3"),
     *("olmoe", "opt", "persimmon", "phi", "phi3", "phi3 (longrope)", "phimoe", "qwen2", "qwen2_moe"),
     *("qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2"),
 )
 REFUSED = (
-    *("bamba", "bert", "bloom", "codegen", "diffllama", "falcon", "falcon (ALiBi)", "falcon_h1", "gemma2", "gpt_oss"),
-    *("gptj", "granitemoehybrid", "jamba", "lfm2", "llama4_text", "mamba", "mamba2", "minicpm3", "mpt", "nemotron"),
+    *(
+        "bamba",
+        "bert",
+        "bloom",
+        "codegen",
+        "diffllama",
+        "falcon",
+        "falcon (ALiBi)",
+        "falcon_h1",
+        "gemma2",
+        "gpt_oss",
+    ),
+    *(
+        "gptj",
+        "granitemoehybrid",
+        "jamba",
+        "lfm2",
+        "llama4_text",
+        "mamba",
+        "mamba2",
+        "minicpm3",
+        "mpt",
+        "nemotron",
+    ),
     *("qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "stablelm", "xglm"),
 )
 
@@ -109,13 +165,14 @@ def examine(family: str) -> str:
 
 HEAD = """# Model families
 
-Written by `python tests/support/families.py docs/families.md`; a test (`make test-slow`) checks that it is up to
-date. Each row is a random two-layer float32 model of the family's own code (transformers {version}). *exact*: greedy
-`ar` and `lossless` decoding, with a random adapter, give the tokens of an uncached loop of stock transformers, in a
-batch and alone. Any other family is tried in the same way when it is converted, and refused with the reason.
+Written by `python tests/support/families.py docs/families.md`; a test (`make test-slow`) checks that it is up
+to date. Each row is a random two-layer float32 model of the family's own code (transformers {version}).
+*exact*: greedy `ar` and `lossless` decoding, with a random adapter, give the tokens of an uncached loop of
+stock transformers, in a batch and alone. Any other family is tried in the same way when it is converted, and
+refused with the reason.
 
 A longrope model is exact up to the position where its rotary tables switch
-(`original_max_position_embeddings`), and longer texts are refused.
+(`original_max_position_embeddings`); longer texts are refused.
 
 | family | result |
 |---|---|

@@ -72,7 +72,12 @@ EXTRA: dict[str, dict[str, Any]] = {  # `...`: an entry of SMALL that the family
     "smollm3": {"no_rope_layers": [1, 0]},
 }
 WRAPPERS: dict[str, dict[str, Any]] = {
-    "gemma3": {"mm_tokens_per_image": 4, "image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62},
+    "gemma3": {
+        "mm_tokens_per_image": 4,
+        "image_token_index": 60,
+        "boi_token_index": 61,
+        "eoi_token_index": 62,
+    },
 }
 """Families whose config holds those of a text and a vision part."""
 
