@@ -3,7 +3,7 @@
 `probe` runs the family's own code on tiny inputs and checks what block diffusion requires: the model uses the
 mask and positions that it is given, cached keys give the states of the full pass, a row does not depend on
 the rows beside it, and the LM head is a linear map of the hidden states. A family that fails is refused with
-the reason, so there is no list of families (docs/families.md shows what the probe says of some).
+the reason, so there is no list of families (docs/families.md: what it says of some).
 """
 
 from __future__ import annotations

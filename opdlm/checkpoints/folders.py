@@ -42,7 +42,7 @@ def check_is_checkpoint(path: str, *, setting: str = "model.path", needs_weights
     if not folder.exists() and looks_like_path(path):
         raise DataError(f"{name} does not exist. Give a checkpoint folder or a hub id.")
     if gguf_file(path):
-        require_package("gguf", "gguf", f"{name}, a GGUF file,")
+        require_package("gguf", "demo", f"{name}, a GGUF file,")
         return
     if folder.is_file():
         raise DataError(f"{name} is a file. Give the folder that holds config.json, or a .gguf file.")

@@ -132,9 +132,10 @@ class OpdlmForCausalLM(nn.Module):
         }
         plain, own_class = copy.deepcopy(config), getattr(config, "autoregressive_class", None)
         plain.auto_map = {**config.auto_map, "AutoModelForCausalLM": own_class} if own_class else {}
-        base = AutoModelForCausalLM.from_pretrained(
-            name, config=plain, trust_remote_code=own_class is not None, **loading
-        )
+        loading["trust_remote_code"] = (
+            own_class is not None
+        )  # as for this class, whose user trusts the folder
+        base = AutoModelForCausalLM.from_pretrained(name, config=plain, **loading)
         spec = DiffusionSpec.from_dict(config.block_diffusion)
         if spec.format == "sdar" and not spec.adapter:
             return cls(config, DiffusionLM(base, spec)).eval()
