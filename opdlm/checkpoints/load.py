@@ -235,7 +235,7 @@ def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) ->
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype)
             )
-        except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        except (RuntimeError, ZeroDivisionError, *CONFIG_ERRORS) as error:
             raise ConfigError(f"model.shape ({dict(shape)}) makes no model: {one_line(error)}") from error
     use_faster_linear(model)
     return model.eval()
