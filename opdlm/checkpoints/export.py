@@ -76,8 +76,8 @@ def write_model(
     """Write weights, adapter, tokenizer, config and remote code.
 
     With `preserve` the AR model is the files of `source`, the folder or hub id that it was loaded from, so
-    they stay the same, byte for byte; only those of a GGUF file become safetensors. This removes the LoRA layers from `model`; load the folder to use the
-    model again.
+    they stay the same, byte for byte; a GGUF file becomes safetensors. This removes the LoRA layers from
+    `model`; load the folder to use the model again.
     """
     spec = model.spec
     is_packed = getattr(model.student, "is_loaded_in_4bit", False)  # the adapter belongs to the 4-bit weights

@@ -133,7 +133,8 @@ def check_weights(path: str, model: PreTrainedModel, found: Mapping[str, Any]) -
             f"{path}: {len(found['missing_keys'])} weights are missing, first {min(found['missing_keys'])}. "
             "Download or copy the checkpoint again."
         )
-    for name, in_files, in_model in found["mismatched_keys"]:
+    if found["mismatched_keys"]:
+        name, in_files, in_model = min(found["mismatched_keys"])
         raise DataError(
             f"{path}: weight {name} has the shape {tuple(in_files)} in the files, and config.json says "
             f"{tuple(in_model)}. Download or copy the checkpoint again."

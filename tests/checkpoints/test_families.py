@@ -4,11 +4,12 @@ docs/families.md holds more of them.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
-from families import EXACT, PROMPTS, REFUSED, examine, model_of, plain_greedy, table
+from families import EXACT, PROMPTS, REFUSED, examine, plain_greedy, table
 from tiny_checkpoints import tiny_model, tiny_overrides, tiny_tokenizer, write_checkpoint, write_data
 
 import opdlm
@@ -118,9 +119,11 @@ def test_a_family_that_cannot_work_is_refused_with_the_reason(family: str, reaso
 
 
 def test_a_row_that_depends_on_the_rows_beside_it_is_refused() -> None:
-    """Rotary tables that change with the longest position of a forward, undeclared in the config."""
-    model = model_of("llama (dynamic rope)")
-    model.model.rotary_emb.max_seq_len_cached = model.model.rotary_emb.original_max_seq_len = 64
+    """Rotary tables that change with the longest position of a forward, inside the declared context."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = tiny_model("llama", rope_parameters=rope, max_position_embeddings=64)
+    model.model.rotary_emb.config = copy.deepcopy(model.config)
+    model.config.max_position_embeddings = 128
     with pytest.raises(DataError, match="a row at later positions changes the states of the row beside it"):
         make_student(model, tiny_tokenizer(), load_config(None, ["model.path=unused"]))
 

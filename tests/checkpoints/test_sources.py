@@ -297,7 +297,9 @@ def test_a_weight_of_another_shape_is_named(tmp_path: Path, capsys: pytest.Captu
     folder = edit(write_checkpoint(tmp_path / "shape"), intermediate_size=32)
     assert convert(folder, tmp_path) == 2
     error = capsys.readouterr().err
-    assert "mlp.gate_proj.weight has the shape (48, 32) in the files" in error and "(32, 32)" in error
+    assert (
+        "layers.0.mlp.down_proj.weight has the shape (32, 48) in the files" in error and "(32, 32)" in error
+    )
 
 
 def test_a_converted_folder_starts_anew_or_is_refused(

@@ -352,7 +352,7 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     ),
     "tokenizer larger than the embedding": (
         lambda p: p.convert(model=small_embedding(p)),
-        ("only 40 rows", "Use the checkpoint's own tokenizer"),
+        ("only 40 rows", "use the checkpoint's own tokenizer"),
     ),
     "no stop token": (lambda p: p.convert(model=without_stop(p)), ("no stop token", "eos_token_id", "Set")),
     "no attention to mask": (
