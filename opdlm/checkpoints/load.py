@@ -42,6 +42,7 @@ from opdlm.checkpoints.folders import (
 from opdlm.checkpoints.lora import adapted_layers, add_lora, no_future_warnings
 from opdlm.config.sections import LoraSection, RunConfig, resolve_path
 from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.generate import check_settings
 from opdlm.errors import ConfigError, DataError
 from opdlm.modeling.cpu_linear import use_faster_linear
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
@@ -352,15 +353,10 @@ def check_ids(model: DiffusionLM, texts: Iterable[Sequence[int]]) -> None:
 
 def check_decode(config: DecodeConfig, spec: DiffusionSpec) -> None:
     """Raises ConfigError for settings by which the checkpoint cannot decode."""
-    if config.mode == "lossless" and spec.format == "sdar":
-        raise ConfigError(
-            "`mode=lossless` needs a preserve checkpoint; this one is sdar. Use static or threshold."
-        )
-    if config.denoising_steps is not None and config.denoising_steps > spec.block_size:
-        raise ConfigError(
-            f"denoising_steps ({config.denoising_steps}) must lie between 1 and the block size "
-            f"({spec.block_size})."
-        )
+    try:
+        check_settings(config, spec)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def context_length(config: PretrainedConfig) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Mode = Literal["ar", "static", "threshold", "entropy", "left_to_right", "lossless"]
 
@@ -50,6 +50,8 @@ class DecodeConfig:
     """
 
     def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"mode ({self.mode!r}) must be one of {', '.join(get_args(Mode))}.")
         for name in ("max_new_tokens", "batch_size", "top_k", "denoising_steps"):
             value: int | None = getattr(self, name)
             if value is not None and value < 1:

@@ -112,14 +112,15 @@ def generate(
     config: DecodeConfig,
     rng: Seeds = None,
     on_step: OnStep | None = None,
-    find_end: FindEnd | None = None,
+    find_end: FindEnd | Sequence[FindEnd] | None = None,
 ) -> list[Rollout]:
     """Decode prompts of at least one token id each; rollouts in the order of the prompts.
 
     A prompt that contains mask ids is a template whose gaps are filled: ValueError in modes that cannot fill
     gaps. `on_step` is called after every step; its `revealed` marks the positions that the step changed.
-    `find_end` ends responses at stop strings. `rng` draws the seed of each prompt or lists the seeds; the
-    output is deterministic given the seeds. Every row ends within `DecodeState.max_steps`.
+    `find_end`, one or one per prompt, ends responses, for example at stop strings. `rng` draws the seed of
+    each prompt or lists the seeds; the output is deterministic given the seeds. Every row ends within
+    `DecodeState.max_steps`.
     """
     requests = make_requests(prompts, rng, config.max_new_tokens)
     if not requests:
@@ -131,11 +132,25 @@ def generate(
     decoder = Decoder(model, config, num_rows, longest + config.max_new_tokens, on_step)
     decoder.waiting.extend(sorted(requests, key=lambda request: len(request.ids)))
     if find_end is not None:
-        decoder.find_end = dict.fromkeys(range(len(prompts)), find_end)
+        ends = find_end if isinstance(find_end, Sequence) else [find_end] * len(prompts)
+        decoder.find_end = dict(enumerate(ends))
     finished: dict[int, Rollout] = {}
     while decoder.is_busy:
         finished |= decoder.step()
     return [finished[i] for i in range(len(prompts))]
+
+
+def check_settings(config: DecodeConfig, spec: DiffusionSpec) -> None:
+    """ValueError for settings by which the checkpoint cannot decode."""
+    if config.mode == "lossless" and spec.format == "sdar":
+        raise ValueError(
+            "`mode=lossless` needs a preserve checkpoint; this one is sdar. Use static or threshold."
+        )
+    if config.denoising_steps is not None and config.denoising_steps > spec.block_size:
+        raise ValueError(
+            f"denoising_steps ({config.denoising_steps}) must lie between 1 and the block size "
+            f"({spec.block_size})."
+        )
 
 
 def check_can_infill(model: DiffusionLM, config: DecodeConfig) -> None:
