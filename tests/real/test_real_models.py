@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from everyday_calls import run
 from transformers import AutoModelForCausalLM
 
 import opdlm
@@ -69,3 +70,10 @@ def test_lossless_text_is_that_of_transformers_in_float32(converted: tuple[Path,
         stops = list(model.spec.stop_token_ids)
         theirs = plain.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=stops)
         assert list(ours.text_ids) == theirs[0, len(ids) :].tolist()
+
+
+def test_everyday_calls_of_transformers_work(converted: tuple[Path, Path], tmp_path: Path) -> None:
+    source, folder = converted
+    outcomes = run(folder, source, tmp_path / "modules")
+    failed = {name: error for name, error in outcomes.items() if error}
+    assert outcomes and not failed, "\n".join(failed.values())
