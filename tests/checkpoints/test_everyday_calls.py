@@ -67,7 +67,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        answer: dict[str, Any] = {"url": "http://localhost/someone/small", "valid": True}
+        url = f"http://{self.headers['Host']}/someone/small"
+        answer: dict[str, Any] = {"url": url}
         if "/preupload/" in self.path:
             paths = [file["path"] for file in json.loads(body)["files"]]
             answer = {
@@ -76,7 +77,7 @@ class Hub(BaseHTTPRequestHandler):
         if "/commit/" in self.path:
             lines = [json.loads(line) for line in body.splitlines()]
             self.committed += [line["value"]["path"] for line in lines if line["key"] == "file"]
-            answer = {"commitUrl": "http://localhost/someone/small/commit/0", "commitOid": "0" * 40}
+            answer = {"commitUrl": f"{url}/commit/0", "commitOid": "0" * 40}
         data = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
