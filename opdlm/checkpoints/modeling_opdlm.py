@@ -142,20 +142,22 @@ def row_lengths(layer: Any, change_OI: Tensor) -> Tensor:
     return (weight_OI.to(change_OI.dtype) + change_OI).norm(dim=1)
 
 
-class OpdlmForCausalLM(PreTrainedModel, GenerationMixin):
+class OpdlmForCausalLM(GenerationMixin):
     """A converted checkpoint: a model of transformers whose `generate` decodes blocks.
 
     `from_pretrained` gives the model of the family a subclass of this class and of its own, with the name of
     the latter, by which transformers recognises it. Everything but `generate` is the family's: `forward`
-    computes the autoregressive logits (`preserve`: those of the original), `parameters` are its weights.
+    computes the autoregressive logits (`preserve`: those of the original), `parameters` are its weights. This
+    class itself is no `PreTrainedModel`, since transformers 5.16 refuses one that has no config class.
     """
 
+    config: Any
     diffusion: DiffusionLM
     """Holds this model, and beside it what the student has of its own. Not a submodule."""
     adapter_folder: Path | None
 
     @classmethod
-    def from_pretrained(cls, name: Any, *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
+    def from_pretrained(cls, name: Any, *arguments: Any, **options: Any) -> Any:
         """Load a folder or hub id, with the options of transformers.
 
         ValueError for an attention implementation other than sdpa, by which blocks are decoded, and for a
@@ -191,15 +193,15 @@ class OpdlmForCausalLM(PreTrainedModel, GenerationMixin):
         model._attach(name, options)
         return (model, info) if wants_info else model
 
-    def _attach(self, name: Any, options: dict[str, Any]) -> None:
+    def _attach(self: Any, name: Any, options: dict[str, Any]) -> None:
         """Load what the folder holds beside the model's own weights."""
         spec = DiffusionSpec.from_dict(self.config.block_diffusion)
         hub = {key: options[key] for key in HUB_OPTIONS if key in options}
-        embedding: Any = self.get_input_embeddings()
+        device = self.get_input_embeddings().weight.device
         mask_embedding, student, adapted = None, None, []
         if spec.adapter or spec.format == "preserve":
             file: Any = cached_file(name, "mask_embedding.safetensors", **hub)
-            mask_embedding = load_file(file)["mask_embedding"].to(embedding.weight.device)
+            mask_embedding = load_file(file)["mask_embedding"].to(device)
         self.adapter_folder = None
         if spec.adapter:
             files: list[Any] = [cached_file(name, f"adapter/{file}", **hub) for file in ADAPTER_FILES]
@@ -216,8 +218,8 @@ class OpdlmForCausalLM(PreTrainedModel, GenerationMixin):
             mask_embedding=mask_embedding,
             adapted=adapted,
         ).eval()
-        defaults: Any = self.generation_config
-        defaults.eos_token_id = list(spec.stop_token_ids)
+        defaults = self.generation_config
+        defaults.eos_token_id = list(spec.stop_token_ids) or None
         defaults._from_model_config = False  # transformers would drop `DECODE_SETTINGS` when it is saved
         for key, value in unsupported(defaults).items():
             logger.warning(f"generation_config.json: {key}={value!r} has no effect when blocks are decoded.")
@@ -233,11 +235,10 @@ class OpdlmForCausalLM(PreTrainedModel, GenerationMixin):
             self.diffusion.mask_embedding = nn.Parameter(fn(self.diffusion.mask_embedding.data))
         if self.diffusion.student is not self:
             self.diffusion.student._apply(fn, *arguments, **options)
-        return super()._apply(fn, *arguments, **options)
+        parent: Any = super()
+        return parent._apply(fn, *arguments, **options)
 
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: Any, *, push_to_hub: bool = False, **options: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: Any, *, push_to_hub: bool = False, **options: Any) -> None:
         """Write a folder that loads as this one did, without the record of the run. The adapter's files are
         copied.
         """
@@ -245,7 +246,8 @@ class OpdlmForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("push_to_hub=True is not supported here: call model.push_to_hub(repo_id).")
         folder = Path(save_directory)
         self.config.auto_map = {"AutoModelForCausalLM": f"{Path(__file__).stem}.OpdlmForCausalLM"}
-        super().save_pretrained(folder, **options)
+        parent: Any = super()
+        parent.save_pretrained(folder, **options)
         custom_object_save(self, folder)
         if self.diffusion.mask_embedding is not None:
             save_file(
