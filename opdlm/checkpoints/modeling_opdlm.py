@@ -248,6 +248,8 @@ class OpdlmForCausalLM(GenerationMixin):
         self.config.auto_map = {"AutoModelForCausalLM": f"{Path(__file__).stem}.OpdlmForCausalLM"}
         parent: Any = super()
         parent.save_pretrained(folder, **options)
+        if not options.get("is_main_process", True):
+            return
         custom_object_save(self, folder)
         if self.diffusion.mask_embedding is not None:
             save_file(
@@ -255,7 +257,7 @@ class OpdlmForCausalLM(GenerationMixin):
                 folder / "mask_embedding.safetensors",
             )
         if self.diffusion.student is not self:
-            self.diffusion.student.save_pretrained(folder / "student", **options)
+            self.diffusion.student.save_pretrained(folder / "student", **options | {"state_dict": None})
         target = folder / "adapter"
         if self.adapter_folder is not None and self.adapter_folder.resolve() != target.resolve():
             target.mkdir(exist_ok=True)
@@ -323,7 +325,8 @@ class OpdlmForCausalLM(GenerationMixin):
         find_end = [
             token_watcher(row_P, config.max_new_tokens, criteria, streamer) for row_P in input_ids.cpu()
         ]
-        rollouts = generate(model, prompts, config, find_end=find_end if criteria or streamer else None)
+        watched = bool(criteria) or streamer is not None
+        rollouts = generate(model, prompts, config, find_end=find_end if watched else None)
         if streamer is not None:
             streamer.end()
         width = max(rollout.num_response for rollout in rollouts)
