@@ -233,7 +233,7 @@ def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            config = AutoConfig.for_model(**(values | shape))
+            config = AutoConfig.for_model(**(values | dict(shape)))
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype)
             )
