@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opdlm.config.loader import build_section, plain, read_settings
+from opdlm.config.schedules import FROM_TEACHER
 from opdlm.config.sections import Config, MaskSection, RunConfig
 from opdlm.errors import ConfigError
 
@@ -27,8 +28,10 @@ def check_config(config: Config) -> None:
     """Rules across keys. Raises ConfigError for the first that does not hold."""
     check_schedule("format.block_growth", config.format.block_growth, "format.block_size", config)
     check_schedule("states.selection_schedule", config.states.selection_schedule, "states.selection", config)
+    check_schedule("loss.divergence_schedule", config.loss.divergence_schedule, "loss.divergence", config)
     check_curricula(config)
     check_masking(config)
+    check_draft(config)
     check_decode_groups(config)
     rollout = config.rollout
     b = min([size for _, size in config.format.block_growth], default=config.format.block_size)
@@ -58,6 +61,15 @@ def check_config(config: Config) -> None:
             f"loss.ar_weight ({config.loss.ar_weight:g}) has nothing to keep with format.name=preserve, "
             "whose autoregressive mode is the teacher: leave it out, or use format.name=sdar."
         )
+    for key in ("reverse_weight", "variation_weight"):
+        if lookup(config, f"loss.{key}") and {
+            config.loss.divergence,
+            *dict(config.loss.divergence_schedule).values(),
+        } != {"forward_kl"}:
+            raise ConfigError(
+                f"loss.{key} ({lookup(config, f'loss.{key}')}) is mixed into forward_kl only: set "
+                "loss.divergence=forward_kl, or leave it out."
+            )
     sparse = config.loss.top_k is not None and not config.loss.tail
     if sparse and config.loss.divergence == "reverse_kl":
         raise ConfigError(
@@ -91,6 +103,30 @@ def check_decode_groups(config: Config) -> None:
     for key, reason in WITHOUT_EFFECT.items():
         if given[key] != defaults[key]:
             raise ConfigError(f"{key} ({given[key]}) has no effect: {reason}. Leave it out.")
+
+
+def check_draft(config: Config) -> None:
+    """What belongs to the objective draft, and what lossless rollouts need."""
+    loss, given, defaults = config.loss, config.flat(), Config().flat()
+    if loss.objective == "draft" and config.format.name != "preserve":
+        raise ConfigError(
+            "loss.objective (draft) trains drafts that the AR weights verify, and format.name is sdar, which "
+            "changes them: use format.name=preserve, or another objective."
+        )
+    only = ("states.anchors_per_row", "loss.reach_weights")
+    never = [key for key in given if key.startswith("masking.") or key.startswith("states.selection")]
+    for key in never if loss.objective == "draft" else only:
+        if given[key] != defaults[key]:
+            raise ConfigError(
+                f"{key} ({given[key]}) has no effect with loss.objective={loss.objective}: leave it out."
+            )
+    if config.rollout.decode.mode == "lossless" and not (
+        loss.objective in FROM_TEACHER and config.format.name == "preserve"
+    ):
+        raise ConfigError(
+            "rollout.decode.mode (lossless) writes the teacher's text with drafts that it verifies: use "
+            f"format.name=preserve and one of the objectives {', '.join(FROM_TEACHER)}, or mode=threshold."
+        )
 
 
 def check_evaluation(config: Config) -> None:
@@ -179,7 +215,7 @@ def check_engine(config: Config) -> None:
             f"rollout.engine (vllm) has nothing to generate: rollout.path ({config.rollout.path}) gives the "
             "rollouts. Set rollout.engine=own."
         )
-    asks_teacher = config.loss.objective in ("off_policy", "sft") or config.rollout.warm_start_steps > 0
+    asks_teacher = config.loss.objective in FROM_TEACHER or config.rollout.warm_start_steps > 0
     if config.rollout.decode.temperature > 2 and asks_teacher:
         raise ConfigError(
             f"rollout.decode.temperature ({config.rollout.decode.temperature}) must not exceed 2 with "

@@ -11,6 +11,9 @@ from functools import cache
 
 from opdlm.config.sections import Config, FormatSection, RolloutSection, Selection, scheduled
 
+FROM_TEACHER = ("off_policy", "sft", "draft")
+"""Objectives that train on the teacher's responses."""
+
 
 def block_size_at(section: FormatSection, step: int) -> int:
     return scheduled(section.block_growth, step, section.block_size)
@@ -30,7 +33,7 @@ def length_cap(section: RolloutSection, step: int, block_size: int) -> int:
 
 def is_from_teacher(config: Config, step: int) -> bool:
     """Whose responses step `step` trains on."""
-    return config.loss.objective in ("off_policy", "sft") or step < config.rollout.warm_start_steps
+    return config.loss.objective in FROM_TEACHER or step < config.rollout.warm_start_steps
 
 
 def selection_at(config: Config, step: int) -> Selection:

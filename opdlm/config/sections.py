@@ -21,6 +21,7 @@ from opdlm.config.loader import flat, plain
 from opdlm.decoding.decode_config import DecodeConfig
 
 Selection = Literal["one_per_block", "all", "complementary", "random_mask"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "total_variation"]
 Windows = Literal["auto"] | tuple[tuple[float, float], ...]
 Value = TypeVar("Value")
 
@@ -133,8 +134,11 @@ class DataSection:
 class RolloutDecode(DecodeConfig):
     """How rollouts are decoded. The states are the student's own, so the AR model replaces nothing."""
 
-    mode: Literal["static", "threshold"] = "threshold"
-    """How many tokens a denoising step reveals: a fixed number, or all that exceed confidence_threshold."""
+    mode: Literal["static", "threshold", "lossless"] = "threshold"
+    """How many tokens a denoising step reveals: a fixed number, or all that exceed confidence_threshold.
+    lossless is for teacher responses (draft, off_policy, sft): the same text in fewer forwards, as the drafts
+    improve; otherwise the teacher writes token by token.
+    """
     temperature: float = 1.0
     """0 = arg-max."""
     ar_accept_threshold: Literal[0] = 0
@@ -180,6 +184,10 @@ class StatesSection:
     """Which denoising states of a rollout are trained on (objective opd)."""
     selection_schedule: tuple[tuple[int, Selection], ...] = ()
     """Pairs (first step, selection) that end with selection: [[0, random_mask], [50, all]]."""
+    anchors_per_row: OptionalCount = None
+    """draft: tokens of a response after which a draft is trained, drawn anew in each pass; None = one for
+    every format.block_size tokens.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -214,15 +222,27 @@ class MaskSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class LossSection:
-    objective: Literal["opd", "opd_random", "off_policy", "sft"] = "opd"
+    objective: Literal["opd", "opd_random", "off_policy", "sft", "draft"] = "opd"
     """opd: own rollouts and their states; opd_random: own rollouts, random masks; off_policy: teacher
-    responses; sft: teacher responses, cross-entropy weighted 1/t."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    """Between teacher and student token distributions."""
+    responses; sft: teacher responses, cross-entropy weighted 1/t. draft (preserve): teacher responses, and
+    after any of their tokens the draft that lossless decoding makes there.
+    """
+    reach_weights: bool = False
+    """draft: a position counts with the probability that all draft tokens before it are accepted at
+    temperature 1, as the updates so far have measured it.
+    """
+    divergence: Divergence = "forward_kl"
+    """Between teacher and student token distributions. total_variation is the share of draft tokens that
+    speculative sampling rejects at temperature 1; it learns nothing from an untrained student.
+    """
+    divergence_schedule: tuple[tuple[int, Divergence], ...] = ()
+    """Pairs (first step, divergence) that end with divergence: [[0, forward_kl], [50, total_variation]]."""
     jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Weight of the teacher in the mixture of the Jensen-Shannon divergence."""
     reverse_weight: Share = 0.0
     """Share of reverse KL mixed into forward_kl."""
+    variation_weight: Share = 0.0
+    """Share of total variation mixed into forward_kl."""
     top_k: OptionalCount = None
     """Use the teacher's k most likely tokens only; None = full vocabulary."""
     tail: bool = True

@@ -17,6 +17,7 @@ measures the error on one step. Kernels with a dense mask compute all Q * K pair
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +157,9 @@ def longest_row(config: Config, sizes: ModelSizes, step: int) -> LongestRow:
     num_states = states[selection_at(config, step)]
     counts = [slots_of_state(config, size, size * k / steps) for k in range(1, steps + 1)]
     noised, supervised = (num_states * sum(column) / steps / size for column in zip(*counts, strict=True))
+    if config.loss.objective == "draft":
+        num_drafts = config.states.anchors_per_row or math.ceil(response / size)
+        noised = supervised = min(num_drafts, response) * (size - 1) / response
     return LongestRow(
         prompt=min(config.data.max_prompt_tokens, sizes.context - response - 2 * size),
         response=response,
@@ -271,7 +275,9 @@ def kept_bytes(config: Config, sizes: ModelSizes, row: LongestRow, is_checkpoint
 def working_bytes(config: Config, sizes: ModelSizes, row: LongestRow) -> float:
     """Temporary memory, in bytes: chunks of the loss, or one layer with the gradients of its widest part."""
     supervised = config.train.micro_batch_rows * row.supervised
-    num_alive = num_temporaries(config.loss.divergence, config.loss.reverse_weight)
+    num_alive = num_temporaries(
+        config.loss.divergence, config.loss.reverse_weight, config.loss.variation_weight
+    )
     trains_head = not config.lora.enabled
     chunk = default_chunk_size(
         sizes.vocabulary, sizes.hidden, num_alive, trains_head=trains_head, device="cuda"

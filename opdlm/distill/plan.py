@@ -151,14 +151,15 @@ def schedule_lines(config: Config) -> list[str]:
     def kind(step: int) -> tuple[str, int, str]:
         source = "the teacher's" if is_from_teacher(config, step) else "the student's"
         source = f"recorded ({config.rollout.path})" if config.rollout.path else source
-        return source, block_size_at(config.format, step), selection_at(config, step)
+        states = "drafts" if config.loss.objective == "draft" else f"states {selection_at(config, step)}"
+        return source, block_size_at(config.format, step), states
 
     lines = []
-    for (source, size, selection), group in groupby(range(config.train.num_steps), kind):
+    for (source, size, states), group in groupby(range(config.train.num_steps), kind):
         steps = list(group)
         caps = [str(response_cap(config, step)) for step in (steps[0], steps[-1])]
         lines.append(
-            f"steps {steps[0]}-{steps[-1]}: {source} responses, block size {size}, states {selection}, "
+            f"steps {steps[0]}-{steps[-1]}: {source} responses, block size {size}, {states}, "
             f"at most {' to '.join(dict.fromkeys(caps))} tokens"
         )
     peak, section = config.optimizer.learning_rate, config.optimizer

@@ -45,9 +45,10 @@ from opdlm.vllm.engine import (
 def rollout_decode_config(
     section: RolloutSection, max_new_tokens: int, *, from_teacher: bool
 ) -> DecodeConfig:
-    """Settings of one step's decoding. The teacher decodes autoregressively."""
+    """Settings of one step's decoding. The teacher decodes autoregressively, unless drafts are verified."""
     settings: dict[str, Any] = asdict(section.decode) | {"max_new_tokens": max_new_tokens}
-    return DecodeConfig(**settings | ({"mode": "ar"} if from_teacher else {}))
+    is_token_by_token = from_teacher and section.decode.mode != "lossless"
+    return DecodeConfig(**settings | ({"mode": "ar"} if is_token_by_token else {}))
 
 
 def generate_rollouts(
@@ -78,7 +79,9 @@ def generate_rollouts(
         case VllmStudent():
             return vllm.rollouts(ids, config.max_new_tokens, seeds)
     with compiled_decoding(model, section.compile):
-        return generate(model.teacher_decoder() if from_teacher else model, ids, config, seeds, on_step)
+        return generate(
+            model.teacher_decoder() if config.mode == "ar" else model, ids, config, seeds, on_step
+        )
 
 
 def check_launch(config: Config) -> None:

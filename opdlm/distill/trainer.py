@@ -28,14 +28,16 @@ from opdlm.config.schedules import (
     num_updates_of,
     selection_at,
 )
-from opdlm.config.sections import Config, LossSection
+from opdlm.config.sections import Config, LossSection, scheduled
 from opdlm.data.prompts import PromptStream
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.rollout import Prompt, Rollout, digest_of
 from opdlm.distill.rollouts import RolloutSource
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.modeling.slots import CLEAN
+from opdlm.objectives.acceptance import Acceptance, PlaceSums, places_of
 from opdlm.objectives.losses import (
+    Divergence,
     Head,
     HiddenTargets,
     LossOutput,
@@ -50,10 +52,12 @@ from opdlm.objectives.states import (
     StateBatch,
     first_fit,
     pack_states,
+    select_drafts,
     select_states,
 )
 from opdlm.objectives.targets import needs_teacher, score_rows, targets_at_supervised
 from opdlm.seeds import Stream, generator_for
+from opdlm.training.devices import sum_over_ranks
 from opdlm.training.loop import (
     EvalCallback,
     Loop,
@@ -77,6 +81,8 @@ class StudentLoss(nn.Module):
     def __init__(self, model: DiffusionLM, section: LossSection) -> None:
         super().__init__()
         self.model, self.section = model, section
+        self.divergence_name: Divergence = section.divergence
+        """Of the present step."""
         self.needs_teacher = needs_teacher(section, model.spec.format)
 
     def forward(self, states: StateBatch, weights_M: Tensor) -> LossOutput:
@@ -110,9 +116,11 @@ class StudentLoss(nn.Module):
             self.head(),
             targets,
             weights_M,
-            divergence="cross_entropy" if isinstance(targets, TokenTargets) else section.divergence,
+            divergence="cross_entropy" if isinstance(targets, TokenTargets) else self.divergence_name,
             beta=section.jsd_beta,
             reverse_weight=0.0 if isinstance(targets, TokenTargets) else section.reverse_weight,
+            variation_weight=0.0 if isinstance(targets, TokenTargets) else section.variation_weight,
+            with_acceptance=section.objective == "draft",
         )
 
 
@@ -137,6 +145,10 @@ class Run(Loop):
 
     config: Config
     source: RolloutSource
+    student_loss: StudentLoss
+    """Not wrapped for the devices."""
+    acceptance: Acceptance
+    """Of draft tokens (objective draft)."""
     pool: dict[int, list[Rollout]] = field(default_factory=dict)
     """Rollouts of the present, earlier (reused) and next (asynchronous) steps, by their step."""
     micro_batch_rows: int = field(init=False)
@@ -149,11 +161,14 @@ class Run(Loop):
     def progress(self, step: int) -> dict[str, Any]:
         pool = reusable(self, step).items()
         return Loop.progress(self, step) | {
-            "pool": {made: [rollout.to_dict() for rollout in rollouts] for made, rollouts in pool}
+            "acceptance": [self.acceptance.accepted, self.acceptance.offered],
+            "pool": {made: [rollout.to_dict() for rollout in rollouts] for made, rollouts in pool},
         }
 
     def restore(self, progress: dict[str, Any]) -> None:
         Loop.restore(self, progress)
+        if "acceptance" in progress:  # not in those of earlier versions
+            self.acceptance.accepted, self.acceptance.offered = progress["acceptance"]
         for made, rollouts in progress["pool"].items():
             self.pool[int(made)] = [Rollout.from_dict(rollout) for rollout in rollouts]
 
@@ -182,7 +197,8 @@ def start_run(
 ) -> Run:
     """Place the model on the devices and create the optimiser and the source of rollouts."""
     per_step, seed = config.rollout.prompts_per_step, config.train.seed
-    started = start(model, StudentLoss(model, config.loss), config)
+    student_loss = StudentLoss(model, config.loss)
+    started = start(model, student_loss, config)
     source = RolloutSource(
         config=config,
         model=model,
@@ -197,6 +213,8 @@ def start_run(
         totals={"rollout_tokens": 0.0, "loss_tokens": 0.0},
         data_digest=digest_of(chain((prompt.ids for prompt in prompts), map(ids_of, recorded))),
         source=source,
+        student_loss=student_loss,
+        acceptance=Acceptance(config.format.block_size - 1),
     )
 
 
@@ -211,6 +229,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     run.model.spec = replace(run.model.spec, block_size=block_size_at(config.format, step))
     rollouts = run.pool.get(step) or run.source.rollouts_at(step)  # in the pool if asynchronous
     waited = time.perf_counter() - started
+    schedule = config.loss.divergence_schedule
+    run.student_loss.divergence_name = scheduled(schedule, step, config.loss.divergence)
     rng = generator_for(config.train.seed, step + 1, Stream.UPDATE_ORDER)
     run.pool = reusable(run, step) | {step: rollouts}
     pool = [rollout for made in run.pool.values() for rollout in made]
@@ -265,13 +285,18 @@ def update(
 
     while True:
         batches = equally_many(run.accelerator, micro_batches(run, states))
+        places = PlaceSums.of_length(len(run.acceptance.accepted))
+        observe = places.observe if run.config.loss.objective == "draft" else None
         try:
-            return update_weights(run, map(packed, batches), len(batches))
+            sums = update_weights(run, map(packed, batches), len(batches), observe)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             is_alone = run.accelerator.num_processes == 1  # other ranks would wait for this one
             if not (is_alone and is_out_of_memory(error) and run.micro_batch_rows > 1):
                 raise
             halve_micro_batch(run)
+        else:
+            run.acceptance.add(sum_over_ranks(run.accelerator, *places.accepted_D, *places.offered_D))
+            return sums
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -302,6 +327,8 @@ def states_of(
 ) -> StateBatch:
     """Denoising states of one rollout, with draws that depend on (update, index) only."""
     rng = generator_for(run.config.train.seed, Stream.STATES + run.num_updates, index)
+    if run.config.loss.objective == "draft":
+        return select_drafts([rollouts[index]], run.model.spec, run.config.states.anchors_per_row, rng)
     return select_states([rollouts[index]], run.model.spec, selection, rng, rates)
 
 
@@ -309,7 +336,8 @@ def normalized_weights(run: Run, states: list[StateBatch]) -> list[Tensor]:
     """Weights of the supervised slots that make the update's loss a mean over the global batch.
 
     `token`: mean over supervised positions. `row`: mean over rows of the mean over each row (OPDLM, arXiv
-    2606.06712). `sft` first weights a position by 1 / (masked fraction of its block).
+    2606.06712). `sft` first weights a position by 1 / (masked fraction of its block), and
+    `loss.reach_weights` by the probability that it is reached.
     """
     per_batch, total = [], torch.zeros(())
     for batch in states:
@@ -317,6 +345,8 @@ def normalized_weights(run: Run, states: list[StateBatch]) -> list[Tensor]:
         weights_BS = is_supervised_BS.float()
         if run.config.loss.objective == "sft":
             weights_BS = weights_BS / batch.masked_fraction_BS.clamp_min(1e-6)
+        if run.config.loss.reach_weights:
+            weights_BS[is_supervised_BS] = run.acceptance.weights()[places_of(batch)]
         if run.config.loss.normalization == "row":
             counts_B1 = is_supervised_BS.sum(1, keepdim=True)
             weights_BS = weights_BS / counts_B1.clamp_min(1)
@@ -353,5 +383,6 @@ def step_metrics(
         "rollout_wait_seconds": waited,
         "rollout_share_of_time": waited / seconds,
         "seconds": seconds,
+        **(run.acceptance.metrics() if run.config.loss.objective == "draft" else {}),
         **run.totals,
     }

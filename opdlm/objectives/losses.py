@@ -5,6 +5,7 @@ and added to those of the hidden states and the head, so only one [chunk, V] exi
 the vocabulary, or the teacher's top-K tokens and one more for the tail. With p teacher, q student, z logits:
     a_k = dD / dlog q_k       forward_kl: -p_k     reverse_kl: q_k (log q_k - log p_k + 1)
                               jsd: (1-beta) q_k (log q_k - log m_k),  m = beta p + (1-beta) q
+                              total_variation: q_k sign(q_k - p_k) / 2
     dD / dz_v = [v = k] a_k + [v in tail] (q_v / q_tail) a_tail - q_v sum_k a_k
 The caller chooses positions, weights and normalisation. Sources: OPDLM (arXiv 2606.06712); docs/concepts.md,
 "Targets and losses".
@@ -27,7 +28,7 @@ from transformers import PreTrainedModel
 from opdlm.modeling.cpu_linear import linear
 from opdlm.modeling.diffusion_lm import head_constants
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "total_variation", "cross_entropy"]
 OutcomeDivergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(teacher log p_CK, student log q_CK) -> (D_C, slopes a_CK); may overwrite log p."""
 
@@ -124,13 +125,16 @@ class LossOutput(NamedTuple):
     """Scalar, differentiable."""
     per_position_M: Tensor
     """D at each position, unweighted and detached."""
+    acceptance_M: Tensor | None = None
+    """Sum of min(p, q) at each position, where asked for: the share of draft tokens that speculative sampling
+    accepts at temperature 1."""
 
 
-def num_temporaries(divergence: Divergence, reverse_weight: float = 0.0) -> int:
-    """Number of [C, V] float32 tensors that exist at the peak of one chunk."""
-    if divergence == "jsd":
-        return 7
-    return 5 if reverse_weight else 4
+def num_temporaries(divergence: Divergence, *shares: float) -> int:
+    """Number of [C, V] float32 tensors that exist at the peak of one chunk. `shares` are those of other
+    divergences that are mixed in.
+    """
+    return 7 if divergence == "jsd" else 4 + sum(share > 0 for share in shares)
 
 
 def default_chunk_size(
@@ -173,26 +177,33 @@ def chunked_divergence(
     divergence: Divergence = "forward_kl",
     beta: float = 0.5,
     reverse_weight: float = 0.0,
+    variation_weight: float = 0.0,
+    with_acceptance: bool = False,
     chunk_size: int | None = None,
 ) -> LossOutput:
     """sum_i weights_i * D(teacher_i, student_i) in nats, differentiable in the student's hidden states and
     head.
 
     `beta` in (0, 1) is the teacher's weight in the mixture (jsd only). `reverse_weight` replaces forward_kl
-    by (1 - reverse_weight) * forward_kl + reverse_weight * reverse_kl. Targets and weights get no gradient.
-    M may be 0.
+    by (1 - reverse_weight) * forward_kl + reverse_weight * reverse_kl, and `variation_weight` likewise mixes
+    total_variation into the result. Targets and weights get no gradient. M may be 0.
     """
     assert (divergence == "cross_entropy") == isinstance(targets, TokenTargets)
-    assert reverse_weight == 0.0 or divergence == "forward_kl"
-    match divergence:
-        case "forward_kl" if reverse_weight:
-            measure: OutcomeDivergence = partial(_mixed_kl, reverse_weight=reverse_weight)
-        case "forward_kl" | "cross_entropy":
-            measure = _forward_kl
-        case "reverse_kl":
-            measure = _reverse_kl
-        case "jsd":
-            measure = partial(_jsd, beta=beta)
+    assert reverse_weight == variation_weight == 0.0 or divergence == "forward_kl"
+    measures: dict[Divergence, OutcomeDivergence] = {
+        "forward_kl": _forward_kl,
+        "cross_entropy": _forward_kl,
+        "reverse_kl": _reverse_kl,
+        "jsd": partial(_jsd, beta=beta),
+        "total_variation": _total_variation,
+    }
+    measure = measures[divergence]
+    for other, share in ((_reverse_kl, reverse_weight), (_total_variation, variation_weight)):
+        if share:
+            measure = partial(_mixed, first=measure, second=other, share=share)
+    accepted: list[Tensor] = []
+    if with_acceptance:
+        measure = partial(_recording_acceptance, measure=measure, accepted=accepted)
     # The forward computes the gradients that are required: detach where autograd is off.
     hidden_MH, weight_VH, bias_V = (
         x if x is None or torch.is_grad_enabled() else x.detach()
@@ -203,14 +214,15 @@ def chunked_divergence(
     chunk_size = chunk_size or default_chunk_size(
         vocabulary,
         hidden,
-        num_temporaries(divergence, reverse_weight),
+        num_temporaries(divergence, reverse_weight, variation_weight),
         trains_head=torch.is_grad_enabled() and weight.requires_grad,
         device=weight.device.type,
     )
     loss, per_position_M = _ChunkedDivergence.apply(
         hidden_MH, weight_VH, bias_V, student_head, targets, weights_M, measure, chunk_size
     )
-    return LossOutput(loss=loss, per_position_M=per_position_M)
+    acceptance_M = torch.cat([per_position_M[:0], *accepted]) if with_acceptance else None
+    return LossOutput(loss=loss, per_position_M=per_position_M, acceptance_M=acceptance_M)
 
 
 class _ChunkedDivergence(torch.autograd.Function):
@@ -335,12 +347,27 @@ def _reverse_kl(logp_CK: Tensor, logq_CK: Tensor) -> tuple[Tensor, Tensor]:
     return terms_CK.sum(-1), terms_CK.add_(q_CK)
 
 
-def _mixed_kl(logp_CK: Tensor, logq_CK: Tensor, reverse_weight: float) -> tuple[Tensor, Tensor]:
-    forward_C, forward_slopes_CK = _forward_kl(logp_CK.clone(), logq_CK)
-    reverse_C, reverse_slopes_CK = _reverse_kl(logp_CK, logq_CK)
-    return forward_C.lerp(reverse_C, reverse_weight), forward_slopes_CK.lerp_(
-        reverse_slopes_CK, reverse_weight
-    )
+def _total_variation(logp_CK: Tensor, logq_CK: Tensor) -> tuple[Tensor, Tensor]:
+    q_CK = logq_CK.exp()
+    gap_CK = logp_CK.exp_().neg_().add_(q_CK)
+    return torch.linalg.vector_norm(gap_CK, ord=1, dim=-1) / 2, gap_CK.sign_().mul_(q_CK).div_(2)
+
+
+def _mixed(
+    logp_CK: Tensor, logq_CK: Tensor, first: OutcomeDivergence, second: OutcomeDivergence, share: float
+) -> tuple[Tensor, Tensor]:
+    """(1 - share) * first + share * second."""
+    first_C, first_slopes_CK = first(logp_CK.clone(), logq_CK)
+    second_C, second_slopes_CK = second(logp_CK, logq_CK)
+    return first_C.lerp(second_C, share), first_slopes_CK.lerp_(second_slopes_CK, share)
+
+
+def _recording_acceptance(
+    logp_CK: Tensor, logq_CK: Tensor, measure: OutcomeDivergence, accepted: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The measure; appends the sum of min(p, q) of the chunk to `accepted`."""
+    accepted.append(torch.minimum(logp_CK, logq_CK).exp_().sum(-1))
+    return measure(logp_CK, logq_CK)
 
 
 def _jsd(logp_CK: Tensor, logq_CK: Tensor, beta: float) -> tuple[Tensor, Tensor]:

@@ -161,6 +161,36 @@ def select_states(
     return make_states(rollouts, table, select_masks(table, selection, rng, rates), spec)
 
 
+def select_drafts(
+    rollouts: Sequence[Rollout], spec: DiffusionSpec, anchors_per_row: int | None, rng: torch.Generator
+) -> StateBatch:
+    """The slots of drafts as lossless decoding makes them: `block_size - 1` masks after a token of the
+    response that the draft does not see, behind the known text before it.
+
+    `anchors_per_row` distinct tokens of every response, drawn by `rng` (a CPU generator) from all but the
+    last; None: a token for every `block_size` of the response. A response of one token gets no draft.
+    """
+    size = spec.block_size
+    starts = []
+    for rollout in rollouts:
+        first, num_anchors = len(rollout.prompt_ids), max(rollout.num_response - 1, 0)
+        wanted = anchors_per_row or -(-rollout.num_response // size)
+        chosen = torch.randperm(num_anchors, generator=rng)[:wanted]
+        starts.append(first + chosen.sort().values)
+    start_BN = F.pad(pad_sequence(starts, batch_first=True, padding_value=-1), (0, 1), value=-1)
+    positions_BNT = start_BN[..., None] + torch.arange(size)
+    end_B = torch.tensor([len(r.prompt_ids) + r.num_response for r in rollouts])
+    is_response_BNT = (start_BN >= 0)[..., None] & (positions_BNT < end_B[:, None, None])
+    table = BlockTable(
+        ids_BNT=torch.full_like(positions_BNT, spec.mask_token_id),
+        positions_BNT=positions_BNT,
+        step_BNT=torch.zeros_like(positions_BNT),
+        is_response_BNT=is_response_BNT,
+        is_inside_BNT=is_response_BNT,
+    )
+    return make_states(rollouts, table, torch.ones_like(is_response_BNT)[:, None], spec)
+
+
 def make_states(
     rollouts: Sequence[Rollout], table: BlockTable, masked_BCNT: Tensor, spec: DiffusionSpec
 ) -> StateBatch:

@@ -38,6 +38,8 @@ SOFT_DIVERGENCES: list[Options] = [
     {"divergence": "reverse_kl"},
     {"divergence": "jsd"},
     {"divergence": "jsd", "beta": 0.2},
+    {"divergence": "total_variation"},
+    {"divergence": "forward_kl", "reverse_weight": 0.3, "variation_weight": 0.6},
 ]
 
 
@@ -71,7 +73,13 @@ def weights_M() -> Tensor:
 
 
 def dense_divergence(
-    logp: Tensor, logq: Tensor, *, divergence: Divergence, beta: float = 0.5, reverse_weight: float = 0.0
+    logp: Tensor,
+    logq: Tensor,
+    *,
+    divergence: Divergence,
+    beta: float = 0.5,
+    reverse_weight: float = 0.0,
+    variation_weight: float = 0.0,
 ) -> Tensor:
     """Per position, from dense log-probabilities, by torch's own kl_div, which takes KL(a || b) as (b, a)."""
 
@@ -83,7 +91,11 @@ def dense_divergence(
         return beta * kl(logp, logm) + (1 - beta) * kl(logq, logm)
     if divergence == "reverse_kl":
         return kl(logq, logp)
-    return (1 - reverse_weight) * kl(logp, logq) + reverse_weight * kl(logq, logp)
+    variation = (logp.exp() - logq.exp()).abs().sum(-1) / 2
+    if divergence == "total_variation":
+        return variation
+    mixed = (1 - reverse_weight) * kl(logp, logq) + reverse_weight * kl(logq, logp)
+    return (1 - variation_weight) * mixed + variation_weight * variation
 
 
 def make_targets(kind: str, hidden_MH: Tensor, head: Head) -> Targets:
@@ -245,6 +257,8 @@ def test_loss_and_gradient_are_zero_when_student_equals_teacher(
         targets = top_k_targets(frozen, head, top_k)
     out = chunked_divergence(hidden_MH, head, targets, weights_M, **options)
     torch.testing.assert_close(out.per_position_M, torch.zeros_like(out.per_position_M), atol=1e-13, rtol=0)
+    if "variation" in str(options):
+        return  # |q - p| has a kink at p = q: rounding decides its sign
     for grad in torch.autograd.grad(out.loss, (hidden_MH, weight_VH)):
         torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-12, rtol=0)
 
@@ -547,7 +561,7 @@ def test_no_more_tensors_of_a_chunk_are_alive_than_its_size_allows_for(options: 
     targets = HiddenTargets(hidden_MH=make_tensor(num_rows, H, seed=2), head=Head(weight=weight_VH.clone()))
     with LiveBytes() as live:
         chunked_divergence(hidden_MH, Head(weight=weight_VH), targets, torch.ones(num_rows), **options)
-    allowed = num_temporaries(options["divergence"], options.get("reverse_weight", 0.0))
+    allowed = num_temporaries(*(v for k, v in options.items() if k != "beta"))
     found = live.peak / (num_rows * vocabulary * 8)
     assert 0.6 * allowed < found <= allowed
 
@@ -589,3 +603,25 @@ def test_sparse_reverse_kl_is_degenerate_which_is_why_it_is_refused() -> None:
     (grad_MV,) = torch.autograd.grad(out.loss, start_MV)
     assert math.isclose(out.loss.item(), 0.0, abs_tol=1e-6)
     assert grad_MV[0, targets.ids_MK[0]].min() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["full", "tail"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "total_variation"])
+def test_acceptance_is_one_minus_the_total_variation(
+    hidden_MH: Tensor, weight_VH: Tensor, teacher: HiddenTargets, kind: str, divergence: Divergence
+) -> None:
+    targets = make_targets(kind, teacher.hidden_MH, teacher.head)
+    found = chunked_divergence(
+        hidden_MH,
+        Head(weight=weight_VH),
+        targets,
+        torch.ones(M),
+        divergence=divergence,
+        with_acceptance=True,
+        chunk_size=4,
+    )
+    plain = chunked_divergence(
+        hidden_MH, Head(weight=weight_VH), targets, torch.ones(M), divergence="total_variation"
+    )
+    assert found.acceptance_M is not None and plain.acceptance_M is None
+    torch.testing.assert_close(found.acceptance_M, 1 - plain.per_position_M)

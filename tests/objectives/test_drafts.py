@@ -1,0 +1,102 @@
+"""The states of the objective draft: what lossless decoding asks the student, checked token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opdlm.decoding.rollout import Rollout
+from opdlm.modeling.diffusion_lm import DiffusionSpec
+from opdlm.objectives.acceptance import Acceptance, PlaceSums, places_of
+from opdlm.objectives.losses import LossOutput
+from opdlm.objectives.states import pack_states, select_drafts
+
+SIZE, MASK = 4, 99
+SPEC = DiffusionSpec(
+    format="preserve", block_size=SIZE, grid="absolute", mask_token_id=MASK, stop_token_ids=(1,)
+)
+
+
+def rollout(num_prompt: int, num_response: int) -> Rollout:
+    return Rollout(
+        prompt_ids=tuple(range(10, 10 + num_prompt)),
+        response_ids=tuple(range(40, 40 + num_response)),
+        unmask_step=tuple(range(1, num_response + 1)),
+        num_response=num_response,
+        finish_reason="stop",
+    )
+
+
+def drafts_of(one: Rollout, anchors: int | None, seed: int = 0) -> list[list[tuple[int, int, int, int, int]]]:
+    """(id, position, visible until, predicted position, group) of every slot, by group."""
+    states = select_drafts([one], SPEC, anchors, torch.Generator().manual_seed(seed))
+    slots, groups = states.slots, {}
+    columns = (slots.ids_BS, slots.positions_BS, slots.visible_until_BS, states.target_BS, slots.group_BS)
+    for slot in zip(*(column[0].tolist() for column in columns), strict=True):
+        if slot[4] > 0:
+            groups.setdefault(slot[4], []).append(slot)
+    return list(groups.values())
+
+
+@pytest.mark.parametrize(("num_prompt", "num_response"), [(3, 9), (1, 4), (5, 2), (8, 17)])
+def test_every_draft_is_the_one_that_decoding_makes_after_its_anchor(
+    num_prompt: int, num_response: int
+) -> None:
+    end = num_prompt + num_response
+    drafts = drafts_of(rollout(num_prompt, num_response), anchors=1000)
+    starts = []
+    for draft in drafts:
+        _, start, anchor, _, group = draft[0]
+        starts.append(start)
+        last = min(start + SIZE - 1, end)
+        expected = [(MASK, place, start - 1, place + 1, group) for place in range(start, last)]
+        supervised = [slot for slot in expected if slot[3] < end]
+        assert anchor == start - 1
+        assert [slot for slot in draft if slot[3] >= 0] == supervised
+        assert [slot[:3] for slot in draft] == [
+            (MASK, place, anchor) for place in range(start, start + SIZE - 1)
+        ]
+    assert starts == list(range(num_prompt, end - 1))  # the last token of the response has nothing after it
+
+
+def test_anchors_are_distinct_as_many_as_asked_for_and_drawn_anew() -> None:
+    one = rollout(3, 20)
+    draws = [[draft[0][1] for draft in drafts_of(one, 6, seed)] for seed in range(20)]
+    assert all(len(set(draw)) == 6 for draw in draws)
+    assert {start for draw in draws for start in draw} == set(range(3, 22))
+    assert len(drafts_of(one, None)) == 5  # one for every four of 20 tokens
+
+
+@pytest.mark.parametrize("num_response", [1, 0])
+def test_a_response_without_a_second_token_gets_no_draft(num_response: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = select_drafts([rollout(3, num_response)], SPEC, 5, generator)
+    assert not states.is_supervised_BS.any()
+
+
+def test_places_count_from_the_first_token_that_is_drafted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [select_drafts([rollout(2, n)], SPEC, 1000, generator) for n in (7, 5)]
+    for states in (*batches, pack_states(batches)):
+        expected = (states.target_BS - states.slots.positions_BS)[states.is_supervised_BS]
+        assert (expected == 1).all()
+        counts = torch.bincount(places_of(states), minlength=SIZE - 1).tolist()
+        assert counts[0] > counts[1] > counts[2] > 0
+
+
+def test_acceptance_is_a_running_mean_by_place() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = select_drafts([rollout(2, 9)], SPEC, 1000, generator)
+    place_M = places_of(states)
+    values_M = torch.tensor([0.5, 0.25, 0.125])[place_M]
+    sums = PlaceSums.of_length(SIZE - 1)
+    for _ in range(2):
+        sums.observe(states, LossOutput(torch.zeros(()), values_M, values_M))
+    acceptance = Acceptance(SIZE - 1)
+    assert acceptance.shares() == acceptance.reach() == [1.0, 1.0, 1.0]
+    acceptance.add([*sums.accepted_D.tolist(), *sums.offered_D.tolist()])
+    acceptance.add([*sums.accepted_D.tolist(), *sums.offered_D.tolist()])
+    assert acceptance.shares() == pytest.approx([0.5, 0.25, 0.125])
+    assert acceptance.reach() == pytest.approx([1.0, 0.5, 0.125])
+    assert float(acceptance.weights().mean()) == pytest.approx(1)
+    assert acceptance.metrics()["expected_tokens_per_forward"] == pytest.approx(1 + 0.5 + 0.125 + 0.125**2)
