@@ -41,6 +41,7 @@ REMOTE_FILES = (
     "checkpoints/modeling_opdlm.py",
     "decoding/generate.py",
     "decoding/lossless.py",
+    "decoding/draft_policy.py",
     "decoding/denoise.py",
     "decoding/decode_config.py",
     "decoding/decode_state.py",

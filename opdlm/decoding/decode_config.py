@@ -45,8 +45,8 @@ class DecodeConfig:
     logprobs: bool = False
     """Record the log-probability of every chosen token (temperature 1, unfiltered)."""
     forward_overhead: float | None = None
-    """lossless: fixed cost of a forward pass, in slots; a larger value gives longer drafts. None: 32 on CPUs,
-    512 elsewhere.
+    """lossless: fixed cost of a forward pass, in slots; a larger value gives longer drafts. None: the cost of
+    forwards on this machine is measured before the first, in about a second.
     """
 
     def __post_init__(self) -> None:

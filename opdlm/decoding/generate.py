@@ -23,7 +23,8 @@ from ..modeling.slots import CLEAN, Format, Grid
 from .decode_config import DecodeConfig, Mode
 from .decode_state import DecodeState, Request
 from .denoise import denoise_step
-from .lossless import DraftPolicy, lossless_step
+from .draft_policy import DraftPolicy, ForwardCost, measure_forward_cost
+from .lossless import lossless_step
 from .rollout import FinishReason, Rollout
 
 OnStep = Callable[[Tensor, Tensor, Tensor], None]
@@ -220,12 +221,20 @@ def step_of(
     """The function that advances a state by one step of the mode."""
     if config.mode == "lossless":
         assert model.spec.format == "preserve", "only preserve computes clean slots with the AR weights"
-        overhead = config.forward_overhead
-        if overhead is None:
-            overhead = 32.0 if model.device.type == "cpu" else 512.0
-        policy = DraftPolicy(model.spec.block_size - 1, overhead)
+        policy = policy_for(model, config)
         return lambda state: lossless_step(model, state, cache, config, policy)
     return lambda state: denoise_step(model, state, cache, config, grid, fmt)
+
+
+def policy_for(model: DiffusionLM, config: DecodeConfig) -> DraftPolicy:
+    """A new policy for a given cost of a forward; else the model's own, which goes on learning."""
+    draft_length = model.spec.block_size - 1
+    if config.forward_overhead is not None:
+        return DraftPolicy(draft_length, ForwardCost.linear(config.forward_overhead))
+    known: DraftPolicy | None = model.draft_policy
+    if known is None or known.draft_length != draft_length:
+        known = model.draft_policy = DraftPolicy(draft_length, measure_forward_cost(model))
+    return known
 
 
 def collect_finished(

@@ -8,22 +8,13 @@ the arg-max, or with temperature the arg-max of logits plus the Gumbel noise of 
 AR model share (docs/concepts.md, "Lossless decoding"; speculative sampling, arXiv 2211.17192; shared noise,
 arXiv 2408.07978).
 
-`DraftPolicy` decides what a forward contains. A forward costs `forward_overhead` + its slots; the throughput
-is the number of tokens per unit of cost so far. With a_i the probability that the first i draft tokens are
-accepted, draft token i is verified if a_i > throughput. Group k is computed if P(k accepted) * value exceeds
-the throughput * its slots; value is the expected number of accepted tokens of a draft minus the throughput *
-the slots that verify it. The a_i come from the confidences of the draft, calibrated on what was accepted.
+What a forward contains is decided by `draft_policy`.
 
 Shape suffixes: B rows, D draft length, K = D + 1 possible numbers of accepted tokens, M flat selection of
 slots.
 """
 
 from __future__ import annotations
-
-import math
-from dataclasses import dataclass
-from itertools import accumulate, pairwise, takewhile
-from operator import mul
 
 import torch
 from torch import Tensor
@@ -33,98 +24,9 @@ from ..modeling.kv_cache import DecodeCache, Packed
 from ..modeling.slots import CLEAN
 from .decode_config import DecodeConfig
 from .decode_state import DecodeState
+from .draft_policy import DraftPlan, DraftPolicy
 from .rollout import NEVER
 from .unmasking import choose_tokens, noise_keys
-
-NUM_BINS = 16
-"""Bins of the log-odds of a confidence, one unit wide, from -8 to 8."""
-
-
-@dataclass(frozen=True, slots=True)
-class DraftPlan:
-    """What one forward computes for one row."""
-
-    num_verified: int
-    """Number of draft tokens that are verified."""
-    groups: tuple[int, ...]
-    """Numbers of accepted tokens for which a next draft is computed."""
-    length: int
-    """Number of masks in each group."""
-
-
-class DraftPolicy:
-    """Decides from running averages of this decoder what a forward contains.
-
-    The averages are Python numbers, because operations on tensors of a few elements are slower.
-    """
-
-    def __init__(self, draft_length: int, overhead: float) -> None:
-        """`draft_length`: the longest draft. `overhead`: fixed cost of a forward, in slots."""
-        self.draft_length, self.overhead = draft_length, overhead
-        self.tokens, self.cost = 1.0 + draft_length / 2, overhead + 2.0 * (1 + draft_length)
-        centres = [1 / (1 + math.exp(NUM_BINS / 2 - 0.5 - i)) for i in range(NUM_BINS)]
-        self.accepted, self.tried = [4 * centre for centre in centres], [4] * NUM_BINS
-        self.survived, self.offered = [2] * draft_length, [2] * draft_length
-
-    @property
-    def throughput(self) -> float:
-        """Tokens per unit of cost so far."""
-        return self.tokens / self.cost
-
-    def acceptance(self, confidence: float) -> float:
-        """Probability that a draft token is accepted if all tokens before it are. Each bin starts as if four
-        tokens of its mean confidence had been tried.
-        """
-        place = confidence_bin(confidence)
-        return self.accepted[place] / self.tried[place]
-
-    def plan(self, state: DecodeState) -> list[DraftPlan]:
-        """What the next forward verifies and drafts. A row in its first step drafts at full length."""
-        throughput = self.throughput
-        survival = [survived / offered for survived, offered in zip(self.survived, self.offered, strict=True)]
-        length = max(1, len(list(takewhile(lambda probability: probability > 2 * throughput, survival))))
-        cost = throughput * length
-        value = sum(survival[:length]) - cost
-        plans = []
-        for num_steps, confidences in zip(state.num_steps_B.tolist(), draft_confidences(state), strict=True):
-            if not num_steps:
-                plans.append(DraftPlan(0, (0,), self.draft_length))
-                continue
-            prefix = list(accumulate(map(self.acceptance, confidences), mul, initial=1.0))
-            num_verified = sum(probability > throughput for probability in prefix[1:])
-            exactly = [here - after for here, after in pairwise(prefix[: num_verified + 1])]
-            exactly.append(prefix[num_verified])
-            groups = tuple(k for k, probability in enumerate(exactly) if probability * value > cost)
-            plans.append(DraftPlan(num_verified, groups, length))
-        return plans
-
-    def learn(
-        self, state: DecodeState, plans: list[DraftPlan], accepted: list[int], num_forwards: int
-    ) -> None:
-        """Update the averages with the outcome of one forward."""
-        for confidences, plan, num_accepted in zip(draft_confidences(state), plans, accepted, strict=True):
-            for place, confidence in enumerate(confidences):
-                self.offered[place] += 1
-                self.survived[place] += place < num_accepted
-                if place <= num_accepted and place < plan.num_verified:
-                    self.tried[confidence_bin(confidence)] += 1
-                    self.accepted[confidence_bin(confidence)] += place < num_accepted
-            self.tokens += 1 + num_accepted
-            self.cost += 1 + plan.num_verified + len(plan.groups) * plan.length
-        self.cost += self.overhead * num_forwards
-
-
-def draft_confidences(state: DecodeState) -> list[list[float]]:
-    """The confidence of every draft token, for each row."""
-    pairs = zip(state.draft_confidence_BD.tolist(), state.num_draft_B.tolist(), strict=True)
-    return [confidences[:num_draft] for confidences, num_draft in pairs]
-
-
-def confidence_bin(confidence: float) -> int:
-    """The bin of a confidence: its log-odds, rounded down and clamped. NaN falls into the first bin."""
-    confidence = min(1 - 1e-6, max(1e-6, confidence))
-    odds = math.log(confidence / (1 - confidence))
-    return min(max(int(odds + NUM_BINS / 2), 0), NUM_BINS - 1)
 
 
 def lossless_step(

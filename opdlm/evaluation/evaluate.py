@@ -45,6 +45,8 @@ NUM_EXAMPLES = 3
 ALONE = ", alone"
 """Ends the name of a decoding in which the AR model replaces no token."""
 DENOISING_MODES = ("static", "threshold", "entropy", "left_to_right")
+FORWARD_OVERHEAD = 32.0
+"""Of lossless decoding in a report, whose numbers must not depend on the load of the machine."""
 MODES_OF_SETTING: dict[str, tuple[str, ...]] = {
     "batch_size": (),
     "denoising_steps": ("static", "threshold", "left_to_right"),
@@ -151,6 +153,8 @@ def decode_tasks(
     is_alone = mode in DENOISING_MODES and not section.decode.ar_accept_threshold
     label = name or (f"{mode}{ALONE}" if is_alone else mode)
     config = replace(section.decode, mode=mode)
+    if config.forward_overhead is None:
+        config = replace(config, forward_overhead=FORWARD_OVERHEAD)
     keys = [decoding_key(log, name or mode, config, task, seed) for task in tasks]
     done = dict(log.finished) if log else {}
     order = sorted(range(len(tasks)), key=lambda i: (tasks[i].held_out, len(tasks[i].prompt.ids)))

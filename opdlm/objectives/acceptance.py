@@ -1,8 +1,8 @@
 """How often the tokens of a draft are accepted, by their place in it, as the updates of a run measure it.
 
-At temperature 1 speculative sampling accepts a draft token with probability sum_v min(p_v, q_v) = 1 - TV(p, q)
-(arXiv 2211.17192), and a token counts only if all before it were accepted. Here every place is measured on
-known text, so the tokens before it count as accepted.
+At temperature 1 speculative sampling accepts a draft token with probability sum_v min(p_v, q_v), which is
+1 - TV(p, q) (arXiv 2211.17192), and a token counts only if all before it were accepted. Here every place is
+measured on known text, so the tokens before it count as accepted.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from tiny_models import GRIDS, KINDS, MASK, STOP, make_lm, make_prompts, qwen3
 from opdlm.decoding import generate as engine
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.decode_state import DecodeState, DecodeStats
+from opdlm.decoding.draft_policy import DraftPlan, DraftPolicy
 from opdlm.decoding.generate import generate, make_requests
-from opdlm.decoding.lossless import DraftPlan, DraftPolicy
 from opdlm.decoding.unmasking import choose_tokens, choose_within_entropy, noise_keys
 from opdlm.modeling.diffusion_lm import PackedForward
 from opdlm.modeling.slots import GridKind

@@ -1,0 +1,287 @@
+"""What a forward of lossless decoding verifies and drafts, from what forwards cost and how drafts fare.
+
+A forward over N slots costs C(N), measured on this machine or given as a line. With T tokens per unit of cost
+as decoding goes so far, and not less than AR decoding gives, a forward is worth
+
+    expected tokens now + expected tokens of the next draft - T * C(N).
+
+At a price of m tokens per slot, a draft token is verified if it is accepted with a probability above m. The
+draft after k accepted tokens is made if P(exactly k) * value > m * its slots; value is the expected number of
+its accepted tokens minus m * the slots that verify them. C is not a line (a product of 16 rows may cost twice
+that of 8), so no single price is right: the plan of every slope of C is made, and plain AR decoding, and the
+one that is worth most is taken. The probabilities come from the confidences of the draft, calibrated on what
+was accepted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise, takewhile
+from operator import mul
+
+import torch
+
+from ..modeling.diffusion_lm import DiffusionLM
+from ..modeling.kv_cache import DecodeCache, Packed
+from .decode_state import DecodeState
+
+NUM_BINS = 16
+"""Bins of the log-odds of a confidence, one unit wide, from -8 to 8."""
+MEASURED_SLOTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+MEASURE_SECONDS = 0.5
+"""No further size is measured after so long."""
+RETRY_FORWARDS, RETRY_SHARE = 16, 0.01
+"""After so many forwards without any draft, one of one token finds out whether that has changed: after more
+where it would cost more than this share of them."""
+KEEP = 0.99
+"""What a forward leaves of the weight of earlier observations."""
+TRIAL_FORWARDS, LONGEST_PAUSE = 32, 1024
+"""Forwards after which drafting must have paid. If not, it pauses for as many, the next time for twice as
+many, and so on up to the longest pause."""
+
+
+class ForwardCost:
+    """Cost of a forward by its number of slots: linear between points, and on from the last two."""
+
+    def __init__(self, points: Sequence[tuple[float, float]]) -> None:
+        """Pairs (number of slots, cost) with rising numbers; at least two. A cost below an earlier one counts
+        as equal.
+        """
+        self.slots = [slots for slots, _ in points]
+        self.costs = list(accumulate((cost for _, cost in points), max))
+        self.slopes = [
+            (after - before) / (last - first)
+            for (first, last), (before, after) in zip(pairwise(self.slots), pairwise(self.costs), strict=True)
+        ]
+
+    @classmethod
+    def linear(cls, overhead: float) -> ForwardCost:
+        """`overhead` + the number of slots."""
+        return cls([(0, overhead), (1, overhead + 1)])
+
+    def __call__(self, num_slots: float) -> float:
+        place = min(max(bisect_left(self.slots, num_slots), 1), len(self.slopes))
+        return self.costs[place - 1] + self.slopes[place - 1] * (num_slots - self.slots[place - 1])
+
+
+@torch.inference_mode()
+def measure_forward_cost(model: DiffusionLM) -> ForwardCost:
+    """Seconds of a forward over one row, and of the logits of half of its slots, for rising sizes."""
+    points: list[tuple[float, float]] = []
+    cache = DecodeCache(1, 2 * MEASURED_SLOTS[-1], model.device)
+    started = time.perf_counter()
+    for size in MEASURED_SLOTS:
+        seconds = min(timed_forward(model, cache, size) for _ in range(2 if points else 3))
+        points.append((size, seconds))
+        if len(points) > 1 and time.perf_counter() - started > MEASURE_SECONDS:
+            break
+    return ForwardCost(points)
+
+
+def timed_forward(model: DiffusionLM, cache: DecodeCache, size: int) -> float:
+    """Seconds of one forward over `size` slots: half of them clean, the others a draft."""
+    num_clean, place_N = (size + 1) // 2, torch.arange(size)
+    is_noised_N = place_N >= num_clean
+    packed = Packed(
+        num_clean,
+        torch.zeros_like(place_N),
+        torch.where(is_noised_N, model.spec.mask_token_id, 0),
+        place_N,
+        torch.where(is_noised_N, num_clean - 1, place_N),
+        is_noised_N.long(),
+    )
+    started = time.perf_counter()
+    hidden_NH, _ = model.packed_hidden(packed, 1, cache)
+    model.logits(hidden_NH[:num_clean]).argmax(-1).tolist()  # waits for the device
+    return time.perf_counter() - started
+
+
+@dataclass(frozen=True, slots=True)
+class DraftPlan:
+    """What one forward computes for one row."""
+
+    num_verified: int
+    """Number of draft tokens that are verified."""
+    groups: tuple[int, ...]
+    """Numbers of accepted tokens for which a next draft is computed."""
+    length: int
+    """Number of masks in each group."""
+
+    @property
+    def num_slots(self) -> int:
+        return 1 + self.num_verified + len(self.groups) * self.length
+
+
+class DraftPolicy:
+    """Decides from running averages what a forward contains.
+
+    The averages are Python numbers, because operations on tensors of a few elements are slower.
+    """
+
+    def __init__(self, draft_length: int, cost: ForwardCost) -> None:
+        """`draft_length`: the longest draft."""
+        self.draft_length, self.cost = draft_length, cost
+        self.pause, self.num_paused, self.num_tried = TRIAL_FORWARDS, 0, 0
+        """Length of the next pause, forwards left of the present one, and forwards since the last."""
+        self.earned = self.spent = cost(1)
+        """Tokens times the cost of a token of AR decoding, and the cost of the forwards that gave them."""
+        self.by_confidence = [
+            Frequency(4.0, 1 / (1 + math.exp(NUM_BINS / 2 - 0.5 - i))) for i in range(NUM_BINS)
+        ]
+        """How often a draft token of such a confidence is accepted if all before it are."""
+        self.by_place = [Frequency(2.0, 0.7) for _ in range(draft_length)]
+        """The same at each place of a draft, where a token that is not verified counts as not accepted."""
+        self.num_idle = 0
+        """Forwards since the last draft."""
+
+    def tokens_per_cost(self, num_rows: int) -> float:
+        """Of decoding so far, at this number of rows, and at least that of AR decoding."""
+        return max(1.0, self.earned / self.spent) * num_rows / self.cost(num_rows)
+
+    def acceptance(self, confidence: float) -> float:
+        """Probability that a draft token is accepted if all tokens before it are."""
+        return self.by_confidence[confidence_bin(confidence)].share
+
+    def survival(self) -> list[float]:
+        """Probability that the next draft is accepted up to and including each place."""
+        for before, after in pairwise(self.by_place):
+            after.prior = before.share  # until more is known
+        return list(accumulate((place.share for place in self.by_place), mul))
+
+    def plan(self, state: DecodeState) -> list[DraftPlan]:
+        """What the next forward verifies and drafts. A row in its first step drafts at full length."""
+        num_steps = state.num_steps_B.tolist()
+        if self.num_paused:
+            return [DraftPlan(0, () if taken else (0,), self.draft_length) for taken in num_steps]
+        prefixes = [
+            list(accumulate(map(self.acceptance, confidences), mul, initial=1.0)) if taken else None
+            for taken, confidences in zip(num_steps, draft_confidences(state), strict=True)
+        ]
+        rate = self.tokens_per_cost(len(prefixes))
+        survival = self.survival()
+        best, best_worth = [self.plan_row(prefix, math.inf, 0, 0.0) for prefix in prefixes], -math.inf
+        for price in (math.inf, *sorted({slope * rate for slope in self.cost.slopes})):
+            length = max(1, num_leading_above(survival, 2 * price))
+            value = 0.0 if price == math.inf else sum(survival[:length]) - price * length
+            plans = [self.plan_row(prefix, price, length, value) for prefix in prefixes]
+            tokens = sum(
+                expected_tokens(plan, prefix, value) for plan, prefix in zip(plans, prefixes, strict=True)
+            )
+            worth = tokens - rate * self.cost(sum(plan.num_slots for plan in plans))
+            if worth > best_worth:
+                best, best_worth = plans, worth
+        return self.with_retry(best)
+
+    def plan_row(self, prefix: list[float] | None, price: float, length: int, value: float) -> DraftPlan:
+        """The plan of a row at this price of a slot. `prefix`: probability that the first i draft tokens are
+        accepted; None: it is its first step.
+        """
+        if prefix is None:
+            return DraftPlan(0, (0,), self.draft_length)
+        num_verified = sum(chance > price for chance in prefix[1:])
+        if value <= 0:
+            return DraftPlan(num_verified, (), length)
+        groups = tuple(
+            k for k, chance in enumerate(exactly(prefix, num_verified)) if chance * value > price * length
+        )
+        return DraftPlan(num_verified, groups, length)
+
+    def with_retry(self, plans: list[DraftPlan]) -> list[DraftPlan]:
+        """The plans, or one draft of one token more if there was none for long."""
+        self.num_idle = 0 if any(plan.groups for plan in plans) else self.num_idle + 1
+        num_slots = sum(plan.num_slots for plan in plans)
+        extra = self.cost(num_slots + 1) / self.cost(num_slots) - 1
+        if self.num_idle < max(RETRY_FORWARDS, 2 * extra / RETRY_SHARE) or not self.draft_length:
+            return plans
+        self.num_idle = 0
+        return [DraftPlan(plans[0].num_verified, (0,), 1), *plans[1:]]
+
+    def learn(
+        self, state: DecodeState, plans: list[DraftPlan], accepted: list[int], num_forwards: int
+    ) -> None:
+        """Update the averages with the outcome of one forward."""
+        for frequency in (*self.by_confidence, *self.by_place):
+            frequency.forget()
+        for confidences, plan, num_accepted in zip(draft_confidences(state), plans, accepted, strict=True):
+            for place, confidence in enumerate(confidences[: num_accepted + 1]):
+                is_accepted = place < num_accepted
+                self.by_place[place].add(is_accepted)
+                if place < plan.num_verified:
+                    self.by_confidence[confidence_bin(confidence)].add(is_accepted)
+        num_rows, num_slots = len(plans), sum(plan.num_slots for plan in plans)
+        earned = (num_rows + sum(accepted)) * self.cost(num_rows) / num_rows
+        self.earned = KEEP * self.earned + earned
+        self.spent = KEEP * self.spent + self.cost(num_slots) + (num_forwards - 1) * self.cost(1)
+        self.pause_if_it_loses()
+
+    def pause_if_it_loses(self) -> None:
+        """Estimates can be wrong; the balance of the last forwards is not."""
+        if self.num_paused:
+            self.num_paused -= 1
+            return
+        self.num_tried += 1
+        if self.num_tried < TRIAL_FORWARDS:
+            return
+        if self.earned >= self.spent:
+            self.pause = TRIAL_FORWARDS
+            return
+        self.num_paused, self.num_tried = self.pause, 0
+        self.pause = min(2 * self.pause, LONGEST_PAUSE)
+        self.earned = self.spent
+
+
+@dataclass(slots=True)
+class Frequency:
+    """How often something happened, with a guess that counts as `weight` observations."""
+
+    weight: float
+    prior: float
+    happened: float = 0.0
+    tried: float = 0.0
+
+    @property
+    def share(self) -> float:
+        return (self.weight * self.prior + self.happened) / (self.weight + self.tried)
+
+    def add(self, happened: bool) -> None:
+        self.happened += happened
+        self.tried += 1
+
+    def forget(self) -> None:
+        self.happened *= KEEP
+        self.tried *= KEEP
+
+
+def num_leading_above(values: list[float], bound: float) -> int:
+    """Number of values before the first that does not exceed `bound`."""
+    return sum(1 for _ in takewhile(lambda value: value > bound, values))
+
+
+def exactly(prefix: list[float], num_verified: int) -> list[float]:
+    """Probability of every number of accepted tokens, from none to `num_verified`."""
+    return [*(here - after for here, after in pairwise(prefix[: num_verified + 1])), prefix[num_verified]]
+
+
+def expected_tokens(plan: DraftPlan, prefix: list[float] | None, value: float) -> float:
+    """Accepted tokens of this forward, and of the next draft less the price of verifying it."""
+    if prefix is None:
+        return 0.0
+    chances = exactly(prefix, plan.num_verified)
+    return sum(prefix[1 : plan.num_verified + 1]) + value * sum(chances[k] for k in plan.groups)
+
+
+def draft_confidences(state: DecodeState) -> list[list[float]]:
+    """The confidence of every draft token, for each row."""
+    pairs = zip(state.draft_confidence_BD.tolist(), state.num_draft_B.tolist(), strict=True)
+    return [confidences[:num_draft] for confidences, num_draft in pairs]
+
+
+def confidence_bin(confidence: float) -> int:
+    """The bin of a confidence: its log-odds, rounded down and clamped. NaN falls into the first bin."""
+    confidence = min(1 - 1e-6, max(1e-6, confidence))
+    odds = math.log(confidence / (1 - confidence))
+    return min(max(int(odds + NUM_BINS / 2), 0), NUM_BINS - 1)

@@ -1,0 +1,133 @@
+"""The policy of lossless decoding on simulated machines and drafts: it takes the gain and pays for none.
+
+A simulated draft token is accepted with the probability of its place, and its confidence is that probability.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import takewhile
+
+import pytest
+import torch
+from tiny_models import make_lm
+
+from opdlm.decoding.decode_state import DecodeState, Request
+from opdlm.decoding.draft_policy import DraftPlan, DraftPolicy, ForwardCost, measure_forward_cost
+
+LENGTH = 7
+FLAT = ForwardCost([(1, 1.0), (1000, 1.01)])
+STEEP = ForwardCost([(1, 1.0), (2, 2.0)])
+STEP_AT_NINE = ForwardCost([(1, 1.0), (9, 1.1), (10, 2.0), (16, 2.1), (64, 7.0)])
+MACHINES = {"flat": FLAT, "steep": STEEP, "step": STEP_AT_NINE, "line": ForwardCost.linear(32.0)}
+DRAFTS = {
+    "never": [0.0] * LENGTH,
+    "sometimes": [0.5 * 0.6**place for place in range(LENGTH)],
+    "often": [0.9] * LENGTH,
+}
+
+
+class Simulation:
+    """Rows whose drafts are accepted by chance; counts tokens and what the forwards cost."""
+
+    def __init__(self, policy: DraftPolicy, chances: list[float], num_rows: int) -> None:
+        self.policy, self.chances, self.dice = policy, chances, random.Random(0)
+        requests = [Request(i, [1], 0, 10**6) for i in range(num_rows)]
+        self.state = DecodeState.start(requests, 8, 0, LENGTH)
+        self.state.num_steps_B += 1
+        self.tokens, self.cost = 0, 0.0
+
+    def step(self) -> list[DraftPlan]:
+        plans, state = self.policy.plan(self.state), self.state
+        accepted = [
+            len(
+                list(takewhile(lambda chance: self.dice.random() < chance, self.chances[: plan.num_verified]))
+            )
+            for plan in plans
+        ]
+        self.policy.learn(state, plans, accepted, 1)
+        slots = sum(plan.num_slots for plan in plans)
+        self.tokens += len(plans) + sum(accepted)
+        self.cost += self.policy.cost(slots)
+        drafted = [plan.length * (a in plan.groups) for plan, a in zip(plans, accepted, strict=True)]
+        state.num_draft_B = torch.tensor(drafted)
+        state.draft_confidence_BD[:] = torch.tensor(self.chances)
+        return plans
+
+    def gain(self, forwards: int = 200) -> float:
+        """Tokens per cost over those of AR decoding, after as many forwards to learn."""
+        for _ in range(forwards):
+            self.step()
+        self.tokens, self.cost = 0, 0.0
+        for _ in range(forwards):
+            self.step()
+        num_rows = len(self.state)
+        return (self.tokens / self.cost) / (num_rows / self.policy.cost(num_rows))
+
+
+class FixedPolicy(DraftPolicy):
+    """The same plan in every forward."""
+
+    fixed: DraftPlan
+
+    def plan(self, state: DecodeState) -> list[DraftPlan]:
+        return [
+            DraftPlan(min(self.fixed.num_verified, n), self.fixed.groups, self.fixed.length)
+            for n in state.num_draft_B.tolist()
+        ]
+
+
+def best_fixed_gain(cost: ForwardCost, chances: list[float], num_rows: int) -> float:
+    gains = [1.0]
+    for length in range(1, LENGTH + 1):
+        for num_verified in range(1, length + 1):
+            for num_groups in range(1, num_verified + 2):
+                policy = FixedPolicy(LENGTH, cost)
+                policy.fixed = DraftPlan(num_verified, tuple(range(num_groups)), length)
+                gains.append(Simulation(policy, chances, num_rows).gain(100))
+    return max(gains)
+
+
+@pytest.mark.parametrize("num_rows", [1, 16])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_drafts_that_are_never_accepted_cost_next_to_nothing(machine: str, num_rows: int) -> None:
+    policy = DraftPolicy(LENGTH, MACHINES[machine])
+    assert Simulation(policy, DRAFTS["never"], num_rows).gain() > 0.98
+
+
+@pytest.mark.parametrize("num_rows", [2, 4, 8, 64])
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("drafts", ["sometimes", "often"])
+def test_a_batch_is_never_slower_than_ar_decoding(drafts: str, machine: str, num_rows: int) -> None:
+    policy = DraftPolicy(LENGTH, MACHINES[machine])
+    assert Simulation(policy, DRAFTS[drafts], num_rows).gain(400) > 0.97
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("drafts", ["sometimes", "often"])
+def test_the_policy_gains_nearly_what_the_best_fixed_plan_gains(machine: str, drafts: str) -> None:
+    cost, chances = MACHINES[machine], DRAFTS[drafts]
+    found = Simulation(DraftPolicy(LENGTH, cost), chances, 1).gain()
+    assert found > 0.9 * best_fixed_gain(cost, chances, 1)
+
+
+def test_drafting_starts_again_when_drafts_become_good() -> None:
+    simulation = Simulation(DraftPolicy(LENGTH, STEP_AT_NINE), DRAFTS["never"], 1)
+    assert simulation.gain() < 1.02
+    simulation.chances = DRAFTS["often"]
+    for _ in range(600):
+        simulation.step()
+    assert simulation.gain() > 0.9 * best_fixed_gain(STEP_AT_NINE, DRAFTS["often"], 1) > 1.5
+
+
+def test_forward_cost_is_linear_between_points_beyond_them_and_never_falls() -> None:
+    cost = ForwardCost([(1, 3.0), (3, 2.0), (5, 6.0)])
+    assert [cost(n) for n in (1, 2, 3, 4, 5, 7)] == [3.0, 3.0, 3.0, 4.5, 6.0, 9.0]
+    line = ForwardCost.linear(32.0)
+    assert [line(n) for n in (1, 2, 100)] == [33.0, 34.0, 132.0]
+
+
+@pytest.mark.parametrize("kind", ["lora", "copy"])
+def test_the_cost_of_this_machine_is_measured_and_rises(kind: str) -> None:
+    cost = measure_forward_cost(make_lm(kind, block_size=4))
+    assert len(cost.slots) > 2 and cost.costs == sorted(cost.costs) and cost.costs[0] > 0
