@@ -25,7 +25,7 @@ from operator import mul
 
 import torch
 
-from ..modeling.diffusion_lm import DiffusionLM
+from ..modeling.diffusion_lm import DiffusionLM, PackedForward
 from ..modeling.kv_cache import DecodeCache, Packed
 from .decode_state import DecodeState
 
@@ -70,15 +70,21 @@ class ForwardCost:
 
 @torch.inference_mode()
 def measure_forward_cost(model: DiffusionLM) -> ForwardCost:
-    """Seconds of a forward over one row, and of the logits of half of its slots, for rising sizes."""
+    """Seconds of a forward over one row, and of the logits of half of its slots, for rising sizes. A compiled
+    forward is not measured: every size would be compiled.
+    """
     points: list[tuple[float, float]] = []
     cache = DecodeCache(1, 2 * MEASURED_SLOTS[-1], model.device)
-    started = time.perf_counter()
-    for size in MEASURED_SLOTS:
-        seconds = min(timed_forward(model, cache, size) for _ in range(2 if points else 3))
-        points.append((size, seconds))
-        if len(points) > 1 and time.perf_counter() - started > MEASURE_SECONDS:
-            break
+    started, run_packed = time.perf_counter(), model.run_packed
+    model.run_packed = PackedForward.run
+    try:
+        for size in MEASURED_SLOTS:
+            seconds = min(timed_forward(model, cache, size) for _ in range(2 if points else 3))
+            points.append((size, seconds))
+            if len(points) > 1 and time.perf_counter() - started > MEASURE_SECONDS:
+                break
+    finally:
+        model.run_packed = run_packed
     return ForwardCost(points)
 
 

@@ -83,7 +83,7 @@ def test_prompts_computed_in_parts_give_the_same_responses_in_smaller_forwards(
         pytest.skip("sdar has no AR model to verify with")
     model, sizes = make_lm(kind, grid), list[int]()
     prompts = make_prompts([1, 3, 38, 40, 39, 4, 37])
-    config = DecodeConfig(mode=mode, max_new_tokens=9, batch_size=4, temperature=1.0)
+    config = DecodeConfig(mode=mode, max_new_tokens=9, batch_size=4, temperature=1.0, forward_overhead=32.0)
 
     def run(forward: PackedForward) -> torch.Tensor:
         sizes.append(int(forward.cache.count_B.max()))
