@@ -92,7 +92,7 @@ WITHOUT_EFFECT = {
         f"{name}.decode.entropy_bound": "mode entropy is for `opdlm generate`" for name in ("eval", "rollout")
     },
     **{f"{name}.decode.logprobs": "`opdlm generate --logprobs` shows them" for name in ("eval", "rollout")},
-    "rollout.decode.forward_overhead": "rollouts are not drafted",
+    "rollout.decode.forward_overhead": "it is for rollout.decode.mode=lossless",
 }
 """Settings of a decode group that the section does not read, and why."""
 
@@ -101,7 +101,8 @@ def check_decode_groups(config: Config) -> None:
     """A setting that would not be read is refused."""
     given, defaults = config.flat(), Config().flat()
     for key, reason in WITHOUT_EFFECT.items():
-        if given[key] != defaults[key]:
+        is_read = "forward_overhead" in key and config.rollout.decode.mode == "lossless"
+        if given[key] != defaults[key] and not is_read:
             raise ConfigError(f"{key} ({given[key]}) has no effect: {reason}. Leave it out.")
 
 

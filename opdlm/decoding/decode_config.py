@@ -64,6 +64,8 @@ class DecodeConfig:
             raise ValueError(f"top_p ({self.top_p:g}) must be greater than 0 and at most 1.")
 
 
+FIXED_OVERHEAD = 32.0
+"""`forward_overhead` of reports and rollouts, whose numbers must not depend on the load of the machine."""
 LIMITS = {
     "temperature": 100.0,
     "confidence_threshold": 1.0,

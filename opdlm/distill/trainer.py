@@ -286,7 +286,8 @@ def update(
     while True:
         batches = equally_many(run.accelerator, micro_batches(run, states))
         places = PlaceSums.of_length(len(run.acceptance.accepted))
-        observe = places.observe if run.config.loss.objective == "draft" else None
+        is_draft = run.config.loss.objective == "draft"
+        observe = places.observe if is_draft else None
         try:
             sums = update_weights(run, map(packed, batches), len(batches), observe)
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -295,7 +296,8 @@ def update(
                 raise
             halve_micro_batch(run)
         else:
-            run.acceptance.add(sum_over_ranks(run.accelerator, *places.accepted_D, *places.offered_D))
+            if is_draft:
+                run.acceptance.add(sum_over_ranks(run.accelerator, *places.accepted_D, *places.offered_D))
             return sums
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlm.config.sections import EvalSection
 from opdlm.data.prompts import Task
-from opdlm.decoding.decode_config import DecodeConfig, Mode
+from opdlm.decoding.decode_config import FIXED_OVERHEAD, DecodeConfig, Mode
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
@@ -45,8 +45,6 @@ NUM_EXAMPLES = 3
 ALONE = ", alone"
 """Ends the name of a decoding in which the AR model replaces no token."""
 DENOISING_MODES = ("static", "threshold", "entropy", "left_to_right")
-FORWARD_OVERHEAD = 32.0
-"""Of lossless decoding in a report, whose numbers must not depend on the load of the machine."""
 MODES_OF_SETTING: dict[str, tuple[str, ...]] = {
     "batch_size": (),
     "denoising_steps": ("static", "threshold", "left_to_right"),
@@ -154,7 +152,7 @@ def decode_tasks(
     label = name or (f"{mode}{ALONE}" if is_alone else mode)
     config = replace(section.decode, mode=mode)
     if config.forward_overhead is None:
-        config = replace(config, forward_overhead=FORWARD_OVERHEAD)
+        config = replace(config, forward_overhead=FIXED_OVERHEAD)
     keys = [decoding_key(log, name or mode, config, task, seed) for task in tasks]
     done = dict(log.finished) if log else {}
     order = sorted(range(len(tasks)), key=lambda i: (tasks[i].held_out, len(tasks[i].prompt.ids)))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from tiny_models import make_lm, qwen3
 
 from opdlm.decoding.rollout import Rollout
 from opdlm.modeling.diffusion_lm import DiffusionSpec
+from opdlm.modeling.kv_cache import DecodeCache, Packed
 from opdlm.objectives.acceptance import Acceptance, PlaceSums, places_of
 from opdlm.objectives.losses import LossOutput
 from opdlm.objectives.states import pack_states, select_drafts
+from opdlm.objectives.targets import score_rows
 
 SIZE, MASK = 4, 99
 SPEC = DiffusionSpec(
@@ -100,3 +105,29 @@ def test_acceptance_is_a_running_mean_by_place() -> None:
     assert acceptance.reach() == pytest.approx([1.0, 0.5, 0.125])
     assert float(acceptance.weights().mean()) == pytest.approx(1)
     assert acceptance.metrics()["expected_tokens_per_forward"] == pytest.approx(1 + 0.5 + 0.125 + 0.125**2)
+
+
+@torch.no_grad()
+def test_a_training_row_computes_what_lossless_decoding_computes() -> None:
+    """The states of every draft, against a forward of the decoder over the text up to its anchor."""
+    model = make_lm("lora", base=qwen3(vocabulary=30), block_size=SIZE)
+    mask = model.spec.mask_token_id
+    one = replace(rollout(5, 9), prompt_ids=(3, 4, 5, 6, 7), response_ids=(8, 9, 3, 5, 7, 9, 4, 6, 8))
+    text = one.prompt_ids + one.response_ids
+    states = select_drafts([one], model.spec, 1000, torch.Generator().manual_seed(0))
+    hidden_SH = model.student_hidden(states.slots, score_rows(model, states.text).cache)[0]
+    for group in range(1, int(states.slots.group_BS.max()) + 1):
+        columns = (states.slots.group_BS[0] == group).nonzero()[:, 0]
+        anchor = int(states.slots.visible_until_BS[0, columns[0]])
+        places = torch.arange(anchor + len(columns) + 1)
+        is_noised = places > anchor
+        packed = Packed(
+            anchor + 1,
+            torch.zeros_like(places),
+            torch.tensor([*text[: anchor + 1], *[mask] * len(columns)]),
+            places,
+            torch.where(is_noised, anchor, places),
+            is_noised.long(),
+        )
+        decoded_NH, _ = model.packed_hidden(packed, 1, DecodeCache(1, 64, model.device))
+        torch.testing.assert_close(hidden_SH[columns], decoded_NH[anchor + 1 :], atol=1e-5, rtol=1e-5)

@@ -44,15 +44,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["synchronous", "asynchronous"])
+DRAFT = [
+    *("loss.objective=draft", "loss.reach_weights=true", "states.selection=all", "states.anchors_per_row=3"),
+    *("rollout.decode.mode=lossless", "loss.divergence=total_variation"),
+    "loss.divergence_schedule=[[0,forward_kl],[2,total_variation]]",
+]
+
+
+@pytest.fixture(scope="module", params=["synchronous", "asynchronous", "draft"])
 def way(place: Path, request: pytest.FixtureRequest) -> tuple[Path, list[str]]:
     """Another uninterrupted run, and what it sets beside the settings of `place`."""
     if request.param == "synchronous":
         return place / "whole", []
-    settings = ["rollout.asynchronous=true"]
-    assert main(command(place, place / "asynchronous", *settings)) == 0
-    assert metrics(place / "asynchronous") != metrics(place / "whole")
-    return place / "asynchronous", settings
+    settings = DRAFT if request.param == "draft" else ["rollout.asynchronous=true"]
+    assert main(command(place, place / request.param, *settings)) == 0
+    assert metrics(place / request.param) != metrics(place / "whole")
+    return place / request.param, settings
 
 
 def command(root: Path, output: Path, *overrides: str) -> list[str]:
