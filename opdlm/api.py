@@ -314,7 +314,7 @@ def rollout(
     Example:
         >>> opdlm.rollout("runs/tiny/model", "bundled:prompts.jsonl", "own.parquet", limit=64)
     """
-    config = config or DecodeConfig(temperature=1.0, ar_accept_threshold=0.0)
+    config = (config or DecodeConfig(temperature=1.0, ar_accept_threshold=0.0)).repeatable()
     check_can_decode(str(model), config.mode)
     if limit is not None and limit < 1:
         raise ConfigError(f"limit ({limit}) must be at least 1.")

@@ -1,8 +1,13 @@
 """What every test shares: no network, two threads, the bundled teacher."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")  # of this process: names may repeat
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as cli.main sets it, but before torch is imported
 
 from pathlib import Path

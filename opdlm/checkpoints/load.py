@@ -213,7 +213,10 @@ def read_architecture(path: str, trust_remote_code: bool = False) -> PretrainedC
         )
     if hasattr(config, "block_diffusion"):  # its AutoModelForCausalLM is the diffusion model
         classes = {**classes, "AutoModelForCausalLM": getattr(config, AR_CLASS, None)}
-        config.auto_map = {name: where for name, where in classes.items() if where}
+        classes = {name: where for name, where in classes.items() if where}
+        del config.auto_map
+        if classes:
+            config.auto_map = classes
     return config
 
 

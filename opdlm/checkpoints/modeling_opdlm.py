@@ -39,6 +39,7 @@ from transformers.utils import cached_file, logging
 from ..decoding.decode_config import DecodeConfig
 from ..decoding.decode_state import DecodeState as DecodeState
 from ..decoding.denoise import denoise_step as denoise_step
+from ..decoding.draft_policy import DraftPolicy as DraftPolicy
 from ..decoding.generate import FindEnd, check_settings, generate
 from ..decoding.lossless import lossless_step as lossless_step
 from ..decoding.rollout import Rollout as Rollout

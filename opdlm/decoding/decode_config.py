@@ -7,7 +7,7 @@ it. Its values are checked on creation, in Python as in a recipe.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 Mode = Literal["ar", "static", "threshold", "entropy", "left_to_right", "lossless"]
@@ -46,7 +46,8 @@ class DecodeConfig:
     """Record the log-probability of every chosen token (temperature 1, unfiltered)."""
     forward_overhead: float | None = None
     """lossless: fixed cost of a forward pass, in slots; a larger value gives longer drafts. None: the cost of
-    forwards on this machine is measured before the first, in about a second.
+    forwards on this machine is measured before the first, in about a second. What is drafted then depends on
+    the clock, and with it the rounding of logits, which decides near ties in 16-bit formats.
     """
 
     def __post_init__(self) -> None:
@@ -62,6 +63,10 @@ class DecodeConfig:
                 raise ValueError(f"{name} ({number:g}) must lie between 0 and {highest:g}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p ({self.top_p:g}) must be greater than 0 and at most 1.")
+
+    def repeatable(self) -> DecodeConfig:
+        """The same settings, with drafts that do not depend on the speed of the machine."""
+        return self if self.forward_overhead is not None else replace(self, forward_overhead=FIXED_OVERHEAD)
 
 
 FIXED_OVERHEAD = 32.0

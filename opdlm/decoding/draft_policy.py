@@ -25,7 +25,7 @@ from operator import mul
 
 import torch
 
-from ..modeling.diffusion_lm import DiffusionLM, PackedForward
+from ..modeling.diffusion_lm import DiffusionLM, DiffusionSpec, PackedForward
 from ..modeling.kv_cache import DecodeCache, Packed
 from .decode_state import DecodeState
 
@@ -70,16 +70,19 @@ class ForwardCost:
 
 @torch.inference_mode()
 def measure_forward_cost(model: DiffusionLM) -> ForwardCost:
-    """Seconds of a forward over one row, and of the logits of half of its slots, for rising sizes. A compiled
-    forward is not measured: every size would be compiled.
+    """Seconds of a forward, and of the logits of half of its slots, for rising sizes. A compiled forward is
+    not measured: every size would be compiled.
     """
     points: list[tuple[float, float]] = []
-    cache = DecodeCache(1, 2 * MEASURED_SLOTS[-1], model.device)
+    width = 2 * model.spec.block_size
+    num_rows = -(-MEASURED_SLOTS[-1] // width)
+    cache = DecodeCache(num_rows, 2 * width, model.device)
     started, run_packed = time.perf_counter(), model.run_packed
     model.run_packed = PackedForward.run
     try:
         for size in MEASURED_SLOTS:
-            seconds = min(timed_forward(model, cache, size) for _ in range(2 if points else 3))
+            packed = rows_of_slots(size, model.spec)
+            seconds = min(timed_forward(model, cache, packed) for _ in range(2 if points else 3))
             points.append((size, seconds))
             if len(points) > 1 and time.perf_counter() - started > MEASURE_SECONDS:
                 break
@@ -88,21 +91,25 @@ def measure_forward_cost(model: DiffusionLM) -> ForwardCost:
     return ForwardCost(points)
 
 
-def timed_forward(model: DiffusionLM, cache: DecodeCache, size: int) -> float:
-    """Seconds of one forward over `size` slots: half of them clean, the others a draft."""
-    num_clean, place_N = (size + 1) // 2, torch.arange(size)
-    is_noised_N = place_N >= num_clean
-    packed = Packed(
-        num_clean,
-        torch.zeros_like(place_N),
-        torch.where(is_noised_N, model.spec.mask_token_id, 0),
-        place_N,
-        torch.where(is_noised_N, num_clean - 1, place_N),
-        is_noised_N.long(),
+def rows_of_slots(size: int, spec: DiffusionSpec) -> Packed:
+    """Rows of `block_size` clean slots with a draft of as many after them, the last row cut to `size`."""
+    row_N, position_N = (
+        torch.arange(size) // (2 * spec.block_size),
+        torch.arange(size) % (2 * spec.block_size),
     )
+    is_noised_N = position_N >= spec.block_size
+    order_N = is_noised_N.long().argsort(stable=True)
+    ids_N = torch.where(is_noised_N, spec.mask_token_id, 0)
+    visible_until_N = torch.where(is_noised_N, spec.block_size - 1, position_N)
+    columns = (row_N, ids_N, position_N, visible_until_N, is_noised_N.long())
+    return Packed(int((~is_noised_N).sum()), *(column_N[order_N] for column_N in columns))
+
+
+def timed_forward(model: DiffusionLM, cache: DecodeCache, packed: Packed) -> float:
+    """Seconds of one forward, with the logits of its clean slots."""
     started = time.perf_counter()
-    hidden_NH, _ = model.packed_hidden(packed, 1, cache)
-    model.logits(hidden_NH[:num_clean]).argmax(-1).tolist()  # waits for the device
+    hidden_NH, _ = model.packed_hidden(packed, int(packed.row_N.max()) + 1, cache)
+    model.logits(hidden_NH[: packed.num_clean]).argmax(-1).tolist()  # waits for the device
     return time.perf_counter() - started
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from opdlm.config.schedules import block_size_at, is_from_teacher, length_cap
 from opdlm.config.sections import Config, RolloutSection
 from opdlm.data.prompts import PromptStream
-from opdlm.decoding.decode_config import FIXED_OVERHEAD, DecodeConfig
+from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.generate import OnStep, generate
 from opdlm.decoding.rollout import Prompt, Rollout
@@ -47,11 +47,8 @@ def rollout_decode_config(
 ) -> DecodeConfig:
     """Settings of one step's decoding. The teacher decodes autoregressively, unless drafts are verified."""
     settings: dict[str, Any] = asdict(section.decode) | {"max_new_tokens": max_new_tokens}
-    if section.decode.mode == "lossless" and section.decode.forward_overhead is None:
-        settings["forward_overhead"] = FIXED_OVERHEAD
-    elif from_teacher and section.decode.mode != "lossless":
-        settings["mode"] = "ar"
-    return DecodeConfig(**settings)
+    is_token_by_token = from_teacher and section.decode.mode != "lossless"
+    return DecodeConfig(**settings | ({"mode": "ar"} if is_token_by_token else {})).repeatable()
 
 
 def generate_rollouts(

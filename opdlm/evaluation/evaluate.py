@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlm.config.sections import EvalSection
 from opdlm.data.prompts import Task
-from opdlm.decoding.decode_config import FIXED_OVERHEAD, DecodeConfig, Mode
+from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
@@ -150,9 +150,7 @@ def decode_tasks(
     """
     is_alone = mode in DENOISING_MODES and not section.decode.ar_accept_threshold
     label = name or (f"{mode}{ALONE}" if is_alone else mode)
-    config = replace(section.decode, mode=mode)
-    if config.forward_overhead is None:
-        config = replace(config, forward_overhead=FIXED_OVERHEAD)
+    config = replace(section.decode, mode=mode).repeatable()
     keys = [decoding_key(log, name or mode, config, task, seed) for task in tasks]
     done = dict(log.finished) if log else {}
     order = sorted(range(len(tasks)), key=lambda i: (tasks[i].held_out, len(tasks[i].prompt.ids)))

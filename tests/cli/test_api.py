@@ -89,11 +89,11 @@ def test_text_and_its_token_ids_give_the_same_rollout(loaded: tuple[Any, Any]) -
 
 def test_keywords_replace_fields_of_the_settings(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
-    config = opdlm.DecodeConfig(mode="static", max_new_tokens=9)
+    config = opdlm.DecodeConfig(mode="static", max_new_tokens=9, forward_overhead=32.0)
     changed = opdlm.generate(
         model, ["copy ab"], config, tokenizer=tokenizer, mode="lossless", max_new_tokens=4, logprobs=True
     )
-    direct = opdlm.DecodeConfig(mode="lossless", max_new_tokens=4, logprobs=True)
+    direct = opdlm.DecodeConfig(mode="lossless", max_new_tokens=4, logprobs=True, forward_overhead=32.0)
     assert changed == opdlm.generate(model, ["copy ab"], direct, tokenizer=tokenizer)
     assert changed[0].num_response <= 4 and len(changed[0].logprobs) == changed[0].num_response
 

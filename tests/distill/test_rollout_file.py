@@ -82,7 +82,7 @@ def test_the_file_holds_what_generate_returns_for_seeds_of_their_own(
         top_p=0.9 if mode == "ar" else None,
         ar_accept_threshold=0.0,
         logprobs=True,
-    )
+    ).repeatable()
     prompts = [file[i].prompt_ids for i in range(NUM_PROMPTS)]
     pieces = [range(first, first + 4) for first in range(0, NUM_PROMPTS, 4)]
     expected = [

@@ -25,7 +25,12 @@ from opdlm.modeling.diffusion_lm import DiffusionLM, PackedForward
 
 LENGTHS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 3, 20]
 CONFIG = DecodeConfig(
-    max_new_tokens=9, batch_size=4, temperature=1.0, confidence_threshold=0.2, logprobs=True
+    max_new_tokens=9,
+    batch_size=4,
+    temperature=1.0,
+    confidence_threshold=0.2,
+    logprobs=True,
+    forward_overhead=32.0,
 )
 
 
