@@ -1,13 +1,9 @@
 """What every test shares: no network, two threads, the bundled teacher."""
 
-import atexit
 import os
-import shutil
-import tempfile
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")  # of this process: names may repeat
-atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as cli.main sets it, but before torch is imported
 
 from pathlib import Path
@@ -22,3 +18,14 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 def teacher_folder() -> Path:
     """The tiny autoregressive model that is shipped with the package."""
     return Path(__file__).parent.parent / "opdlm" / "bundled" / "teacher"
+
+
+@pytest.fixture
+def own_module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that checkpoints bring is copied to a folder of the test: names of checkpoints repeat."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)

@@ -214,7 +214,7 @@ def read_architecture(path: str, trust_remote_code: bool = False) -> PretrainedC
     if hasattr(config, "block_diffusion"):  # its AutoModelForCausalLM is the diffusion model
         classes = {**classes, "AutoModelForCausalLM": getattr(config, AR_CLASS, None)}
         classes = {name: where for name, where in classes.items() if where}
-        del config.auto_map
+        vars(config).pop("auto_map", None)
         if classes:
             config.auto_map = classes
     return config

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from tiny_checkpoints import tiny_model, tiny_overrides, tiny_tokenizer, write_checkpoint, write_data
 from tiny_models import CPU, MASK, make_lm, qwen3
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, dynamic_module_utils
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import opdlm
 from opdlm.checkpoints.convert import make_student
@@ -251,11 +251,9 @@ def test_peft_loads_the_adapter_folder_and_computes_what_we_do(name: str, runs: 
         assert not torch.equal(peft_model(IDS_BL).logits[..., : expected_BLV.shape[-1]], expected_BLV)
 
 
+@pytest.mark.usefixtures("own_module_cache")
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_remote_code_reads_every_kind_of_adapter(
-    name: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_the_remote_code_reads_every_kind_of_adapter(name: str, runs: Path) -> None:
     folder = runs / name / "model"
     remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     model, _ = opdlm.load(folder)
@@ -264,10 +262,8 @@ def test_the_remote_code_reads_every_kind_of_adapter(
         assert decode(remote.diffusion, mode) == decode(model, mode)
 
 
-def test_in_bfloat16_the_remote_code_rounds_as_the_package_does(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+@pytest.mark.usefixtures("own_module_cache")
+def test_in_bfloat16_the_remote_code_rounds_as_the_package_does(runs: Path) -> None:
     folder = runs / "preserve" / "model"
     remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
     model, _ = opdlm.load(folder, "bfloat16")

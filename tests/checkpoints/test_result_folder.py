@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from tiny_checkpoints import NUM_TOKENS, tiny_overrides, write_checkpoint, write_data
-from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opdlm
 from opdlm.checkpoints.load import input_embedding, with_known_dtype
@@ -50,10 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def own_module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", sys.path[:])
+pytestmark = pytest.mark.usefixtures("own_module_cache")
 
 
 def modes_of(name: str) -> list[Mode]:

@@ -37,6 +37,8 @@ class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
 """
 
+pytestmark = pytest.mark.usefixtures("own_module_cache")
+
 
 def convert(model: Path, folder: Path, *overrides: str) -> int:
     write_data(folder)
