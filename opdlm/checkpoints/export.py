@@ -48,6 +48,7 @@ REMOTE_FILES = (
     "modeling/diffusion_lm.py",
     "modeling/gate.py",
     "modeling/attention.py",
+    "modeling/dot_product.py",
     "modeling/kv_cache.py",
     "decoding/unmasking.py",
     "modeling/slots.py",

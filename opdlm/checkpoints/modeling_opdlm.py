@@ -46,6 +46,7 @@ from ..decoding.rollout import Rollout as Rollout
 from ..decoding.unmasking import Remasking as Remasking
 from ..modeling.attention import ATTENTION_NAME
 from ..modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+from ..modeling.dot_product import Scoring as Scoring
 from ..modeling.gate import Adapted
 from ..modeling.kv_cache import DecodeCache as DecodeCache
 from ..modeling.slots import Grid as Grid

@@ -21,7 +21,6 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
@@ -29,6 +28,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .dot_product import Scoring, dot_product_attention
 from .kv_cache import DecodeCache, SlotCache
 from .slots import Slots, join_slots, visible
 
@@ -39,11 +39,6 @@ CHUNK = 128
 KEPT_BYTES = 64 * 2**20
 """Largest total size of the `flash` masks that are kept between layers."""
 FLEX_MIN_HEAD_DIM = 16
-SCORE_CHANGES = {
-    "softcap": "caps its scores",
-    "s_aux": "adds a learned sink to every softmax",
-}
-"""Keywords of attention functions that change the scores, and what they do."""
 
 Backend = Literal["sdpa", "flex", "flash"]
 AttentionChoice = Literal["auto", "sdpa", "flex", "flash"]
@@ -211,7 +206,14 @@ class ChunkedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, chunks: QueryChunks, scale: float | None
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        chunks: QueryChunks,
+        scale: float | None,
+        softcap: float | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         shared = query.shape[1] // key.shape[1]
         out = value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
@@ -222,22 +224,23 @@ class ChunkedAttention(torch.autograd.Function):
                 key[:, :, columns_N],
                 value[:, :, columns_N],
                 mask,
-                scale,
+                Scoring(scale, softcap, sinks_H),
             )
             out[:, rows] = unstack_heads(part, shared).transpose(1, 2)
             log_sums.append(log_sum)
-        ctx.save_for_backward(query, key, value, out, *log_sums)
-        ctx.chunks, ctx.scale = chunks, scale
+        ctx.save_for_backward(query, key, value, sinks_H, out, *log_sums)
+        ctx.chunks, ctx.scale, ctx.softcap = chunks, scale, softcap
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, *log_sums = ctx.saved_tensors
+        query, key, value, sinks_H, out, *log_sums = ctx.saved_tensors
         shared = query.shape[1] // key.shape[1]
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
+        grad_sinks_H = None if sinks_H is None else torch.zeros_like(sinks_H)
         chunks = ctx.chunks.with_masks(shared, query.dtype)
         for (rows, columns_N, mask), log_sum in zip(chunks, log_sums, strict=True):
-            part_query, part_key, part_value = attend_backward(
+            part_query, part_key, part_value, *part_sinks = attend_backward(
                 stack_heads(grad[:, rows].transpose(1, 2), shared),
                 stack_heads(query[:, :, rows], shared),
                 key[:, :, columns_N],
@@ -245,12 +248,14 @@ class ChunkedAttention(torch.autograd.Function):
                 stack_heads(out[:, rows].transpose(1, 2), shared),
                 log_sum,
                 mask,
-                ctx.scale,
+                Scoring(ctx.scale, ctx.softcap, sinks_H),
             )
             grad_query[:, :, rows] = unstack_heads(part_query, shared)
             grad_key.index_add_(2, columns_N, part_key)
             grad_value.index_add_(2, columns_N, part_value)
-        return grad_query, grad_key, grad_value, None, None
+            if grad_sinks_H is not None:
+                grad_sinks_H += part_sinks[0]
+        return grad_query, grad_key, grad_value, None, None, None, grad_sinks_H
 
 
 def stack_heads(heads_BHCD: Tensor, shared: int) -> Tensor:
@@ -263,19 +268,19 @@ def unstack_heads(stacked: Tensor, shared: int) -> Tensor:
     return stacked.unflatten(2, (shared, -1)).flatten(1, 2)
 
 
-def has_flash_kernel(query: Tensor, value: Tensor) -> bool:
-    """Whether torch has a flash kernel that accepts a mask: on CPUs only."""
-    return query.device.type == "cpu" and query.shape[3] == value.shape[3]
+def has_flash_kernel(query: Tensor, value: Tensor, scoring: Scoring) -> bool:
+    """Whether torch has a flash kernel for these scores that accepts a mask: on CPUs only."""
+    return scoring.is_plain and query.device.type == "cpu" and query.shape[3] == value.shape[3]
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scoring: Scoring
 ) -> tuple[Tensor, Tensor | None]:
     """The output `[B, H, Q, D]` and, with the flash kernel, the log-sum-exp of the scores, else None."""
-    if has_flash_kernel(query, value):
+    if has_flash_kernel(query, value, scoring):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return flash(query, key, value, attn_mask=mask, scale=scale)
-    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale), None
+        return flash(query, key, value, attn_mask=mask, scale=scoring.scale)
+    return dot_product_attention(query, key, value, mask, scoring), None
 
 
 def attend_backward(
@@ -286,15 +291,20 @@ def attend_backward(
     out: Tensor,
     log_sum: Tensor | None,
     mask: Tensor,
-    scale: float | None,
+    scoring: Scoring,
 ) -> tuple[Tensor, ...]:
-    """Gradients of query, key and value. Without `log_sum` the forward is computed again."""
+    """Gradients of query, key and value, and of the sinks where there are any. Without `log_sum` the forward is
+    computed again.
+    """
     if log_sum is not None:
         flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        scale = scoring.scale
         return flash_backward(grad, query, key, value, out, log_sum, 0.0, False, attn_mask=mask, scale=scale)
+    sinks = [] if scoring.sinks_H is None else [scoring.sinks_H]
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        again = F.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2], mask, scale=scale)
+        inputs = [x.detach().requires_grad_() for x in (query, key, value, *sinks)]
+        scoring = scoring._replace(sinks_H=inputs[3] if sinks else None)
+        again = dot_product_attention(inputs[0], inputs[1], inputs[2], mask, scoring)
     return torch.autograd.grad(again, inputs, grad)
 
 
@@ -374,30 +384,51 @@ def slot_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that models call: queries `[B, H, Q, D]` -> `[B, Q, H, D]`. Without a
-    `slot_forward` it is transformers' own sdpa. UnsupportedModel if the scores are more than products.
+    `slot_forward` it computes the model's own attention. UnsupportedModel if no mask can be set.
     """
-    for keyword, meaning in SCORE_CHANGES.items():
-        if kwargs.get(keyword) is not None:
-            raise UnsupportedModel(f"its attention {meaning} (`{keyword}`), which ours does not compute")
     if slot_forward is None:
         if attention_mask is not None and attention_mask.shape[-1] < key.shape[2]:
             raise UnsupportedModel(
                 "its layers do not pass keywords on to the attention function: no mask can be set"
             )
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return dense_attention(module, query, key, value, attention_mask, **kwargs)
     mask = slot_forward.masks[slot_forward.windows[module.layer_idx]]
+    scoring = scoring_of(kwargs)
     if slot_forward.attend is not None:
-        scale = kwargs.get("scaling")
-        return slot_forward.attend(module.layer_idx, query[0], key[0], value[0], mask, scale), None
+        return slot_forward.attend(module.layer_idx, query[0], key[0], value[0], mask, scoring), None
     if slot_forward.cache is not None:
         key, value = slot_forward.cache.extend(module.layer_idx, key, value)
     if isinstance(mask, Tensor):
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        return dense_attention(module, query, key, value, mask, **kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast may leave them in float32
     if isinstance(mask, BlockMask):
         return flex_attention_forward(module, query, key, value, mask, **kwargs)
     assert not kwargs.get("dropout"), "dropout would differ when the backward computes a chunk again"
-    return ChunkedAttention.apply(query, key, value, mask, kwargs.get("scaling")), None
+    return ChunkedAttention.apply(query, key, value, mask, *scoring), None
+
+
+def scoring_of(kwargs: dict[str, Any]) -> Scoring:
+    """The scoring that a layer asks for by the keywords of transformers' attention functions."""
+    return Scoring(kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
+
+
+def dense_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' own sdpa, with every scoring. The mask `[B, 1, Q, K]` is additive or boolean; None: causal."""
+    scoring = scoring_of(kwargs)
+    if scoring.is_plain:
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    assert not kwargs.get("dropout"), "explicit scores are computed without dropout"
+    num_queries, num_keys, shared = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    if mask is None:
+        seen_QK = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+        mask = seen_QK.tril(num_keys - num_queries)[None, None]
+    if mask.dtype == torch.bool:
+        mask = additive_mask(mask[:, 0], query.dtype)
+    stacked = stack_heads(query, shared)
+    out = dot_product_attention(stacked, key, value, mask.repeat(1, 1, shared, 1), scoring)
+    return unstack_heads(out, shared).transpose(1, 2), None
 
 
 def no_mask(dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from opdlm.errors import ConfigError
 from opdlm.modeling.attention import SlotForward
 from opdlm.modeling.diffusion_lm import DiffusionLM, PackedForward, run_backbone
+from opdlm.modeling.dot_product import Scoring
 from opdlm.modeling.gate import Gate
 from opdlm.modeling.kv_cache import DecodeCache, attend_rows, store
 
@@ -55,7 +56,7 @@ class Layout:
         key_HND: Tensor,
         value_HND: Tensor,
         mask: Tensor,
-        scale: float | None,
+        scoring: Scoring,
     ) -> Tensor:
         """`[1, N, heads, head_dim]`; `mask` is `[B, 1, W, K]`."""
         num_rows, num_kv = mask.shape[0], key_HND.shape[0]
@@ -67,7 +68,7 @@ class Layout:
             keys_BHKD[:num_rows],
             values_BHKD[:num_rows],
             mask.repeat(1, 1, num_heads // num_kv, 1),
-            scale,
+            scoring,
         )
         return mixed_NHD.index_select(0, self.back_N)[None]
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .dot_product import Scoring, dot_product_attention
 from .slots import CLEAN, Slots
 
 
@@ -162,7 +162,7 @@ class DecodeCache:
         key_HND: Tensor,
         value_HND: Tensor,
         mask: Tensor,
-        scale: float | None,
+        scoring: Scoring,
     ) -> Tensor:
         """Store the keys and values of a layer and attend: `[1, N, heads, head_dim]`."""
         if layer not in self.layers:
@@ -176,7 +176,7 @@ class DecodeCache:
             query_BWHGD = segment.pad(query_NHD).view(
                 segment.last - segment.first, -1, num_kv, share, query_HND.shape[2]
             )
-            results.append(attend_rows(query_BWHGD, keys_BHKD[rows], values_BHKD[rows], padded_mask, scale))
+            results.append(attend_rows(query_BWHGD, keys_BHKD[rows], values_BHKD[rows], padded_mask, scoring))
         padded = results[0] if len(results) == 1 else torch.cat(results)
         return (padded if self._back_N is None else padded.index_select(0, self._back_N))[None]
 
@@ -216,7 +216,7 @@ def store(
 
 
 def attend_rows(
-    query_BWHGD: Tensor, keys_BHKD: Tensor, values_BHKD: Tensor, mask: Tensor, scale: float | None
+    query_BWHGD: Tensor, keys_BHKD: Tensor, values_BHKD: Tensor, mask: Tensor, scoring: Scoring
 ) -> Tensor:
     """Attention of rows with W queries each, whose heads come in groups G that share keys and values:
     `[B * W, heads, head_dim]`. The mask `[B, 1, G * W, K]` is repeated for each group; keys and values are
@@ -224,7 +224,7 @@ def attend_rows(
     """
     num_rows, width, num_kv, share, dim = query_BWHGD.shape
     folded = query_BWHGD.permute(0, 2, 3, 1, 4).reshape(num_rows, num_kv, share * width, dim)
-    mixed = F.scaled_dot_product_attention(folded, keys_BHKD, values_BHKD, attn_mask=mask, scale=scale)
+    mixed = dot_product_attention(folded, keys_BHKD, values_BHKD, mask, scoring)
     mixed = mixed.view(num_rows, num_kv, share, width, mixed.shape[-1]).permute(0, 3, 1, 2, 4)
     return mixed.reshape(num_rows * width, num_kv * share, mixed.shape[-1])
 

@@ -95,7 +95,7 @@ def test_adapters_of_a_mixture_of_experts_stay_where_the_gate_is() -> None:
         )
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "gemma3", "opt", "phi3 (longrope)"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma2", "gemma3", "gpt_oss", "opt", "phi3 (longrope)"])
 def test_decoding_is_the_family_s_own(family: str) -> None:
     assert examine(family) == "exact"
 
@@ -106,8 +106,6 @@ def test_decoding_is_the_family_s_own(family: str) -> None:
         ("bert", "it is not causal"),
         ("bloom", "its positions are added to the scores (ALiBi)"),
         ("falcon", "its attention is not called through transformers' attention interface"),
-        ("gemma2", "its attention caps its scores (`softcap`)"),
-        ("gpt_oss", "its attention adds a learned sink to every softmax (`s_aux`)"),
         ("lfm2", "its conv layers are neither full nor sliding attention"),
         ("minicpm3", "its head is more than a linear map"),
         ("nemotron", "its layers do not pass keywords on to the attention function"),

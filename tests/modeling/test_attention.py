@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_checkpoints import tiny_model
 from tiny_models import CPU, KINDS, SLIDING, make_lm, make_prompts, make_rollout, qwen3
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention
@@ -30,8 +31,11 @@ from opdlm.modeling.attention import (
     keys_with_cache,
     make_mask,
     slot_attention,
+    use_slot_attention,
 )
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+from opdlm.modeling.dot_product import Scoring
+from opdlm.modeling.kv_cache import attend_rows
 from opdlm.modeling.slots import Format, Grid, Slots, clean_slots, visible
 from opdlm.objectives.states import StateBatch, pack_states, select_states
 from opdlm.objectives.targets import score_rows
@@ -113,27 +117,55 @@ LAYOUTS: dict[str, Callable[[], Layout]] = {
 }
 
 
-def reference(query: Tensor, key: Tensor, value: Tensor, seen_BQK: Tensor) -> Tensor:
+SCORINGS: dict[str, tuple[float | None, bool]] = {
+    "plain": (None, False),
+    "softcap": (0.7, False),
+    "sinks": (None, True),
+    "both": (0.7, True),
+}
+"""Softcap, and whether there are sinks."""
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks_H: Tensor | None = None,
+    *,
+    seen_BQK: Tensor,
+    softcap: float | None = None,
+) -> Tensor:
     """`[B, Q, H, D]`: every query's softmax over the keys it sees, each head with its own copy of them."""
     shared = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
     scores = (query[:, :, :, None] * key[:, :, None]).sum(-1) / query.shape[-1] ** 0.5
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     weights = torch.where(seen_BQK[:, None], scores.exp(), 0.0)
-    weights = weights / weights.sum(-1, keepdim=True)
+    sink_weights = 0.0 if sinks_H is None else sinks_H.exp()[:, None, None]
+    weights = weights / (weights.sum(-1, keepdim=True) + sink_weights)
     return torch.einsum("bhqk,bhkd->bqhd", weights.nan_to_num(0.0), value)
 
 
-def random_inputs(layout: Layout, dtype: torch.dtype, device: str) -> list[Tensor]:
+def random_inputs(layout: Layout, dtype: torch.dtype, device: str, has_sinks: bool = False) -> list[Tensor]:
+    """Queries, keys and values, and the sinks where there are any."""
     (rows, queries), keys = layout[0].ids_BS.shape, layout[1].ids_BS.shape[1]
     rng = torch.Generator().manual_seed(0)
     shapes = [(rows, h, n, HEAD_DIM) for h, n in [(HEADS, queries), (KV_HEADS, keys), (KV_HEADS, keys)]]
     # Stock models pass transposed views.
     made = [torch.randn(b, n, h, d, generator=rng).transpose(1, 2) for b, h, n, d in shapes]
+    if has_sinks:
+        made.append(torch.randn(HEADS, generator=rng) + 1)
     return [x.to(device, dtype) for x in made]
 
 
 def run_backend(
-    backend: Backend, layout: Layout, window: int | None, inputs: list[Tensor], compiled: bool
+    backend: Backend,
+    layout: Layout,
+    window: int | None,
+    inputs: list[Tensor],
+    compiled: bool,
+    softcap: float | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Output at the real slots, and (where inputs want it) gradients through a weighted sum of them.
     FlexAttention runs as plain operations if it is not `compiled`.
@@ -145,7 +177,15 @@ def run_backend(
     module.layer_idx, module.num_key_value_groups = 0, HEADS // KV_HEADS  # type: ignore[assignment]
     forward = SlotForward({window: mask}, (window,), None)
     with torch.compiler.set_stance("default" if compiled else "force_eager"):
-        out, _ = slot_attention(module, *inputs, None, slot_forward=forward, scaling=HEAD_DIM**-0.5)
+        out, _ = slot_attention(
+            module,
+            *inputs[:3],
+            None,
+            slot_forward=forward,
+            scaling=HEAD_DIM**-0.5,
+            softcap=softcap,
+            s_aux=inputs[3] if len(inputs) > 3 else None,
+        )
     return with_gradients(out, visible(queries, keys, window), inputs)
 
 
@@ -166,15 +206,18 @@ def assert_equals_reference(
     *,
     grad: bool = True,
     compiled: bool = False,
+    scoring: str = "plain",
 ) -> None:
+    softcap, has_sinks = SCORINGS[scoring]
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    inputs = [x.requires_grad_(grad) for x in random_inputs(layout, dtype, device)]
+    inputs = [x.requires_grad_(grad) for x in random_inputs(layout, dtype, device, has_sinks)]
     exact = [x.detach().double().requires_grad_(grad) for x in inputs]
     seen_BQK = visible(*layout, window)
-    expected = with_gradients(reference(*exact, seen_BQK), seen_BQK, exact)
-    found = run_backend(backend, layout, window, inputs, compiled)
+    out = reference(*exact, seen_BQK=seen_BQK, softcap=softcap)
+    expected = with_gradients(out, seen_BQK, exact)
+    found = run_backend(backend, layout, window, inputs, compiled, softcap)
     pairs = [(found[0], expected[0]), *zip(found[1], expected[1], strict=True)]
-    assert len(pairs) == (4 if grad else 1)
+    assert len(pairs) == (len(inputs) + 1 if grad else 1)
     for left, right in pairs:
         assert (left.double() - right).abs().max() <= tolerance * max(1.0, float(right.abs().max()))
 
@@ -189,7 +232,7 @@ def test_masks_are_kept_between_layers_up_to_a_limit_and_change_nothing(
     mask, seen_BQK = make_mask(*layout, None, torch.float64, "flash"), visible(*layout)
     assert isinstance(mask, QueryChunks)
     inputs = [x.requires_grad_() for x in random_inputs(layout, torch.float64, "cpu")]
-    expected = with_gradients(reference(*inputs, seen_BQK), seen_BQK, inputs)
+    expected = with_gradients(reference(*inputs, seen_BQK=seen_BQK), seen_BQK, inputs)
     for _layer in range(2):
         out = ChunkedAttention.apply(*inputs, mask, HEAD_DIM**-0.5)  # type: ignore[no-untyped-call]
         found = with_gradients(out, seen_BQK, inputs)
@@ -214,6 +257,54 @@ def test_output_and_gradient_equal_the_softmax_over_visible_keys(
     assert_equals_reference(backend, LAYOUTS[name](), window, dtype, "cpu")
 
 
+@pytest.mark.parametrize("scoring", ["softcap", "sinks", "both"])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("backend", ["sdpa", "flash"])
+def test_softcaps_and_sinks_equal_the_softmax_written_out(
+    backend: Backend, name: str, window: int | None, scoring: str
+) -> None:
+    assert_equals_reference(backend, LAYOUTS[name](), window, torch.float64, "cpu", scoring=scoring)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_decoding_with_sinks_equals_the_softmax_over_random_masks(
+    softcap: float | None, dtype: torch.dtype
+) -> None:
+    """Every head has its own sink, and a query that sees no key gives zero."""
+    layout = packed_preserve_row()
+    query, key, value, sinks_H = random_inputs(layout, dtype, "cpu", True)
+    (num_rows, _, width, _), shared = query.shape, HEADS // KV_HEADS
+    seen_BQK = torch.rand(num_rows, width, key.shape[2], generator=torch.Generator().manual_seed(1)) < 0.3
+    seen_BQK[:, 2] = False
+    mask = additive_mask(seen_BQK, dtype).repeat(1, 1, shared, 1)
+    folded = query.transpose(1, 2).unflatten(2, (KV_HEADS, shared))
+    found = attend_rows(folded, key, value, mask, Scoring(None, softcap, sinks_H)).view(
+        num_rows, width, HEADS, -1
+    )
+    exact = [x.double() for x in (query, key, value, sinks_H)]
+    expected = reference(*exact, seen_BQK=seen_BQK, softcap=softcap)
+    assert not found[:, 2].any()
+    assert (found - expected).abs().max() <= (1e-12 if dtype == torch.float64 else 0.02)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_a_forward_without_slots_is_the_family_s_own(family: str) -> None:
+    model = tiny_model(family).double()
+    ids_BL = torch.randint(3, 40, (2, 11), generator=torch.Generator().manual_seed(0))
+    left_padded_BL = torch.ones_like(ids_BL)
+    left_padded_BL[1, :4] = 0
+    calls = [{"input_ids": ids_BL}, {"input_ids": ids_BL, "attention_mask": left_padded_BL}]
+    calls.append({"input_ids": ids_BL[:, :4]})  # within the window, where transformers makes no mask
+    with torch.no_grad():
+        expected = [model(**call).logits for call in calls]
+        use_slot_attention(model)
+        for call, logits_BLV in zip(calls, expected, strict=True):
+            real_BL = call.get("attention_mask", torch.ones_like(call["input_ids"])).bool()
+            torch.testing.assert_close(model(**call).logits[real_BL], logits_BLV[real_BL])
+
+
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_flash_without_a_flash_kernel_gives_the_same(
@@ -224,14 +315,15 @@ def test_flash_without_a_flash_kernel_gives_the_same(
     assert_equals_reference("flash", LAYOUTS[name](), window, torch.float64, "cpu")
 
 
+@pytest.mark.parametrize("scoring", ["plain", "softcap"])
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_flex_output_and_gradient_equal_the_softmax_over_visible_keys(
-    name: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+    name: str, window: int | None, scoring: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As plain operations, which have a backward pass on a CPU too once torch's refusal is lifted."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
-    assert_equals_reference("flex", LAYOUTS[name](), window, torch.float64, "cpu")
+    assert_equals_reference("flex", LAYOUTS[name](), window, torch.float64, "cpu", scoring=scoring)
 
 
 def test_flex_compiled_by_inductor_equals_the_softmax_over_visible_keys(
@@ -246,15 +338,18 @@ def test_flex_compiled_by_inductor_equals_the_softmax_over_visible_keys(
 
 
 @pytest.mark.parametrize("device", CUDA)
+@pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("backend", ["sdpa", "flex", "flash"])
-def test_backends_agree_on_a_gpu(backend: Backend, name: str, window: int | None, device: str) -> None:
+def test_backends_agree_on_a_gpu(
+    backend: Backend, name: str, window: int | None, scoring: str, device: str
+) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     queries, keys = LAYOUTS[name]()
     layout = moved(queries, device), moved(keys, device)
-    assert_equals_reference(backend, layout, window, torch.float32, device, compiled=True)
+    assert_equals_reference(backend, layout, window, torch.float32, device, compiled=True, scoring=scoring)
 
 
 def test_a_forward_with_few_queries_runs_sdpa() -> None:

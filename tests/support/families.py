@@ -64,6 +64,7 @@ EXACT = (
     *(
         "exaone4",
         "gemma",
+        "gemma2",
         "gemma3",
         "gemma3_text",
         "glm",
@@ -72,6 +73,7 @@ EXACT = (
         "gpt2",
         "gpt_bigcode",
         "gpt_neox",
+        "gpt_oss",
     ),
     *(
         "granite",
@@ -97,8 +99,6 @@ REFUSED = (
         "falcon",
         "falcon (ALiBi)",
         "falcon_h1",
-        "gemma2",
-        "gpt_oss",
     ),
     *(
         "gptj",

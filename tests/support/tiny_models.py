@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
@@ -68,6 +70,18 @@ def gemma3(window: int) -> PreTrainedModel:
     return ready(Gemma3ForCausalLM, config)
 
 
+def gpt_oss(window: int) -> PreTrainedModel:
+    config = GptOssConfig(
+        vocab_size=V,
+        sliding_window=window,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        **SIZES,
+    )
+    return ready(GptOssForCausalLM, config)
+
+
 def qwen3_mixed(window: int) -> PreTrainedModel:
     return qwen3(
         use_sliding_window=True, sliding_window=window, layer_types=["full_attention", "sliding_attention"]
@@ -77,6 +91,7 @@ def qwen3_mixed(window: int) -> PreTrainedModel:
 SLIDING: dict[str, Callable[[int], PreTrainedModel]] = {
     "mistral": mistral,
     "gemma3": gemma3,
+    "gpt_oss": gpt_oss,
     "qwen3_mixed": qwen3_mixed,
 }
 
