@@ -293,9 +293,7 @@ def attend_backward(
     mask: Tensor,
     scoring: Scoring,
 ) -> tuple[Tensor, ...]:
-    """Gradients of query, key and value, and of the sinks where there are any. Without `log_sum` the forward is
-    computed again.
-    """
+    """Gradients of query, key and value, and of sinks. Without `log_sum` the forward is computed again."""
     if log_sum is not None:
         flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         scale = scoring.scale
@@ -415,7 +413,7 @@ def scoring_of(kwargs: dict[str, Any]) -> Scoring:
 def dense_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' own sdpa, with every scoring. The mask `[B, 1, Q, K]` is additive or boolean; None: causal."""
+    """transformers' sdpa, for every scoring. The mask `[B, 1, Q, K]` is additive or boolean; None: causal."""
     scoring = scoring_of(kwargs)
     if scoring.is_plain:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)

@@ -1,11 +1,12 @@
 """Scaled dot-product attention, and the two changes that families make to its scores.
 
-A *softcap* c turns a score s into c * tanh(s / c), before the mask is added (Gemma 2, arXiv 2408.00118). A *sink*
-is one more score of every query, a learned number per head: it takes part in the softmax and has no value
-(gpt-oss, arXiv 2508.10925). With either, the scores are computed explicitly; otherwise torch's kernels compute
-the attention.
+A *softcap* c turns a score s into c * tanh(s / c), before the mask is added (Gemma 2, arXiv 2408.00118). A
+*sink* is one more score of every query, a learned number per head: it takes part in the softmax and has no
+value (gpt-oss, arXiv 2508.10925). With either, the scores are computed explicitly; otherwise torch's kernels
+compute the attention.
 
-Shape suffixes: B batch, S heads of keys, H heads of queries, Q queries, K keys.
+Shape suffixes: B batch, S heads of keys, H heads of queries, G heads of queries that share keys, Q stacked
+queries (G for each position), K keys, D head dimension.
 """
 
 from __future__ import annotations
@@ -34,16 +35,15 @@ class Scoring(NamedTuple):
 def dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scoring: Scoring
 ) -> Tensor:
-    """The output `[B, S, G * Q, D]` for queries `[B, S, G * Q, D]`, where the G query heads that share keys are
-    stacked, for keys and values `[B, S, K, D]` and for an additive mask `[B, 1, G * Q, K]`.
+    """The output `[B, S, Q, D]` for queries `[B, S, Q, D]`, stacked head by head, keys and values
+    `[B, S, K, D]` and an additive mask `[B, 1, Q, K]`.
     """
     scale, softcap, sinks_H = scoring
     if scoring.is_plain:
         return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
     products_BSQK = query @ key.transpose(2, 3)
-    precision = torch.promote_types(
-        query.dtype, torch.float32
-    )  # half precision cannot hold a score and a mask
+    # float16 could not hold the sum of a score and a mask
+    precision = torch.promote_types(query.dtype, torch.float32)
     scores_BSQK = products_BSQK.to(precision) * (query.shape[3] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores_BSQK = softcap * torch.tanh(scores_BSQK / softcap)

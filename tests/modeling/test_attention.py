@@ -291,7 +291,7 @@ def test_decoding_with_sinks_equals_the_softmax_over_random_masks(
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
 def test_a_forward_without_slots_is_the_family_s_own(family: str) -> None:
-    model = tiny_model(family).double()
+    model = tiny_model(family)
     ids_BL = torch.randint(3, 40, (2, 11), generator=torch.Generator().manual_seed(0))
     left_padded_BL = torch.ones_like(ids_BL)
     left_padded_BL[1, :4] = 0
@@ -302,7 +302,8 @@ def test_a_forward_without_slots_is_the_family_s_own(family: str) -> None:
         use_slot_attention(model)
         for call, logits_BLV in zip(calls, expected, strict=True):
             real_BL = call.get("attention_mask", torch.ones_like(call["input_ids"])).bool()
-            torch.testing.assert_close(model(**call).logits[real_BL], logits_BLV[real_BL])
+            found_BLV = model(**call).logits
+            torch.testing.assert_close(found_BLV[real_BL], logits_BLV[real_BL], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 7])
