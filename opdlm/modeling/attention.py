@@ -384,20 +384,20 @@ def slot_attention(
     """The attention function that models call: queries `[B, H, Q, D]` -> `[B, Q, H, D]`. Without a
     `slot_forward` it computes the model's own attention. UnsupportedModel if no mask can be set.
     """
+    scoring = Scoring(kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
     if slot_forward is None:
         if attention_mask is not None and attention_mask.shape[-1] < key.shape[2]:
             raise UnsupportedModel(
                 "its layers do not pass keywords on to the attention function: no mask can be set"
             )
-        return dense_attention(module, query, key, value, attention_mask, **kwargs)
+        return dense_attention(module, query, key, value, attention_mask, scoring, **kwargs)
     mask = slot_forward.masks[slot_forward.windows[module.layer_idx]]
-    scoring = scoring_of(kwargs)
     if slot_forward.attend is not None:
         return slot_forward.attend(module.layer_idx, query[0], key[0], value[0], mask, scoring), None
     if slot_forward.cache is not None:
         key, value = slot_forward.cache.extend(module.layer_idx, key, value)
     if isinstance(mask, Tensor):
-        return dense_attention(module, query, key, value, mask, **kwargs)
+        return dense_attention(module, query, key, value, mask, scoring, **kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast may leave them in float32
     if isinstance(mask, BlockMask):
         return flex_attention_forward(module, query, key, value, mask, **kwargs)
@@ -405,16 +405,16 @@ def slot_attention(
     return ChunkedAttention.apply(query, key, value, mask, *scoring), None
 
 
-def scoring_of(kwargs: dict[str, Any]) -> Scoring:
-    """The scoring that a layer asks for by the keywords of transformers' attention functions."""
-    return Scoring(kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
-
-
 def dense_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scoring: Scoring,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' sdpa, for every scoring. The mask `[B, 1, Q, K]` is additive or boolean; None: causal."""
-    scoring = scoring_of(kwargs)
     if scoring.is_plain:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     assert not kwargs.get("dropout"), "explicit scores are computed without dropout"

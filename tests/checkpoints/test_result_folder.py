@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 VARIANTS = {
     "preserve-lora": ("llama", ("format.name=preserve",)),
     "preserve-copy": ("qwen3", ("format.name=preserve", "lora.enabled=false")),
+    "preserve-sinks": ("gpt_oss", ("format.name=preserve",)),
     "sdar-full": ("gemma3_text", ("format.name=sdar", "lora.enabled=false")),
     "sdar-lora": ("llama", ("format.name=sdar",)),
 }
