@@ -79,7 +79,9 @@ def gpt_oss(window: int) -> PreTrainedModel:
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         **SIZES,
     )
-    return ready(GptOssForCausalLM, config)
+    model = ready(GptOssForCausalLM, config)
+    model.set_experts_implementation("batched_mm")  # the default one takes no float64
+    return model
 
 
 def qwen3_mixed(window: int) -> PreTrainedModel:
