@@ -84,6 +84,8 @@ def unsupported_reason(choice: AttentionChoice, device: torch.device, config: Pr
     num_heads = text_config.num_attention_heads
     num_kv = getattr(text_config, "num_key_value_heads", None) or num_heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads
+    if config.model_type == "gpt_oss":
+        return "FlexAttention rounds the share of learned sinks in 16-bit formats"
     if device.type != "cuda":
         return f"FlexAttention has no backward pass on {device.type}; choose flash or sdpa"
     if head_dim < FLEX_MIN_HEAD_DIM:
