@@ -176,7 +176,7 @@ def test_lossless_sampling_follows_the_distribution_of_the_base_model(
     base = qwen3(vocabulary=6, initializer_range=0.15)
     model = make_lm(kind, base=base, noise=0.3)
     (prompt,) = make_prompts([3], vocabulary=6)
-    config = DecodeConfig(mode=mode, max_new_tokens=3, temperature=1.0)
+    config = DecodeConfig(mode=mode, max_new_tokens=3, temperature=1.0).repeatable()
     rollouts = generate(model, [prompt] * 4000, config, torch.Generator().manual_seed(5))
     if mode == "lossless":
         stats = DecodeStats.of(rollouts)
