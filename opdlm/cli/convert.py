@@ -71,6 +71,6 @@ def describe(config: opdlm.Config) -> str:
     from opdlm.api import check_model_path
 
     check_model_path(config, needs_weights=False)
-    from opdlm.distill.plan import describe_plan, make_plan, mean_prompt_tokens
+    from opdlm.distill.plan import check_prompts, describe_plan, make_plan
 
-    return describe_plan(make_plan(config), mean_prompt_tokens(config))
+    return describe_plan(make_plan(config), check_prompts(config))

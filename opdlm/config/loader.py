@@ -87,6 +87,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
+        if text.startswith("[{"):
+            raise ConfigError(f"{key} ({text}) is not valid YAML: quote texts with brackets.") from None
         value = text
     if key in OLD_KEYS:
         tell_renamed(f"{key} is now {OLD_KEYS[key]}")
@@ -161,12 +163,21 @@ def prepare(cls: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]
                 raise ConfigError(f"{prefix}{key} is a section: set its keys, for example {example}.")
             prepared[key] = prepare(hint, value, f"{prefix}{key}.")
         else:
-            prepared[key] = prepare_value(value, hint)
+            prepared[key] = prepare_value(value, hint, f"{prefix}{key}")
     return prepared
 
 
-def prepare_value(value: Any, hint: Any) -> Any:
+def prepare_value(value: Any, hint: Any, name: str) -> Any:
     options = members(hint)
+    entries = [entry for option in options for part in typing.get_args(option) for entry in members(part)]
+    for cls in filter(is_dataclass, entries):  # a list whose entries may be sections
+        if isinstance(value, Mapping):
+            raise ConfigError(f"{name} ({value}) must be a list of such mappings: [{{...}}].")
+        if isinstance(value, list | tuple):
+            return [
+                build_section(cls, item, f"{name}[{i}].") if isinstance(item, Mapping) else item
+                for i, item in enumerate(value)
+            ]
     if isinstance(value, datetime.date) and str in options:  # YAML reads 2026-11-29 as a date
         return str(value)
     if any(typing.get_origin(option) is tuple for option in options) and not isinstance(value, list | tuple):

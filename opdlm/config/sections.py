@@ -99,13 +99,37 @@ class LoraSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class SourceSection:
+    """An entry of `data.path` with settings of its own. None: that of the data section."""
+
+    path: str = ""
+    """A file or a `datasets` name."""
+    weight: Annotated[float, Field(gt=0, le=10**9)] | None = None
+    """Share of the prompts of a step, relative to the other sources, of which each has epochs of its own.
+    None: 1, or if no source has a weight, the prompts of all sources are shuffled together.
+    """
+    split: str | None = None
+    """Split of a `datasets` name."""
+    config: str | None = None
+    """Configuration of a `datasets` name."""
+    prompt_column: str | None = None
+    """Column that holds the prompt."""
+    limit: OptionalCount = None
+    """Use only the first prompts of this source, this many."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class DataSection:
-    path: str | tuple[str, ...] = ""
+    path: str | tuple[str | SourceSection, ...] = ""
     """Prompts: .jsonl or .json (also .gz, .zst), .parquet or a `datasets` name, one or a list. Rows need
-    `prompt` (text or messages), `messages`, `conversations` (ShareGPT), or `instruction` (Alpaca).
+    `prompt` (text or messages), `messages`, `conversations` (ShareGPT), or `instruction` (Alpaca). An entry
+    of the list may be a mapping with path, weight, split, config, prompt_column and limit:
+    [{path: a.jsonl, weight: 3}, b.jsonl] takes 3 of 4 prompts of each step from a.jsonl.
     """
     self_prompts: Steps = 0
-    """Number of prompts that the model writes before training, in addition to those of path."""
+    """Number of prompts that the model writes before training, in addition to those of path. Beside weights
+    in path they are a source of weight 1.
+    """
     config: str = ""
     """Configuration of a `datasets` name that has several, for example main."""
     split: str = "train"
@@ -127,7 +151,7 @@ class DataSection:
     system_prompt: str = ""
     """Put before every prompt through the chat template."""
     limit: OptionalCount = None
-    """Use only the first prompts, this many; None = all."""
+    """Use only the first prompts, this many; None = all. With mappings in path: of each source."""
 
 
 @plain_dataclass(frozen=True, slots=True, kw_only=True)

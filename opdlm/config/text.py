@@ -56,8 +56,8 @@ class TextLoraSection(LoraSection):
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class TextSection:
     path: str | tuple[str, ...] = ""
-    """.jsonl or .json (also .gz, .zst), .parquet or a `datasets` name, one or a list. Rows need `text`, or a
-    prompt and its response: `prompt` and `response` (or `completion`), `messages` or `conversations` that end
+    """.jsonl or .json (also .gz, .zst), .parquet or a `datasets` name, one or a list without weights. Rows
+    need `text`, or a prompt and its response: `prompt` and `response` (or `completion`), `messages` or `conversations` that end
     with the assistant's, or `instruction` and `output`.
     """
     text_column: str = "text"

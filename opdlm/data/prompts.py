@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from opdlm.config.sections import DataSection
+from opdlm.config.sections import DataSection, SourceSection
 from opdlm.data.chat_template import encode_prompt, unread_keys, with_date
 from opdlm.data.messages import Conversation, conversation_of
 from opdlm.data.rows import Row, read_rows
@@ -86,11 +88,13 @@ def encode_rows(
         log.warning(f"{num_unknown} of {len(rows)} prompts have characters that the tokenizer does not know")
     if num_long:
         log.warning(
-            f"dropped {num_long} of {len(rows)} prompts: longer than {section.max_prompt_tokens} tokens"
+            f"dropped {num_long} of {len(rows)} prompts: longer than {section.max_prompt_tokens} tokens "
+            f"({section.path})"
         )
     if not prompts:
         raise DataError(
-            f"no prompt has at most {section.max_prompt_tokens} tokens: raise data.max_prompt_tokens."
+            f"no prompt of {section.path} has at most {section.max_prompt_tokens} tokens: raise "
+            "data.max_prompt_tokens, or leave the source out."
         )
     return prompts
 
@@ -120,8 +124,53 @@ def is_unknown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
 def load_prompts(
     section: DataSection, tokenizer: PreTrainedTokenizerBase, mask_token_id: int
 ) -> list[Prompt]:
-    """The prompts of `data.path`."""
-    return encode_rows(load_rows(section), tokenizer, section=section, mask_token_id=mask_token_id)
+    """The prompts of `data.path`. DataError, which names it, for a source without any."""
+    prompts, num_rows = list[Prompt](), 0
+    for number, source in enumerate(sections_of_sources(section)):
+        rows = load_rows(source)
+        encoded = encode_rows(rows, tokenizer, section=source, mask_token_id=mask_token_id)
+        prompts += [replace(p, index=num_rows + p.index, source=number) for p in encoded]
+        num_rows += len(rows)
+    return prompts
+
+
+def sources_of(section: DataSection) -> list[SourceSection]:
+    """The entries of `data.path` if one is a mapping, and the self-prompts; else none: all is one source."""
+    if isinstance(section.path, str) or all(isinstance(entry, str) for entry in section.path):
+        return []
+    sources = [SourceSection(path=e) if isinstance(e, str) else e for e in section.path]
+    return [*sources, SourceSection(path="data.self_prompts")] if section.self_prompts else sources
+
+
+def sections_of_sources(section: DataSection) -> list[DataSection]:
+    """The data section of each source of `data.path`: what a source leaves open is that of all."""
+    sources = [asdict(source) for source in sources_of(replace(section, self_prompts=0))]
+    given = [{k: v for k, v in s.items() if v is not None and k != "weight"} for s in sources]
+    return [replace(section, **values) for values in given] or [section]
+
+
+def weighted_sources(prompts: Sequence[Prompt], section: DataSection) -> list[tuple[float, list[Prompt]]]:
+    """(weight, prompts) of each source if one has a weight, else none. DataError for one without prompts."""
+    sources = sources_of(section)
+    if all(source.weight is None for source in sources):
+        return []
+    groups = [[prompt for prompt in prompts if prompt.source == i] for i in range(len(sources))]
+    for source, group in zip(sources, groups, strict=True):
+        if not group:
+            raise DataError(
+                f"data.path ({source.path}) has a weight, but no prompts are left beside the held-back ones: "
+                "give more, leave the source out, or set eval.held_back=0."
+            )
+    return [(source.weight or 1.0, group) for source, group in zip(sources, groups, strict=True)]
+
+
+def count_prompts(prompts: Sequence[Prompt], section: DataSection) -> str:
+    """How many prompts there are, and how many are from each of several sources."""
+    sources, numbers = sources_of(section), Counter(prompt.source for prompt in prompts)
+    names = [" ".join(filter(None, (source.path, source.config, source.split))) for source in sources]
+    parts = [f"{numbers[i]} of {name}" for i, name in enumerate(names)]
+    total = f"{len(prompts)} prompts ({len({prompt.ids for prompt in prompts})} distinct)"
+    return f"{total}: {', '.join(parts)}" if parts else total
 
 
 def load_rows(section: DataSection) -> list[tuple[str, Row]]:
@@ -132,7 +181,7 @@ def load_rows(section: DataSection) -> list[tuple[str, Row]]:
             "data.path is empty: conversion needs prompts. Give a .jsonl or .parquet file or a dataset, or "
             "let the model write them: data.self_prompts=4000."
         )
-    rows = [row for path in paths for row in read_rows(path, section.split, section.config)]
+    rows = [row for path in paths for row in read_rows(str(path), section.split, section.config)]
     rows = rows[: section.limit]
     if not rows:
         raise DataError(f"data.path ({section.path}) holds no rows. Give at least one prompt.")
@@ -224,23 +273,52 @@ def write_prompt_ids(path: Path, prompts: Sequence[Ids], tokenizer: PreTrainedTo
 class PromptStream(Generic[Item]):
     """An endless sequence of shuffled epochs over prompts or recorded rollouts. The items of a step depend on
     (seed, step) alone, so resuming needs no state.
+
+    `sources`: (weight, items) of each source that has epochs of its own; none: all are one.
     """
 
-    def __init__(self, prompts: Sequence[Item], per_step: int, seed: int) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[Item],
+        per_step: int,
+        seed: int,
+        sources: Sequence[tuple[float, Sequence[Item]]] = (),
+    ) -> None:
         self.prompts, self.per_step, self.seed = prompts, per_step, seed
-        self._epoch, self._permutation = -1, list[int]()
+        self.sources = sources or [(1.0, prompts)]
+        self._orders = dict[int, tuple[int, list[int]]]()
+        self._restart()
 
     def at(self, step: int) -> list[Item]:
         """The items of rollout step `step` (0-based)."""
-        first = step * self.per_step
-        return [self._item(i) for i in range(first, first + self.per_step)]
+        if step < self._next_step:
+            self._restart()
+        first = (step - self._next_step) * self.per_step
+        self._next_step = step + 1
+        return [self._item(*draw) for draw in islice(self._draws, first, first + self.per_step)]
 
-    def _item(self, index: int) -> Item:
-        epoch, number = divmod(index, len(self.prompts))
-        return self.prompts[self._order(epoch)[number]]
+    def _restart(self) -> None:
+        self._next_step, self._draws = 0, draw_sources([weight for weight, _ in self.sources])
 
-    def _order(self, epoch: int) -> list[int]:
-        if self._epoch != epoch:
-            rng = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._permutation = epoch, torch.randperm(len(self.prompts), generator=rng).tolist()
-        return self._permutation
+    def _item(self, source: int, number: int) -> Item:
+        items = self.sources[source][1]
+        epoch, place = divmod(number, len(items))
+        if self._orders.get(source, (-1, []))[0] != epoch:
+            rng = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch + source * 10**9)
+            self._orders[source] = epoch, torch.randperm(len(items), generator=rng).tolist()
+        return items[self._orders[source][1][place]]
+
+
+def draw_sources(weights: Sequence[float]) -> Iterator[tuple[int, int]]:
+    """Endless pairs (source, how often it was drawn before): of the first n, source k has n w_k, less than 1
+    more or less, where w are the weights divided by their sum.
+
+    Draw j of a source is released at j / w and due before (j + 1) / w; the earliest deadline goes first (Liu
+    and Layland 1973), which meets all of them.
+    """
+    shares, counts = [weight / sum(weights) for weight in weights], [0] * len(weights)
+    for n in count(1):
+        released = [k for k, share in enumerate(shares) if counts[k] < n * share]
+        source = min(released, key=lambda k: (counts[k] + 1) / shares[k])
+        yield source, counts[source]
+        counts[source] += 1

@@ -21,6 +21,8 @@ class Prompt:
     ids: tuple[int, ...]
     index: int
     """Its index in the data set."""
+    source: int = 0
+    """The number of its source, where the data set has several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

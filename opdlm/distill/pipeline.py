@@ -20,7 +20,15 @@ from opdlm.checkpoints.export import write_model
 from opdlm.checkpoints.folders import trust_remote_code
 from opdlm.checkpoints.load import check_fits, load, load_causal_lm, load_tokenizer, with_known_dtype
 from opdlm.config.sections import CONFIG_COPY, Config, EvalSection
-from opdlm.data.prompts import Ids, Task, hold_back, load_prompts, write_prompt_ids
+from opdlm.data.prompts import (
+    Ids,
+    Task,
+    count_prompts,
+    hold_back,
+    load_prompts,
+    weighted_sources,
+    write_prompt_ids,
+)
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.generate import generate
@@ -268,6 +276,7 @@ def without_held_back(inputs: Inputs, config: Config) -> tuple[Inputs, list[Ids]
         recorded, chosen = hold_back(inputs.recorded, lambda rollout: rollout.prompt_ids, number)
         return replace(inputs, recorded=recorded), chosen
     prompts, chosen = hold_back(inputs.prompts, lambda prompt: prompt.ids, number)
+    weighted_sources(prompts, config.data)  # none may be empty now
     return replace(inputs, prompts=prompts), chosen
 
 
@@ -303,7 +312,8 @@ def add_self_prompts(inputs: Inputs, config: Config, output_dir: Path, console: 
         inputs.student, [p.ids for p in added], config.rollout.decode.max_new_tokens, "data.max_prompt_tokens"
     )
     check_engine(inputs.student, added, config)
-    inputs.prompts.extend(replace(p, index=len(inputs.prompts) + p.index) for p in added)
+    source = inputs.prompts[-1].source + 1 if inputs.prompts else 0
+    inputs.prompts.extend(replace(p, index=len(inputs.prompts) + p.index, source=source) for p in added)
 
 
 def trained_student(model: DiffusionLM, config: Config) -> DiffusionLM:
@@ -323,12 +333,11 @@ def describe(inputs: Inputs, config: Config, console: Console) -> None:
     student = inputs.student
     total = sum(p.numel() for name, p in student.student.named_parameters() if "lora_" not in name)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    distinct = len({prompt.ids for prompt in inputs.prompts})
     backend = choose_backend(student.attention, PartialState().device, student.student.config)
     if config.rollout.path:
         source = f"{len(inputs.recorded)} rollouts of {config.rollout.path}"
     else:
-        source = f"{len(inputs.prompts)} prompts ({distinct} distinct)"
+        source = count_prompts(inputs.prompts, config.data)
     console.print(
         f"{config.model.path}: {student.student.config.model_type}, {total / 1e6:.2f} M parameters, "
         f"{trained / 1e6:.2f} M trained; format {student.spec.format}, block size {student.spec.block_size}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +16,8 @@ from opdlm.config.schedules import (
     selection_at,
 )
 from opdlm.config.sections import Config
-from opdlm.data.prompts import load_prompts
+from opdlm.data.prompts import count_prompts, load_prompts
+from opdlm.decoding.rollout import Prompt
 from opdlm.distill.costs import (
     ModelSizes,
     fixed_memory,
@@ -84,9 +86,11 @@ def make_plan(config: Config, sizes: ModelSizes | None = None) -> ConversionPlan
     )
 
 
-def describe_plan(plan: ConversionPlan, mean_prompt: int | None = None) -> str:
-    """The plan as lines of text. `mean_prompt`: tokens of a prompt, for the hours; None: the longest."""
+def describe_plan(plan: ConversionPlan, prompts: Sequence[Prompt] = ()) -> str:
+    """The plan as lines of text. `prompts`: those of `data.path`; without any, all count as the longest."""
     config, sizes = plan.config, plan.sizes
+    mean_prompt = sum(len(prompt.ids) for prompt in prompts) // len(prompts) if prompts else None
+    counts = count_prompts(prompts, replace(config.data, self_prompts=0))
     without, with_checkpointing = (f"{x / GIB:.2f} GiB" for x in plan.activations)
     free = free_memory()
     flops = "  ".join(f"{name} {value:.2e}" for name, value in plan.step_flops.items())
@@ -109,6 +113,7 @@ def describe_plan(plan: ConversionPlan, mean_prompt: int | None = None) -> str:
         "",
         "schedule",
         *(f"  {line}" for line in schedule_lines(config)),
+        *(("", "data", f"  {counts}") if prompts else ()),
         "",
         "written",
         *(f"  {line}" for line in file_lines(config, sizes)),
@@ -116,16 +121,15 @@ def describe_plan(plan: ConversionPlan, mean_prompt: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def mean_prompt_tokens(config: Config) -> int | None:
-    """Mean length of the prompts of `data.path`; None without such a file. ConfigError or DataError where the
-    run could not read its data or report to its trackers.
+def check_prompts(config: Config) -> list[Prompt]:
+    """The prompts of `data.path`. ConfigError or DataError where the run could not read its data or report to
+    its trackers.
     """
     check_trackers(config)
     if not config.data.path:
-        return None
+        return []
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code, needs_weights=False)
-    lengths = [len(prompt.ids) for prompt in load_prompts(config.data, tokenizer, mask_token_id=-1)]
-    return sum(lengths) // len(lengths)
+    return load_prompts(config.data, tokenizer, mask_token_id=-1)
 
 
 def hours_line(config: Config, sizes: ModelSizes, mean_prompt: int | None) -> str:

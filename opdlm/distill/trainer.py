@@ -29,7 +29,7 @@ from opdlm.config.schedules import (
     selection_at,
 )
 from opdlm.config.sections import Config, LossSection, scheduled
-from opdlm.data.prompts import PromptStream
+from opdlm.data.prompts import PromptStream, weighted_sources
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.rollout import Prompt, Rollout, digest_of
 from opdlm.distill.rollouts import RolloutSource
@@ -199,19 +199,21 @@ def start_run(
     per_step, seed = config.rollout.prompts_per_step, config.train.seed
     student_loss = StudentLoss(model, config.loss)
     started = start(model, student_loss, config)
+    sources = weighted_sources(prompts, config.data) if prompts else []
+    sizes = ([len(group)] for _, group in sources)
     source = RolloutSource(
         config=config,
         model=model,
         loss=started["loss"],
         accelerator=started["accelerator"],
-        prompts=PromptStream(prompts, per_step, seed),
+        prompts=PromptStream(prompts, per_step, seed, sources),
         recorded=PromptStream(recorded, per_step, seed) if recorded else None,
     )
     return Run(
         **started,
         num_planned=num_updates_of(config),
         totals={"rollout_tokens": 0.0, "loss_tokens": 0.0},
-        data_digest=digest_of(chain((prompt.ids for prompt in prompts), map(ids_of, recorded))),
+        data_digest=digest_of(chain((prompt.ids for prompt in prompts), map(ids_of, recorded), sizes)),
         source=source,
         student_loss=student_loss,
         acceptance=Acceptance(config.format.block_size - 1),

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from opdlm.config.sections import STRICT, Config
 from opdlm.distill.pipeline import convert_checkpoint
-from opdlm.errors import DataError
+from opdlm.errors import ConfigError, DataError
 from opdlm.reporting.plots import DPI, new_figure
 from opdlm.reporting.tables import Table
 from opdlm.studies.claims import (
@@ -82,7 +82,9 @@ def prepare(grid: SftGrid, base: Values, out: Path) -> None:
     """Generate the teacher's responses to `num_prompts` prompts; an interrupted call continues."""
     (out / "data").mkdir(parents=True, exist_ok=True)
     config = sft_config(base, Path("data"), Path("run"))
-    path = config.data.path if isinstance(config.data.path, str) else config.data.path[0]
+    path = config.data.path
+    if not isinstance(path, str):
+        raise ConfigError(f"run.data.path ({path}) must be one path: the study has one file of responses.")
     options = {
         "mode": "ar",
         "limit": grid.num_prompts,

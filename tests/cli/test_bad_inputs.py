@@ -487,6 +487,30 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: p.convert("--dry-run", model=Path("nobody/has-this-model")),
         ("model.path (nobody/has-this-model)", "no folder with a config.json", "hf download"),
     ),
+    "unknown key of a source of prompts": (
+        lambda p: p.convert("data.path=[{path: a.jsonl, weigth: 3}, b.jsonl]"),
+        ("unknown key data.path[0].weigth", "Did you mean data.path[0].weight?"),
+    ),
+    "a source of prompts without weight": (
+        lambda p: p.convert("data.path=[b.jsonl, {path: a.jsonl, weight: 0}]"),
+        ("data.path[1].weight (0)", "must lie between 0 and 1000000000"),
+    ),
+    "an endless weight": (
+        lambda p: p.convert("data.path=[{path: a.jsonl, weight: .inf}]"),
+        ("data.path[0].weight (inf)", "must lie between 0 and 1000000000"),
+    ),
+    "one source of prompts without a list": (
+        lambda p: p.convert("data.path={path: a.jsonl, weight: 3}"),
+        ("data.path", "a.jsonl", "must be a list of such mappings"),
+    ),
+    "an unquoted slice": (
+        lambda p: p.convert("data.path=[{path: a, split: train[:3]}]"),
+        ("data.path ([{path: a, split: train[:3]}])", "not valid YAML: quote texts with brackets"),
+    ),
+    "a source of prompts without a path": (
+        lambda p: p.convert("data.path=[{weight: 3}]"),
+        ("data.path is empty", "Give a .jsonl"),
+    ),
     "no prompts given": (lambda p: p.convert("data.path="), ("data.path is empty", "Give a .jsonl")),
     "self prompts without a chat template": (
         lambda p: p.convert("data.self_prompts=4", model=without_template(p)),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from opdlm.config.loader import describe_fields
+from opdlm.config.loader import describe_fields, read_recipe
 from opdlm.config.rules import load_config
-from opdlm.config.sections import Config
+from opdlm.config.sections import Config, SourceSection
 from opdlm.config.text import TextConfig, load_text_config
 from opdlm.errors import ConfigError
+from opdlm.training.run_folder import changed_settings
 
 VALUES = (
     *("1", "0", "-1", "1.5", "1e400", ".nan", ".inf", "-.inf", "99999999999999999999", "0x10", "1_000"),
@@ -40,3 +42,19 @@ def test_odd_values_are_accepted_or_refused_in_one_sentence(load: Callable[..., 
 def test_a_pair_of_another_length_is_told_its_length() -> None:
     with pytest.raises(ConfigError, match=r"optimizer.betas \(\[0.9, 0.9, 0.9\]\) needs 2 values"):
         load_config(None, ["optimizer.betas=[0.9,0.9,0.9]"])
+
+
+def test_sources_of_prompts_are_read_from_overrides_and_from_the_saved_settings(tmp_path: Path) -> None:
+    text = "data.path=[{path: a.jsonl, weight: 3}, b.jsonl, {path: org/c, split: 'train[:9]', limit: 2}]"
+    config = load_config(None, [text])
+    assert config.data.path == (
+        SourceSection(path="a.jsonl", weight=3),
+        "b.jsonl",
+        SourceSection(path="org/c", split="train[:9]", limit=2),
+    )
+    saved = tmp_path / "config.yaml"
+    saved.write_text(config.to_yaml())
+    assert load_config(saved) == config
+    assert changed_settings(read_recipe(saved), config.to_dict(), Config().to_dict()) == []
+    other = load_config(saved, [text.replace("weight: 3", "weight: 2")])
+    assert changed_settings(read_recipe(saved), other.to_dict(), Config().to_dict()) == ["data.path"]

@@ -51,12 +51,21 @@ DRAFT = [
 ]
 
 
-@pytest.fixture(scope="module", params=["synchronous", "asynchronous", "draft"])
+SOURCES = "data.path=[{{path: {0}, weight: 3, limit: 5}}, {{path: {0}, limit: 2}}]"
+    "data.path=[{{path: {0}/prompts.jsonl, weight: 3, limit: 5}}, {{path: {0}/prompts.jsonl, limit: 2}}]"
+)
+
+
+@pytest.fixture(scope="module", params=["synchronous", "asynchronous", "draft", "sources"])
 def way(place: Path, request: pytest.FixtureRequest) -> tuple[Path, list[str]]:
     """Another uninterrupted run, and what it sets beside the settings of `place`."""
     if request.param == "synchronous":
         return place / "whole", []
-    settings = DRAFT if request.param == "draft" else ["rollout.asynchronous=true"]
+    settings = {
+        "asynchronous": ["rollout.asynchronous=true"],
+        "draft": DRAFT,
+        "sources": [SOURCES.format(place / "prompts.jsonl")],
+    }[request.param]
     assert main(command(place, place / request.param, *settings)) == 0
     assert metrics(place / request.param) != metrics(place / "whole")
     return place / request.param, settings
