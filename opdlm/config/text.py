@@ -57,8 +57,8 @@ class TextLoraSection(LoraSection):
 class TextSection:
     path: str | tuple[str, ...] = ""
     """.jsonl or .json (also .gz, .zst), .parquet or a `datasets` name, one or a list without weights. Rows
-    need `text`, or a prompt and its response: `prompt` and `response` (or `completion`), `messages` or `conversations` that end
-    with the assistant's, or `instruction` and `output`.
+    need `text`, or a prompt and its response: `prompt` and `response` (or `completion`), `messages` or
+    `conversations` that end with the assistant's, or `instruction` and `output`.
     """
     text_column: str = "text"
     """Column that holds the text."""

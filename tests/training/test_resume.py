@@ -52,8 +52,6 @@ DRAFT = [
 
 
 SOURCES = "data.path=[{{path: {0}, weight: 3, limit: 5}}, {{path: {0}, limit: 2}}]"
-    "data.path=[{{path: {0}/prompts.jsonl, weight: 3, limit: 5}}, {{path: {0}/prompts.jsonl, limit: 2}}]"
-)
 
 
 @pytest.fixture(scope="module", params=["synchronous", "asynchronous", "draft", "sources"])
