@@ -175,7 +175,7 @@ def prepare_value(value: Any, hint: Any, name: str) -> Any:
             raise ConfigError(f"{name} ({value}) must be a list of such mappings: [{{...}}].")
         if isinstance(value, list | tuple):
             return [
-                build_section(cls, item, f"{name}[{i}].") if isinstance(item, Mapping) else item
+                build_section(cls, item, f"{name}[{i}].") if isinstance(item, Mapping) else item  # type: ignore[arg-type]
                 for i, item in enumerate(value)
             ]
     if isinstance(value, datetime.date) and str in options:  # YAML reads 2026-11-29 as a date

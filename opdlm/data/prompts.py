@@ -298,7 +298,8 @@ class PromptStream(Generic[Item]):
         return [self._item(*draw) for draw in islice(self._draws, first, first + self.per_step)]
 
     def _restart(self) -> None:
-        self._next_step, self._draws = 0, draw_sources([weight for weight, _ in self.sources])
+        self._next_step: int = 0
+        self._draws: Iterator[tuple[int, int]] = draw_sources([weight for weight, _ in self.sources])
 
     def _item(self, source: int, number: int) -> Item:
         items = self.sources[source][1]
