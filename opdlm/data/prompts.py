@@ -287,19 +287,19 @@ class PromptStream(Generic[Item]):
         self.prompts, self.per_step, self.seed = prompts, per_step, seed
         self.sources = sources or [(1.0, prompts)]
         self._orders = dict[int, tuple[int, list[int]]]()
-        self._restart()
+        self._next_step = 0
+        self._draws = self._all_draws()
 
     def at(self, step: int) -> list[Item]:
         """The items of rollout step `step` (0-based)."""
         if step < self._next_step:
-            self._restart()
+            self._next_step, self._draws = 0, self._all_draws()
         first = (step - self._next_step) * self.per_step
         self._next_step = step + 1
         return [self._item(*draw) for draw in islice(self._draws, first, first + self.per_step)]
 
-    def _restart(self) -> None:
-        self._next_step: int = 0
-        self._draws: Iterator[tuple[int, int]] = draw_sources([weight for weight, _ in self.sources])
+    def _all_draws(self) -> Iterator[tuple[int, int]]:
+        return draw_sources([weight for weight, _ in self.sources])
 
     def _item(self, source: int, number: int) -> Item:
         items = self.sources[source][1]
