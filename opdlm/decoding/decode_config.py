@@ -47,7 +47,8 @@ class DecodeConfig:
     forward_overhead: float | None = None
     """lossless: fixed cost of a forward pass, in slots; a larger value gives longer drafts. None: the cost of
     forwards on this machine is measured before the first, in about a second. What is drafted then depends on
-    the clock, and with it the rounding of logits, which decides near ties in 16-bit formats.
+    the clock, and with it the rounding of logits, which decides near ties in 16-bit formats; reports, rollout
+    files and training therefore take None as 32.
     """
 
     def __post_init__(self) -> None:
