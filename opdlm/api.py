@@ -218,10 +218,12 @@ def bench(
     repeats: int = 3,
     compile: bool = False,
     vllm: Literal["auto", "always", "never"] = "auto",
+    assistant: str | Path | None = None,
     out: str | Path | None = None,
     console: Console | None = None,
 ) -> list[Speed]:
-    """Measure decoding speed against AR decoding of the same folder: `transformers.generate` and our own.
+    """Measure decoding speed against AR decoding of the same folder (`transformers.generate` and our own) and
+    the speculative decoding of transformers.
 
     Greedy, the same prompts for all, interleaved. Close other programs first.
 
@@ -235,7 +237,9 @@ def bench(
         repeats: how often everything is timed; the median counts.
         compile: every mode with torch.compile too.
         vllm: also the AR model in vLLM: where it is installed (auto), always or never.
-        out: a folder for bench.json and bench.png.
+        assistant: a small model with the same tokenizer, for assisted generation of transformers. It and
+            prompt lookup decode one prompt at a time, so they are measured at batch size 1 only.
+        out: a folder for bench.json, bench.png and acceptance.png.
         console: where progress is printed; None: standard output.
 
     Returns:
@@ -266,6 +270,7 @@ def bench(
         repeats=repeats,
         compiles=compile,
         vllm=vllm,
+        assistant=None if assistant is None else str(assistant),
         out=None if out is None else Path(out),
         console=console or Console(),
     )

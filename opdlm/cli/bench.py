@@ -29,7 +29,8 @@ def add_bench(verbs: Verbs) -> None:
         summary="decoding speed of a converted checkpoint",
         description="Measure tokens per second and per forward of every decoding mode, and of vLLM where it "
         "is installed, against transformers.generate on the AR model of the same folder and against the "
-        "fastest AR decoding measured: greedy, the same prompts, interleaved. Close other programs first.",
+        "fastest AR decoding measured: greedy, the same prompts, interleaved. At batch size 1 also prompt "
+        "lookup of transformers. Close other programs first.",
         examples=EXAMPLES,
     )
 
@@ -67,8 +68,13 @@ def add_bench_flags(parser: Parser) -> None:
         default="auto",
         help="the AR model in vLLM too; auto: where it is installed (default: auto)",
     )
+    parser.add_argument(
+        "--assistant",
+        metavar="MODEL",
+        help="assisted generation of transformers with this small model too; needs the same tokenizer",
+    )
     add_compile(parser, "every mode with torch.compile too")
-    parser.add_argument("--out", metavar="FOLDER", help="write bench.json and bench.png here")
+    parser.add_argument("--out", metavar="FOLDER", help="write bench.json, bench.png, acceptance.png here")
     sampling = ("temperature", "top_k", "top_p", "logprobs")
     add_decode_flags(parser, leave_out=("mode", "batch_size", *sampling), max_new_tokens=128)
 
@@ -84,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
         repeats=options.repeats,
         compile=options.compile,
         vllm=options.vllm,
+        assistant=options.assistant,
         out=options.out,
     )
     return 0

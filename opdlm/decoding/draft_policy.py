@@ -43,6 +43,9 @@ TRIAL_FORWARDS, LONGEST_PAUSE = 32, 1024
 """Forwards after which drafting must have paid. If not, it pauses for as many, the next time for twice as
 many, and so on up to the longest pause."""
 
+MOST_DRAFTS = 1e9
+"""The `forward_overhead` of the fewest forwards: a slot costs nothing beside it."""
+
 
 class ForwardCost:
     """Cost of a forward by its number of slots: linear between points, and on from the last two."""

@@ -31,6 +31,7 @@ from opdlm.data.prompts import (
 )
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.decode_state import DecodeStats
+from opdlm.decoding.draft_policy import MOST_DRAFTS
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Prompt, Rollout
 from opdlm.distill.rollout_file import load_rollouts
@@ -71,8 +72,6 @@ LEARNT = 0.05
 """Tokens per forward that a student which has learnt something gains, at least."""
 HELD_BACK_TOKENS, HELD_BACK_TIMED = 64, 4
 """Response tokens of held-back prompts, and how many of them are timed."""
-MOST_DRAFTS = 1e9
-"""`forward_overhead` of the fewest forwards."""
 
 
 @dataclass(frozen=True, slots=True)

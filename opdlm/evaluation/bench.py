@@ -1,27 +1,36 @@
 """`opdlm bench`: the decoding speed of a folder in every mode and at several batch sizes.
 
-Prints a table; writes bench.json and bench.png. Not here: how speed is measured (`speed`).
+Prints a table; writes bench.json, bench.png and, where drafts are verified, acceptance.png. Not here: how
+speed is measured (`speed`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import PartialState
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
-from opdlm.checkpoints.load import check_decode, check_fits, load, load_causal_lm
+from opdlm.checkpoints.load import check_decode, check_fits, load, load_causal_lm, load_tokenizer
 from opdlm.data.prompts import load_tasks
 from opdlm.decoding.decode_config import DecodeConfig, Mode
+from opdlm.decoding.draft_policy import MOST_DRAFTS
+from opdlm.decoding.generate import generate
+from opdlm.decoding.rollout import Rollout
 from opdlm.errors import ConfigError
 from opdlm.evaluation.retention import eval_config, versions
-from opdlm.evaluation.speed import Speed, measure_speed, spread
+from opdlm.evaluation.speed import ASSISTED_NAME, LOOKUP_NAME, LOOKUP_TOKENS, Speed, measure_speed, spread
 from opdlm.files import write_atomic
-from opdlm.reporting.plots import plot_bars
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.reporting.plots import plot_acceptance, plot_bars
 from opdlm.reporting.tables import print_table, speed_table
 from opdlm.vllm.engine import check_vllm, installed_version, is_tested_version
 
@@ -37,6 +46,7 @@ def bench_folder(
     repeats: int,
     compiles: bool,
     vllm: Literal["auto", "always", "never"],
+    assistant: str | None,
     out: Path | None,
     console: Console,
 ) -> list[Speed]:
@@ -57,26 +67,72 @@ def bench_folder(
     check_fits(model, ids, config.max_new_tokens, "max_new_tokens")
     ar_model = load_causal_lm(str(folder))
     ar_model.to(model.device)  # type: ignore[arg-type]
+    modes = modes or default_modes(is_preserve)
     rows = measure_speed(
         model,
         ar_model,
         ids,
-        modes or default_modes(is_preserve),
+        modes,
         batch_sizes,
         config=config,
         repeats=repeats,
         compiles=compiles,
         vllm_folder=str(folder) if with_vllm else None,
+        speculative=speculative_decoders(assistant, tokenizer, folder, model),
         on_row=lambda row: console.print(
             f"batch {row.batch_size}: {row.name} {row.tokens_per_second:.0f} tokens/s", soft_wrap=True
         ),
     )
     print_table(speed_table([asdict(row) for row in rows]), console)
+    acceptance = []
+    if "lossless" in modes:
+        most = replace(
+            config,
+            mode="lossless",
+            batch_size=max(batch_sizes),
+            temperature=0.0,
+            logprobs=False,
+            forward_overhead=MOST_DRAFTS,
+        )
+        acceptance = acceptance_by_place(generate(model, ids, most), model.spec.block_size - 1)
+        shares = ", ".join(f"{100 * share:.0f}" for share in acceptance)
+        console.print(f"Draft tokens accepted after those before them, by place in a full draft: {shares} %.")
     if out is not None:
         settings: dict[str, Any] = {"prompts": len(ids), "file": path, "repeats": repeats}
         settings |= {"vllm": installed_version()} if with_vllm else {}
-        write_speed(rows, out, settings | versions())
+        settings |= {"assistant": assistant} if assistant else {}
+        write_speed(rows, acceptance, out, settings | versions())
     return rows
+
+
+def speculative_decoders(
+    assistant: str | None, tokenizer: PreTrainedTokenizerBase, folder: Path, model: DiffusionLM
+) -> dict[str, dict[str, Any]]:
+    """The options of `transformers.generate` for each of its speculative decoders."""
+    decoders: dict[str, dict[str, Any]] = {LOOKUP_NAME: {"prompt_lookup_num_tokens": LOOKUP_TOKENS}}
+    if assistant is not None:
+        if load_tokenizer(assistant).get_vocab() != tokenizer.get_vocab():
+            raise ConfigError(
+                f"`assistant` ({assistant}) has another tokenizer than {folder}: use one of its family."
+            )
+        small = load_causal_lm(assistant)
+        small.to(model.device)  # type: ignore[arg-type]
+        decoders[ASSISTED_NAME] = {"assistant_model": small}
+    return decoders
+
+
+def acceptance_by_place(rollouts: Iterable[Rollout], draft_length: int) -> list[float]:
+    """How often the token at each place of a draft was accepted where those before it were. The rollouts are
+    of lossless decoding with `MOST_DRAFTS`: every forward verified a draft of `draft_length` tokens.
+    """
+    lengths: Counter[int] = Counter()
+    for rollout in rollouts:
+        steps = rollout.unmask_step[: rollout.num_response]
+        tokens = Counter(steps)
+        # the first forward verifies nothing, and the last may be cut
+        lengths.update(tokens[step] - 1 for step in range(2, steps[-1]))
+    reached = [sum(n for length, n in lengths.items() if length >= k) for k in range(draft_length + 1)]
+    return [after / max(before, 1) for before, after in pairwise(reached)]
 
 
 def default_modes(is_preserve: bool) -> tuple[Mode, ...]:
@@ -84,14 +140,19 @@ def default_modes(is_preserve: bool) -> tuple[Mode, ...]:
     return ("ar", "lossless", "static", "threshold") if is_preserve else ("static", "threshold")
 
 
-def write_speed(rows: Sequence[Speed], folder: Path, settings: dict[str, Any]) -> None:
-    """Write `bench.json` and `bench.png`."""
+def write_speed(
+    rows: Sequence[Speed], acceptance: Sequence[float], folder: Path, settings: dict[str, Any]
+) -> None:
+    """Write `bench.json`, `bench.png` and, where drafts were verified, `acceptance.png`."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings, "rows": [asdict(row) for row in rows]}
+    record = {"settings": settings, "rows": [asdict(row) for row in rows], "acceptance": acceptance}
     write_atomic(folder / "bench.json", json.dumps(record, indent=2))
     names = list(dict.fromkeys(row.name for row in rows))
+    ratios = {(row.batch_size, row.name): row.over_fastest_ar for row in rows}
     groups = {
-        f"batch {size}": [row.over_fastest_ar for row in rows if row.batch_size == size]
+        f"batch {size}": [ratios.get((size, name), math.nan) for name in names]
         for size in dict.fromkeys(row.batch_size for row in rows)
     }
     plot_bars(names, groups, "tokens per second, × the fastest AR decoding", folder / "bench.png")
+    if acceptance:
+        plot_acceptance(acceptance, folder / "acceptance.png")

@@ -3,8 +3,10 @@
 Greedy decoding of the same prompts. Every repeat runs all decoders in turn, so that other load affects them
 equally, and the median over repeats counts. `transformers.generate` decodes left-padded batches in the given
 order, each until its last row ends; `generate` and vLLM refill a batch when rows finish. vLLM decodes the
-same AR model with at most a batch of rows; its start is not timed. Tokens count up to the stop token. `bench`
-measures a folder in detail, `retention` a few prompts of every report. Not here: accuracy (`evaluate`).
+same AR model with at most a batch of rows; its start is not timed. Speculative decoding of transformers
+(prompt lookup, a small assistant model) takes one prompt at a time. Tokens count up to the stop token.
+`bench` measures a folder in detail, `retention` a few prompts of every report. Not here: accuracy
+(`evaluate`).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +39,9 @@ COMPILED = ", compiled"
 """Ends the name of a mode with a compiled forward."""
 AR_DECODERS = (AR_NAME, VLLM_NAME, "ar", "ar" + COMPILED)
 """All that decode the AR model token by token."""
+LOOKUP_NAME, ASSISTED_NAME = "prompt lookup", "assisted generation"
+LOOKUP_TOKENS = 10
+"""Length of the drafts of prompt lookup; the value in the documentation of transformers."""
 Item = TypeVar("Item")
 Responses = list[tuple[int, ...]]
 Decoder = Callable[[], tuple[Responses, float | None]]
@@ -66,9 +72,15 @@ def spread(items: Sequence[Item], num: int) -> list[Item]:
 
 
 def hf_responses(
-    ar_model: PreTrainedModel, model: DiffusionLM, prompts: Sequence[Sequence[int]], config: DecodeConfig
+    ar_model: PreTrainedModel,
+    model: DiffusionLM,
+    prompts: Sequence[Sequence[int]],
+    config: DecodeConfig,
+    **options: Any,
 ) -> Responses:
-    """Greedy responses of the AR model by `transformers.generate`, up to and including the stop token."""
+    """Greedy responses of the AR model by `transformers.generate`, up to and including the stop token.
+    `options` are passed on to it.
+    """
     found: Responses = []
     for first in range(0, len(prompts), config.batch_size):
         batch = prompts[first : first + config.batch_size]
@@ -85,6 +97,7 @@ def hf_responses(
             suppress_tokens=list(model.spec.banned_token_ids),
             eos_token_id=list(model.spec.stop_token_ids),
             pad_token_id=0,
+            **options,
         )
         found += [cut_after_stop(row, model.spec.stop_token_ids) for row in output[:, width:].tolist()]
     return found
@@ -107,13 +120,15 @@ def measure_speed(
     repeats: int,
     compiles: bool = False,
     vllm_folder: str | None = None,
+    speculative: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     on_row: Callable[[Speed], None] = lambda _: None,
 ) -> list[Speed]:
     """One row per batch size and decoder, `transformers.generate` first.
 
     Mode, batch size and sampling of `config` are replaced. `compiles` adds every mode with a compiled
-    forward, `vllm_folder` adds vLLM. `on_row` is called with each row. ConfigError
-    if vLLM cannot run the folder.
+    forward, `vllm_folder` adds vLLM, `speculative` adds speculative decoders of transformers at batch size 1:
+    the options of `generate` by name. `on_row` is called with each row. ConfigError if vLLM cannot run the
+    folder.
     """
     use_flash_attn(ar_model)
     rows = []
@@ -123,6 +138,9 @@ def measure_speed(
         )
         with running_vllm(vllm_folder, model, prompts, plain) as vllm:
             decoders = make_decoders(model, ar_model, prompts, modes, plain, compiles, vllm)
+            if batch_size == 1:
+                for name, options in speculative.items():
+                    decoders[name] = partial(speculate, ar_model, model, prompts, plain, options)
             rows += time_decoders(decoders, batch_size, repeats, on_row)
     return rows
 
@@ -186,6 +204,24 @@ def make_decoders(
             with compiled_decoding(model):
                 generate(model, prompts[: plain.batch_size + 1], config)
     return decoders
+
+
+def speculate(
+    ar_model: PreTrainedModel,
+    model: DiffusionLM,
+    prompts: Sequence[Sequence[int]],
+    plain: DecodeConfig,
+    options: Mapping[str, Any],
+) -> tuple[Responses, float | None]:
+    """Speculative decoding of transformers. Forwards of the AR model count, those of an assistant do not."""
+    num_forwards = [0]
+
+    def count(*_: Any) -> None:
+        num_forwards[0] += 1
+
+    with ar_model.register_forward_pre_hook(count):
+        found = hf_responses(ar_model, model, prompts, plain, **options)
+    return found, sum(map(len, found)) / num_forwards[0]
 
 
 def time_decoders(

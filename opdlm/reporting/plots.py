@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -271,4 +273,19 @@ def plot_bars(names: Sequence[str], groups: Mapping[str, Sequence[float]], ylabe
     axis.set_ylim(bottom=0)
     axis.set_ylabel(ylabel, fontsize=8)
     axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_acceptance(shares: Sequence[float], path: Path) -> None:
+    """How often the token at each place of a draft is accepted: after those before it, and from the start."""
+    figure, axes = new_figure(1, 4.5, 3)
+    axis, places = axes[0][0], range(1, len(shares) + 1)
+    axis.plot(places, shares, marker="o", markersize=4, label="if those before it are")
+    axis.plot(places, list(accumulate(shares, mul)), marker="o", markersize=4, label="with all before it")
+    axis.set_ylim(0, 1)
+    axis.set_xticks(places)
+    axis.set_xlabel("place in the draft", fontsize=8)
+    axis.set_ylabel("share of draft tokens accepted", fontsize=8)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=DPI)

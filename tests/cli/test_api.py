@@ -263,6 +263,32 @@ def test_speed_is_measured_in_the_modes_asked_for(root: Path) -> None:
     assert rows[1].identical == 1.0
 
 
+def test_speed_is_measured_against_the_speculative_decoding_of_transformers(
+    root: Path, tmp_path: Path
+) -> None:
+    rows = opdlm.bench(
+        root / "preserve" / "model",
+        opdlm.DecodeConfig(max_new_tokens=12),
+        prompts=root / "prompts.jsonl",
+        modes=["lossless"],
+        batch_sizes=[1, 2],
+        limit=2,
+        repeats=1,
+        vllm="never",
+        assistant=root / "teacher",
+        out=tmp_path,
+        console=QUIET,
+    )
+    found = {(row.batch_size, row.name): row for row in rows}
+    assert [row.name for row in rows if row.batch_size == 2] == ["transformers.generate", "lossless"]
+    lookup, assisted = found[1, "prompt lookup"], found[1, "assisted generation"]
+    assert lookup.identical == assisted.identical == 1.0
+    # the assistant is the model itself, so that no draft is refused
+    assert 1 <= lookup.tokens_per_forward < assisted.tokens_per_forward
+    acceptance = json.loads((tmp_path / "bench.json").read_text())["acceptance"]
+    assert len(acceptance) > 1 and all(0 <= share <= 1 for share in acceptance)
+
+
 def test_folders_are_exported_and_merged(root: Path, tmp_path: Path) -> None:
     assert opdlm.merge(root / "preserve" / "model", tmp_path / "copy", full_copy=True) == tmp_path / "copy"
     before, tokenizer = opdlm.load(root / "preserve" / "model")

@@ -698,6 +698,13 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: ["bench", str(p.root / "sdar" / "model"), "--vllm", "always"],
         ("--vllm always", "vllm==0.32.0", "pip install 'opdlm[vllm]'"),
     ),
+    "bench with an assistant of another family": (
+        lambda p: [
+            *("bench", str(p.root / "sdar" / "model"), "--prompts", str(p.root / "prompts.jsonl")),
+            *("--assistant", "bundled:teacher"),
+        ],
+        ("--assistant (bundled:teacher)", "another tokenizer"),
+    ),
     "bench without a batch": (
         lambda p: ["bench", str(p.root / "sdar" / "model"), "--batch-sizes", "0"],
         ("--batch-sizes", "at least 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from opdlm.decoding.rollout import Rollout
 from opdlm.evaluation import speed
-from opdlm.evaluation.bench import write_speed
+from opdlm.evaluation.bench import acceptance_by_place, write_speed
 from opdlm.evaluation.speed import Speed, spread, time_decoders
 from opdlm.reporting.tables import print_table, speed_table
 
@@ -62,7 +64,7 @@ def test_bars_are_ratios_from_zero(
         save(figure, *arguments, **options)
 
     monkeypatch.setattr(Figure, "savefig", keep)
-    write_speed(rows, tmp_path, {"prompts": 1})
+    write_speed(rows, [], tmp_path, {"prompts": 1})
     (axis,) = drawn
     assert axis.get_yscale() == "linear" and axis.get_ylim()[0] == 0
     assert [bar.get_height() for bar in axis.patches] == [0.5, 1.0, 2.0]
@@ -72,3 +74,29 @@ def test_bars_are_ratios_from_zero(
 def test_prompts_are_evenly_spaced() -> None:
     assert spread(range(40), 4) == [0, 10, 20, 30]
     assert spread(range(3), 16) == [0, 1, 2]
+
+
+def test_acceptance_counts_a_place_where_all_before_it_were_accepted() -> None:
+    def rollout(*steps: int) -> Rollout:
+        ids = tuple(range(len(steps)))
+        return Rollout(
+            prompt_ids=(1,),
+            response_ids=ids,
+            unmask_step=steps,
+            num_response=len(ids),
+            finish_reason="length",
+        )
+
+    # drafts of 3 tokens, accepted: 3 and 1; 0 and 2. The first forward verifies none, the last is cut.
+    rollouts = [rollout(1, 2, 2, 2, 2, 3, 3, 4), rollout(1, 2, 3, 3, 3, 4, 4)]
+    assert acceptance_by_place(rollouts, 3) == [3 / 4, 2 / 3, 1 / 2]
+    assert acceptance_by_place([rollout(1)], 3) == [0.0, 0.0, 0.0]
+
+
+def test_a_batch_size_without_speculative_decoding_has_no_bar(rows: list[Speed], tmp_path: Path) -> None:
+    lookup = replace(rows[1], name="prompt lookup")
+    larger = [replace(row, batch_size=8) for row in rows]
+    write_speed([*rows, lookup, *larger], [0.5, 0.25], tmp_path, {})
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert record["acceptance"] == [0.5, 0.25]
+    assert all((tmp_path / name).stat().st_size for name in ("bench.png", "acceptance.png"))
