@@ -701,7 +701,7 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     "bench with an assistant of another family": (
         lambda p: [
             *("bench", str(p.root / "sdar" / "model"), "--prompts", str(p.root / "prompts.jsonl")),
-            *("--assistant", "bundled:teacher"),
+            *("--assistant", "bundled:teacher", "--max-new-tokens", "8"),
         ],
         ("--assistant (bundled:teacher)", "another tokenizer"),
     ),
