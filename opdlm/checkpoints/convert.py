@@ -36,6 +36,7 @@ from opdlm.config.sections import Config, FormatSection, RunConfig, resolve_path
 from opdlm.errors import DataError
 from opdlm.modeling.attention import UnsupportedModel, layer_kinds
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec, head_logits
+from opdlm.modeling.draft_head import DraftHead
 from opdlm.modeling.kv_cache import SlotCache
 from opdlm.modeling.slots import clean_slots, make_slots
 
@@ -76,16 +77,18 @@ def build_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
     spec = make_spec(model, tokenizer, config, mask_token_id, num_rows)
     probe(model, spec, tokenizer)
     initial = initial_mask_embedding(model, spec, config.format.mask_init, config.train.seed)
+    width = config.format.draft_head
+    head = DraftHead(len(initial), width).to(model.device) if width else None
     model.requires_grad_(not config.lora.enabled)
     if config.lora.enabled:
-        student = assemble(model, spec, lora=config.lora, mask_embedding=initial)
+        student = assemble(model, spec, lora=config.lora, mask_embedding=initial, draft_head=head)
         assert isinstance(student, DiffusionLM)
         return student
     teacher = copy_of(model)
     if spec.format == "sdar":
         set_embedding_row(model, mask_token_id, initial)
         return assemble(model, spec, lora=None, teacher=teacher)
-    return assemble(model, spec, lora=None, teacher=teacher, mask_embedding=initial)
+    return assemble(model, spec, lora=None, teacher=teacher, mask_embedding=initial, draft_head=head)
 
 
 def check_trainable(model: PreTrainedModel, config: Config) -> None:

@@ -24,6 +24,7 @@ from opdlm.checkpoints.folders import gguf_file
 from opdlm.checkpoints.load import (
     ADAPTER_FOLDER,
     AR_CLASS,
+    DRAFT_HEAD_FILE,
     MASK_EMBEDDING_FILE,
     STUDENT_FOLDER,
     load,
@@ -47,6 +48,7 @@ REMOTE_FILES = (
     "decoding/decode_state.py",
     "modeling/diffusion_lm.py",
     "modeling/gate.py",
+    "modeling/draft_head.py",
     "modeling/attention.py",
     "modeling/dot_product.py",
     "modeling/kv_cache.py",
@@ -92,6 +94,8 @@ def write_model(
             save_file(
                 {"mask_embedding": model.mask_embedding.detach().contiguous()}, folder / MASK_EMBEDDING_FILE
             )
+    if model.draft_head is not None:
+        save_file(model.draft_head.state_dict(), folder / DRAFT_HEAD_FILE)
     if is_copied:
         copy_checkpoint(checkpoint_folder(source), folder)
     else:
@@ -123,7 +127,8 @@ def copy_checkpoint(source: Path, folder: Path) -> None:
     """
     for pattern in CHECKPOINT_FILES:
         for file in source.glob(pattern):
-            if file.name != MASK_EMBEDDING_FILE and file.name not in map(base_name, REMOTE_FILES):
+            own = (MASK_EMBEDDING_FILE, DRAFT_HEAD_FILE, *map(base_name, REMOTE_FILES))
+            if file.name not in own:
                 copy = link_or_copy if file.suffix == ".safetensors" else shutil.copyfile
                 copy(file.resolve(), folder / file.name)
     if (source / TEMPLATES_FOLDER).is_dir():

@@ -46,6 +46,7 @@ from opdlm.decoding.generate import check_settings
 from opdlm.errors import ConfigError, DataError
 from opdlm.modeling.cpu_linear import use_faster_linear
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+from opdlm.modeling.draft_head import DraftHead
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -55,6 +56,7 @@ Settings = TypeVar("Settings", bound=RunConfig)
 ADAPTER_FOLDER = "adapter"
 STUDENT_FOLDER = "student"
 MASK_EMBEDDING_FILE = "mask_embedding.safetensors"
+DRAFT_HEAD_FILE = "draft_head.safetensors"
 AR_CLASS = "autoregressive_class"
 """Entry of a converted folder's config.json: the class of its AR model, where the checkpoint brings it."""
 CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
@@ -263,18 +265,20 @@ def assemble(
     lora: LoraSection | PeftModel | None,
     teacher: PreTrainedModel | None = None,
     mask_embedding: Tensor | None = None,
+    draft_head: DraftHead | None = None,
 ) -> DiffusionLM:
     """A trainable student. With LoRA it shares the base with the teacher; otherwise `base` is the student,
     and `teacher` a separate copy.
     """
     if lora is None:
-        return DiffusionLM(base, spec, teacher=teacher, mask_embedding=mask_embedding)
+        return DiffusionLM(base, spec, teacher=teacher, mask_embedding=mask_embedding, draft_head=draft_head)
     peft_model = add_lora(base, lora) if isinstance(lora, LoraSection) else lora
     student: Any = peft_model.get_base_model()
     model = DiffusionLM(
         student,
         spec,
         mask_embedding=mask_embedding,
+        draft_head=draft_head,
         adapted=adapted_layers(peft_model),
         adapter_off=peft_model.disable_adapter,
     )
@@ -304,20 +308,22 @@ def load(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[
     folder = Path(folder)
     spec = read_spec(folder)
     base = load_causal_lm(str(folder), dtype)
-    mask_embedding = None
+    own: dict[str, Any] = {}
     if (folder / MASK_EMBEDDING_FILE).is_file():
-        mask_embedding = load_file(folder / MASK_EMBEDDING_FILE)["mask_embedding"]
+        own["mask_embedding"] = load_file(folder / MASK_EMBEDDING_FILE)["mask_embedding"]
+    if (folder / DRAFT_HEAD_FILE).is_file():
+        own["draft_head"] = DraftHead.of(load_file(folder / DRAFT_HEAD_FILE))
     if spec.adapter:
         from peft import PeftModel
 
         with no_future_warnings():
             peft_model = PeftModel.from_pretrained(base, str(folder / ADAPTER_FOLDER))
-        model = assemble(base, spec, lora=peft_model, mask_embedding=mask_embedding)
+        model = assemble(base, spec, lora=peft_model, **own)
     elif spec.format == "sdar":  # the folder's weights are the student
         model = assemble(base, spec, lora=None)
     else:
         student = load_causal_lm(str(folder / STUDENT_FOLDER), dtype)
-        model = assemble(student, spec, lora=None, teacher=base, mask_embedding=mask_embedding)
+        model = assemble(student, spec, lora=None, teacher=base, **own)
     return model.to(device).eval().requires_grad_(False), load_tokenizer(str(folder))
 
 

@@ -47,6 +47,7 @@ from ..decoding.unmasking import Remasking as Remasking
 from ..modeling.attention import ATTENTION_NAME
 from ..modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from ..modeling.dot_product import Scoring as Scoring
+from ..modeling.draft_head import DraftHead
 from ..modeling.gate import Adapted
 from ..modeling.kv_cache import DecodeCache as DecodeCache
 from ..modeling.slots import Grid as Grid
@@ -55,6 +56,7 @@ logger = logging.get_logger(__name__)
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+DRAFT_HEAD_FILE = "draft_head.safetensors"
 DECODE_SETTINGS = {field.name for field in fields(DecodeConfig)} - {
     *("max_new_tokens", "temperature", "top_k", "top_p", "logprobs")
 }
@@ -200,10 +202,12 @@ class OpdlmForCausalLM(GenerationMixin):
         spec = DiffusionSpec.from_dict(self.config.block_diffusion)
         hub = {key: options[key] for key in HUB_OPTIONS if key in options}
         device = self.get_input_embeddings().weight.device
-        mask_embedding, student, adapted = None, None, []
+        mask_embedding, draft_head, student, adapted = None, None, None, []
         if spec.adapter or spec.format == "preserve":
             file: Any = cached_file(name, "mask_embedding.safetensors", **hub)
             mask_embedding = load_file(file)["mask_embedding"].to(device)
+            file = cached_file(name, DRAFT_HEAD_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+            draft_head = None if file is None else DraftHead.of(load_file(file)).to(device)
         self.adapter_folder = None
         if spec.adapter:
             files: list[Any] = [cached_file(name, f"adapter/{file}", **hub) for file in ADAPTER_FILES]
@@ -218,6 +222,7 @@ class OpdlmForCausalLM(GenerationMixin):
             spec,
             teacher=None if student is None else self,
             mask_embedding=mask_embedding,
+            draft_head=draft_head,
             adapted=adapted,
         ).eval()
         defaults = self.generation_config
@@ -235,6 +240,8 @@ class OpdlmForCausalLM(GenerationMixin):
         """Move or cast also what is no submodule."""
         if self.diffusion.mask_embedding is not None:
             self.diffusion.mask_embedding = nn.Parameter(fn(self.diffusion.mask_embedding.data))
+        if self.diffusion.draft_head is not None:
+            self.diffusion.draft_head._apply(fn)
         if self.diffusion.student is not self:
             self.diffusion.student._apply(fn, *arguments, **options)
         parent: Any = super()
@@ -258,6 +265,8 @@ class OpdlmForCausalLM(GenerationMixin):
                 {"mask_embedding": self.diffusion.mask_embedding.data.contiguous()},
                 folder / "mask_embedding.safetensors",
             )
+        if self.diffusion.draft_head is not None:
+            save_file(self.diffusion.draft_head.state_dict(), folder / DRAFT_HEAD_FILE)
         if self.diffusion.student is not self:
             self.diffusion.student.save_pretrained(folder / "student", **options | {"state_dict": None})
         target = folder / "adapter"

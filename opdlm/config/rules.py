@@ -114,7 +114,7 @@ def check_draft(config: Config) -> None:
             "loss.objective (draft) trains drafts that the AR weights verify, and format.name is sdar, which "
             "changes them: use format.name=preserve, or another objective."
         )
-    only = ("states.anchors_per_row", "loss.reach_weights")
+    only = ("states.anchors_per_row", "loss.reach_weights", "format.draft_head")
     never = [key for key in given if key.startswith("masking.") or key.startswith("states.selection")]
     for key in never if loss.objective == "draft" else only:
         if given[key] != defaults[key]:

@@ -70,6 +70,10 @@ class FormatSection:
     """Text of the mask token; an existing token of this text is used, else an unused row, else a new one."""
     mask_init: Literal["zero", "mean", "noise", "stop"] = "zero"
     """Initial mask embedding: zero, the mean embedding, the mean plus noise, or that of the stop token."""
+    draft_head: Steps = 0
+    """Width of a small head that tells each token of a draft which tokens come before it (objective draft);
+    0: none.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

@@ -28,6 +28,9 @@ from .draft_policy import DraftPlan, DraftPolicy
 from .rollout import NEVER
 from .unmasking import choose_tokens, noise_keys
 
+NUM_CANDIDATES = 128
+"""Tokens that the draft head chooses among: the LM head then runs once for the whole draft."""
+
 
 def lossless_step(
     model: DiffusionLM, state: DecodeState, cache: DecodeCache, config: DecodeConfig, policy: DraftPolicy
@@ -128,11 +131,42 @@ def draft_next(
     row_M, place_M = (column_D < state.num_draft_B[:, None]).nonzero(as_tuple=True)
     if not len(row_M):
         return
+    if model.draft_head is not None:
+        draft_in_sequence(model, state, hidden_NH, torch.tensor(first_slot), config)
+        return
     logits_MV = logits_at(model, hidden_NH, torch.tensor(first_slot)[row_M] + place_M, is_clean=False)
     ids_M = choose_at(logits_MV, state.seed_B[row_M], state.final_B[row_M] + place_M, config)
     confidence_M = logits_MV.softmax(-1).gather(-1, ids_M[:, None])[:, 0]
     state.draft_BD[row_M, place_M] = ids_M.cpu()
     state.draft_confidence_BD[row_M, place_M] = confidence_M.cpu()
+
+
+def draft_in_sequence(
+    model: DiffusionLM, state: DecodeState, hidden_NH: Tensor, first_slot_B: Tensor, config: DecodeConfig
+) -> None:
+    """Write drafts token by token: the draft head reads each before the next is chosen, from the candidates
+    that its mask finds most likely by itself. `first_slot_B`: the packed slot of each draft's first mask.
+    """
+    assert model.draft_head is not None
+    row_R = state.num_draft_B.nonzero()[:, 0]
+    length = int(state.num_draft_B.max())
+    # a shorter draft repeats its last mask
+    place_RD = torch.arange(length).minimum(state.num_draft_B[row_R, None] - 1)
+    slot_RD = (first_slot_B[row_R, None] + place_RD).to(model.device)
+    logits_RDV = model.logits(hidden_NH[slot_RD])
+    ids_RDK = logits_RDV.topk(min(NUM_CANDIDATES, logits_RDV.shape[-1])).indices
+    position_R = state.final_B[row_R]
+    token_R, state_RW = state.tokens_BL[row_R, position_R - 1].to(model.device), None
+    for place in range(length):
+        state_RW = model.draft_head.advance(model.embed(model.student, token_R), state_RW)
+        hidden_RH = model.draft_head(hidden_NH[slot_RD[:, place]], state_RW)
+        ids_RK = ids_RDK[:, place]
+        scores_RK = model.candidate_logits(hidden_RH, ids_RK)
+        scores_RV = torch.full_like(logits_RDV[:, 0], -torch.inf).scatter_(-1, ids_RK, scores_RK)
+        token_R = choose_at(scores_RV, state.seed_B[row_R], position_R + place, config)
+        confidence_R = scores_RV.softmax(-1).gather(-1, token_R[:, None])[:, 0]
+        state.draft_BD[row_R, place] = token_R.cpu()
+        state.draft_confidence_BD[row_R, place] = confidence_R.cpu()
 
 
 def choose_at(logits_MV: Tensor, seed_M: Tensor, position_M: Tensor, config: DecodeConfig) -> Tensor:

@@ -91,7 +91,10 @@ class StudentLoss(nn.Module):
         hidden_BSH = self.model.student_hidden(states.slots, scored.cache if scored else None)
         row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
         targets = targets_at_supervised(self.model, states, scored, self.section)
-        output = self.divergence(hidden_BSH[row_M, column_M], targets, weights_M)
+        hidden_MH = hidden_BSH[row_M, column_M]
+        if self.model.draft_head is not None:
+            hidden_MH = corrected_drafts(self.model, states, hidden_MH)
+        output = self.divergence(hidden_MH, targets, weights_M)
         if self.section.ar_weight == 0:
             return output
         assert scored is not None
@@ -122,6 +125,22 @@ class StudentLoss(nn.Module):
             variation_weight=0.0 if isinstance(targets, TokenTargets) else section.variation_weight,
             with_acceptance=section.objective == "draft",
         )
+
+
+def corrected_drafts(model: DiffusionLM, states: StateBatch, hidden_MH: Tensor) -> Tensor:
+    """The hidden states of drafts after the draft head, which reads the text in place of the draft tokens."""
+    assert model.draft_head is not None
+    place_M = places_of(states)
+    draft_M = (place_M == 0).cumsum(0) - 1
+    row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
+    before_M = states.slots.start_BS[row_M, column_M] + states.target_BS[row_M, column_M] - 1
+    ids_AD = states.text.ids_BS.new_zeros(int(draft_M[-1]) + 1, model.spec.block_size - 1)
+    ids_AD[draft_M, place_M] = states.text.ids_BS[row_M, before_M]
+    state_AW, read = None, []
+    for ids_A in ids_AD.unbind(1):
+        state_AW = model.draft_head.advance(model.embed(model.student, ids_A), state_AW)
+        read.append(state_AW)
+    return model.draft_head(hidden_MH, torch.stack(read, 1)[draft_M, place_M])
 
 
 def text_weights(states: StateBatch, weights_M: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from .attention import (
     start_forward,
     use_slot_attention,
 )
+from .draft_head import DraftHead
 from .gate import Adapted, Gate
 from .kv_cache import DecodeCache, Packed, SlotCache
 from .slots import Format, Grid, GridKind, Slots
@@ -122,7 +123,7 @@ class DiffusionLM(nn.Module):
 
     `teacher` is None where the teacher is the student with its adapter switched off by `adapter_off`.
     `adapted` lists the layers that the gate controls. `mask_embedding` `[H]` replaces the student's embedding
-    of [MASK]; None: the row of the embedding matrix is used.
+    of [MASK]; None: the row of the embedding matrix is used. `draft_head` is for drafts of lossless decoding.
     """
 
     def __init__(
@@ -132,12 +133,14 @@ class DiffusionLM(nn.Module):
         *,
         teacher: PreTrainedModel | None = None,
         mask_embedding: Tensor | None = None,
+        draft_head: DraftHead | None = None,
         adapted: Iterable[Adapted] = (),
         adapter_off: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         super().__init__()
         self.student, self.teacher, self.spec = student, teacher, spec
         self.mask_embedding = nn.Parameter(mask_embedding) if mask_embedding is not None else None
+        self.draft_head = draft_head
         self.gate = Gate()
         self.gate.attach(adapted)
         self.adapter_off = adapter_off
@@ -237,6 +240,14 @@ class DiffusionLM(nn.Module):
         scores[..., [i for i in self.spec.banned_token_ids if i < scores.shape[-1]]] = -torch.inf
         return scores
 
+    def candidate_logits(self, hidden_RH: Tensor, ids_RK: Tensor) -> Tensor:
+        """The student's float32 logits `[R, K]` of these tokens only."""
+        head: Any = self.student.get_output_embeddings()
+        scores_RK = (head.weight[ids_RK] @ hidden_RH[..., None].to(head.weight.dtype))[..., 0].float()
+        if getattr(head, "bias", None) is not None:
+            scores_RK = scores_RK + head.bias[ids_RK]
+        return scaled_logits(scores_RK, self.head_constants)
+
     def teacher_decoder(self, stop_token_ids: tuple[int, ...] | None = None) -> DiffusionLM:
         """The frozen AR model as a DiffusionLM that decodes in mode `ar` only. `stop_token_ids` replaces the
         student's.
@@ -290,6 +301,12 @@ def head_logits(
     """Hidden states `[..., H]` to float32 logits `[..., V]`, as the model's own forward computes them, which
     `convert` verifies.
     """
-    softcap, scale = constants or head_constants(model)
-    scores = model.get_output_embeddings()(hidden).float() * scale
+    scores = model.get_output_embeddings()(hidden).float()
+    return scaled_logits(scores, constants or head_constants(model))
+
+
+def scaled_logits(scores: Tensor, constants: tuple[float | None, float]) -> Tensor:
+    """Logits from the product of hidden states and head, and `head_constants`."""
+    softcap, scale = constants
+    scores = scores * scale
     return softcap * torch.tanh(scores / softcap) if softcap else scores
