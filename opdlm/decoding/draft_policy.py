@@ -43,7 +43,7 @@ TRIAL_FORWARDS, LONGEST_PAUSE = 32, 1024
 """Forwards after which drafting must have paid. If not, it pauses for as many, the next time for twice as
 many, and so on up to the longest pause."""
 
-MOST_DRAFTS = 1e9
+MOST_DRAFTS = 1e12
 """The `forward_overhead` of the fewest forwards: a slot costs nothing beside it."""
 
 

@@ -154,14 +154,15 @@ def draft_in_sequence(
     place_RD = torch.arange(length).minimum(state.num_draft_B[row_R, None] - 1)
     slot_RD = (first_slot_B[row_R, None] + place_RD).to(model.device)
     logits_RDV = model.logits(hidden_NH[slot_RD])
-    ids_RDK = logits_RDV.topk(min(NUM_CANDIDATES, logits_RDV.shape[-1])).indices
+    likely = logits_RDV.topk(min(NUM_CANDIDATES, logits_RDV.shape[-1]))
     position_R = state.final_B[row_R]
     token_R, state_RW = state.tokens_BL[row_R, position_R - 1].to(model.device), None
     for place in range(length):
         state_RW = model.draft_head.advance(model.embed(model.student, token_R), state_RW)
         hidden_RH = model.draft_head(hidden_NH[slot_RD[:, place]], state_RW)
-        ids_RK = ids_RDK[:, place]
+        ids_RK = likely.indices[:, place]
         scores_RK = model.candidate_logits(hidden_RH, ids_RK)
+        scores_RK.masked_fill_(likely.values[:, place] == -torch.inf, -torch.inf)  # banned ids
         scores_RV = torch.full_like(logits_RDV[:, 0], -torch.inf).scatter_(-1, ids_RK, scores_RK)
         token_R = choose_at(scores_RV, state.seed_B[row_R], position_R + place, config)
         confidence_R = scores_RV.softmax(-1).gather(-1, token_R[:, None])[:, 0]
