@@ -42,6 +42,7 @@ from opdlm.config.schedules import (
 from opdlm.config.sections import Config
 from opdlm.decoding.generate import PREFILL_PAIRS
 from opdlm.errors import DataError
+from opdlm.modeling.draft_head import DraftHead
 from opdlm.objectives.losses import default_chunk_size, num_temporaries
 from opdlm.objectives.targets import needs_teacher
 
@@ -125,6 +126,12 @@ def measure_sizes(config: Config) -> ModelSizes:
     if config.lora.enabled or config.format.name == "preserve":  # the mask embedding
         trained += text.hidden_size
         trained_bytes += text.hidden_size * table.element_size()
+    if config.format.draft_head:
+        with torch.device("meta"):
+            head_weights = list(DraftHead(text.hidden_size, config.format.draft_head).parameters())
+        trained += sum(p.numel() for p in head_weights)
+        trained_bytes += sum(p.nbytes for p in head_weights)
+        weight_bytes += sum(p.nbytes for p in head_weights)
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return ModelSizes(

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from opdlm.config.loader import build_section, flat, read_settings, set_value
 from opdlm.config.rules import check_config
 from opdlm.config.schedules import num_updates_of
-from opdlm.config.sections import Config
+from opdlm.config.sections import Config, MaskSection
 from opdlm.distill.costs import ModelSizes, measure_sizes
 from opdlm.distill.plan import make_plan
 from opdlm.errors import OpdlmError
@@ -26,6 +26,8 @@ LORA_RATE, LORA_WIDTH = 3e-3, 128
 """Peak learning rate of an adapter, at this hidden size."""
 FULL_RATE, FULL_WIDTH = 1e-5, 2560
 """Peak learning rate of all weights (OPDLM, arXiv 2606.06712), at this hidden size."""
+DRAFT_HEAD = 512
+"""Width of the draft head."""
 CPU_STEPS, CPU_PARAMETERS, CPU_MOST_STEPS = 24, 135e6, 100
 """Steps for a model of so many parameters on a CPU, fewer by the root of its size, and the most."""
 MEMORY_SHARE = 0.8
@@ -62,10 +64,12 @@ def profile(model_path: str, overrides: Sequence[str]) -> list[Choice]:
 
 
 def objective_choices(config: Config, _: ModelSizes) -> list[Choice]:
-    """Whose text the student learns on. In `preserve` both are the model's own."""
+    """What the student learns. In `preserve` all text is the model's own."""
     if config.format.name != "preserve":
         return []
-    return [Choice(key="loss.objective", value="off_policy", reason="text of the AR mode")]
+    if config.masking != MaskSection():  # masks of the user's choice
+        return [Choice(key="loss.objective", value="off_policy", reason="masks in text of the AR mode")]
+    return [Choice(key="loss.objective", value="draft", reason="drafts in text of the AR mode")]
 
 
 def method_choices(config: Config, _: ModelSizes) -> list[Choice]:
@@ -75,6 +79,9 @@ def method_choices(config: Config, _: ModelSizes) -> list[Choice]:
         Choice(key="format.mask_init", value="noise", reason="zero multiplies the first gradients by fifty"),
         Choice(key="train.epochs_per_rollout", value=2, reason="responses cost more than updates"),
     ]
+    if config.loss.objective == "draft":
+        reason = "a draft token knows those before it"
+        chosen.append(Choice(key="format.draft_head", value=DRAFT_HEAD, reason=reason))
     if config.loss.objective == "opd":
         reason = "of each block, another in each pass"
         chosen.append(Choice(key="states.selection", value="one_per_block", reason=reason))

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
+from opdlm.api import convert_settings
 from opdlm.checkpoints.load import with_known_dtype
 from opdlm.cli.main import main
 from opdlm.config.loader import read_recipe
@@ -401,7 +402,7 @@ def test_what_a_run_writes_was_planned(place: Path, tmp_path: Path) -> None:
         *("rollout.prompts_per_step=4", "rollout.decode.max_new_tokens=8", "train.rows_per_update=4"),
         *("train.num_steps=1", "train.ema_decay=0.9", "data.max_prompt_tokens=64"),
     ]
-    config = with_known_dtype(load_config(None, options))
+    config = with_known_dtype(convert_settings(str(place / "qwen3"), options[1:]))
     lines = file_lines(config, costs.measure_sizes(config))
     assert main(["convert", str(place / "qwen3"), *options[1:]]) == 0
     written = {path.name for path in tmp_path.iterdir()}

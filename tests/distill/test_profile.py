@@ -72,7 +72,10 @@ def test_the_choices_are_printed_with_a_reason(model: Path, capsys: pytest.Captu
 
 
 def test_the_objective_follows_the_format_and_no_choice_is_without_effect(model: Path) -> None:
-    assert values_of(model)["loss.objective"] == "off_policy"
+    assert values_of(model)["loss.objective"] == "draft"
+    assert values_of(model)["format.draft_head"] > 0
+    assert values_of(model, "masking.windows=[[1, 1]]")["loss.objective"] == "off_policy"
+    assert "format.draft_head" not in values_of(model, "loss.objective=off_policy")
     assert "states.selection" not in values_of(model)
     assert "loss.objective" not in values_of(model, "format.name=sdar")
     assert values_of(model, "loss.objective=opd")["states.selection"] == "one_per_block"
