@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opdlm.api import bench, convert, evaluate, export, load, merge, rollout, serve, train
+    from opdlm.api import bench, convert, evaluate, export, load, merge, rollout, serve, train, verify
     from opdlm.checkpoints.folders import trust_remote_code
     from opdlm.config.rules import load_config
     from opdlm.config.sections import Config
@@ -52,6 +52,7 @@ __all__ = [
     "serve",
     "train",
     "trust_remote_code",
+    "verify",
 ]
 
 _ELSEWHERE = {

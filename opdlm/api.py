@@ -26,7 +26,8 @@ from opdlm.config.rules import check_config, load_config
 from opdlm.config.sections import Config, RunConfig, resolve_path
 from opdlm.config.text import TextConfig, build_text_config, load_text_config
 from opdlm.decoding.decode_config import DecodeConfig, Mode
-from opdlm.errors import ConfigError
+from opdlm.errors import ConfigError, DataError
+from opdlm.files import MANIFEST, find_damage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -461,6 +462,35 @@ def merge(folder: str | Path, out: str | Path, *, full_copy: bool = False) -> Pa
 
     merge_folder(Path(folder), Path(out), full_copy=full_copy)
     return Path(out)
+
+
+def verify(folder: str | Path) -> dict[Path, list[str]]:
+    """Compare the files of a result folder, or of the checkpoints and the result of a run, with its manifest.
+
+    Args:
+        folder: written by `opdlm.convert`, `train`, `export` or `merge`, a checkpoint, or an output_dir.
+
+    Returns:
+        The folders compared, each with what is wrong: a phrase per damaged file.
+
+    Raises:
+        DataError: no such folder, or none that could be compared.
+
+    Example:
+        >>> opdlm.verify("runs/tiny")
+    """
+    root = Path(folder)
+    inside = [path for path in root.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    found = [root] if (root / MANIFEST).exists() else [*inside, *root.glob("model")]
+    if not found:
+        raise DataError(
+            f"{folder} holds no {MANIFEST}, no checkpoint-N and no model. Give a run or its result."
+        )
+    missing = [f"{MANIFEST} is missing, so nothing was compared"]
+    return {
+        path: [" ".join(damage) for damage in find_damage(path)] if (path / MANIFEST).exists() else missing
+        for path in found
+    }
 
 
 def convert_settings(

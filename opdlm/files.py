@@ -1,9 +1,11 @@
 """Atomic writes: after a crash a file or folder is complete or absent. It is written under another name,
-synced to disk and renamed.
+synced to disk and renamed. A folder ends with a manifest of its files, by which damage is found later.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,11 +16,14 @@ from safetensors import SafetensorError
 
 from opdlm.errors import DataError
 
+MANIFEST = "manifest.json"
+"""Size in bytes and SHA-256 of every other file of a folder, by its relative path."""
+
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder that is renamed to `final` when the block ends without an error. An existing folder
-    is replaced. DataError if it cannot be written.
+    """A temporary folder that gets a manifest and is renamed to `final` when the block ends without an error.
+    An existing folder is replaced. DataError if it cannot be written.
     """
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -27,6 +32,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         yield partial
         for path in [*partial.rglob("*"), partial]:
             sync(path)
+        write_manifest(partial)
         old = final.with_name(f".{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
@@ -51,6 +57,46 @@ def write_atomic(path: Path, text: str) -> None:
     sync(partial)
     os.replace(partial, path)
     sync(path.parent)
+
+
+def write_manifest(folder: Path) -> None:
+    """Describe the files of a folder in its manifest. Where it has one already, weights keep their entries:
+    nothing writes them again, and reading them takes long.
+    """
+    file, entries = folder / MANIFEST, {}
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != MANIFEST:
+            is_known = path.suffix == ".safetensors" and name in known
+            entries[name] = known[name] if is_known else describe(path)
+    write_atomic(file, json.dumps(entries, indent=1))
+
+
+def describe(path: Path) -> dict[str, int | str]:
+    """The entry of a file in a manifest."""
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def find_damage(folder: Path) -> list[tuple[str, str]]:
+    """The files that are not as the manifest says, each with the difference; (MANIFEST, ...) if that itself
+    cannot be read, and nothing without one.
+    """
+    if not (folder / MANIFEST).exists():
+        return []
+    try:
+        expected = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        return [(MANIFEST, f"cannot be read ({error})")]
+    damage = []
+    for name, entry in expected.items():
+        try:
+            if describe(folder / name) != entry:
+                damage.append((name, "has other content"))
+        except OSError as error:
+            damage.append((name, f"cannot be read: {error.strerror}"))
+    return damage
 
 
 def sync(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,7 +11,13 @@ from pathlib import Path
 
 from opdlm.config.sections import resolve_path
 from opdlm.errors import ConfigError, DataError, require_package
+from opdlm.files import MANIFEST, find_damage
 
+VERIFY = "OPDLM_VERIFY"
+"""Environment variable; 0: folders are loaded without comparing their files with their manifest."""
+RECORD_SUFFIXES = (".md", ".html", ".png", ".jsonl")
+RECORD_FILES = ("all_results.json", "retention.json", "timing.json")
+"""Files of a result folder that say what was measured: they may change, and no model is loaded from them."""
 is_code_trusted: ContextVar[bool] = ContextVar("is_code_trusted", default=False)
 
 
@@ -59,6 +66,22 @@ def check_is_checkpoint(path: str, *, setting: str = "model.path", needs_weights
             json.loads((folder / "config.json").read_text())
         except ValueError as error:
             raise DataError(f"{folder / 'config.json'} is not valid JSON. Download it again.") from error
+
+
+def check_intact(folder: str | Path) -> None:
+    """DataError if a file of the folder, other than a record, is not as its manifest says. This reads every
+    byte once: about 0.7 s per GB. A folder without a manifest passes.
+    """
+    switch = os.environ.get(VERIFY, "1")
+    if switch not in ("0", "1"):
+        raise ConfigError(f"{VERIFY} ({switch}) must be 1 (compare files with {MANIFEST}) or 0.")
+    damage = find_damage(Path(folder)) if switch == "1" else []
+    for name, problem in damage:
+        if not name.endswith((*RECORD_SUFFIXES, *RECORD_FILES)):
+            raise DataError(
+                f"{folder} is not as it was written: {name} {problem} (`opdlm verify` lists all). Copy the "
+                f"folder again; if the change is yours, delete {MANIFEST} or set {VERIFY}=0."
+            )
 
 
 def gguf_file(path: str) -> Path | None:

@@ -34,12 +34,13 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 
 from opdlm.checkpoints.folders import (
+    check_intact,
     check_is_checkpoint,
     check_is_converted,
     gguf_file,
     is_code_trusted,
 )
-from opdlm.checkpoints.lora import adapted_layers, add_lora, no_future_warnings
+from opdlm.checkpoints.lora import adapted_layers, add_lora, load_lora
 from opdlm.config.sections import LoraSection, RunConfig, resolve_path
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import check_settings
@@ -97,6 +98,7 @@ def load_causal_lm(
     """
     path = resolve_path(path)
     check_is_checkpoint(path)
+    check_intact(path)
     options = source_of(path, trust_remote_code) | {"dtype": dtype}
     options["config"] = config = read_architecture(path, trust_remote_code)
     if "gguf_file" in options:
@@ -308,17 +310,21 @@ def load(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[
     folder = Path(folder)
     spec = read_spec(folder)
     base = load_causal_lm(str(folder), dtype)
+    lora = None
     own: dict[str, Any] = {}
-    if (folder / MASK_EMBEDDING_FILE).is_file():
-        own["mask_embedding"] = load_file(folder / MASK_EMBEDDING_FILE)["mask_embedding"]
-    if (folder / DRAFT_HEAD_FILE).is_file():
-        own["draft_head"] = DraftHead.of(load_file(folder / DRAFT_HEAD_FILE))
+    try:
+        if spec.format == "preserve" or (folder / MASK_EMBEDDING_FILE).is_file():
+            own["mask_embedding"] = load_file(folder / MASK_EMBEDDING_FILE)["mask_embedding"]
+        if (folder / DRAFT_HEAD_FILE).is_file():
+            own["draft_head"] = DraftHead.of(load_file(folder / DRAFT_HEAD_FILE))
+        if spec.adapter:
+            lora = load_lora(base, folder / ADAPTER_FOLDER)
+    except (SafetensorError, OSError, RuntimeError, *CONFIG_ERRORS) as error:
+        raise DataError(
+            f"{folder} is damaged or incomplete ({one_line(error)}). Copy it again, or convert again."
+        ) from error
     if spec.adapter:
-        from peft import PeftModel
-
-        with no_future_warnings():
-            peft_model = PeftModel.from_pretrained(base, str(folder / ADAPTER_FOLDER))
-        model = assemble(base, spec, lora=peft_model, **own)
+        model = assemble(base, spec, lora=lora, **own)
     elif spec.format == "sdar":  # the folder's weights are the student
         model = assemble(base, spec, lora=None)
     else:

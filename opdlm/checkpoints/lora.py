@@ -15,8 +15,10 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 """PEFT's name of the adapter."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 GATED = "acts_on_masked_slots_only_so_load_it_with_opdlm"
 """Entry of adapter_config.json in `preserve`. Stock PEFT names it in a warning: it would apply the adapter to
 every token.
@@ -63,6 +66,19 @@ def add_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {str(error).strip().splitlines()[0]}") from error
     check_targets(peft_model, section)
+    return peft_model
+
+
+def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put the adapter of a folder on the model. PEFT only warns of keys that do not match: ValueError."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    with no_future_warnings():
+        peft_model = PeftModel.from_pretrained(model, str(folder))
+    wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    differing = load_file(folder / ADAPTER_WEIGHTS).keys() ^ wanted.keys()
+    if differing:
+        raise ValueError(f"{folder.name}: {len(differing)} keys do not match, first {min(differing)}")
     return peft_model
 
 

@@ -103,7 +103,7 @@ class LowRank(nn.Module):
 
 def attach_adapter(model: PreTrainedModel, folder: Path, *, is_gated: bool) -> list[Adapted]:
     """Attach a PEFT LoRA folder to the layers of a model. `is_gated`: the forward of the model stays without
-    the adapter.
+    the adapter. ValueError for tensors that belong to no layer.
     """
     config = json.loads((folder / "adapter_config.json").read_text())
     weights = load_file(folder / "adapter_model.safetensors")
@@ -121,6 +121,8 @@ def attach_adapter(model: PreTrainedModel, folder: Path, *, is_gated: bool) -> l
                 length_O = weights[key.replace("lora_A.weight", "lora_magnitude_vector")].to(device)
                 factor_O = length_O / row_lengths(host, scale * up_OR @ down_RI)
             layers.append(adapt(host, LowRank(down_RI, up_OR, scale, factor_O), is_gated=is_gated))
+    if len(weights) != len(layers) * (3 if config.get("use_dora") else 2):
+        raise ValueError(f"{folder}: some tensors of the adapter belong to no layer. Copy the folder again.")
     return layers
 
 
@@ -254,6 +256,7 @@ class OpdlmForCausalLM(GenerationMixin):
         if push_to_hub:
             raise ValueError("push_to_hub=True is not supported here: call model.push_to_hub(repo_id).")
         folder = Path(save_directory)
+        (folder / "manifest.json").unlink(missing_ok=True)  # it describes what this replaces
         self.config.auto_map = {"AutoModelForCausalLM": f"{Path(__file__).stem}.OpdlmForCausalLM"}
         parent: Any = super()
         parent.save_pretrained(folder, **options)

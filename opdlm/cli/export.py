@@ -1,4 +1,6 @@
-"""`opdlm export`: a folder as inference engines read it. `opdlm merge`: the adapter added to the weights."""
+"""`opdlm export`: a folder as inference engines read it. `opdlm merge`: the adapter added to the weights.
+`opdlm verify`: whether the files of a folder are as they were written.
+"""
 
 from __future__ import annotations
 
@@ -67,6 +69,23 @@ def add_merge_flags(parser: Parser) -> None:
     )
 
 
+def add_verify(verbs: Verbs) -> None:
+    add_verb(
+        verbs,
+        "verify",
+        run_verify,
+        add_verify_flags,
+        summary="whether the files of a run or a model are as they were written",
+        description="Compare every file of DIR, or of the checkpoints and the model in a run DIR, with the "
+        "size and SHA-256 in its manifest.json. The exit code is 2 if one differs.",
+        examples="  opdlm verify runs/tiny\n  opdlm verify runs/tiny/model",
+    )
+
+
+def add_verify_flags(parser: Parser) -> None:
+    parser.add_argument("folder", metavar="DIR")
+
+
 def run_export(options: argparse.Namespace) -> int:
     given = list(given_decode(options))
     if options.to == "sdar" and given:
@@ -99,3 +118,10 @@ def run_merge(options: argparse.Namespace) -> int:
     out = opdlm.merge(options.folder, options.out, full_copy=options.full_copy)
     print(f"merged checkpoint: {out}")
     return 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    found = opdlm.verify(options.folder)
+    for folder, damage in found.items():
+        print(f"{folder}: {'; '.join(damage) or 'intact'}")
+    return 2 if any(found.values()) else 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,9 @@ OVERRIDE = re.compile(r"--((?:[a-z]\w*\.[\w.-]+)|output[_-]dir)(?:=(.*))?", re.D
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 on success, 2 with one sentence on a user's mistake, 130 on Ctrl-C."""
+    """Run one verb; 0 on success, 2 with one sentence on a user's mistake, 124 at the end of
+    `train.time_limit`, 128 + N on signal N: 130 on Ctrl-C, 143 on SIGTERM.
+    """
     options = parse(sys.argv[1:] if arguments is None else arguments)
     if options.verb is None:
         build_parser().print_help()
@@ -43,11 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OpdlmError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
             print(f"opdlm: {with_flag_names(str(error), options)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+        return error.exit_code
+    except KeyboardInterrupt as interrupt:
         goes_on = " The same command continues from the last checkpoint." if options.verb in RESUMED else ""
         print(f"opdlm: interrupted.{goes_on}", file=sys.stderr)
-        return 130
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except BrokenPipeError:  # the reader has enough, as in `opdlm recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -109,6 +112,7 @@ def build_parser() -> Parser:
     bench.add_bench(verbs)
     export.add_merge(verbs)
     export.add_export(verbs)
+    export.add_verify(verbs)
     study.add_study(verbs)
     add_recipes(verbs)
     add_env(verbs)

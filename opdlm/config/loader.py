@@ -253,6 +253,8 @@ def rule_of(error: ErrorDetails, hint: Any, name: str) -> str:
             return "must be a list."
         case "tuple_type" | "too_long" | "too_short" | "missing":
             return "needs 2 values."
+        case "string_pattern_mismatch":
+            return "must be seconds, or a time such as 90m, 2h30m or 1d."
         case "dict_type":
             return f"must be a mapping: {name}.KEY=VALUE."
     wanted = kind.split("_")[0]

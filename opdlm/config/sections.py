@@ -7,6 +7,7 @@ The resolved tree is saved beside the checkpoint and is itself a recipe. Nothing
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
@@ -30,6 +31,7 @@ OptionalCount = Annotated[int, Field(gt=0)] | None
 Steps = Annotated[int, Field(ge=0, le=10**9)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+DURATION = r"^(\d+d)?(\d+h)?(\d+m)?(\d+(\.\d+)?s?)?$"
 
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, use_attribute_docstrings=True)
 """Unknown keys are errors; a number may stand for a text."""
@@ -331,6 +333,11 @@ class LoopSection:
     """Continue the run found in output_dir, interrupted or to a larger num_steps; false starts over and
     deletes its checkpoints.
     """
+    time_limit: Annotated[str, Field(pattern=DURATION)] = ""
+    """Stop with a checkpoint before the command has run for so long: seconds, or 90m, 2h30m, 1d. The same
+    command continues. One step is always made, and the measurement at the end is not limited. Empty or 0: no
+    limit.
+    """
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Trackers beside metrics.jsonl."""
 
@@ -442,6 +449,12 @@ def resolve_path(path: str) -> str:
     if path.startswith(BUNDLED):
         return str(Path(__file__).parent.parent / "bundled" / path.removeprefix(BUNDLED))
     return path
+
+
+def seconds_of(duration: str) -> float:
+    """The seconds of a `DURATION`: 9000 for 2h30m."""
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1, "": 1}
+    return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)(\D?)", duration))
 
 
 def scheduled(pairs: Sequence[tuple[int, Value]], step: int, default: Value) -> Value:

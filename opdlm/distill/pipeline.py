@@ -6,6 +6,7 @@ Nothing is written before all inputs are checked. The evaluation loads the writt
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,7 +49,7 @@ from opdlm.evaluation.retention import (
     measure_folder,
     versions,
 )
-from opdlm.files import atomic_folder, write_atomic
+from opdlm.files import atomic_folder, write_atomic, write_manifest
 from opdlm.modeling.attention import choose_backend, unsupported_reason
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.objectives.mask_theory import ngram_signal_weights, optimal_t
@@ -65,7 +66,7 @@ from opdlm.training.checkpoint import (
 from opdlm.training.devices import check_trackers, is_sharded, join_ranks
 from opdlm.training.loop import EvalCallback
 from opdlm.training.metrics import MetricsLog, read_metrics
-from opdlm.training.run_folder import prepare_output, start_date
+from opdlm.training.run_folder import owned, prepare_output, read_changes, start_date
 
 DRAFTED = "held_back_tokens_per_forward"
 LEARNT = 0.05
@@ -207,9 +208,15 @@ def check_attention(model: PreTrainedModel, config: Config) -> None:
 
 def convert_checkpoint(config: Config, console: Console) -> Path:
     """Run or resume a conversion; returns the folder of the converted model."""
-    config = with_known_dtype(config)
-    config = replace(config, data=replace(config.data, date=start_date(config.data.date, config.output_dir)))
+    started, config = time.monotonic(), with_known_dtype(config)
     ranks = join_ranks(config)
+    with owned(Path(config.output_dir), writes=ranks.is_main_process):
+        return run_conversion(config, ranks, console, started)
+
+
+def run_conversion(config: Config, ranks: PartialState, console: Console, started: float) -> Path:
+    """`convert_checkpoint` in a run folder of its own. `started` is a time of `time.monotonic`."""
+    config = replace(config, data=replace(config.data, date=start_date(config.data.date, config.output_dir)))
     with console.status(f"loading {config.model.path}"):
         inputs = load_inputs(config)
     weights = signal_weights(inputs, config)
@@ -228,7 +235,7 @@ def convert_checkpoint(config: Config, console: Console) -> Path:
             add_self_prompts(inputs, config, output_dir, console)
     inputs, held_back = without_held_back(inputs, config)
     describe(inputs, config, console)
-    with MetricsLog(output_dir, console) as log:
+    with MetricsLog(output_dir, console, opened=started) as log:
         eval_callback: EvalCallback | None = None
         every = config.eval.every
         if every:
@@ -251,6 +258,7 @@ def convert_checkpoint(config: Config, console: Console) -> Path:
         if inputs.tasks or held_back:
             measure_folder(folder, measured_config(folder, config), folder, console=console)
         write_card(folder, config)
+        write_manifest(folder)
     return folder
 
 
@@ -352,6 +360,7 @@ def write_record(folder: Path, output_dir: Path, config: Config) -> None:
     metrics = read_metrics(output_dir / "metrics.jsonl")
     seconds = sum(row["seconds"] for row in metrics)  # over all parts of a resumed run
     results = {"train_seconds": round(seconds, 1), "versions": versions(), **(metrics[-1] if metrics else {})}
+    results["changed_settings"] = read_changes(output_dir)
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2))
     plot_metrics(metrics, folder / "training.png")
 

@@ -27,7 +27,7 @@ from opdlm.errors import DataError
 from opdlm.files import write_atomic
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.seeds import generator_for
-from opdlm.training.metrics import PhaseProgress, read_metrics
+from opdlm.training.metrics import PhaseProgress, complete_rows
 
 SELF_PROMPTS_FILE = "self_prompts.jsonl"
 PARTIAL_FILE = "self_prompts.partial.jsonl"
@@ -104,7 +104,7 @@ def write_prompts(
     )
     settings = [start, [end, rows, decoding.max_new_tokens, config.train.seed]]
     drawn_by = digest_of([*settings, *(list(text.encode()) for text in sorted(excluded))])
-    kept = [row for row in read_metrics(partial) if row["drawn_by"] == drawn_by]
+    kept = [row for row in complete_rows(partial) if row["drawn_by"] == drawn_by]
     write_atomic(partial, "".join(json.dumps(row) + "\n" for row in kept))  # without a line cut off by a kill
     found = [text for row in kept for text in row["prompts"]]
     with PhaseProgress("prompts that the model writes", wanted, console) as progress:

@@ -43,6 +43,7 @@ from opdlm.evaluation.evaluate import (
 from opdlm.evaluation.generation_log import GenerationLog, fingerprint
 from opdlm.evaluation.likelihood import agreement_report, likelihood_report
 from opdlm.evaluation.speed import measure_speed, spread
+from opdlm.files import MANIFEST, write_manifest
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.reporting.pages import write_comparison, write_retention
 from opdlm.training.metrics import PhaseProgress
@@ -173,6 +174,8 @@ def measure_folder(
     if log is not None:
         write_outputs(log.path, tasks, outputs, tokenizer)
         write_retention(log.path.parent, report, str(folder))
+        if (log.path.parent / MANIFEST).is_file():  # the report of a folder in itself
+            write_manifest(log.path.parent)
     return report
 
 

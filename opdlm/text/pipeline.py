@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -55,7 +57,7 @@ from opdlm.training.checkpoint import (
 from opdlm.training.devices import check_trackers, is_sharded, join_ranks
 from opdlm.training.dropout import add_output_dropout
 from opdlm.training.metrics import MetricsLog, read_metrics
-from opdlm.training.run_folder import prepare_output, start_date
+from opdlm.training.run_folder import owned, prepare_output, read_changes, start_date
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +78,15 @@ class TextInputs:
 
 def train_text(config: TextConfig, console: Console) -> Path:
     """Run or continue a training on text; returns the folder of the model."""
-    config = with_known_dtype(config)
-    config = replace(config, data=replace(config.data, date=start_date(config.data.date, config.output_dir)))
+    started, config = time.monotonic(), with_known_dtype(config)
     ranks = join_ranks(config)
+    with owned(Path(config.output_dir), writes=ranks.is_main_process):
+        return run_training(config, ranks, console, started)
+
+
+def run_training(config: TextConfig, ranks: PartialState, console: Console, started: float) -> Path:
+    """`train_text` in a run folder of its own. `started` is a time of `time.monotonic`."""
+    config = replace(config, data=replace(config.data, date=start_date(config.data.date, config.output_dir)))
     inputs = load_text_inputs(config)
     config = inputs.config
     output_dir = prepare_output(config, writes=ranks.is_main_process)
@@ -88,7 +96,7 @@ def train_text(config: TextConfig, console: Console) -> Path:
             window = auto_window(optimal_t(inputs.signal_weights), config.masking.auto_width)
             plot_signal(inputs.signal_weights, window, output_dir / "mask_window.png")
     eval_callback = held_out_loss(inputs) if config.eval.every else None
-    with MetricsLog(output_dir, console, "train") as log:
+    with MetricsLog(output_dir, console, "train", started) as log:
         run = train(inputs.model, inputs.rows, config, log, eval_callback)
     folder = output_dir / MODEL_FOLDER
     if ranks.is_main_process:
@@ -312,7 +320,7 @@ def write_record(folder: Path, output_dir: Path, config: TextConfig, losses: dic
     metrics = read_metrics(output_dir / "metrics.jsonl")
     seconds = sum(row["seconds"] for row in metrics)
     results = {"train_seconds": round(seconds, 1), "versions": versions(), **(metrics[-1] if metrics else {})}
-    results |= losses
+    results |= losses | {"changed_settings": read_changes(output_dir)}
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2))
     (folder / "README.md").write_text(text_card(config, results))
     plot_metrics(metrics, folder / "training.png")

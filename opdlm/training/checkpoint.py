@@ -3,15 +3,16 @@
 `checkpoint-N/` holds the trainable weights (and their average), the optimiser's moments, the counters, and
 the rollouts that later steps use again. Everything else (prompts, random draws, schedules) is a function of
 (seed, step), so a resumed run equals an uninterrupted one bit for bit. A folder is written under a temporary
-name and renamed when it is complete. Tensors are saved unsharded, so a run may resume on another number of
-ranks.
+name and renamed when it is complete, with a manifest by which damage is found before it is used. Tensors are
+saved unsharded, so a run may resume on another number of ranks.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opdlm.errors import DataError
-from opdlm.files import atomic_folder
+from opdlm.files import atomic_folder, find_damage
 
 PREFIX = "checkpoint-"
 AVERAGE_FILE = "average.safetensors"
@@ -107,6 +108,19 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [p for p in output_dir.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+
+
+def set_aside_damaged(output_dir: Path, tell: Callable[[str], None]) -> None:
+    """Rename the newest checkpoint while it is damaged, so that the one before it is used, and say so."""
+    while found := find_checkpoints(output_dir):
+        newest, *before = reversed(found)
+        damage = find_damage(newest)
+        if not damage:
+            return
+        names = (newest.with_name(f"{newest.name}.damaged{number or ''}") for number in count())
+        aside = newest.rename(next(name for name in names if not name.exists()))
+        going_on = f"{before[0].name} is used" if before else "the run starts over, as there is no other"
+        tell(f"{newest.name} is damaged ({' '.join(damage[0])}): kept as {aside.name}; {going_on}")
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event, current_thread, main_thread
+from threading import current_thread, main_thread
 from types import FrameType
 from typing import Any
 
@@ -24,8 +24,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from opdlm.config.sections import RunConfig
-from opdlm.errors import DataError
+from opdlm.config.sections import RunConfig, seconds_of
+from opdlm.errors import DataError, TimeLimitReached
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.objectives.losses import LossOutput
 from opdlm.seeds import Stream, generator_for
@@ -35,6 +35,7 @@ from opdlm.training.checkpoint import (
     load_average,
     load_checkpoint,
     save_checkpoint,
+    set_aside_damaged,
     trainable_weights,
 )
 from opdlm.training.deepspeed import whole_weights, zero_stage
@@ -125,12 +126,17 @@ def run_steps(
 ) -> None:
     """Call `step` (0-based; returns metrics) until `train.num_steps`, or until the score stalls. Resumes from
     the newest checkpoint in `output_dir` if there is one. `eval_callback` is called every `every` steps.
+
+    After a checkpoint, raises KeyboardInterrupt(signal number) if a signal asked to stop, and
+    TimeLimitReached if the next step would end after `train.time_limit`; one step is always made.
     """
     config, is_main = loop.config, loop.accelerator.is_main_process
     first_step = resume(loop, log)
     if is_main:
         log.start(config.train.num_steps, first_step)
-    with deferred_interrupt(log) as interrupted:
+    deadline = log.opened + (seconds_of(config.train.time_limit) or math.inf)
+    longest_step = longest_save = 0.0
+    with deferred_interrupt(log) as signals:
         for number in range(first_step, config.train.num_steps):
             if has_stalled(loop):
                 log.note(
@@ -138,18 +144,28 @@ def run_steps(
                     f"{number}"
                 )
                 break
+            started = time.monotonic()
             metrics = step(number)
             if eval_callback is not None and every and (number + 1) % every == 0:
                 metrics |= measure(loop, eval_callback)
             if is_main:
                 log.step(number + 1, metrics)
             loop.accelerator.log(metrics, step=number + 1)
+            stepped = time.monotonic()
+            longest_step = max(longest_step, stepped - started)
+            is_late = stepped + longest_step + 2 * (longest_save or longest_step) > deadline
             is_last = number + 1 == config.train.num_steps or has_stalled(loop)
-            is_interrupted = sum_over_ranks(loop.accelerator, interrupted.is_set())[0] > 0
-            if (number + 1) % config.train.save_every == 0 or is_last or is_interrupted:
+            num_signals, num_late = sum_over_ranks(loop.accelerator, len(signals), is_late)
+            if (number + 1) % config.train.save_every == 0 or is_last or num_signals or num_late:
                 save(loop, number + 1)
-            if is_interrupted:
-                raise KeyboardInterrupt
+                longest_save = max(longest_save, time.monotonic() - stepped)
+            if num_signals:
+                raise KeyboardInterrupt(*signals[:1])
+            if num_late and not is_last:
+                raise TimeLimitReached(
+                    f"train.time_limit ({config.train.time_limit}) leaves no time for another step: saved "
+                    f"after step {number + 1} of {config.train.num_steps}. The same command continues."
+                )
 
 
 def finish(loop: Loop) -> None:
@@ -159,27 +175,30 @@ def finish(loop: Loop) -> None:
 
 
 @contextmanager
-def deferred_interrupt(log: MetricsLog) -> Iterator[Event]:
-    """Set the event at the first Ctrl-C, so that the step finishes and the checkpoint resumes bit for bit. A
-    second Ctrl-C raises KeyboardInterrupt.
+def deferred_interrupt(log: MetricsLog) -> Iterator[list[int]]:
+    """Collect the signals that ask to stop (Ctrl-C, SIGTERM, SIGUSR1), so that the step finishes and the
+    checkpoint resumes bit for bit. A second Ctrl-C raises KeyboardInterrupt.
     """
-    interrupted = Event()
+    received: list[int] = []
 
-    def handle(_signal: int, _frame: FrameType | None) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def handle(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         log.note("finishing this step and saving; Ctrl-C again stops at once")
 
     # Threads cannot set handlers. A handler of the caller, or an ignored Ctrl-C (nohup), is kept.
-    is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not is_ours or current_thread() is not main_thread():
-        yield interrupted
-        return
-    signal.signal(signal.SIGINT, handle)
+    is_main_thread = current_thread() is main_thread()
+    wanted = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
+    before = {number: signal.getsignal(number) for number in wanted if is_main_thread}
+    ours = {k: v for k, v in before.items() if v in (signal.SIG_DFL, signal.default_int_handler)}
     try:
-        yield interrupted
+        for number in ours:
+            signal.signal(number, handle)
+        yield received
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in ours.items():
+            signal.signal(number, handler)
 
 
 @dataclass(slots=True)
@@ -235,17 +254,28 @@ def update_weights(
         positions=int(positions),
         divergence=divergence,
     )
-    if not math.isfinite(sums.loss):
-        raise DataError(
-            f"the loss became {sums.loss} at update {loop.num_updates + 1}. Lower optimizer.learning_rate "
-            f"({config.optimizer.learning_rate:g}) and start again from the last checkpoint."
-        )
+    check_finite(loop, "loss", sums.loss)
     max_norm = config.optimizer.max_grad_norm
     sums.grad_norm = clip_and_step(loop.loss, loop.optimizer, loop.accelerator, max_norm)
+    check_finite(loop, "norm of the gradients", sums.grad_norm)
     loop.scheduler.step()
     loop.num_updates += 1
     update_average(loop.average, loop.model, config.train.ema_decay, loop.num_updates)
     return sums
+
+
+def check_finite(loop: Loop, name: str, value: float) -> None:
+    """DataError for NaN or infinity, with the way to go on; no checkpoint is written after it."""
+    if math.isfinite(value):
+        return
+    found = [folder.name for folder in find_checkpoints(Path(loop.config.output_dir))]
+    goes_on = "starts again from the beginning"
+    if found:
+        goes_on = f"continues from {found[-1]}; if that ends here too, delete it to go further back"
+    raise DataError(
+        f"the {name} became {value} at update {loop.num_updates + 1}. Lower optimizer.learning_rate "
+        f"({loop.config.optimizer.learning_rate:g}): the same command then {goes_on}."
+    )
 
 
 def equally_many(accelerator: Accelerator, batches: Sequence[list[int]]) -> list[list[int]]:
@@ -292,17 +322,21 @@ def save(loop: Loop, step: int) -> None:
 
 
 def resume(loop: Loop, log: MetricsLog) -> int:
-    """Resume from the newest checkpoint, or delete all checkpoints without `train.resume_from_checkpoint`.
+    """Resume from the newest intact checkpoint, or delete all without `train.resume_from_checkpoint`.
 
     Returns the number of finished steps; notes if the run has become longer. DataError if the training data
     have changed.
     """
-    found = find_checkpoints(Path(loop.config.output_dir))
+    output_dir = Path(loop.config.output_dir)
     if not loop.config.train.resume_from_checkpoint:
         if loop.accelerator.is_main_process:
-            for folder in found:
+            for folder in find_checkpoints(output_dir):
                 shutil.rmtree(folder)  # one of a later step would outlive those of this run
         return 0
+    if loop.accelerator.is_main_process:
+        set_aside_damaged(output_dir, log.note)
+    loop.accelerator.wait_for_everyone()
+    found = find_checkpoints(output_dir)
     if not found:
         return 0
     with whole_weights(trainable_weights(loop.model).values(), changed=True):

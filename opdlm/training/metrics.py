@@ -100,8 +100,12 @@ class PhaseProgress:
 class MetricsLog:
     """Progress on the console and one JSON line per step in `metrics.jsonl`."""
 
-    def __init__(self, output_dir: Path, console: Console, verb: str = "convert") -> None:
+    def __init__(
+        self, output_dir: Path, console: Console, verb: str = "convert", opened: float | None = None
+    ) -> None:
         self.path = output_dir / "metrics.jsonl"
+        self.opened = time.monotonic() if opened is None else opened
+        """The time from which `train.time_limit` counts."""
         self.console = console
         self.progress = progress_line(verb, console)
         self.latest: dict[str, float] = {}
@@ -114,9 +118,12 @@ class MetricsLog:
         self.progress.stop()
 
     def start(self, num_steps: int, first_step: int) -> None:
-        """Begin at `first_step`; lines of later steps, which run again, are dropped."""
-        keep = [row for row in read_metrics(self.path) if row["step"] <= first_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in keep))
+        """Begin at `first_step`. Lines are only appended: those of steps that run again stay in the file, and
+        `read_metrics` leaves them out.
+        """
+        with self.path.open("ab+") as file:
+            if file.tell() and not self.path.read_bytes().endswith(b"\n"):  # cut off by a kill
+                file.write(b"\n")
         self.num_steps, self.first_step, self.started = num_steps, first_step, time.monotonic()
         self.task = self.progress.add_task("", total=num_steps, completed=first_step, status="")
         self.progress.start()
@@ -143,14 +150,27 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a `metrics.jsonl`; a line truncated by a crash is ignored."""
+    """One row per step of a `metrics.jsonl`, in order. Where a line repeats a step the run went back: what
+    follows replaces the earlier lines from that step on.
+    """
+    rows: list[dict[str, Any]] = []
+    for row in complete_rows(path):
+        if not {"step", "seconds"} <= row.keys():  # a damaged line
+            continue
+        while rows and rows[-1]["step"] >= row["step"]:
+            rows.pop()
+        rows.append(row)
+    return rows
+
+
+def complete_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that is only appended to, without lines that a kill cut off; none without a file."""
     rows = []
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
     return rows
 
 

@@ -55,6 +55,6 @@ def test_sources_of_prompts_are_read_from_overrides_and_from_the_saved_settings(
     saved = tmp_path / "config.yaml"
     saved.write_text(config.to_yaml())
     assert load_config(saved) == config
-    assert changed_settings(read_recipe(saved), config.to_dict(), Config().to_dict()) == []
+    assert changed_settings(read_recipe(saved), config.to_dict(), Config().to_dict()) == {}
     other = load_config(saved, [text.replace("weight: 3", "weight: 2")])
-    assert changed_settings(read_recipe(saved), other.to_dict(), Config().to_dict()) == ["data.path"]
+    assert changed_settings(read_recipe(saved), other.to_dict(), Config().to_dict()).keys() == {"data.path"}

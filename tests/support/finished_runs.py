@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from opdlm.training.metrics import read_metrics
 
 TIMES = {"rollout_tokens_per_second", "rollout_wait_seconds", "rollout_share_of_time", "seconds"}
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl without what a clock measured."""
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(output / "metrics.jsonl")
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
