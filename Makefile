@@ -5,7 +5,7 @@ STAMP := .venv/.opdlm-installed
 export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-real test-vllm lint wheel clean env
+.PHONY: demo test test-slow test-faults test-real test-vllm lint wheel clean env
 
 demo: env
 	@$(BIN)/python examples/demo.py runs/demo
@@ -15,6 +15,10 @@ test: lint
 
 test-slow: env
 	$(BIN)/python -m pytest -m "slow and not gpu and not vllm and not real"
+
+# Kills, signals, damaged files and double starts; prints a table (a few minutes).
+test-faults: env
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py
 
 # OPDLM_REAL: a folder whose sub-folders are checkpoints (python examples/smollm2.py FOLDER/smollm2 makes one).
 test-real: env

@@ -267,7 +267,7 @@ def test_a_time_limit_is_seconds_or_a_duration(place: Path, capsys: pytest.Captu
     assert {text: seconds_of(text) for text in durations} == durations
     for wrong in ("soon", "2.5h", "30m2h", "-5"):
         assert main(command(place, place / "none", f"train.time_limit={wrong}")) == 2
-        assert "train.time_limit ('" in (said := capsys.readouterr().err) and "2h30m" in said
+        assert "train.time_limit (" in (said := capsys.readouterr().err) and "2h30m" in said
 
 
 def test_metrics_are_appended_and_read_once_per_step(
