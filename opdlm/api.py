@@ -95,6 +95,7 @@ def convert(
     Raises:
         ConfigError: a setting that cannot work.
         DataError: a checkpoint or prompts that cannot be used.
+        TimeLimitReached: `train.time_limit` is over, before the training was; call again to continue.
 
     Example:
         >>> folder = opdlm.convert("tiny", output_dir="runs/tiny", overrides=["train.num_steps=10"])
@@ -134,6 +135,7 @@ def train(
     Raises:
         ConfigError: a setting that cannot work.
         DataError: a checkpoint or text that cannot be used.
+        TimeLimitReached: `train.time_limit` is over, before the training was; call again to continue.
 
     Example:
         >>> folder = opdlm.train("byte", data="mine.jsonl", output_dir="runs/byte")
