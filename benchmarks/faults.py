@@ -24,6 +24,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +167,7 @@ class Faults:
         shutil.rmtree(run)
         for number in self.rng.sample(range(1, total + 1), total):
             run = self.new_run()
-            exit_here = self.convert(
-                run, lambda run=run, number=number: on_write(run, lambda n: n == number and os._exit(9))
-            )
-            assert exit_here.wait().code == 9
+            assert self.convert(run, partial(on_write, run, partial(exit_at, number))).wait().code == 9
             yield self.to_the_end(run)
 
     def checkpoints(self) -> Iterator[str]:
@@ -271,6 +269,11 @@ def swap(path: Path, other: Path, _: random.Random) -> None:
 HARMS: dict[str, Harm] = {"flip": flip, "cut": cut, "zero": zero, "delete": delete, "swap": swap}
 
 
+def exit_at(number: int, seen: int) -> None:
+    if seen == number:
+        os._exit(9)
+
+
 def on_write(folder: Path, act: Callable[[int], object]) -> None:
     """Call `act` with the number of each operation of this process that changes files in a folder."""
     seen = 0
@@ -284,6 +287,10 @@ def on_write(folder: Path, act: Callable[[int], object]) -> None:
             act(seen)
 
     sys.addaudithook(hook)
+
+
+def write_no_picture(metrics: Sequence[dict[str, float]], path: Path) -> None:
+    path.write_bytes(b"picture")
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -321,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=5, help="for all kinds together")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    pipeline.plot_metrics = lambda rows, path: path.write_bytes(b"picture")
+    pipeline.plot_metrics = write_no_picture
     with tempfile.TemporaryDirectory() as folder:
         faults = Faults(Path(folder), random.Random(options.seed))
         kinds = {
