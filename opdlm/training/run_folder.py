@@ -54,9 +54,11 @@ def owned(output_dir: Path, *, writes: bool = True) -> Iterator[None]:
         lock.acquire()
         file.write_text(f"process {os.getpid()} on {platform.node()}")
     except Timeout as error:
+        owner = "another process"
+        with suppress(OSError):  # it may just have ended
+            owner = file.read_text() or owner
         raise ConfigError(
-            f"output_dir ({output_dir}) is in use by {file.read_text() or 'another process'}. Wait until it "
-            "ends, or choose another output_dir."
+            f"output_dir ({output_dir}) is in use by {owner}. Wait for its end, or choose another output_dir."
         ) from error
     except OSError as error:
         raise unwritable(output_dir, error) from error
