@@ -89,7 +89,7 @@ def check_sampling(model: DiffusionLM, prompts: list[Ids]) -> dict[str, int]:
 @torch.inference_mode()
 def reprefill(model: DiffusionLM, prompts: list[Ids], config: DecodeConfig) -> list[Rollout]:
     """A simple sampler: fixed batches in the given order, nothing cached between steps."""
-    requests = make_requests(prompts, torch.Generator().manual_seed(0), config.max_new_tokens)
+    requests = make_requests(prompts, torch.Generator().manual_seed(0), config)
     block_size, grid = model.spec.block_size, model.spec.block_grid
     finished: dict[int, Rollout] = {}
     for first in range(0, len(prompts), config.batch_size):
@@ -100,7 +100,7 @@ def reprefill(model: DiffusionLM, prompts: list[Ids], config: DecodeConfig) -> l
         while len(rows):
             rows.committed_B = torch.zeros_like(rows.committed_B)
             denoise_step(model, rows, cache, config, grid, model.spec.format)
-            done_B = collect_finished(rows, model, config, grid, finished, {})
+            done_B = collect_finished(rows, model, grid, finished, {})
             rows.keep(~done_B, cache)
     return [finished[i] for i in range(len(prompts))]
 
@@ -108,7 +108,7 @@ def reprefill(model: DiffusionLM, prompts: list[Ids], config: DecodeConfig) -> l
 @torch.inference_mode()
 def tokens_per_second_of_simple_loop(model: DiffusionLM, prompts: list[Ids]) -> float:
     """Tokens per CPU second, one prompt after the other."""
-    requests = make_requests(prompts, torch.Generator().manual_seed(0), ROLLOUT.max_new_tokens)
+    requests = make_requests(prompts, torch.Generator().manual_seed(0), ROLLOUT)
     started = time.process_time()
     responses = [simple_denoise(model, request.ids, ROLLOUT, request.seed) for request in requests]
     return sum(map(len, responses)) / (time.process_time() - started)

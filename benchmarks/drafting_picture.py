@@ -38,7 +38,7 @@ def record_frames(model: DiffusionLM, prompt_ids: list[int], max_new_tokens: int
     """One frame per forward pass of greedy lossless decoding."""
     config = DecodeConfig(mode="lossless", max_new_tokens=max_new_tokens)
     decoder = Decoder(model, config, num_rows=1, max_length=len(prompt_ids) + max_new_tokens)
-    decoder.waiting.append(Request(0, prompt_ids, 0, max_new_tokens))
+    decoder.waiting.append(Request(0, prompt_ids, 0, config))
     frames = []
     while decoder.is_busy:
         finished = decoder.step()

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ..modeling.kv_cache import DecodeCache
 from ..modeling.slots import CLEAN, Format, Grid, Slots, clean_visible_until, make_slots
+from .decode_config import DecodeConfig
 from .rollout import NEVER, Rollout
+from .unmasking import sampling_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,8 @@ class Request:
     ids: Sequence[int]
     """Token ids of the prompt."""
     seed: int
-    max_new_tokens: int
+    config: DecodeConfig
+    """Its `OWN_SETTINGS` count; the others are those of the batch."""
 
 
 @dataclass(slots=True)
@@ -77,6 +80,10 @@ class DecodeState:
     limit_B: Tensor
     """Largest number of response tokens."""
     seed_B: Tensor
+    sampling_B3: Tensor
+    """Temperature, top_k and top_p (`unmasking.sampling_of`)."""
+    has_logprobs_B: Tensor
+    """Whether the log-probabilities of the tokens are recorded."""
     committed_B: Tensor
     """Number of positions whose clean keys and values are in the cache."""
     final_B: Tensor
@@ -112,7 +119,7 @@ class DecodeState:
             unmask_step_BL[row, : len(ids)].masked_fill_(tokens_BL[row, : len(ids)] != mask_token_id, 0)
             known = list(ids).index(mask_token_id) if mask_token_id in ids else len(ids)
             num_prompt.append(known)
-            limits.append(len(ids) - known or request.max_new_tokens)
+            limits.append(len(ids) - known or request.config.max_new_tokens)
         zeros_B = torch.zeros(num_rows, dtype=torch.long)
         return cls(
             index_B=torch.tensor([request.index for request in requests], dtype=torch.long),
@@ -123,6 +130,10 @@ class DecodeState:
             num_prompt_B=torch.tensor(num_prompt, dtype=torch.long),
             limit_B=torch.tensor(limits, dtype=torch.long),
             seed_B=torch.tensor([request.seed for request in requests], dtype=torch.long),
+            sampling_B3=torch.tensor(
+                [sampling_of(request.config) for request in requests], dtype=torch.float64
+            ).view(-1, 3),
+            has_logprobs_B=torch.tensor([request.config.logprobs for request in requests], dtype=torch.bool),
             committed_B=zeros_B,
             final_B=zeros_B.clone(),
             block_step_B=zeros_B.clone(),

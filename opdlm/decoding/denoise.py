@@ -70,7 +70,7 @@ def denoise_step(
     logits_MV = slot_logits(model, hidden_BSH, row_M, column_M, is_clean_M)
     step_M = state.num_steps_B[row_M] if config.mode != "ar" else 0  # `ar` shares its noise with `lossless`
     key_M = noise_keys(state.seed_B[row_M], target_M, step_M).to(model.device)
-    ids_M, confidence_M = propose_tokens(logits_MV, config.temperature, config.top_k, config.top_p, key_M)
+    ids_M, confidence_M = propose_tokens(logits_MV, state.sampling_B3[row_M], key_M)
 
     confidence_BT = torch.zeros(masked_BT.shape)
     confidence_BT[row_M, offset_M] = confidence_M.cpu()
@@ -170,7 +170,7 @@ def reject_unlikely(
     row_N, position_N = row_M[is_first_M], position_M[is_first_M]
     key_N = noise_keys(state.seed_B[row_N], position_N, -state.num_steps_B[row_N]).to(model.device)
     ar_NV = logits_MV[is_first_M.to(model.device)]
-    ids_N = choose_tokens(ar_NV, config.temperature, config.top_k, config.top_p, key_N)
+    ids_N = choose_tokens(ar_NV, state.sampling_B3[row_N], key_N)
 
     column_L = torch.arange(state.tokens_BL.shape[1])
     masked_BL = rejected_B[:, None] & (column_L >= first_B[:, None])

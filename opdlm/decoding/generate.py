@@ -49,8 +49,8 @@ class Decoder:
         max_length: int,
         on_step: OnStep | None = None,
     ) -> None:
-        """`num_rows`: largest number of active rows. `max_length`: largest number of tokens of a prompt and
-        its response together.
+        """`config`: what the requests share, all but their `OWN_SETTINGS`. `num_rows`: largest number of
+        active rows. `max_length`: largest number of tokens of a prompt and its response together.
         """
         spec = model.spec
         self.model, self.config, self.num_rows, self.on_step = model, config, num_rows, on_step
@@ -90,7 +90,7 @@ class Decoder:
         assert (state.num_steps_B <= max_steps_B).all(), "no token can be revealed: every logit is -inf"
         if self.on_step is not None:
             self.on_step(state.index_B, state.tokens_BL, state.tokens_BL != before_BL)
-        done_B = collect_finished(state, self.model, self.config, self.grid, finished, self.find_end)
+        done_B = collect_finished(state, self.model, self.grid, finished, self.find_end)
         if done_B.any():
             state.keep(~done_B, self.cache)
         for index in finished:
@@ -123,7 +123,7 @@ def generate(
     each prompt or lists the seeds; the output is deterministic given the seeds. Every row ends within
     `DecodeState.max_steps`.
     """
-    requests = make_requests(prompts, rng, config.max_new_tokens)
+    requests = make_requests(prompts, rng, config)
     if not requests:
         return []
     if any(model.spec.mask_token_id in ids for ids in prompts):
@@ -168,14 +168,13 @@ def check_can_infill(model: DiffusionLM, config: DecodeConfig) -> None:
         )
 
 
-def make_requests(prompts: Sequence[Sequence[int]], rng: Seeds, max_new_tokens: int) -> list[Request]:
+def make_requests(prompts: Sequence[Sequence[int]], rng: Seeds, config: DecodeConfig) -> list[Request]:
     """One request per prompt; its index is that of the prompt."""
     if not isinstance(rng, Sequence):
         device = rng.device if rng is not None else "cpu"
         rng = torch.randint(2**62, (len(prompts),), generator=rng, device=device).tolist()
     return [
-        Request(index, ids, seed, max_new_tokens)
-        for index, (ids, seed) in enumerate(zip(prompts, rng, strict=True))
+        Request(index, ids, seed, config) for index, (ids, seed) in enumerate(zip(prompts, rng, strict=True))
     ]
 
 
@@ -222,7 +221,7 @@ def step_of(
     if config.mode == "lossless":
         assert model.spec.format == "preserve", "only preserve computes clean slots with the AR weights"
         policy = policy_for(model, config)
-        return lambda state: lossless_step(model, state, cache, config, policy)
+        return lambda state: lossless_step(model, state, cache, policy)
     return lambda state: denoise_step(model, state, cache, config, grid, fmt)
 
 
@@ -240,7 +239,6 @@ def policy_for(model: DiffusionLM, config: DecodeConfig) -> DraftPolicy:
 def collect_finished(
     state: DecodeState,
     model: DiffusionLM,
-    config: DecodeConfig,
     grid: Grid,
     finished: dict[int, Rollout],
     find_end: Mapping[int, FindEnd],
@@ -263,13 +261,13 @@ def collect_finished(
         num_response = min(int(num_response_B[row]), int(state.limit_B[row]))
         is_stop = bool(has_stop_B[row]) and num_response == int(num_response_B[row])
         finished[int(state.index_B[row])] = make_rollout(
-            state, row, num_response, "stop" if is_stop else "length", grid, config.logprobs
+            state, row, num_response, "stop" if is_stop else "length", grid
         )
     return done_B
 
 
 def make_rollout(
-    state: DecodeState, row: int, num_response: int, reason: FinishReason, grid: Grid, logprobs: bool
+    state: DecodeState, row: int, num_response: int, reason: FinishReason, grid: Grid
 ) -> Rollout:
     """The rollout of one row, up to the end of its last block."""
     num_prompt = int(state.num_prompt_B[row])
@@ -282,7 +280,7 @@ def make_rollout(
         unmask_step=tuple(state.unmask_step_BL[row, num_prompt:end].tolist()),
         num_response=num_response,
         finish_reason=reason,
-        logprobs=tuple(state.logprob_BL[row, num_prompt:last].tolist()) if logprobs else (),
+        logprobs=tuple(state.logprob_BL[row, num_prompt:last].tolist()) if state.has_logprobs_B[row] else (),
         num_forwards=int(state.num_forwards_B[row]),
         num_steps=int(state.num_steps_B[row]),
         num_replaced=int(state.is_replaced_BL[row, num_prompt:last].sum()),

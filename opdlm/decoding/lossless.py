@@ -22,7 +22,6 @@ from torch import Tensor
 from ..modeling.diffusion_lm import DiffusionLM
 from ..modeling.kv_cache import DecodeCache, Packed
 from ..modeling.slots import CLEAN
-from .decode_config import DecodeConfig
 from .decode_state import DecodeState
 from .draft_policy import DraftPlan, DraftPolicy
 from .rollout import NEVER
@@ -32,9 +31,7 @@ NUM_CANDIDATES = 128
 """Tokens that the draft head chooses among: the LM head then runs once for the whole draft."""
 
 
-def lossless_step(
-    model: DiffusionLM, state: DecodeState, cache: DecodeCache, config: DecodeConfig, policy: DraftPolicy
-) -> None:
+def lossless_step(model: DiffusionLM, state: DecodeState, cache: DecodeCache, policy: DraftPolicy) -> None:
     """Accept the valid prefix of each draft and one more token, and write the next draft into `state`."""
     mask_id, draft_length = model.spec.mask_token_id, policy.draft_length
     frontier_B = state.frontier(mask_id)
@@ -56,18 +53,18 @@ def lossless_step(
     row_M, place_M = (torch.arange(draft_length + 1) <= num_verified_B[:, None]).nonzero(as_tuple=True)
     position_M = frontier_B[row_M] + place_M
     logits_MV = logits_at(model, hidden_NH, torch.tensor(verify_from)[row_M] + place_M, is_clean=True)
-    chosen_M = choose_at(logits_MV, state.seed_B[row_M], position_M, config)
+    chosen_M = choose_at(logits_MV, state, row_M, position_M)
     ar_BK = torch.full((len(state), draft_length + 1), mask_id)
     ar_BK[row_M, place_M] = chosen_M.cpu()
     agrees_BD = is_verified_BD & (ar_BK[:, :draft_length] == state.draft_BD)
     accepted_B = agrees_BD.long().cumprod(1).sum(1)
     accepted = accepted_B.tolist()
     policy.learn(state, plans, accepted, num_forwards)
-    if config.logprobs:
+    if state.has_logprobs_B.any():
         logprob_M = logits_MV.log_softmax(-1).gather(-1, chosen_M[:, None])[:, 0].cpu()
         state.logprob_BL[row_M, position_M] = logprob_M
     write_accepted(state, frontier_B, ar_BK, accepted_B, mask_id)
-    draft_next(model, state, hidden_NH, draft_from, plans, accepted, config)
+    draft_next(model, state, hidden_NH, draft_from, plans, accepted)
 
 
 def pack_slots(
@@ -118,7 +115,6 @@ def draft_next(
     draft_from: list[int],
     plans: list[DraftPlan],
     accepted: list[int],
-    config: DecodeConfig,
 ) -> None:
     """Write the draft of the group of the actual number of accepted tokens, or none if it is absent."""
     first_slot, num_draft = draft_from[:], [0] * len(plans)
@@ -132,17 +128,17 @@ def draft_next(
     if not len(row_M):
         return
     if model.draft_head is not None:
-        draft_in_sequence(model, state, hidden_NH, torch.tensor(first_slot), config)
+        draft_in_sequence(model, state, hidden_NH, torch.tensor(first_slot))
         return
     logits_MV = logits_at(model, hidden_NH, torch.tensor(first_slot)[row_M] + place_M, is_clean=False)
-    ids_M = choose_at(logits_MV, state.seed_B[row_M], state.final_B[row_M] + place_M, config)
+    ids_M = choose_at(logits_MV, state, row_M, state.final_B[row_M] + place_M)
     confidence_M = logits_MV.softmax(-1).gather(-1, ids_M[:, None])[:, 0]
     state.draft_BD[row_M, place_M] = ids_M.cpu()
     state.draft_confidence_BD[row_M, place_M] = confidence_M.cpu()
 
 
 def draft_in_sequence(
-    model: DiffusionLM, state: DecodeState, hidden_NH: Tensor, first_slot_B: Tensor, config: DecodeConfig
+    model: DiffusionLM, state: DecodeState, hidden_NH: Tensor, first_slot_B: Tensor
 ) -> None:
     """Write drafts token by token: the draft head reads each before the next is chosen, from the candidates
     that its mask finds most likely by itself. `first_slot_B`: the packed slot of each draft's first mask.
@@ -164,20 +160,20 @@ def draft_in_sequence(
         scores_RK = model.candidate_logits(hidden_RH, ids_RK)
         scores_RK.masked_fill_(likely.values[:, place] == -torch.inf, -torch.inf)  # banned ids
         scores_RV = torch.full_like(logits_RDV[:, 0], -torch.inf).scatter_(-1, ids_RK, scores_RK)
-        token_R = choose_at(scores_RV, state.seed_B[row_R], position_R + place, config)
+        token_R = choose_at(scores_RV, state, row_R, position_R + place)
         confidence_R = scores_RV.softmax(-1).gather(-1, token_R[:, None])[:, 0]
         state.draft_BD[row_R, place] = token_R.cpu()
         state.draft_confidence_BD[row_R, place] = confidence_R.cpu()
 
 
-def choose_at(logits_MV: Tensor, seed_M: Tensor, position_M: Tensor, config: DecodeConfig) -> Tensor:
+def choose_at(logits_MV: Tensor, state: DecodeState, row_M: Tensor, position_M: Tensor) -> Tensor:
     """The token `[M]` of each position. The noise depends on seed and position only: draft and AR model share
     it.
     """
-    if config.temperature == 0:  # saves computing the noise keys
+    if not state.sampling_B3[:, 0].any():  # saves computing the noise keys
         return logits_MV.argmax(-1)
-    key_M = noise_keys(seed_M, position_M, 0).to(logits_MV.device)
-    return choose_tokens(logits_MV, config.temperature, config.top_k, config.top_p, key_M)
+    key_M = noise_keys(state.seed_B[row_M], position_M, 0).to(logits_MV.device)
+    return choose_tokens(logits_MV, state.sampling_B3[row_M], key_M)
 
 
 def logits_at(model: DiffusionLM, hidden_NH: Tensor, slot_M: Tensor, is_clean: bool) -> Tensor:

@@ -15,17 +15,21 @@ Random numbers are counter-based: the Gumbel noise of a token is a hash of (key,
 (seed of the row, position, step). The draws of a row therefore do not depend on other rows, and two models
 that draw with the same key share their noise (arXiv 2408.07978).
 
-Shape suffixes: M masked positions (flat), V vocabulary, B rows, T positions of a block.
+Every token has sampling settings of its own: `sampling_M3` holds temperature, top_k (0: all tokens) and top_p
+(1: all tokens). It stays on the CPU, so that no step waits for the device to know which tokens are drawn.
+
+Shape suffixes: M masked positions (flat), N some of them, V vocabulary, B rows, T positions of a block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .decode_config import Mode
+from .decode_config import DecodeConfig, Mode
 
 Remasking = Literal["low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "left_to_right"]
 REMASKING: dict[Mode, Remasking] = {
@@ -39,21 +43,49 @@ REMASKING: dict[Mode, Remasking] = {
 
 UNIFORM_BITS = 23
 """Random bits of a uniform number; with half a step added it is exact in float32 and never 0 or 1."""
-MIN_TEMPERATURE = 1e-30
-"""Below it the arg-max is taken: a division by the temperature could overflow."""
+MIN_TEMPERATURE = 1e-5
+"""Below it the arg-max is taken: the draw is the same, and logits over the temperature stay finite."""
+MIN_TOP_P = 1e-9
+"""Below it only the most likely token is left, and float32 would round the bound to 0."""
 
 
-def filter_logits(logits_MV: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Keep the `top_k` largest logits and the smallest set of mass >= `top_p`; the others become -inf."""
-    if top_k is not None and top_k < logits_MV.shape[-1]:
-        smallest_M1 = logits_MV.topk(top_k, -1).values[:, -1:]
-        logits_MV = logits_MV.masked_fill(logits_MV < smallest_M1, -torch.inf)
-    if top_p is not None and top_p < 1.0:
-        sorted_MV, order_MV = logits_MV.sort(-1, descending=True)
-        probs_MV = sorted_MV.softmax(-1)
-        drop_MV = probs_MV.cumsum(-1) - probs_MV >= top_p
-        logits_MV = logits_MV.masked_fill(drop_MV.scatter(-1, order_MV, drop_MV), -torch.inf)
-    return logits_MV
+def sampling_of(config: DecodeConfig) -> list[float]:
+    """Temperature, top_k and top_p of these settings."""
+    return [config.temperature, config.top_k or 0, 1.0 if config.top_p is None else config.top_p]
+
+
+def update_rows(rows_MV: Tensor, chosen_M: Tensor, update: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The rows, those of `chosen_M` (on the CPU) updated. `update` receives these rows and their indices."""
+    index_N = chosen_M.nonzero()[:, 0]
+    if not len(index_N):
+        return rows_MV
+    if len(index_N) == len(rows_MV):
+        return update(rows_MV, index_N)
+    place_N = index_N.to(rows_MV.device)
+    return rows_MV.index_copy(0, place_N, update(rows_MV[place_N], index_N))
+
+
+def filter_logits(logits_MV: Tensor, top_k_M: Tensor, top_p_M: Tensor) -> Tensor:
+    """Keep the top_k largest logits and the smallest set of mass >= top_p of each row; the others become
+    -inf.
+    """
+
+    def keep_largest(some_NV: Tensor, index_N: Tensor) -> Tensor:
+        top_k_N1 = top_k_M[index_N, None].long()
+        largest_NK = some_NV.topk(int(top_k_N1.max()), -1).values
+        return some_NV.masked_fill(
+            some_NV < largest_NK.gather(-1, (top_k_N1 - 1).to(some_NV.device)), -torch.inf
+        )
+
+    def keep_mass(some_NV: Tensor, index_N: Tensor) -> Tensor:
+        top_p_N1 = top_p_M[index_N, None].clamp(min=MIN_TOP_P).to(some_NV)
+        sorted_NV, order_NV = some_NV.sort(-1, descending=True)
+        probs_NV = sorted_NV.softmax(-1)
+        drop_NV = probs_NV.cumsum(-1) - probs_NV >= top_p_N1
+        return some_NV.masked_fill(drop_NV.scatter(-1, order_NV, drop_NV), -torch.inf)
+
+    is_largest_M = (top_k_M > 0) & (top_k_M < logits_MV.shape[-1])
+    return update_rows(update_rows(logits_MV, is_largest_M, keep_largest), top_p_M < 1, keep_mass)
 
 
 def mix_bits(number: Tensor) -> Tensor:
@@ -79,21 +111,21 @@ def gumbel_noise(key_M: Tensor, num_tokens: int) -> Tensor:
     return -torch.log(-torch.log((bits_MV.float() + 0.5) / (1 << UNIFORM_BITS)))
 
 
-def choose_tokens(
-    logits_MV: Tensor, temperature: float, top_k: int | None, top_p: float | None, key_M: Tensor
-) -> Tensor:
+def choose_tokens(logits_MV: Tensor, sampling_M3: Tensor, key_M: Tensor) -> Tensor:
     """One token `[M]` per row: the arg-max at temperature 0, else a sample from the filtered distribution."""
-    if temperature < MIN_TEMPERATURE:
-        return logits_MV.argmax(-1)
-    filtered_MV = filter_logits(logits_MV / temperature, top_k, top_p)
-    return (filtered_MV + gumbel_noise(key_M, logits_MV.shape[-1])).argmax(-1)
+    temperature_M, top_k_M, top_p_M = sampling_M3.unbind(1)
+
+    def draw(some_NV: Tensor, index_N: Tensor) -> Tensor:
+        scaled_NV = some_NV / temperature_M[index_N, None].to(some_NV)
+        noise_NV = gumbel_noise(key_M[index_N.to(key_M.device)], some_NV.shape[-1])
+        return filter_logits(scaled_NV, top_k_M[index_N], top_p_M[index_N]) + noise_NV
+
+    return update_rows(logits_MV, temperature_M >= MIN_TEMPERATURE, draw).argmax(-1)
 
 
-def propose_tokens(
-    logits_MV: Tensor, temperature: float, top_k: int | None, top_p: float | None, key_M: Tensor
-) -> tuple[Tensor, Tensor]:
+def propose_tokens(logits_MV: Tensor, sampling_M3: Tensor, key_M: Tensor) -> tuple[Tensor, Tensor]:
     """Proposed tokens `[M]` and their confidences `[M]`, from float32 logits that are -inf at banned ids."""
-    ids_M = choose_tokens(logits_MV, temperature, top_k, top_p, key_M)
+    ids_M = choose_tokens(logits_MV, sampling_M3, key_M)
     return ids_M, logits_MV.softmax(-1).gather(-1, ids_M[:, None])[:, 0]
 
 

@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from opdlm.decoding.decode_config import DecodeConfig
-from opdlm.decoding.unmasking import REMASKING, choose_revealed, noise_keys, num_to_reveal, propose_tokens
+from opdlm.decoding.unmasking import (
+    REMASKING,
+    choose_revealed,
+    noise_keys,
+    num_to_reveal,
+    propose_tokens,
+    sampling_of,
+)
 from opdlm.modeling.diffusion_lm import DiffusionSpec
 from opdlm.modeling.slots import GridKind
 
@@ -133,7 +140,8 @@ class BlockStates:
         step_D = self.num_steps_R[place_D]
         key_M = noise_keys(self.seed_R[place_D][row_M], position_DT[row_M, offset_M], step_D[row_M])
         decode, size = self.decode, ids_DT.shape[1]
-        ids_M, confidence_M = propose_tokens(logits_MV, decode.temperature, decode.top_k, decode.top_p, key_M)
+        sampling_M3 = torch.tensor(sampling_of(decode), dtype=torch.float64).expand(len(key_M), 3)
+        ids_M, confidence_M = propose_tokens(logits_MV, sampling_M3, key_M)
         confidence_DT = torch.zeros(masked_DT.shape, device=self.device)
         confidence_DT[row_M, offset_M] = confidence_M
         num_D = num_to_reveal(self.block_step_R[place_D], size, min(decode.denoising_steps or size, size))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_models import make_lm
 
+from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.decode_state import DecodeState, Request
 from opdlm.decoding.draft_policy import DraftPlan, DraftPolicy, ForwardCost, measure_forward_cost
 
@@ -32,7 +33,7 @@ class Simulation:
 
     def __init__(self, policy: DraftPolicy, chances: list[float], num_rows: int) -> None:
         self.policy, self.chances, self.dice = policy, chances, random.Random(0)
-        requests = [Request(i, [1], 0, 10**6) for i in range(num_rows)]
+        requests = [Request(i, [1], 0, DecodeConfig(max_new_tokens=10**6)) for i in range(num_rows)]
         self.state = DecodeState.start(requests, 8, 0, LENGTH)
         self.state.num_steps_B += 1
         self.tokens, self.cost = 0, 0.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from tiny_models import GRIDS, KINDS, MASK, STOP, make_lm, make_prompts, qwen3
 
 from opdlm.decoding import generate as engine
 from opdlm.decoding.decode_config import DecodeConfig, Mode
-from opdlm.decoding.decode_state import DecodeState, DecodeStats
+from opdlm.decoding.decode_state import DecodeState, DecodeStats, Request
 from opdlm.decoding.draft_policy import DraftPlan, DraftPolicy
 from opdlm.decoding.generate import generate, make_requests
+from opdlm.decoding.rollout import Rollout
 from opdlm.decoding.unmasking import choose_tokens, choose_within_entropy, noise_keys
 from opdlm.modeling.diffusion_lm import PackedForward
 from opdlm.modeling.slots import GridKind
@@ -31,8 +33,23 @@ MODES = {
 }
 
 
+AT_ONE = torch.tensor([[1.0, 0, 1]])
+"""Sampling settings: temperature 1, no filter."""
+OWN: list[dict[str, Any]] = [
+    {"temperature": 0.0, "max_new_tokens": 9},
+    {"temperature": 1.0, "top_k": 5, "logprobs": True},
+    {"temperature": 0.5, "top_p": 0.8, "max_new_tokens": 4},
+    {"temperature": 1e-38, "logprobs": True},
+    {"temperature": 2.0, "top_k": 9, "top_p": 0.9, "max_new_tokens": 7},
+]
+"""Settings that requests of one batch may have for themselves."""
+
+
 def seeds_of(prompts: list[tuple[int, ...]], seed: int) -> list[int]:
-    return [request.seed for request in make_requests(prompts, torch.Generator().manual_seed(seed), 1)]
+    return [
+        request.seed
+        for request in make_requests(prompts, torch.Generator().manual_seed(seed), DecodeConfig())
+    ]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -68,6 +85,40 @@ def test_ar_and_lossless_are_the_simple_loop_sample_for_sample(
     assert [rollout.text_ids for rollout in rollouts] == expected
     stats = DecodeStats.of(rollouts)
     assert mode == "ar" or stats.num_forwards < stats.num_tokens * (1 if kind == "lora" else 2)
+
+
+@pytest.mark.parametrize("mode", [*MODES, "rejecting", "ar", "lossless"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_requests_of_different_settings_share_forwards_and_each_is_answered_as_alone(
+    kind: str, mode: str
+) -> None:
+    if kind == "sdar" and mode in ("rejecting", "ar", "lossless"):
+        pytest.skip("sdar has no AR model")
+    model, prompts = make_lm(kind), make_prompts(LENGTHS)
+    if mode in MODES:
+        shared = MODES[mode]
+    elif mode == "rejecting":
+        shared = replace(MODES["static"], ar_accept_threshold=0.2)
+    else:
+        shared = DecodeConfig(mode=mode, forward_overhead=1e6)
+    shared = replace(shared, max_new_tokens=9)
+    configs = [replace(shared, **OWN[i % len(OWN)]) for i in range(len(prompts))]
+    decoder = engine.Decoder(model, shared, 4, max(LENGTHS) + 9)
+    for index, (ids, config) in enumerate(zip(prompts, configs, strict=True)):
+        decoder.waiting.append(Request(index, ids, index // 2, config))
+    found, num_steps = dict[int, Rollout](), 0
+    while decoder.is_busy:
+        found |= decoder.step()
+        num_steps += 1
+    assert num_steps < sum(rollout.num_steps for rollout in found.values()) / 2
+    for index, (ids, config) in enumerate(zip(prompts, configs, strict=True)):
+        (alone,) = generate(model, [ids], config, [index // 2])
+        assert (found[index].text_ids, found[index].finish_reason) == (alone.text_ids, alone.finish_reason)
+        assert found[index].logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+        assert len(found[index].logprobs) == config.logprobs * alone.num_response
+        if mode != "rejecting":
+            simple = simple_ar if mode in ("ar", "lossless") else simple_denoise
+            assert found[index].text_ids == simple(model, ids, config, index // 2)
 
 
 @pytest.mark.parametrize("pairs", [1, 400, 4000])
@@ -140,7 +191,7 @@ def test_a_row_s_draws_do_not_depend_on_the_batch(mode: str) -> None:
 def test_draws_follow_the_distribution() -> None:
     probs_V = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.02, 0.01])
     key_M = noise_keys(torch.arange(60_000), torch.tensor(5), 2)
-    ids_M = choose_tokens(probs_V.log().expand(60_000, -1), 1.0, None, None, key_M)
+    ids_M = choose_tokens(probs_V.log().expand(60_000, -1), AT_ONE.expand(60_000, 3), key_M)
     expected_V = 60_000 * probs_V.double()
     statistic = ((ids_M.bincount(minlength=6) - expected_V) ** 2 / expected_V).sum()
     assert float(torch.special.gammaincc(torch.tensor(2.5).double(), statistic / 2)) > 1e-3
@@ -149,9 +200,10 @@ def test_draws_follow_the_distribution() -> None:
 def test_draws_of_neighbouring_positions_steps_and_seeds_are_independent() -> None:
     logits_MV = torch.zeros(40_000, 2)
     seed_M, position_M = torch.arange(40_000) % 200, torch.arange(40_000) // 200
-    first_M = choose_tokens(logits_MV, 1.0, None, None, noise_keys(seed_M, position_M, 0))
+    sampling_M3 = AT_ONE.expand(40_000, 3)
+    first_M = choose_tokens(logits_MV, sampling_M3, noise_keys(seed_M, position_M, 0))
     for other in ((seed_M + 1, position_M, 0), (seed_M, position_M + 1, 0), (seed_M, position_M, 1)):
-        second_M = choose_tokens(logits_MV, 1.0, None, None, noise_keys(*other))
+        second_M = choose_tokens(logits_MV, sampling_M3, noise_keys(*other))
         assert abs(float((first_M == second_M).double().mean()) - 0.5) < 0.012  # 4.8 standard deviations
 
 

@@ -3,24 +3,42 @@
 import pytest
 import torch
 
-from opdlm.decoding.unmasking import choose_revealed, filter_logits, num_to_reveal, propose_tokens
+from opdlm.decoding.unmasking import (
+    choose_revealed,
+    choose_tokens,
+    filter_logits,
+    gumbel_noise,
+    num_to_reveal,
+    propose_tokens,
+)
+
+OFF = torch.tensor([0.0, 1.0])
+"""top_k and top_p that keep every token."""
 
 
 def test_top_k_keeps_the_k_largest_logits() -> None:
     logits = torch.tensor([[0.1, 3.0, 2.0, -1.0]])
-    assert torch.isfinite(filter_logits(logits, 2, None)).tolist() == [[False, True, True, False]]
+    assert torch.isfinite(filter_logits(logits, torch.tensor([2]), OFF[1:])).tolist() == [
+        [False, True, True, False]
+    ]
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_the_mass() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    assert torch.isfinite(filter_logits(logits, None, 0.7)).tolist() == [[True, True, False, False]]
-    assert torch.isfinite(filter_logits(logits, None, 0.81)).tolist() == [[True, True, True, False]]
-    assert torch.isfinite(filter_logits(logits, None, 1e-6)).sum() == 1
+    assert torch.isfinite(filter_logits(logits, OFF[:1], torch.tensor([0.7]))).tolist() == [
+        [True, True, False, False]
+    ]
+    assert torch.isfinite(filter_logits(logits, OFF[:1], torch.tensor([0.81]))).tolist() == [
+        [True, True, True, False]
+    ]
+    for tiny in (1e-6, 5e-324):
+        top_p = torch.tensor([tiny], dtype=torch.float64)
+        assert torch.isfinite(filter_logits(logits, OFF[:1], top_p)).sum() == 1
 
 
 def test_confidence_is_the_unfiltered_probability() -> None:
     logits = torch.randn(64, 11, generator=torch.Generator().manual_seed(0))
-    ids, confidence = propose_tokens(logits, 0.5, 3, None, torch.arange(64))
+    ids, confidence = propose_tokens(logits, torch.tensor([[0.5, 3, 1]]).expand(64, 3), torch.arange(64))
     expected = logits.softmax(-1).gather(-1, ids[:, None])[:, 0]
     assert torch.allclose(confidence, expected)
     assert (ids[:, None] == logits.topk(3).indices).any(1).all()
@@ -28,8 +46,30 @@ def test_confidence_is_the_unfiltered_probability() -> None:
 
 def test_temperature_zero_is_the_arg_max() -> None:
     logits = torch.randn(64, 11, generator=torch.Generator().manual_seed(0))
-    ids, _ = propose_tokens(logits, 0.0, None, None, torch.arange(64))
-    assert torch.equal(ids, logits.argmax(-1))
+    for temperature in (0.0, 5e-324, 1e-38, 9e-6):
+        sampling = torch.tensor([[temperature, 0, 1]], dtype=torch.float64).expand(64, 3)
+        ids, _ = propose_tokens(1e6 * logits, sampling, torch.arange(64))
+        assert torch.equal(ids, logits.argmax(-1))
+
+
+def test_every_row_is_drawn_by_its_own_settings() -> None:
+    settings = [
+        (t, k, p) for t in (0.0, 0.3, 1.0, 7.0) for k in (0, 1, 3, 11, 99) for p in (1e-9, 0.5, 0.9, 1)
+    ]
+    logits = torch.randn(len(settings), 11, generator=torch.Generator().manual_seed(0))
+    key = torch.arange(len(settings))
+    noise = gumbel_noise(key, 11).tolist()
+    ids = choose_tokens(logits, torch.tensor(settings, dtype=torch.float64), key).tolist()
+    for row, (temperature, top_k, top_p) in enumerate(settings):
+        order, mass, kept = logits[row].argsort(descending=True).tolist(), 0.0, []
+        possible = order[: top_k or None] if temperature else order[:1]
+        probs = (logits[row, possible].double() / (temperature or 1)).softmax(-1).tolist()
+        for token, prob in zip(possible, probs, strict=True):
+            if mass < top_p:
+                kept.append(token)
+            mass += prob
+        scores = {token: float(logits[row, token]) / (temperature or 1) + noise[row][token] for token in kept}
+        assert ids[row] == max(kept, key=scores.__getitem__), settings[row]
 
 
 @pytest.mark.parametrize(("block_size", "steps"), [(4, 4), (4, 2), (4, 3), (8, 3), (8, 1), (5, 4)])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opdlm.decoding.decode_config import DecodeConfig
-from opdlm.decoding.unmasking import choose_tokens, noise_keys
+from opdlm.decoding.unmasking import choose_tokens, noise_keys, sampling_of
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.modeling.kv_cache import SlotCache
 from opdlm.modeling.slots import Slots, clean_slots, make_slots
@@ -66,7 +66,7 @@ def predict_block(
 
 def pick(logits_V: Tensor, seed: int, position: int, step: int, config: DecodeConfig) -> int:
     key_1 = noise_keys(torch.tensor([seed]), torch.tensor([position]), step)
-    return int(choose_tokens(logits_V[None], config.temperature, config.top_k, config.top_p, key_1))
+    return int(choose_tokens(logits_V[None], torch.tensor([sampling_of(config)]), key_1))
 
 
 def simple_ar(model: DiffusionLM, prompt: Sequence[int], config: DecodeConfig, seed: int) -> tuple[int, ...]:

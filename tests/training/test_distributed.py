@@ -313,7 +313,9 @@ def test_draws_with_a_seed_per_row_follow_the_distribution() -> None:
     probs_V = torch.tensor([0.5, 0.0, 0.2, 0.3])
     seed_M = torch.tensor([seed_of(0, 1, i // 10) for i in range(30_000)])
     key_M = noise_keys(seed_M, torch.arange(30_000) % 10, 0)
-    ids_M = choose_tokens(probs_V.log().expand(30_000, 4), 1.0, None, None, key_M)
+    ids_M = choose_tokens(
+        probs_V.log().expand(30_000, 4), torch.tensor([[1.0, 0, 1]]).expand(30_000, 3), key_M
+    )
     frequency_V = torch.bincount(ids_M, minlength=4) / 30_000
     torch.testing.assert_close(frequency_V, probs_V, atol=0.01, rtol=0)
 

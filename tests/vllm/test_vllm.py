@@ -20,7 +20,7 @@ from opdlm.data.prompts import load_prompts
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
-from opdlm.decoding.unmasking import filter_logits
+from opdlm.decoding.unmasking import filter_logits, sampling_of
 from opdlm.errors import ConfigError
 from opdlm.evaluation.speed import hf_responses
 from opdlm.modeling.diffusion_lm import DiffusionLM
@@ -192,7 +192,9 @@ def test_draws_follow_the_teachers_distribution(top_k: int | None, top_p: float 
     config = DecodeConfig(max_new_tokens=1, temperature=1.5, top_k=top_k, top_p=top_p)
     rollouts = vllm.responses(prompts[:1] * 4000, config, range(4000))
     drawn_N = torch.tensor([rollout.text_ids[0] for rollout in rollouts])
-    probs_V = filter_logits(teacher_logits(model, rollouts[0]) / 1.5, top_k, top_p)[0].double().softmax(-1)
+    _, top_k_1, top_p_1 = torch.tensor([sampling_of(config)]).unbind(1)
+    logits_1V = filter_logits(teacher_logits(model, rollouts[0]) / 1.5, top_k_1, top_p_1)
+    probs_V = logits_1V[0].double().softmax(-1)
     counts_V = torch.bincount(drawn_N, minlength=len(probs_V))
     possible_V = probs_V > 0
     assert not counts_V[~possible_V].any()
