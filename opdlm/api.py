@@ -350,8 +350,10 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     name: str | None = None,
-    api_key: str | None = None,
+    api_key: str | Sequence[str] = (),
+    cors_origins: Sequence[str] = (),
     max_rows: int = 16,
+    max_waiting: int = 1024,
     max_length: int | None = None,
     dtype: Dtype = "auto",
     compile: bool = False,
@@ -366,8 +368,11 @@ def serve(
         host: `0.0.0.0` for other machines too.
         port: 0 for any free one.
         name: of the model in requests; None: `folder`.
-        api_key: what requests must bring; None: $OPDLM_API_KEY, and nothing where that is not set.
-        max_rows: requests decoded at once.
+        api_key: what requests must bring, or several, of which one is enough; empty: $OPDLM_API_KEY, and
+            nothing where that is not set.
+        cors_origins: web pages whose scripts may read the answers, such as `https://example.org`; `*`: all.
+        max_rows: responses decoded at once.
+        max_waiting: responses that may wait for a row; further requests get status 429.
         max_length: prompt and response together, in tokens; None: the context, at most 4096.
         dtype: precision of the weights in memory; auto: that of the files.
         compile: decode with torch.compile.
@@ -388,8 +393,10 @@ def serve(
         host=host,
         port=port,
         name=name,
-        api_key=api_key,
+        api_key=[api_key] if isinstance(api_key, str) else api_key,
+        cors_origins=cors_origins,
         max_rows=max_rows,
+        max_waiting=max_waiting,
         max_length=max_length,
         decode=config,
         dtype=dtype,

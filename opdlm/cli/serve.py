@@ -20,8 +20,8 @@ def add_serve(verbs: Verbs) -> None:
         add_serve_flags,
         summary="answer over HTTP as OpenAI's API does",
         description="Serve a folder written by `opdlm convert` (--mode ar: any checkpoint) with our own "
-        "decoder: /v1/chat/completions, /v1/completions, streamed or not. Requests with the same settings "
-        "share forwards. Flags say what a request does not. Needs pip install 'opdlm[serve]'.",
+        "decoder: /v1/chat/completions, /v1/completions, streamed or not. Requests share forwards, each "
+        "with its own settings. Flags say what a request does not. Needs pip install 'opdlm[serve]'.",
         examples=EXAMPLES,
     )
 
@@ -33,9 +33,27 @@ def add_serve_flags(parser: Parser) -> None:
     )
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: any free one (default: 8000)")
     parser.add_argument("--name", help="of the model in requests (default: DIR)")
-    parser.add_argument("--api-key", help="wanted from requests; or $OPDLM_API_KEY, which `ps` does not show")
     parser.add_argument(
-        "--max-rows", type=int, default=16, metavar="N", help="requests decoded at once (default: 16)"
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help="wanted from requests; several times: one of them; or $OPDLM_API_KEY, which `ps` does not show",
+    )
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        metavar="URL",
+        help="a web page whose scripts may read the answers; several times, or '*' for all",
+    )
+    parser.add_argument(
+        "--max-rows", type=int, default=16, metavar="N", help="responses decoded at once (default: 16)"
+    )
+    parser.add_argument(
+        "--max-waiting",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="responses that wait at most; further requests get status 429 (default: 1024)",
     )
     parser.add_argument(
         "--max-length",
@@ -55,8 +73,10 @@ def run(options: argparse.Namespace) -> int:
         host=options.host,
         port=options.port,
         name=options.name,
-        api_key=options.api_key,
+        api_key=options.api_key or (),
+        cors_origins=options.cors_origin or (),
         max_rows=options.max_rows,
+        max_waiting=options.max_waiting,
         max_length=options.max_length,
         dtype=options.dtype,
         compile=options.compile,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import datetime
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jinja2 import TemplateError
@@ -21,11 +22,11 @@ DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, enable_thinking: bool | None = None
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, variables: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """Token ids up to the start of the response; `enable_thinking` is for the chat template."""
+    """Token ids up to the start of the response; `variables` are for the chat template."""
     if tokenizer.chat_template:
-        return token_ids(tokenizer, render(tokenizer, conversation, enable_thinking), is_rendered=True)
+        return token_ids(tokenizer, render(tokenizer, conversation, variables), is_rendered=True)
     if isinstance(conversation.prompt, str) and not conversation.tools:
         return token_ids(tokenizer, conversation.prompt)
     raise DataError(
@@ -44,14 +45,12 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, is_rendered: boo
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, enable_thinking: bool | None = None
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, variables: Mapping[str, Any] | None = None
 ) -> str:
     """The text that the chat template makes of a conversation. DataError if the template fails, or leaves out
     the content of a message: it is rendered once more with a mark at the end of each.
     """
-    options: dict[str, Any] = {"tools": conversation.tools, "tokenize": False}
-    if enable_thinking is not None:
-        options["enable_thinking"] = enable_thinking
+    options: dict[str, Any] = {**(variables or {}), "tools": conversation.tools, "tokenize": False}
     messages, place = conversation.messages, conversation.place
     marks = [f"MESSAGE{i}MARK" if m["content"].strip() else "" for i, m in enumerate(messages)]
     marked = [{**m, "content": m["content"] + mark} for m, mark in zip(messages, marks, strict=True)]
@@ -77,9 +76,12 @@ def render(
     return text
 
 
-def unread_keys(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> set[str]:
-    """Keys beside role and content, and `tools`, that the chat template does not name."""
+def unread_keys(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, variables: Iterable[str] = ()
+) -> set[str]:
+    """Keys beside role and content, `tools` and variables that the chat template does not name."""
     keys = {key for message in conversation.messages for key in message if key not in ("role", "content")}
+    keys |= {*variables}
     keys |= {"tools"} if conversation.tools else set()
     if not keys or not tokenizer.chat_template:
         return set()

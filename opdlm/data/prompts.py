@@ -105,7 +105,8 @@ def row_ids(
     """`prompt_ids` of a row, else its conversation encoded."""
     ids, num_tokens = row.get("prompt_ids"), len(tokenizer)
     if not ids:
-        return encode_prompt(tokenizer, conversation, enable_thinking)
+        variables = None if enable_thinking is None else {"enable_thinking": enable_thinking}
+        return encode_prompt(tokenizer, conversation, variables)
     if isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < num_tokens for i in ids):
         return ids
     raise DataError(

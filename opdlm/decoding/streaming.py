@@ -51,19 +51,23 @@ def encode_gaps(
 
 @dataclass(frozen=True, slots=True)
 class StopStrings:
-    """A response ends before the first stop string in its text."""
+    """A response ends before the first stop string in its text, and with the first of these token ids."""
 
     tokenizer: PreTrainedTokenizerBase
     strings: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def find_end(self, ids: Sequence[int]) -> int | None:
-        """The smallest number of tokens whose text contains a stop string; None if there is none."""
-        if not self._is_in(self.text(ids)):
-            return None
+        """The smallest number of tokens that end with a stop token or whose text contains a stop string; None
+        if there is none.
+        """
+        end = next((n for n, token in enumerate(ids, 1) if token in self.token_ids), None)
+        if not self.strings or not self._is_in(self.text(ids[:end])):
+            return end
         return next(n for n in range(1, len(ids) + 1) if self._is_in(self.text(ids[:n])))
 
     def _is_in(self, text: str) -> bool:
@@ -88,6 +92,7 @@ class StablePrefix:
     def __init__(self, stops: StopStrings, spec: DiffusionSpec, grid: Grid, shown: range) -> None:
         """`shown`: the positions that the response may fill."""
         self.stops, self.spec, self.grid, self.shown = stops, spec, grid, shown
+        self.stop_token_ids = {*spec.stop_token_ids, *stops.token_ids}
         self.frontier = shown.start
 
     def after_step(self, tokens: Sequence[int]) -> tuple[str, Sequence[int]]:
@@ -101,15 +106,17 @@ class StablePrefix:
         num_stable, self.frontier = min(frontier, self.frontier), frontier
         last_known = max(i for i, token in enumerate(tokens) if token != mask_id)
         end_of_block = self.grid.block_start(frontier, self.shown.start) + self.grid.block_size
-        stop = (i for i in self.shown if tokens[i] in self.spec.stop_token_ids)
+        stop = (i for i in self.shown if tokens[i] in self.stop_token_ids)
         end = next(stop, min(self.shown.stop, max(last_known + 1, end_of_block)))
         known = self.stops.text(tokens[self.shown.start : min(num_stable, end)])
         return self.stops.stable(known), tokens[num_stable:end]
 
     def whole(self, rollout: Rollout) -> str:
         """The text of the complete response."""
-        ids = rollout.prompt_ids + rollout.text_ids
-        return self.stops.cut(self.stops.text(ids[self.shown.start :]))
+        ids = (rollout.prompt_ids + rollout.text_ids)[self.shown.start :]
+        if ids[-1:] and ids[-1] in self.stops.token_ids:
+            ids = ids[:-1]
+        return self.stops.cut(self.stops.text(ids))
 
 
 class ResponseView(AbstractContextManager["ResponseView"]):

@@ -5,18 +5,24 @@ names of a module only, so this file does without `from __future__ import annota
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+import re
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json
 
+import opdlm
 from opdlm.errors import OpdlmError
 from opdlm.serving.answers import ChatCompletion, ErrorAnswer, TextCompletion, error_answer
+from opdlm.serving.http_limits import read_body
 from opdlm.serving.protocol import (
     ChatRequest,
     CompletionRequest,
-    GenerationRequest,
     InvalidRequest,
+    ModelRequest,
+    TokenizeRequest,
     explain,
     shorten,
 )
@@ -24,44 +30,108 @@ from opdlm.serving.protocol import (
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request, Response
     from fastapi.routing import APIRoute
+    from starlette.types import ASGIApp
 
-    from opdlm.serving.server import ParsedRequest, Server
+    from opdlm.serving.server import Server
 
-CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-BODIES: dict[str, type[GenerationRequest]] = {CHAT: ChatRequest, COMPLETION: CompletionRequest}
+CHAT, COMPLETION, TOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize"
+BODIES: dict[str, type[ModelRequest]] = {
+    CHAT: ChatRequest,
+    COMPLETION: CompletionRequest,
+    TOKENIZE: TokenizeRequest,
+}
 CLIENT_CLOSED_REQUEST = 499
+REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
+"""What a client may call its request."""
 
 
-def make_app(server: "Server") -> "FastAPI":
-    """The application that answers with `server`."""
+def make_app(server: "Server", cors_origins: Sequence[str] = ()) -> "ASGIApp":
+    """The application that answers with `server`. `cors_origins`: web pages that may read its answers."""
     from fastapi import APIRouter, FastAPI, Request
+    from fastapi.middleware.cors import CORSMiddleware
+    from fastapi.responses import JSONResponse, PlainTextResponse
 
     app = FastAPI(title="opdlm serve", redoc_url=None, strict_content_type=False)
     router = APIRouter(route_class=checked_route(server))
-    documented: Any = {
-        "response_model_exclude_unset": True,
-        "responses": {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
-    }
+    errors: Any = {"responses": {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}}
+    documented: Any = {"response_model_exclude_unset": True, **errors}
 
     @router.post(CHAT, response_model=ChatCompletion, **documented)
     async def chat(body: ChatRequest, request: Request) -> Any:
-        return await respond(server, server.parse(body), request)
+        return await respond(server, body, request)
 
     @router.post(COMPLETION, response_model=TextCompletion, **documented)
     async def complete(body: CompletionRequest, request: Request) -> Any:
-        return await respond(server, server.parse(body), request)
+        return await respond(server, body, request)
+
+    @router.post(TOKENIZE, **errors)
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        tokens = await asyncio.to_thread(server.tokenize, body)
+        return {"count": len(tokens), "max_model_len": server.thread.max_length, "tokens": tokens}
+
+    model = {
+        "id": server.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "opdlm",
+        "max_model_len": server.thread.max_length,
+    }
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": server.name, "object": "model", "owned_by": "opdlm"}]}
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}", **errors)
+    async def one_model(name: str) -> dict[str, Any]:
+        server.check_model(name)
+        return model
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok" if server.thread.is_alive() else "stopped"}
+    async def health() -> Any:
+        is_alive = server.thread.is_alive()
+        return JSONResponse({"status": "ok" if is_alive else "stopped"}, 200 if is_alive else 503)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": opdlm.__version__}
+
+    @app.get("/metrics")
+    async def metrics() -> Any:
+        return PlainTextResponse(server.metrics.text(server.thread))
 
     app.include_router(router)
     add_error_handlers(app)
-    return app
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=[*cors_origins], allow_methods=["*"], allow_headers=["*"]
+        )
+    return counted(app, server)
+
+
+def counted(app: "ASGIApp", server: "Server") -> "ASGIApp":
+    """The application, with requests counted. Each has an id: the client's `X-Request-Id`, or a new one."""
+
+    async def call(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await app(scope, receive, send)
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        status, started = CLIENT_CLOSED_REQUEST, time.perf_counter()
+
+        async def send_with_id(message: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            await send(message)
+
+        try:
+            await app(scope, receive, send_with_id)
+        finally:
+            path = scope["path"] if scope["path"] in BODIES else "other"
+            server.metrics.count_request(path, status, time.perf_counter() - started)
+
+    return call
 
 
 def checked_route(server: "Server") -> type["APIRoute"]:
@@ -87,8 +157,10 @@ def checked_route(server: "Server") -> type["APIRoute"]:
             async def handle_checked(request: Request) -> "Response":
                 server.check_key(request.headers.get("authorization", ""))
                 check_content_type(request.headers.get("content-type", ""))
+                checked = JsonRequest(request.scope, request.receive)
+                checked._body = await read_body(checked)
                 try:
-                    return await handle(JsonRequest(request.scope, request.receive))
+                    return await handle(checked)
                 except RequestValidationError as error:
                     location = error.errors()[0]["loc"][1:]  # without "body"
                     raise InvalidRequest(explain(model, error.body, location)) from error
@@ -111,15 +183,18 @@ def add_error_handlers(app: "FastAPI") -> None:
 
     @app.exception_handler(OpdlmError)
     async def refuse(_: "Request", error: OpdlmError) -> "Response":
-        return error_response(str(error), error.status if isinstance(error, InvalidRequest) else 400)
+        if not isinstance(error, InvalidRequest):
+            return error_response(str(error), 400)
+        headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+        return error_response(str(error), error.status, headers)
 
     @app.exception_handler(AnyHTTPException)
     async def refuse_route(request: "Request", error: AnyHTTPException) -> "Response":
         if isinstance(error, HTTPException):
             return error_response(error.detail, error.status_code, error.headers)
         message = (
-            f"{request.method} {request.url.path[:80]} is not served here: POST {CHAT} and {COMPLETION}, GET "
-            "/v1/models and /health are."
+            f"{request.method} {request.url.path[:80]} is not served here: POST {', '.join(BODIES)}, GET "
+            "/v1/models, /health, /version and /metrics are."
         )
         return error_response(message, error.status_code, error.headers)
 
@@ -134,10 +209,12 @@ def error_response(message: str, status: int, headers: Mapping[str, str] | None 
     return JSONResponse(error_answer(message, status=status), status, headers)
 
 
-async def respond(server: "Server", parsed: "ParsedRequest", request: "Request") -> Any:
+async def respond(server: "Server", body: "ChatRequest | CompletionRequest", request: "Request") -> Any:
     """The answer to a request, or the stream of it. A client that leaves cancels its jobs."""
     from fastapi.responses import Response, StreamingResponse
 
+    parsed = await asyncio.to_thread(server.parse, body, asyncio.get_running_loop())
+    server.submit(parsed)
     if parsed.request.stream:
         return StreamingResponse(server.stream(parsed), media_type="text/event-stream")
     answer = asyncio.create_task(server.answer(parsed))
@@ -148,7 +225,7 @@ async def respond(server: "Server", parsed: "ParsedRequest", request: "Request")
     except Exception as error:  # of decoding: the thread has logged it
         return error_response(f"decoding failed: {error}", 500)
     finally:
-        parsed.cancel()
+        parsed.cancelled.set()
         answer.cancel()
         disconnect.cancel()
 

@@ -1,18 +1,23 @@
 """One thread decodes all requests. A request joins while others run and leaves when it is complete.
 
-Requests with equal settings share forward passes. A request with other settings waits until the requests
-before it are complete, so none waits for ever. Results come back through callbacks, which run in this thread.
+All requests share the forward passes; each has its own temperature, filters, seed, stop strings and length.
+A free row goes to the waiting request that holds the fewest rows, of equal ones the oldest, and no request
+holds more than three quarters of the rows: otherwise one request of many responses would keep the others
+waiting until its responses are complete.
+Results come back through callbacks, which run in this thread.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from queue import SimpleQueue
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 
 from torch import Tensor
 
@@ -24,55 +29,92 @@ from opdlm.modeling.diffusion_lm import DiffusionLM
 
 log = logging.getLogger(__name__)
 
+LONGEST_RETRY = 60
+"""Seconds after which a client is told to come back at most."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+class QueueFull(Exception):
+    """The jobs of a request do not fit into the queue now. `seconds`: when it is worth trying again."""
+
+    def __init__(self, seconds: int) -> None:
+        self.seconds = seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Job:
     """One response to decode."""
 
     ids: tuple[int, ...]
     seed: int
-    max_new_tokens: int
     config: DecodeConfig
+    """Its `OWN_SETTINGS` count; the others are those of the thread."""
     find_end: FindEnd | None = None
     on_step: Callable[[list[int]], None] | None = None
     """Receives the row's tokens after every step, mask tokens where nothing is known."""
     on_end: Callable[[Rollout | Exception], None]
     """Receives the response, or the error that ended decoding."""
-    cancelled: Event = field(default_factory=Event)
-    """Set when the response is no longer wanted. `on_end` is not called then."""
+    cancelled: Event
+    """Set when the response is no longer wanted: `on_end` is not called. Shared by the jobs of a request."""
 
 
 class DecodeThread(Thread):
-    """Decodes up to `num_rows` jobs at once. `max_length` bounds the tokens of prompt and response together.
-    A daemon: it ends with the process.
-    """
+    """Decodes up to `num_rows` jobs at once. A daemon: it ends with the process."""
 
-    def __init__(self, model: DiffusionLM, num_rows: int, max_length: int) -> None:
+    def __init__(
+        self, model: DiffusionLM, config: DecodeConfig, num_rows: int, max_length: int, max_waiting: int
+    ) -> None:
+        """`config`: what all jobs share. `max_length` bounds the tokens of prompt and response together,
+        `max_waiting` the number of jobs that wait.
+        """
         super().__init__(name="decoding", daemon=True)
-        self.model, self.num_rows, self.max_length = model, num_rows, max_length
-        self.arrivals: SimpleQueue[Job] = SimpleQueue()
-        self.waiting: deque[Job] = deque()
+        self.model, self.config, self.num_rows = model, config, num_rows
+        self.max_length, self.max_waiting = max_length, max_waiting
+        self.arrivals: SimpleQueue[deque[Job]] = SimpleQueue()
+        self.waiting: deque[deque[Job]] = deque()
+        """The jobs of each request."""
         self.running: dict[int, Job] = {}
+        self.num_waiting = self.num_complete = 0
+        self.busy_seconds = 0.0
         self._decoder: Decoder | None = None
         self._count = itertools.count()
+        self._lock = Lock()
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue the jobs of one request; called from other threads. QueueFull if they do not fit."""
+        with self._lock:
+            if self.num_waiting + len(jobs) > self.max_waiting:
+                seconds = self.num_waiting * self.busy_seconds / max(1, self.num_complete)
+                raise QueueFull(min(LONGEST_RETRY, max(1, math.ceil(seconds))))
+            self.num_waiting += len(jobs)
+        self.arrivals.put(deque(jobs))
 
     def run(self) -> None:
-        while True:
-            self._receive()
-            self._advance()
+        try:
+            while True:
+                self._receive()
+                self._advance()
+        finally:  # whatever ends this thread: the clients wait for an answer
+            unanswered = [*self.running.values(), *itertools.chain(*self.waiting)]
+            while not self.arrivals.empty():
+                unanswered += self.arrivals.get()
+            for job in unanswered:
+                job.on_end(RuntimeError("the decoding thread has ended"))
 
     def _advance(self) -> None:
         """One forward pass. Completed jobs receive their responses; an error goes to every running job."""
+        started = time.perf_counter()
         try:
             decoder = self._admit()
             finished = decoder.step() if decoder.is_busy else {}
         except Exception as error:  # any error: the clients of the running jobs wait for an answer
             log.exception("decoding failed")
-            failed = list(self.running.values()) or [self.waiting.popleft()]
+            failed = list(self.running.values()) or self._next_request()
             self._decoder, self.running = None, {}
             for job in failed:
                 job.on_end(error)
             return
+        self.busy_seconds += time.perf_counter() - started
+        self.num_complete += len(finished)
         for index, rollout in finished.items():
             self.running.pop(index).on_end(rollout)
 
@@ -82,24 +124,47 @@ class DecodeThread(Thread):
             self.waiting.append(self.arrivals.get())
 
     def _admit(self) -> Decoder:
-        """Drop cancelled jobs and admit waiting jobs whose settings are those of the running ones."""
-        if self._decoder is None or not (self.running or self.waiting[0].config == self._decoder.config):
-            config = self.waiting[0].config
-            self._decoder = Decoder(self.model, config, self.num_rows, self.max_length, self._on_step)
+        """Drop cancelled jobs, and give the free rows to waiting jobs."""
+        if self._decoder is None:
+            self._decoder = Decoder(self.model, self.config, self.num_rows, self.max_length, self._on_step)
         decoder = self._decoder
         cancelled = [index for index, job in self.running.items() if job.cancelled.is_set()]
         if cancelled:
             decoder.drop(cancelled)
             self.running = {index: job for index, job in self.running.items() if index not in cancelled}
-        while self.waiting and self.waiting[0].config == decoder.config:
-            job, index = self.waiting.popleft(), next(self._count)
-            if job.cancelled.is_set():
-                continue
+        unwanted = [jobs for jobs in self.waiting if jobs[0].cancelled.is_set()]
+        if unwanted:
+            self._leave_queue(sum(map(len, unwanted)))
+            self.waiting = deque(jobs for jobs in self.waiting if not jobs[0].cancelled.is_set())
+        while len(self.running) < self.num_rows and (job := self._next_job()) is not None:
+            index = next(self._count)
             self.running[index] = job
-            decoder.waiting.append(Request(index, job.ids, job.seed, job.max_new_tokens))
+            decoder.waiting.append(Request(index, job.ids, job.seed, job.config))
             if job.find_end is not None:
                 decoder.find_end[index] = job.find_end
         return decoder
+
+    def _next_job(self) -> Job | None:
+        """A job of the request that holds the fewest rows; None if each holds its share."""
+        num_held = Counter(job.cancelled for job in self.running.values())
+        jobs = min(self.waiting, key=lambda jobs: num_held[jobs[0].cancelled], default=None)
+        if jobs is None or num_held[jobs[0].cancelled] >= max(1, self.num_rows * 3 // 4):
+            return None
+        job = jobs.popleft()
+        if not jobs:
+            self.waiting.remove(jobs)
+        self._leave_queue(1)
+        return job
+
+    def _next_request(self) -> Sequence[Job]:
+        """The jobs of the request that has waited longest."""
+        jobs = self.waiting.popleft()
+        self._leave_queue(len(jobs))
+        return jobs
+
+    def _leave_queue(self, num_jobs: int) -> None:
+        with self._lock:
+            self.num_waiting -= num_jobs
 
     def _on_step(self, index_B: Tensor, tokens_BL: Tensor, revealed_BL: Tensor) -> None:
         for row, index in enumerate(index_B.tolist()):

@@ -1,39 +1,56 @@
 """Requests of OpenAI's protocol as pydantic models: every field with its bounds.
 
 A key that would change the answer and is not known here is refused, never ignored; an unknown key with a
-neutral value (null, false, 0, empty) is accepted, as some clients send every key they know. The description
-of a field is the end of its error message. https://platform.openai.com/docs/api-reference
+neutral value (null, false, 0, empty, or one of `NEUTRAL`) is accepted, as some clients send every key they
+know. The description of a field is the end of its error message.
+https://platform.openai.com/docs/api-reference
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from reprlib import Repr
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from transformers import PreTrainedTokenizerBase
 
 from opdlm.data.messages import MESSAGES_RULE, Conversation, Message, check_conversation
 from opdlm.decoding.decode_config import LIMITS, DecodeConfig
 from opdlm.errors import OpdlmError
 
 LARGEST = 2**62
-SMALLEST_TEMPERATURE = 1e-5
-"""Below it the arg-max is taken: the draw is the same, and logits over the temperature stay finite."""
-SMALLEST_TOP_P = 1e-9
-"""Below it only the most likely token is left, and float32 would round the bound to 0."""
 CHOSEN_ONLY = "only the log-probabilities of the chosen tokens are computed"
+NEUTRAL: dict[str, Sequence[Any]] = {
+    "response_format": [{"type": "text"}],
+    "logit_bias": [{}],
+    "repetition_penalty": [1],
+    "length_penalty": [1],
+    "best_of": [1],
+    "tool_choice": ["auto", "none"],
+    "parallel_tool_calls": [True],
+    "skip_special_tokens": [True],
+    "spaces_between_special_tokens": [True],
+    "add_generation_prompt": [True],
+    "modalities": [["text"]],
+}
+"""Values of unsupported keys that ask for what is done anyway."""
+UNUSED = ("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+"""Keys that concern the books of OpenAI's service and change no answer: any value is accepted."""
 USER_TEXT = ("messages", "prompt", "stop")
 """Fields whose values error messages do not repeat."""
 
 
 class InvalidRequest(OpdlmError):
-    """A request that cannot be answered. `status` is the HTTP status of the answer."""
+    """A request that cannot be answered. `status`: the HTTP status of the answer. `retry_after`: the seconds
+    after which it is worth trying again.
+    """
 
-    def __init__(self, message: str, status: int = 400) -> None:
+    def __init__(self, message: str, status: int = 400, retry_after: int | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.retry_after = status, retry_after
 
 
 def number(low: float, high: float) -> Any:
@@ -57,7 +74,18 @@ class StrictModel(BaseModel):
         """Leave out unknown keys that ask for nothing."""
         if not isinstance(values, dict):
             return values
-        return {key: value for key, value in values.items() if key in cls.model_fields or value}
+        return {
+            key: value
+            for key, value in values.items()
+            if key in cls.model_fields or not is_neutral(key, value)
+        }
+
+
+def is_neutral(key: str, value: Any) -> bool:
+    """Whether an unknown key with this value asks for nothing. An empty object does: it may be a grammar."""
+    if key in UNUSED or (not value and not isinstance(value, dict)):
+        return True
+    return any(type(value) is not bool or value is known for known in NEUTRAL.get(key, ()) if value == known)
 
 
 class StreamOptions(StrictModel):
@@ -66,25 +94,31 @@ class StreamOptions(StrictModel):
     include_usage: bool | None = None
 
 
-class GenerationRequest(StrictModel):
-    """The fields that chats and completions share. None: as the server was started."""
+class ModelRequest(StrictModel):
+    """The field that all requests share."""
 
     model: str | None = Field(None, description="the name of the model as text")
+
+
+class GenerationRequest(ModelRequest):
+    """The fields that chats and completions share. None: as the server was started."""
+
     max_tokens: int | None = whole_number(1, LARGEST)
     max_completion_tokens: int | None = whole_number(1, LARGEST)
     temperature: float | None = number(0, LIMITS["temperature"])
     top_p: float | None = Field(None, gt=0, le=1, description="a number above 0 and at most 1")
-    top_k: int | None = whole_number(0, LARGEST)
+    top_k: int | None = whole_number(-1, LARGEST)
     seed: int | None = whole_number(-LARGEST, LARGEST)
     stop: str | list[Annotated[str, StringConstraints(min_length=1)]] | None = Field(
         None, description="a text or a list of texts, none of them empty"
     )
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="a list of token ids")
     n: int | None = whole_number(1, 128)
+    user: str | None = Field(None, description="text")
     stream: bool | None = Field(None, description="true or false")
     stream_options: StreamOptions | None = Field(
         None, description="an object whose only key, include_usage, is true or false"
     )
-    user: str | None = Field(None, description="text")
 
     @property
     def wants_usage(self) -> bool:
@@ -102,17 +136,12 @@ class GenerationRequest(StrictModel):
         return "max_tokens", default if self.max_tokens is None else self.max_tokens
 
     def decode_config(self, default: DecodeConfig, *, logprobs: bool) -> DecodeConfig:
-        """The server's settings with those of the request. top_k=0 and top_p=1 turn a filter off: settings of
-        one meaning must compare equal, as only requests with equal settings share forwards.
-        """
-        changes: dict[str, Any] = {"logprobs": logprobs}
-        if self.temperature is not None:
-            changes["temperature"] = self.temperature if self.temperature >= SMALLEST_TEMPERATURE else 0.0
+        """The server's settings with those of the request. top_k of 0 or -1 turns the filter off."""
+        given = {"temperature": self.temperature, "top_p": self.top_p}
+        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         if self.top_k is not None:
-            changes["top_k"] = self.top_k or None
-        if self.top_p is not None:
-            changes["top_p"] = max(self.top_p, SMALLEST_TOP_P) if self.top_p < 1 else None
-        return replace(default, **changes)
+            changes["top_k"] = self.top_k if self.top_k > 0 else None
+        return replace(default, logprobs=logprobs, **changes)
 
 
 class ChatRequest(GenerationRequest):
@@ -122,6 +151,22 @@ class ChatRequest(GenerationRequest):
     tools: list[dict[str, Any]] | None = Field(None, description="a list of objects")
     logprobs: bool | None = Field(None, description="true or false")
     top_logprobs: Literal[0] | None = Field(None, description=f"0: {CHOSEN_ONLY}")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="an object of variables of the chat template; its arguments are set by the server"
+    )
+    continue_final_message: bool | None = Field(None, description="true or false")
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def check_variables(cls, variables: dict[str, Any] | None) -> dict[str, Any] | None:
+        arguments = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+        if not {"messages", *arguments}.isdisjoint(variables or {}):
+            raise ValueError("an argument of the chat template")
+        return variables
+
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template gets beside messages and tools."""
+        return self.chat_template_kwargs or {}
 
     @property
     def wants_logprobs(self) -> bool:
@@ -130,6 +175,12 @@ class ChatRequest(GenerationRequest):
     def conversation(self) -> Conversation:
         """The messages and tools. DataError where they are no prompt."""
         messages = [message.for_template() for message in self.messages]
+        is_continued = messages[-1]["role"] == "assistant"
+        if self.continue_final_message not in (None, is_continued):
+            raise InvalidRequest(
+                f"continue_final_message ({self.continue_final_message}) must be {is_continued}: a final "
+                "message of the assistant is continued, and no other."
+            )
         conversation = Conversation(prompt=messages, tools=self.tools or None, place="the request")
         check_conversation(conversation)
         return conversation
@@ -142,6 +193,15 @@ class CompletionRequest(GenerationRequest):
         description="text, token ids, or a list of texts or of token ids"
     )
     logprobs: bool | Literal[0] | None = Field(None, description=f"0: {CHOSEN_ONLY}")
+    echo: bool | None = Field(None, description="true or false; not with logprobs")
+
+    @model_validator(mode="after")
+    def check_echo(self) -> CompletionRequest:
+        if self.echo and self.wants_logprobs:
+            raise InvalidRequest(
+                "echo with logprobs: those of a prompt are not computed. Leave one of them out."
+            )
+        return self
 
     @property
     def wants_logprobs(self) -> bool:
@@ -158,7 +218,24 @@ class CompletionRequest(GenerationRequest):
         return [item for item in self.prompt if not isinstance(item, int)]
 
 
-def explain(model: type[GenerationRequest], body: Any, location: Sequence[str | int]) -> str:
+class TokenizeRequest(ModelRequest):
+    """The body of POST /tokenize: `prompt` as in completions, or `messages` as in chats."""
+
+    prompt: str | None = Field(None, description="text")
+    messages: list[Message] | None = Field(None, min_length=1, description=MESSAGES_RULE)
+    tools: list[dict[str, Any]] | None = Field(None, description="a list of objects")
+
+    def request(self) -> ChatRequest | CompletionRequest:
+        """The request whose prompt is to be tokenised."""
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequest("give either prompt or messages.")
+        if self.prompt is not None:
+            return CompletionRequest.model_construct(prompt=self.prompt)
+        assert self.messages is not None
+        return ChatRequest.model_construct(messages=self.messages, tools=self.tools)
+
+
+def explain(model: type[ModelRequest], body: Any, location: Sequence[str | int]) -> str:
     """Why pydantic refused what is at a location of the body, as a sentence: key, value, rule."""
     if not isinstance(body, dict) or not location:
         return "the body must be a JSON object."

@@ -1,19 +1,24 @@
 """`opdlm serve`: requests of OpenAI's protocol, answered by our own decoder, lossless mode included.
 
-A request is checked, split into choices and decoded by one thread; its answer is written whole or as a
-stream. Settings that a request leaves out are those of the server. The HTTP routes are in `app`.
+A request is checked, tokenised and split into choices in a thread of a pool, so that a long prompt keeps no
+other client waiting, and decoded by one thread; its answer is written whole or as a stream. Settings that a
+request leaves out are those of the server. The HTTP routes are in `app`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import os
 import random
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from ipaddress import ip_address
+from threading import Event
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -31,12 +36,18 @@ from opdlm.modeling.compiled import compiled_decoding
 from opdlm.seeds import seed_of
 from opdlm.serving.answers import AnswerFormat, FinishedChoice, Usage, Values, error_answer, sse
 from opdlm.serving.app import make_app
-from opdlm.serving.decode_thread import DecodeThread, Job
-from opdlm.serving.protocol import ChatRequest, CompletionRequest, InvalidRequest
+from opdlm.serving.decode_thread import DecodeThread, Job, QueueFull
+from opdlm.serving.http_limits import timed_protocol
+from opdlm.serving.metrics import Metrics
+from opdlm.serving.protocol import ChatRequest, CompletionRequest, InvalidRequest, TokenizeRequest
+
+log = logging.getLogger(__name__)
 
 DEFAULT_LENGTH = 4096
-MAX_CHOICES = 4096
-"""Of one request, over all of its prompts."""
+STOP_SECONDS = 30
+"""How long requests in flight may go on after Ctrl-C or SIGTERM."""
+SMALLEST_LOGPROB = -9999.0
+"""Written where float32 rounds a probability to 0, as in OpenAI's API: JSON has no infinity."""
 API_KEY_VARIABLE = "OPDLM_API_KEY"
 
 
@@ -47,6 +58,8 @@ class PendingChoice:
     job: Job
     stable_prefix: StablePrefix
     events: asyncio.Queue[str | Rollout | Exception]
+    echo: str = ""
+    """The prompt, where the answer repeats it."""
 
     async def rollout(self) -> Rollout:
         """The response of a job that is not streamed. Raises what decoding raises."""
@@ -63,18 +76,15 @@ class ParsedRequest:
 
     request: ChatRequest | CompletionRequest
     choices: list[PendingChoice]
+    cancelled: Event
+    """Set to stop decoding; choices that are complete are not affected."""
 
     @property
     def is_chat(self) -> bool:
         return isinstance(self.request, ChatRequest)
 
-    def cancel(self) -> None:
-        """Stop decoding; choices that are complete are not affected."""
-        for choice in self.choices:
-            choice.job.cancelled.set()
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Server:
     """Answers requests with one model."""
 
@@ -83,54 +93,116 @@ class Server:
     name: str
     config: DecodeConfig
     """Settings of requests that name none."""
-    api_key: str = ""
-    """The key that requests must carry. Empty: none."""
+    api_keys: tuple[str, ...] = ()
+    """Requests must carry one of these keys. Empty: none."""
+    metrics: Metrics = field(default_factory=Metrics)
 
     def check_key(self, authorization: str) -> None:
-        """Raises InvalidRequest (401) unless the header (bytes read as latin-1) carries the key."""
-        given, expected = authorization.encode("latin-1"), f"Bearer {self.api_key}".encode()
-        if self.api_key and not hmac.compare_digest(given, expected):
+        """Raises InvalidRequest (401) unless the header (bytes read as latin-1) carries a key."""
+        scheme, _, given = authorization.partition(" ")
+        is_known = [hmac.compare_digest(given.encode("latin-1"), key.encode()) for key in self.api_keys]
+        if self.api_keys and not (scheme.lower() == "bearer" and any(is_known)):
             raise InvalidRequest(
                 "this server wants `Authorization: Bearer KEY` with its --api-key.", status=401
             )
 
-    def parse(self, request: ChatRequest | CompletionRequest) -> ParsedRequest:
-        """Prepare the jobs of a request. Raises InvalidRequest with key, value and rule."""
-        if request.model not in (None, self.name):
-            raise InvalidRequest(f"model ({request.model}) is not served here; {self.name} is.", status=404)
+    def parse(
+        self, request: ChatRequest | CompletionRequest, loop: asyncio.AbstractEventLoop
+    ) -> ParsedRequest:
+        """Prepare the jobs of a request, whose events go to the event loop. Raises InvalidRequest with key,
+        value and rule.
+        """
+        self.check_model(request.model)
         config = request.decode_config(self.config, logprobs=request.wants_logprobs)
-        stops = StopStrings(self.tokenizer, request.stop_strings)
-        prompts = [self.chat_ids(request)] if isinstance(request, ChatRequest) else self.prompt_ids(request)
-        num_tokens, n = self.check_lengths(request, prompts), request.n or 1
-        if len(prompts) * n > MAX_CHOICES:
+        stops = StopStrings(self.tokenizer, request.stop_strings, tuple(request.stop_token_ids or ()))
+        n, num_prompts = request.n or 1, 1 if isinstance(request, ChatRequest) else len(request.prompts())
+        if num_prompts * n > self.thread.max_waiting:
             raise InvalidRequest(
-                f"{len(prompts)} prompts with n ({n}) are {len(prompts) * n} choices: ask for at most "
-                f"{MAX_CHOICES} in a request."
+                f"{num_prompts} prompts with n ({n}) are {num_prompts * n} choices: ask for at most "
+                f"{self.thread.max_waiting} in a request (--max-waiting)."
             )
+        prompts = [self.chat_ids(request)] if isinstance(request, ChatRequest) else self.prompt_ids(request)
+        config = replace(config, max_new_tokens=self.check_lengths(request, prompts))
         seed = random.getrandbits(62) if request.seed is None else request.seed
-        choices = [
-            self.pending_choice(ids, seed_of(seed, place), num_tokens, config, stops, bool(request.stream))
-            for place, ids in enumerate(ids for ids in prompts for _ in range(n))
-        ]
-        return ParsedRequest(request=request, choices=choices)
+        cancelled, echoes = Event(), self.echoes(request, prompts)
+        choices = []
+        for place in range(num_prompts * n):
+            ids, events = prompts[place // n], asyncio.Queue[str | Rollout | Exception]()
+            response = range(len(ids), len(ids) + config.max_new_tokens)
+            spec = self.thread.model.spec
+            stable_prefix = StablePrefix(stops, spec, grid_of(config.mode, spec), response)
+            put = thread_safe(events.put_nowait, loop)
+            job = Job(
+                ids=tuple(ids),
+                seed=seed_of(seed, place),
+                config=config,
+                find_end=stops.find_end if stops.strings or stops.token_ids else None,
+                on_step=text_sender(stable_prefix, put) if request.stream else None,
+                on_end=put,
+                cancelled=cancelled,
+            )
+            choices.append(PendingChoice(job, stable_prefix, events, echoes[place // n]))
+        return ParsedRequest(request=request, choices=choices, cancelled=cancelled)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises InvalidRequest (404) for a model that is not served."""
+        if name not in (None, self.name):
+            raise InvalidRequest(f"model ({name}) is not served here; {self.name} is.", status=404)
 
     def chat_ids(self, request: ChatRequest) -> list[int]:
         """Token ids of a conversation. DataError where the chat template does not show it."""
-        conversation = request.conversation()
-        ids = encode_prompt(self.tokenizer, conversation)
-        if conversation.tools and "tools" in unread_keys(self.tokenizer, conversation):
+        conversation, variables = request.conversation(), request.template_variables()
+        self.check_characters("messages", sum(len(message["content"]) for message in conversation.messages))
+        ids = encode_prompt(self.tokenizer, conversation, variables)
+        unread = unread_keys(self.tokenizer, conversation, variables)
+        if conversation.tools and "tools" in unread:
             raise InvalidRequest("tools are not shown by the model's chat template: leave them out.")
+        unread_variables = sorted(unread & variables.keys())
+        if unread_variables or (variables and not self.tokenizer.chat_template):
+            raise InvalidRequest(
+                f"chat_template_kwargs ({', '.join(unread_variables or variables)}) are not read by the "
+                "model's chat template: leave them out."
+            )
         return ids
 
     def prompt_ids(self, request: CompletionRequest) -> list[list[int]]:
         """Token ids of each prompt."""
-        prompts = [
-            token_ids(self.tokenizer, check_text("prompt", prompt)) if isinstance(prompt, str) else prompt
-            for prompt in request.prompts()
-        ]
+        prompts = []
+        for prompt in request.prompts():
+            if isinstance(prompt, str):
+                self.check_characters("prompt", len(prompt))
+                prompt = token_ids(self.tokenizer, check_text("prompt", prompt))
+            prompts.append(prompt)
         if not all(prompts):
             raise InvalidRequest("prompt is empty: give some text.")
         return prompts
+
+    def tokenize(self, request: TokenizeRequest) -> list[int]:
+        """Token ids of one prompt or conversation."""
+        self.check_model(request.model)
+        given = request.request()
+        return self.chat_ids(given) if isinstance(given, ChatRequest) else self.prompt_ids(given)[0]
+
+    def echoes(self, request: ChatRequest | CompletionRequest, prompts: Sequence[list[int]]) -> list[str]:
+        """The text of each prompt if the answer repeats it, else empty."""
+        if isinstance(request, ChatRequest) or not request.echo:
+            return [""] * len(prompts)
+        given = zip(request.prompts(), prompts, strict=True)
+        return [text if isinstance(text, str) else str(self.tokenizer.decode(ids)) for text, ids in given]
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    def check_characters(self, key: str, num_characters: int) -> None:
+        """Raises InvalidRequest for a text that cannot fit, before it is tokenised."""
+        largest = self.longest_token * self.thread.max_length
+        if num_characters > largest:
+            raise InvalidRequest(
+                f"{key} of {num_characters} characters exceeds the {self.thread.max_length} tokens of a "
+                "request (--max-length)."
+            )
 
     def check_lengths(
         self, request: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[int]]
@@ -154,58 +226,46 @@ class Server:
             )
         return num_tokens
 
-    def pending_choice(
-        self,
-        ids: Sequence[int],
-        seed: int,
-        num_tokens: int,
-        config: DecodeConfig,
-        stops: StopStrings,
-        is_streamed: bool,
-    ) -> PendingChoice:
-        spec, response = self.thread.model.spec, range(len(ids), len(ids) + num_tokens)
-        stable_prefix = StablePrefix(stops, spec, grid_of(config.mode, spec), response)
-        events: asyncio.Queue[str | Rollout | Exception] = asyncio.Queue()
-        put = thread_safe(events.put_nowait)
-        job = Job(
-            ids=tuple(ids),
-            seed=seed,
-            max_new_tokens=num_tokens,
-            config=config,
-            find_end=stops.find_end if stops.strings else None,
-            on_step=(lambda tokens: put(stable_prefix.after_step(tokens)[0])) if is_streamed else None,
-            on_end=put,
-        )
-        return PendingChoice(job, stable_prefix, events)
-
     def submit(self, parsed: ParsedRequest) -> None:
-        """Let the thread decode the choices of a request."""
-        for choice in parsed.choices:
-            self.thread.arrivals.put(choice.job)
+        """Let the thread decode the choices of a request. Raises InvalidRequest where the queue is full (429)
+        or the thread has ended (503).
+        """
+        if not self.thread.is_alive():
+            raise InvalidRequest("the decoding thread has ended: start the server again.", status=503)
+        try:
+            self.thread.submit([choice.job for choice in parsed.choices])
+        except QueueFull as full:
+            raise InvalidRequest(
+                f"{self.thread.num_waiting} responses wait, and {len(parsed.choices)} more exceed the "
+                f"{self.thread.max_waiting} of the queue (--max-waiting): try again in {full.seconds} s.",
+                status=429,
+                retry_after=full.seconds,
+            ) from full
 
     def finished(self, choice: PendingChoice, rollout: Rollout) -> FinishedChoice:
         """The text of a complete response, and its tokens without the stop token if they are asked for."""
         tokens = None
         if choice.job.config.logprobs:
-            stops = self.thread.model.spec.stop_token_ids
-            ids = [token for token in rollout.text_ids if token not in stops]
-            texts = [str(self.tokenizer.decode([token])) for token in ids]
-            tokens = list(zip(texts, rollout.logprobs, strict=False))
-        text = choice.stable_prefix.whole(rollout)
+            stops = choice.stable_prefix.stop_token_ids
+            tokens = [
+                (str(self.tokenizer.decode([token])), max(logprob, SMALLEST_LOGPROB))
+                for token, logprob in zip(rollout.text_ids, rollout.logprobs, strict=True)
+                if token not in stops
+            ]
+        text = choice.echo + choice.stable_prefix.whole(rollout)
+        self.metrics.count_response(rollout)
         return FinishedChoice(text=text, finish_reason=rollout.finish_reason, tokens=tokens)
 
     async def answer(self, parsed: ParsedRequest) -> Values:
-        """Decode all choices of a request and answer when they are complete. Raises what decoding raises."""
-        self.submit(parsed)
+        """Answer when all choices of a submitted request are complete. Raises what decoding raises."""
         rollouts = [await choice.rollout() for choice in parsed.choices]
         finished = [self.finished(*pair) for pair in zip(parsed.choices, rollouts, strict=True)]
         return AnswerFormat.new(self.name, is_chat=parsed.is_chat).whole(finished, Usage.of(rollouts))
 
     async def stream(self, parsed: ParsedRequest) -> AsyncIterator[str]:
-        """Decode a request and answer with server-sent events, the choices one after the other."""
+        """Answer a submitted request with server-sent events, the choices one after the other."""
         answer, rollouts = AnswerFormat.new(self.name, is_chat=parsed.is_chat), list[Rollout]()
         try:
-            self.submit(parsed)
             for index, choice in enumerate(parsed.choices):
                 num_sent, finished = 0, None
                 while finished is None:
@@ -214,7 +274,7 @@ class Server:
                         yield sse(error_answer(f"decoding failed: {event}", status=500))
                         return
                     if isinstance(event, str):
-                        text = event
+                        text = choice.echo + event
                     else:
                         rollouts.append(event)
                         finished = self.finished(choice, event)
@@ -227,12 +287,16 @@ class Server:
                 yield sse(answer.event([], usage=Usage.of(rollouts)))
             yield "data: [DONE]\n\n"
         finally:
-            parsed.cancel()
+            parsed.cancelled.set()
 
 
-def thread_safe(call: Callable[[Any], object]) -> Callable[[Any], None]:
+def text_sender(stable_prefix: StablePrefix, put: Callable[[str], None]) -> Callable[[list[int]], None]:
+    """Sends the text that is final after each step."""
+    return lambda tokens: put(stable_prefix.after_step(tokens)[0])
+
+
+def thread_safe(call: Callable[[Any], object], loop: asyncio.AbstractEventLoop) -> Callable[[Any], None]:
     """The same call for another thread; it has no effect once the event loop is closed."""
-    loop = asyncio.get_running_loop()
 
     def call_later(value: Any) -> None:
         with suppress(RuntimeError):  # the loop is closed
@@ -264,16 +328,20 @@ def serve_folder(
     host: str,
     port: int,
     name: str | None,
-    api_key: str | None,
+    api_key: Sequence[str],
+    cors_origins: Sequence[str],
     max_rows: int,
+    max_waiting: int,
     max_length: int | None,
     decode: DecodeConfig,
     dtype: str,
     compile: bool,
 ) -> None:
     """Serve a folder until Ctrl-C; `opdlm.serve` documents the arguments."""
-    if max_rows < 1:
-        raise ConfigError(f"max_rows ({max_rows}) must be at least 1.")
+    for key, value in (("max_rows", max_rows), ("max_waiting", max_waiting)):
+        if value < 1:
+            raise ConfigError(f"{key} ({value}) must be at least 1.")
+    keys = tuple(api_key or filter(None, [os.environ.get(API_KEY_VARIABLE, "")]))
     for package in ("fastapi", "uvicorn"):
         require_package(package, "serve", "opdlm serve")
     model, tokenizer = load_decoder(folder, dtype)
@@ -286,13 +354,17 @@ def serve_folder(
             f"and at most {longest}, the model's context less two blocks of drafts."
         )
     listener = listen(host, port)
-    thread = DecodeThread(model, max_rows, max_length)
+    thread = DecodeThread(model, decode, max_rows, max_length, max_waiting)
     thread.start()
-    key = api_key or os.environ.get(API_KEY_VARIABLE, "")
-    app = make_app(Server(thread, tokenizer, name or folder, decode, key))
+    app = make_app(Server(thread, tokenizer, name or folder, decode, keys), cors_origins)
     host, port = listener.getsockname()[:2]
+    if not keys and not ip_address(host).is_loopback:
+        log.warning(f"{host} can be reached from other machines, and anyone may send requests: set --api-key")
     print(f"serving {name or folder} ({decode.mode}) at http://{host}:{port}/v1, until Ctrl-C", flush=True)
     import uvicorn
 
     with compiled_decoding(model, compile), suppress(KeyboardInterrupt):  # uvicorn raises it again
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+        http = timed_protocol()
+        uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", http=http, timeout_graceful_shutdown=STOP_SECONDS)
+        ).run(sockets=[listener])

@@ -22,9 +22,11 @@ from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.seeds import seed_of
 from opdlm.serving.app import make_app
 from opdlm.serving.decode_thread import DecodeThread
+from opdlm.serving.http_limits import timed_protocol
 from opdlm.serving.server import Server, listen
 
 MAX_LENGTH = 96
+MAX_WAITING = 256
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 HELLO = [{"role": "user", "content": "add 1 2"}]
@@ -67,11 +69,11 @@ class Served:
 
 def serve(folder: Path, config: DecodeConfig) -> Iterator[Served]:
     model, tokenizer = load(folder)
-    thread = DecodeThread(model, 3, MAX_LENGTH)
+    thread = DecodeThread(model, config, 3, MAX_LENGTH, MAX_WAITING)
     thread.start()
     listener = listen("127.0.0.1", 0)
     app = make_app(Server(thread, tokenizer, "tiny", config))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", http=timed_protocol()))
     runner = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     runner.start()
     yield Served(model, tokenizer, config, listener.getsockname()[1], thread)

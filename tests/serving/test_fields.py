@@ -1,0 +1,94 @@
+"""Fields beyond sampling: stop tokens, echo, variables of the template, continued answers, neutral values."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from loopback_server import CHAT, HELLO, TEXT, Served
+
+NEUTRAL: list[dict[str, Any]] = [
+    {"response_format": {"type": "text"}},
+    {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "min_p": 0},
+    {"top_k": -1},
+    {"logit_bias": {}},
+    {"metadata": {"a": "b"}, "store": True, "service_tier": "auto", "user": "me"},
+    {"tools": [], "tool_choice": "none", "parallel_tool_calls": True, "best_of": 1, "suffix": None},
+    {"ignore_eos": False, "min_tokens": 0, "skip_special_tokens": True, "modalities": ["text"]},
+    {"chat_template_kwargs": {}, "continue_final_message": False},
+]
+
+
+@pytest.mark.parametrize("fields", NEUTRAL, ids=lambda fields: json.dumps(fields)[:40])
+def test_a_field_that_asks_for_nothing_changes_nothing(lossless: Served, fields: dict[str, Any]) -> None:
+    body = {"messages": HELLO, "seed": 1}
+    status, answer = lossless.post(CHAT, body | fields)
+    assert status == 200, answer
+    assert answer["choices"] == lossless.post(CHAT, body)[1]["choices"]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_response_ends_before_a_stop_token(lossless: Served, temperature: float) -> None:
+    body = {"prompt": "add 1 2", "seed": 4, "temperature": temperature, "logprobs": 0}
+    tokens = lossless.post(TEXT, body)[1]["choices"][0]["logprobs"]["tokens"]
+    assert len(tokens) > 5
+    place = tokens.index(tokens[5])
+    (stop,) = lossless.tokenizer(tokens[5])["input_ids"]
+    stopped = lossless.post(TEXT, body | {"stop_token_ids": [0, stop]})[1]["choices"][0]
+    assert stopped["logprobs"]["tokens"] == tokens[:place] and stopped["finish_reason"] == "stop"
+    assert stopped["text"] == "".join(tokens[:place])
+    events = lossless.events(TEXT, body | {"stop_token_ids": [0, stop]})
+    assert "".join(event["choices"][0]["text"] for event in events) == stopped["text"]
+
+
+def test_echo_repeats_the_prompts(lossless: Served) -> None:
+    ids = lossless.tokenizer("copy ab")["input_ids"]
+    body = {"prompt": ["add 1 2", "copy ab"], "n": 2, "seed": 4, "temperature": 1}
+    plain, echoed = (lossless.post(TEXT, body | {"echo": echo})[1]["choices"] for echo in (False, True))
+    prompts = ["add 1 2", "add 1 2", "copy ab", "copy ab"]
+    texts = [prompt + choice["text"] for prompt, choice in zip(prompts, plain, strict=True)]
+    assert [choice["text"] for choice in echoed] == texts
+    events = lossless.events(TEXT, body | {"echo": True})
+    for index, text in enumerate(texts):
+        mine = [event["choices"][0] for event in events if event["choices"][0]["index"] == index]
+        assert "".join(part["text"] for part in mine) == text
+    by_ids = lossless.post(TEXT, {"prompt": ids, "echo": True, "max_tokens": 2})[1]["choices"][0]["text"]
+    assert by_ids.startswith(lossless.tokenizer.decode(ids))
+    status, answer = lossless.post(TEXT, body | {"echo": True, "logprobs": 0})
+    assert status == 400 and "echo with logprobs" in answer["error"]["message"]
+
+
+def test_variables_reach_the_template_or_are_refused(
+    lossless: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"messages": HELLO, "max_tokens": 2}
+    status, answer = lossless.post(CHAT, body | {"chat_template_kwargs": {"mood": "abc"}})
+    assert status == 400 and "chat_template_kwargs (mood)" in answer["error"]["message"]
+    monkeypatch.setattr(lossless.tokenizer, "chat_template", "{{ mood }}{{ messages[0].content }}")
+    status, answer = lossless.post(CHAT, body | {"chat_template_kwargs": {"mood": "abc"}})
+    assert status == 200 and answer["usage"]["prompt_tokens"] == len("abc" + HELLO[0]["content"])
+    for hostile in ({"chat_template": "x"}, {"tokenize": True}, {"messages": []}):
+        status, answer = lossless.post(CHAT, body | {"chat_template_kwargs": hostile})
+        assert status == 400 and "an object of variables" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("turns", "value", "status"), [(1, True, 400), (1, False, 200), (2, True, 200), (2, False, 400)]
+)
+def test_only_a_final_message_of_the_assistant_is_continued(
+    lossless: Served, turns: int, value: bool, status: int
+) -> None:
+    messages = [*HELLO, {"role": "assistant", "content": "1 2"}][:turns]
+    found, answer = lossless.post(
+        CHAT, {"messages": messages, "continue_final_message": value, "max_tokens": 2}
+    )
+    assert found == status, answer
+    assert status == 200 or f"continue_final_message ({value})" in answer["error"]["message"]
+
+
+def test_log_probabilities_of_impossible_tokens_are_numbers(lossless: Served) -> None:
+    """JSON has no infinity."""
+    body = {"prompt": "add 1 2", "temperature": 100, "seed": 1, "logprobs": 0}
+    values = lossless.post(TEXT, body)[1]["choices"][0]["logprobs"]["token_logprobs"]
+    assert values and all(-9999 <= value <= 0 for value in values)
