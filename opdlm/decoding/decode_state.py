@@ -61,6 +61,8 @@ class Request:
     seed: int
     config: DecodeConfig
     """Its `OWN_SETTINGS` count; the others are those of the batch."""
+    ignore_eos: bool = False
+    """Whether stop tokens of the checkpoint do not end the response."""
 
 
 @dataclass(slots=True)
@@ -82,6 +84,7 @@ class DecodeState:
     seed_B: Tensor
     sampling_B3: Tensor
     """Temperature, top_k and top_p (`unmasking.sampling_of`)."""
+    ignore_eos_B: Tensor
     has_logprobs_B: Tensor
     """Whether the log-probabilities of the tokens are recorded."""
     committed_B: Tensor
@@ -133,6 +136,7 @@ class DecodeState:
             sampling_B3=torch.tensor(
                 [sampling_of(request.config) for request in requests], dtype=torch.float64
             ).view(-1, 3),
+            ignore_eos_B=torch.tensor([request.ignore_eos for request in requests], dtype=torch.bool),
             has_logprobs_B=torch.tensor([request.config.logprobs for request in requests], dtype=torch.bool),
             committed_B=zeros_B,
             final_B=zeros_B.clone(),

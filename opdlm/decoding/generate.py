@@ -247,6 +247,7 @@ def collect_finished(
     frontier_B = torch.minimum(state.frontier(model.spec.mask_token_id), state.final_B)
     column_L = torch.arange(state.tokens_BL.shape[1])
     in_response_BL = (column_L >= state.num_prompt_B[:, None]) & (column_L < frontier_B[:, None])
+    in_response_BL &= ~state.ignore_eos_B[:, None]
     is_stop_BL = torch.isin(state.tokens_BL, torch.tensor(model.spec.stop_token_ids)) & in_response_BL
     has_stop_B = is_stop_BL.any(1)
     num_response_B = torch.where(has_stop_B, is_stop_BL.long().argmax(1) + 1, frontier_B) - state.num_prompt_B

@@ -58,7 +58,7 @@ class TokenLogprob(BaseModel):
     token: str
     logprob: float
     bytes: list[int]
-    top_logprobs: list[TokenLogprob]
+    top_logprobs: list[TokenLogprob] = []
 
 
 class ChatLogprobs(BaseModel):
@@ -72,7 +72,8 @@ class TextLogprobs(BaseModel):
 
     tokens: list[str]
     token_logprobs: list[float]
-    top_logprobs: None
+    top_logprobs: list[dict[str, float]] | None
+    """The most likely tokens and the chosen one, where they are asked for."""
     text_offset: list[int]
     """Where the text of each token starts in the text of all."""
 
@@ -138,14 +139,24 @@ def error_answer(message: str, *, status: int) -> Values:
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
+@dataclass(frozen=True, slots=True)
+class TokenChoice:
+    """A chosen token."""
+
+    text: str
+    logprob: float
+    alternatives: list[tuple[str, float]]
+    """The most likely tokens."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedChoice:
     """A complete response."""
 
     text: str
     finish_reason: FinishReason
-    tokens: list[tuple[str, float]] | None
-    """Text and log-probability of each token, where the request asks for them."""
+    tokens: list[TokenChoice] | None
+    """Where the request asks for log-probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,20 +207,29 @@ class AnswerFormat:
         return choice
 
 
-def chat_logprobs(tokens: Sequence[tuple[str, float]]) -> Values:
+def chat_logprobs(tokens: Sequence[TokenChoice]) -> Values:
     """The field `logprobs` of a chat's choice."""
+
+    def written(text: str, logprob: float) -> Values:
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
     content = [
-        {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
-        for text, logprob in tokens
+        {**written(token.text, token.logprob), "top_logprobs": [written(*one) for one in token.alternatives]}
+        for token in tokens
     ]
     return {"content": content}
 
 
-def text_logprobs(tokens: Sequence[tuple[str, float]]) -> Values:
+def text_logprobs(tokens: Sequence[TokenChoice]) -> Values:
     """The field `logprobs` of a completion's choice."""
-    texts, logprobs = [text for text, _ in tokens], [logprob for _, logprob in tokens]
-    offsets = [*itertools.accumulate(map(len, texts), initial=0)][:-1]
-    return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": offsets}
+    top = [{**dict(token.alternatives), token.text: token.logprob} for token in tokens]
+    texts = [token.text for token in tokens]
+    return {
+        "tokens": texts,
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": top if any(token.alternatives for token in tokens) else None,
+        "text_offset": [*itertools.accumulate(map(len, texts), initial=0)][:-1],
+    }
 
 
 def sse(event: Values) -> str:

@@ -49,6 +49,7 @@ class Job:
     config: DecodeConfig
     """Its `OWN_SETTINGS` count; the others are those of the thread."""
     find_end: FindEnd | None = None
+    ignore_eos: bool = False
     on_step: Callable[[list[int]], None] | None = None
     """Receives the row's tokens after every step, mask tokens where nothing is known."""
     on_end: Callable[[Rollout | Exception], None]
@@ -139,7 +140,7 @@ class DecodeThread(Thread):
         while len(self.running) < self.num_rows and (job := self._next_job()) is not None:
             index = next(self._count)
             self.running[index] = job
-            decoder.waiting.append(Request(index, job.ids, job.seed, job.config))
+            decoder.waiting.append(Request(index, job.ids, job.seed, job.config, job.ignore_eos))
             if job.find_end is not None:
                 decoder.find_end[index] = job.find_end
         return decoder

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from reprlib import Repr
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +22,7 @@ from opdlm.decoding.decode_config import LIMITS, DecodeConfig
 from opdlm.errors import OpdlmError
 
 LARGEST = 2**62
-CHOSEN_ONLY = "only the log-probabilities of the chosen tokens are computed"
+MOST_ALTERNATIVES = 20
 NEUTRAL: dict[str, Sequence[Any]] = {
     "response_format": [{"type": "text"}],
     "logit_bias": [{}],
@@ -113,6 +113,7 @@ class GenerationRequest(ModelRequest):
         None, description="a text or a list of texts, none of them empty"
     )
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="a list of token ids")
+    ignore_eos: bool | None = Field(None, description="true or false")
     n: int | None = whole_number(1, 128)
     user: str | None = Field(None, description="text")
     stream: bool | None = Field(None, description="true or false")
@@ -150,7 +151,7 @@ class ChatRequest(GenerationRequest):
     messages: list[Message] = Field(min_length=1, description=MESSAGES_RULE)
     tools: list[dict[str, Any]] | None = Field(None, description="a list of objects")
     logprobs: bool | None = Field(None, description="true or false")
-    top_logprobs: Literal[0] | None = Field(None, description=f"0: {CHOSEN_ONLY}")
+    top_logprobs: int | None = whole_number(0, MOST_ALTERNATIVES)
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="an object of variables of the chat template; its arguments are set by the server"
     )
@@ -172,6 +173,13 @@ class ChatRequest(GenerationRequest):
     def wants_logprobs(self) -> bool:
         return bool(self.logprobs)
 
+    @property
+    def num_alternatives(self) -> int:
+        """How many of the most likely tokens stand beside each chosen one."""
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest(f"top_logprobs ({self.top_logprobs}) needs logprobs: true.")
+        return self.top_logprobs or 0
+
     def conversation(self) -> Conversation:
         """The messages and tools. DataError where they are no prompt."""
         messages = [message.for_template() for message in self.messages]
@@ -192,7 +200,9 @@ class CompletionRequest(GenerationRequest):
     prompt: str | list[int] | list[str | list[int]] = Field(
         description="text, token ids, or a list of texts or of token ids"
     )
-    logprobs: bool | Literal[0] | None = Field(None, description=f"0: {CHOSEN_ONLY}")
+    logprobs: bool | Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = Field(
+        None, description=f"a whole number from 0 to {MOST_ALTERNATIVES}"
+    )
     echo: bool | None = Field(None, description="true or false; not with logprobs")
 
     @model_validator(mode="after")
@@ -207,6 +217,11 @@ class CompletionRequest(GenerationRequest):
     def wants_logprobs(self) -> bool:
         """0 asks for those of the chosen tokens and for no alternatives."""
         return self.logprobs is not None and self.logprobs is not False
+
+    @property
+    def num_alternatives(self) -> int:
+        """How many of the most likely tokens stand beside each chosen one."""
+        return 0 if isinstance(self.logprobs, bool) else self.logprobs or 0
 
     def prompts(self) -> list[str | list[int]]:
         """One prompt, or several."""

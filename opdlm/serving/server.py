@@ -19,8 +19,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from ipaddress import ip_address
 from threading import Event
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.checkpoints.convert import load_decoder
@@ -33,8 +34,18 @@ from opdlm.decoding.rollout import Rollout
 from opdlm.decoding.streaming import StablePrefix, StopStrings
 from opdlm.errors import ConfigError, require_package
 from opdlm.modeling.compiled import compiled_decoding
+from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.modeling.slots import Grid, clean_slots
 from opdlm.seeds import seed_of
-from opdlm.serving.answers import AnswerFormat, FinishedChoice, Usage, Values, error_answer, sse
+from opdlm.serving.answers import (
+    AnswerFormat,
+    FinishedChoice,
+    TokenChoice,
+    Usage,
+    Values,
+    error_answer,
+    sse,
+)
 from opdlm.serving.app import make_app
 from opdlm.serving.decode_thread import DecodeThread, Job, QueueFull
 from opdlm.serving.http_limits import timed_protocol
@@ -43,9 +54,14 @@ from opdlm.serving.protocol import ChatRequest, CompletionRequest, InvalidReques
 
 log = logging.getLogger(__name__)
 
+Ranking: TypeAlias = list[tuple[int, float]]
+"""Token ids and their log-probabilities, the most likely first."""
+
 DEFAULT_LENGTH = 4096
 STOP_SECONDS = 30
 """How long requests in flight may go on after Ctrl-C or SIGTERM."""
+CHUNK = 256
+"""Positions whose logits are computed together for their most likely tokens."""
 SMALLEST_LOGPROB = -9999.0
 """Written where float32 rounds a probability to 0, as in OpenAI's API: JSON has no infinity."""
 API_KEY_VARIABLE = "OPDLM_API_KEY"
@@ -58,7 +74,9 @@ class PendingChoice:
     job: Job
     stable_prefix: StablePrefix
     events: asyncio.Queue[str | Rollout | Exception]
-    echo: str = ""
+    alternatives: list[Ranking]
+    """Of each token of the response, where they are asked for."""
+    echo: str
     """The prompt, where the answer repeats it."""
 
     async def rollout(self) -> Rollout:
@@ -113,6 +131,11 @@ class Server:
         value and rule.
         """
         self.check_model(request.model)
+        if request.num_alternatives and self.config.mode not in ("ar", "lossless"):
+            raise InvalidRequest(
+                f"the most likely tokens (top_logprobs, logprobs above 0) are those of the AR model, and "
+                f"this server decodes in mode {self.config.mode}: ask for the chosen tokens only."
+            )
         config = request.decode_config(self.config, logprobs=request.wants_logprobs)
         stops = StopStrings(self.tokenizer, request.stop_strings, tuple(request.stop_token_ids or ()))
         n, num_prompts = request.n or 1, 1 if isinstance(request, ChatRequest) else len(request.prompts())
@@ -125,23 +148,26 @@ class Server:
         config = replace(config, max_new_tokens=self.check_lengths(request, prompts))
         seed = random.getrandbits(62) if request.seed is None else request.seed
         cancelled, echoes = Event(), self.echoes(request, prompts)
+        ignore_eos, model = bool(request.ignore_eos), self.thread.model
+        spec = replace(model.spec, stop_token_ids=()) if ignore_eos else model.spec
         choices = []
         for place in range(num_prompts * n):
             ids, events = prompts[place // n], asyncio.Queue[str | Rollout | Exception]()
             response = range(len(ids), len(ids) + config.max_new_tokens)
-            spec = self.thread.model.spec
             stable_prefix = StablePrefix(stops, spec, grid_of(config.mode, spec), response)
-            put = thread_safe(events.put_nowait, loop)
+            put, alternatives = thread_safe(events.put_nowait, loop), list[Ranking]()
+            num = request.num_alternatives
             job = Job(
                 ids=tuple(ids),
                 seed=seed_of(seed, place),
                 config=config,
                 find_end=stops.find_end if stops.strings or stops.token_ids else None,
                 on_step=text_sender(stable_prefix, put) if request.stream else None,
-                on_end=put,
+                ignore_eos=ignore_eos,
+                on_end=scored(put, model, num, alternatives) if num else put,
                 cancelled=cancelled,
             )
-            choices.append(PendingChoice(job, stable_prefix, events, echoes[place // n]))
+            choices.append(PendingChoice(job, stable_prefix, events, alternatives, echoes[place // n]))
         return ParsedRequest(request=request, choices=choices, cancelled=cancelled)
 
     def check_model(self, name: str | None) -> None:
@@ -247,14 +273,19 @@ class Server:
         tokens = None
         if choice.job.config.logprobs:
             stops = choice.stable_prefix.stop_token_ids
+            rankings = choice.alternatives or [[]] * rollout.num_response
             tokens = [
-                (str(self.tokenizer.decode([token])), max(logprob, SMALLEST_LOGPROB))
-                for token, logprob in zip(rollout.text_ids, rollout.logprobs, strict=True)
+                TokenChoice(*self.scored_token(token, logprob), [self.scored_token(*one) for one in ranking])
+                for token, logprob, ranking in zip(rollout.text_ids, rollout.logprobs, rankings, strict=True)
                 if token not in stops
             ]
         text = choice.echo + choice.stable_prefix.whole(rollout)
         self.metrics.count_response(rollout)
         return FinishedChoice(text=text, finish_reason=rollout.finish_reason, tokens=tokens)
+
+    def scored_token(self, token: int, logprob: float) -> tuple[str, float]:
+        """The text of a token and its log-probability as JSON can hold it."""
+        return str(self.tokenizer.decode([token])), max(logprob, SMALLEST_LOGPROB)
 
     async def answer(self, parsed: ParsedRequest) -> Values:
         """Answer when all choices of a submitted request are complete. Raises what decoding raises."""
@@ -288,6 +319,38 @@ class Server:
             yield "data: [DONE]\n\n"
         finally:
             parsed.cancelled.set()
+
+
+@torch.inference_mode()
+def most_likely(model: DiffusionLM, rollout: Rollout, num: int) -> list[Ranking]:
+    """The `num` most likely tokens of the AR model in place of each token of a response, by one forward."""
+    num_prompt, ids_1L = len(rollout.prompt_ids), torch.tensor([rollout.prompt_ids + rollout.text_ids])
+    lengths = torch.tensor([ids_1L.shape[1]]), torch.tensor([num_prompt])
+    slots = clean_slots(ids_1L, *lengths, Grid(block_size=1), "preserve").to(model.device)
+    hidden_LH, found = model.teacher_hidden(slots)[0], list[Ranking]()
+    for first in range(num_prompt - 1, ids_1L.shape[1] - 1, CHUNK):
+        some_MH = hidden_LH[first : min(first + CHUNK, ids_1L.shape[1] - 1)]
+        is_clean_M = torch.ones(len(some_MH), dtype=torch.bool, device=model.device)
+        best_MK = model.logits(some_MH, is_clean_M).log_softmax(-1).topk(num, -1)
+        pairs = zip(best_MK.indices.tolist(), best_MK.values.tolist(), strict=True)
+        found += [list(zip(ids, values, strict=True)) for ids, values in pairs]
+    return found
+
+
+def scored(
+    put: Callable[[Rollout | Exception], None], model: DiffusionLM, num: int, found: list[Ranking]
+) -> Callable[[Rollout | Exception], None]:
+    """Adds the most likely tokens of a response to `found` before it is passed on."""
+
+    def end(result: Rollout | Exception) -> None:
+        if isinstance(result, Rollout):
+            try:
+                found.extend(most_likely(model, result, num))
+            except Exception as error:  # of this request: the others go on
+                result = error
+        put(result)
+
+    return end
 
 
 def text_sender(stable_prefix: StablePrefix, put: Callable[[str], None]) -> Callable[[list[int]], None]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from loopback_server import CHAT, HELLO, TEXT, Served
 
 NEUTRAL: list[dict[str, Any]] = [
@@ -92,3 +94,46 @@ def test_log_probabilities_of_impossible_tokens_are_numbers(lossless: Served) ->
     body = {"prompt": "add 1 2", "temperature": 100, "seed": 1, "logprobs": 0}
     values = lossless.post(TEXT, body)[1]["choices"][0]["logprobs"]["token_logprobs"]
     assert values and all(-9999 <= value <= 0 for value in values)
+
+
+def test_the_most_likely_tokens_are_those_of_the_ar_model(lossless: Served) -> None:
+    body = {
+        "messages": HELLO,
+        "seed": 2,
+        "temperature": 1,
+        "max_tokens": 9,
+        "logprobs": True,
+        "top_logprobs": 3,
+    }
+    ids = lossless.post("/tokenize", {"messages": HELLO})[1]["tokens"]
+    entries = lossless.post(CHAT, body)[1]["choices"][0]["logprobs"]["content"]
+    assert len(entries) > 3
+    for entry in entries:
+        with lossless.model.teacher_weights() as teacher, torch.no_grad():
+            logits_V = teacher(torch.tensor([ids])).logits[0, -1]
+        logits_V[list(lossless.model.spec.banned_token_ids)] = -torch.inf
+        best = logits_V.log_softmax(-1).topk(3)
+        (chosen,) = lossless.tokenizer(entry["token"])["input_ids"]
+        assert entry["logprob"] == pytest.approx(float(logits_V.log_softmax(-1)[chosen]), abs=1e-4)
+        top = entry["top_logprobs"]
+        assert [one["token"] for one in top] == [lossless.tokenizer.decode([i]) for i in best.indices]
+        assert [one["logprob"] for one in top] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert all(one.keys() == {"token", "logprob", "bytes"} for one in top)
+        ids = [*ids, chosen]
+    text = {"prompt": "add 1 2", "logprobs": 2, "max_tokens": 5}
+    found = lossless.post(TEXT, text)[1]["choices"][0]["logprobs"]
+    for token, logprob, top in zip(
+        *(found[key] for key in ("tokens", "token_logprobs", "top_logprobs")), strict=True
+    ):
+        assert top[token] == logprob and 2 <= len(top) <= 3
+
+
+def test_ignore_eos_decodes_to_the_limit(lossless: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"prompt": "add 1 2", "max_tokens": 12, "logprobs": 0}
+    token = lossless.post(TEXT, body | {"ignore_eos": True})[1]["choices"][0]["logprobs"]["tokens"][4]
+    (stop,) = lossless.tokenizer(token)["input_ids"]
+    monkeypatch.setattr(lossless.model, "spec", replace(lossless.model.spec, stop_token_ids=(stop,)))
+    ended, ignored = (lossless.post(TEXT, body | {"ignore_eos": value})[1] for value in (False, True))
+    assert ended["usage"]["completion_tokens"] <= 5 and ended["choices"][0]["finish_reason"] == "stop"
+    assert ignored["usage"]["completion_tokens"] == 12 and ignored["choices"][0]["finish_reason"] == "length"
+    assert len(ignored["choices"][0]["logprobs"]["tokens"]) == 12

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
 from opdlm.decoding.streaming import StopStrings
 from opdlm.seeds import seed_of
+from opdlm.serving import server as server_module
 from opdlm.serving.server import listen
 
 ROOT = Path(__file__).parents[2]
@@ -156,12 +158,12 @@ REFUSED: dict[str, tuple[str, Any, int, str]] = {
     "a large seed": (CHAT, {"messages": HELLO, "seed": 2**70}, 400, "seed"),
     "a wish to stream": (CHAT, {"messages": HELLO, "stream": "yes"}, 400, "stream ('yes')"),
     "a list of options": (CHAT, {"messages": HELLO, "stream_options": [1]}, 400, "stream_options ([1])"),
-    "alternatives": (TEXT, {"prompt": "add 1 2", "logprobs": 5}, 400, "logprobs (5)"),
+    "alternatives": (TEXT, {"prompt": "add 1 2", "logprobs": 21}, 400, "logprobs (21)"),
     "alternatives in a chat": (
         CHAT,
-        {"messages": HELLO, "logprobs": True, "top_logprobs": 2},
+        {"messages": HELLO, "top_logprobs": 2},
         400,
-        "top_logprobs (2)",
+        "top_logprobs (2) needs logprobs",
     ),
     "an empty prompt": (TEXT, {"prompt": ""}, 400, "empty"),
     "no prompt": (TEXT, {"prompt": {}}, 400, "prompt must be text"),
@@ -287,7 +289,10 @@ def test_a_failure_is_told_and_survived(
 def test_the_command_serves_until_ctrl_c(folders: dict[str, Path]) -> None:
     command = [sys.executable, str(ROOT / "cli.py"), "serve", str(folders["preserve"]), "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--mode", "lossless", "--name", "tiny", "--max-new-tokens", "8", "--api-key", "secret"],
+        [
+            *(*command, "--mode", "lossless", "--name", "tiny", "--max-new-tokens", "8"),
+            *("--api-key", "other", "--api-key", "secret", "--cors-origin", "https://page.example"),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -297,20 +302,62 @@ def test_the_command_serves_until_ctrl_c(folders: dict[str, Path]) -> None:
     line = process.stdout.readline()
     port = int(line.split("http://127.0.0.1:")[1].split("/")[0])
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    for header, status in (({}, 401), ({"Authorization": "Bearer sécret"}, 401), (SECRET, 200)):
+    cases = (
+        *(({}, 401), ({"Authorization": "Bearer sécret"}, 401), ({"Authorization": "Basic secret"}, 401)),
+        *((SECRET, 200), ({"Authorization": "bearer other", "Origin": "https://page.example"}, 200)),
+    )
+    for header, status in cases:
         connection.request("POST", CHAT, json.dumps({"messages": HELLO}), header)
         response = connection.getresponse()
         answer = json.loads(response.read())
         assert response.status == status and ("choices" in answer) == (status == 200)
+    assert response.headers["access-control-allow-origin"] == "https://page.example"
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and not errors, errors
+
+
+def test_a_stop_ends_although_a_request_does_not_and_a_public_host_without_a_key_is_warned_of(
+    folders: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server_module, "STOP_SECONDS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    received: list[bytes] = []
+
+    def send_half_a_request_and_stop() -> None:
+        while True:
+            with suppress(ConnectionRefusedError):
+                client = socket.create_connection(("127.0.0.1", port), timeout=60)
+                break
+            time.sleep(0.05)
+        with client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            received.append(client.recv(100))
+            client.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{{".encode())
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGINT)
+            while client.recv(1000):
+                pass
+
+    sender = threading.Thread(target=send_half_a_request_and_stop)
+    sender.start()
+    started = time.monotonic()
+    flags = ["--host", "0.0.0.0", "--port", str(port), "--max-new-tokens", "8"]
+    assert main(["serve", str(folders["sdar"]), *flags]) == 0
+    sender.join(10)
+    assert b" 200 " in received[0] and not sender.is_alive() and time.monotonic() - started < 30
+    assert "0.0.0.0 can be reached from other machines" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--max-rows", "0"], "--max-rows (0)"),
+        (["--max-waiting", "0"], "--max-waiting (0)"),
         (["--max-length", "10", "--max-new-tokens", "20"], "--max-length (10)"),
         (["--max-length", "100000"], "--max-length (100000)"),
         (["--port", "70000", "--max-new-tokens", "8"], "--port (70000)"),
