@@ -70,8 +70,6 @@ class DecodeConfig:
         return self if self.forward_overhead is not None else replace(self, forward_overhead=FIXED_OVERHEAD)
 
 
-OWN_SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "logprobs")
-"""Settings that each row of a batch has for itself."""
 FIXED_OVERHEAD = 32.0
 """`forward_overhead` of reports and rollouts, whose numbers must not depend on the load of the machine."""
 LIMITS = {

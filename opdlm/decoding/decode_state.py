@@ -60,7 +60,7 @@ class Request:
     """Token ids of the prompt."""
     seed: int
     config: DecodeConfig
-    """Its `OWN_SETTINGS` count; the others are those of the batch."""
+    """Its max_new_tokens, temperature, top_k, top_p and logprobs count; the rest is that of the batch."""
     ignore_eos: bool = False
     """Whether stop tokens of the checkpoint do not end the response."""
 

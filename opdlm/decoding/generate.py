@@ -49,8 +49,8 @@ class Decoder:
         max_length: int,
         on_step: OnStep | None = None,
     ) -> None:
-        """`config`: what the requests share, all but their `OWN_SETTINGS`. `num_rows`: largest number of
-        active rows. `max_length`: largest number of tokens of a prompt and its response together.
+        """`config`: what the requests share (`Request.config`: what they do not). `num_rows`: largest number
+        of active rows. `max_length`: largest number of tokens of a prompt and its response together.
         """
         spec = model.spec
         self.model, self.config, self.num_rows, self.on_step = model, config, num_rows, on_step

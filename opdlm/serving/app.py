@@ -216,7 +216,15 @@ async def respond(server: "Server", body: "ChatRequest | CompletionRequest", req
     parsed = await asyncio.to_thread(server.parse, body, asyncio.get_running_loop())
     server.submit(parsed)
     if parsed.request.stream:
-        return StreamingResponse(server.stream(parsed), media_type="text/event-stream")
+
+        class CancellingStream(StreamingResponse):
+            async def __call__(self, *connection: Any) -> None:
+                try:  # a client that leaves early may keep the stream from being started
+                    await super().__call__(*connection)
+                finally:
+                    parsed.cancelled.set()
+
+        return CancellingStream(server.stream(parsed), media_type="text/event-stream")
     answer = asyncio.create_task(server.answer(parsed))
     disconnect = asyncio.create_task(wait_for_disconnect(request))
     try:

@@ -47,7 +47,7 @@ class Job:
     ids: tuple[int, ...]
     seed: int
     config: DecodeConfig
-    """Its `OWN_SETTINGS` count; the others are those of the thread."""
+    """What counts is told in `Request.config`."""
     find_end: FindEnd | None = None
     ignore_eos: bool = False
     on_step: Callable[[list[int]], None] | None = None

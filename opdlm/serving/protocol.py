@@ -85,7 +85,8 @@ def is_neutral(key: str, value: Any) -> bool:
     """Whether an unknown key with this value asks for nothing. An empty object does: it may be a grammar."""
     if key in UNUSED or (not value and not isinstance(value, dict)):
         return True
-    return any(type(value) is not bool or value is known for known in NEUTRAL.get(key, ()) if value == known)
+    neutral = NEUTRAL.get(key, ())
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
 
 
 class StreamOptions(StrictModel):

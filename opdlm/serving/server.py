@@ -296,29 +296,26 @@ class Server:
     async def stream(self, parsed: ParsedRequest) -> AsyncIterator[str]:
         """Answer a submitted request with server-sent events, the choices one after the other."""
         answer, rollouts = AnswerFormat.new(self.name, is_chat=parsed.is_chat), list[Rollout]()
-        try:
-            for index, choice in enumerate(parsed.choices):
-                num_sent, finished = 0, None
-                while finished is None:
-                    event = await choice.events.get()
-                    if isinstance(event, Exception):
-                        yield sse(error_answer(f"decoding failed: {event}", status=500))
-                        return
-                    if isinstance(event, str):
-                        text = choice.echo + event
-                    else:
-                        rollouts.append(event)
-                        finished = self.finished(choice, event)
-                        text = finished.text
-                    if len(text) > num_sent or finished is not None:
-                        new, is_first = text[num_sent:], num_sent == 0
-                        yield sse(answer.event([answer.choice(index, new, finished, names_role=is_first)]))
-                        num_sent = len(text)
-            if parsed.request.wants_usage:
-                yield sse(answer.event([], usage=Usage.of(rollouts)))
-            yield "data: [DONE]\n\n"
-        finally:
-            parsed.cancelled.set()
+        for index, choice in enumerate(parsed.choices):
+            num_sent, finished = 0, None
+            while finished is None:
+                event = await choice.events.get()
+                if isinstance(event, Exception):
+                    yield sse(error_answer(f"decoding failed: {event}", status=500))
+                    return
+                if isinstance(event, str):
+                    text = choice.echo + event
+                else:
+                    rollouts.append(event)
+                    finished = self.finished(choice, event)
+                    text = finished.text
+                if len(text) > num_sent or finished is not None:
+                    new, is_first = text[num_sent:], num_sent == 0
+                    yield sse(answer.event([answer.choice(index, new, finished, names_role=is_first)]))
+                    num_sent = len(text)
+        if parsed.request.wants_usage:
+            yield sse(answer.event([], usage=Usage.of(rollouts)))
+        yield "data: [DONE]\n\n"
 
 
 @torch.inference_mode()
