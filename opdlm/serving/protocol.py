@@ -30,13 +30,13 @@ NEUTRAL: dict[str, Sequence[Any]] = {
     "length_penalty": [1],
     "best_of": [1],
     "tool_choice": ["auto", "none"],
-    "parallel_tool_calls": [True],
+    "parallel_tool_calls": [True, False],
     "skip_special_tokens": [True],
     "spaces_between_special_tokens": [True],
     "add_generation_prompt": [True],
     "modalities": [["text"]],
 }
-"""Values of unsupported keys that ask for what is done anyway."""
+"""Values of unsupported keys that ask for what is done anyway; other values of these keys are refused."""
 UNUSED = ("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 """Keys that concern the books of OpenAI's service and change no answer: any value is accepted."""
 USER_TEXT = ("messages", "prompt", "stop")
@@ -82,11 +82,12 @@ class StrictModel(BaseModel):
 
 
 def is_neutral(key: str, value: Any) -> bool:
-    """Whether an unknown key with this value asks for nothing. An empty object does: it may be a grammar."""
-    if key in UNUSED or (not value and not isinstance(value, dict)):
+    """Whether an unknown key with this value asks for nothing. An empty object may be a schema of JSON."""
+    if value is None or key in UNUSED:
         return True
-    neutral = NEUTRAL.get(key, ())
-    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
+    if key not in NEUTRAL:
+        return not value and not isinstance(value, dict)
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in NEUTRAL[key])
 
 
 class StreamOptions(StrictModel):
