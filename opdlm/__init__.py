@@ -16,7 +16,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opdlm.api import bench, convert, evaluate, export, load, merge, rollout, serve, train, verify
+    from opdlm.api import (
+        bench,
+        convert,
+        evaluate,
+        export,
+        import_adapter,
+        load,
+        merge,
+        rollout,
+        serve,
+        train,
+        verify,
+    )
     from opdlm.checkpoints.folders import trust_remote_code
     from opdlm.config.rules import load_config
     from opdlm.config.sections import Config
@@ -44,6 +56,7 @@ __all__ = [
     "evaluate",
     "export",
     "generate",
+    "import_adapter",
     "load",
     "load_config",
     "load_text_config",

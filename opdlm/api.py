@@ -408,16 +408,17 @@ def export(
     folder: str | Path,
     out: str | Path,
     *,
-    to: Literal["vllm", "sdar"] = "vllm",
+    to: Literal["vllm", "sdar", "uno"] = "vllm",
     config: DecodeConfig | None = None,
 ) -> Path:
-    """Write a converted `sdar` folder as an inference engine reads it.
+    """Write a converted folder as an inference engine reads it.
 
     Args:
-        folder: written by `opdlm.convert` with format.name=sdar.
+        folder: written by `opdlm.convert`: with format.name=sdar, or for `uno` a preserve one.
         out: a folder that does not exist yet.
         to: `vllm`: `vllm serve OUT`, where this package is installed too. `sdar`: as SGLang and LMDeploy load
-            SDAR checkpoints (Qwen3, absolute grid).
+            SDAR checkpoints (Qwen3, absolute grid). `uno`: the adapter, with which SGLang and a proposal for
+            vLLM draft beside `folder` (format.noise=uniform and format.draft_attention=causal).
         config: for `vllm`, how tokens are chosen, which is fixed in the folder; modes static, threshold and
             left_to_right.
 
@@ -432,18 +433,53 @@ def export(
         >>> opdlm.export("runs/sdar/model", "runs/sdar/vllm")
     """
     check_is_converted(folder)
-    if to == "sdar" and config is not None:
-        raise ConfigError("config has no effect with `to=sdar`, whose engines decide how tokens are chosen.")
+    if to != "vllm" and config is not None:
+        raise ConfigError(f"config has no effect with `to={to}`, whose engines decide how tokens are chosen.")
     from opdlm.checkpoints.export import export_to_sdar
     from opdlm.checkpoints.load import check_decode, read_spec
+    from opdlm.checkpoints.uno import export_to_uno
     from opdlm.vllm.export import export_to_vllm
 
     if to == "sdar":
         export_to_sdar(Path(folder), Path(out))
+    elif to == "uno":
+        export_to_uno(Path(folder), Path(out))
     else:
         config = config or DecodeConfig()
         check_decode(config, read_spec(folder))
         export_to_vllm(Path(folder), Path(out), config)
+    return Path(out)
+
+
+def import_adapter(
+    base: str | Path, adapter: str | Path, out: str | Path, *, block_size: int = 8, dtype: Dtype = "auto"
+) -> Path:
+    """Write a model and a published adapter in the layout of Uno as a converted folder.
+
+    Args:
+        base: the checkpoint that the adapter was trained on: a folder or hub id.
+        adapter: a folder with adapter_config.json and adapter_model.safetensors.
+        out: a folder that does not exist yet.
+        block_size: the longest draft and the token before it.
+        dtype: precision of the weights in memory; auto: that of the files.
+
+    Returns:
+        `out`, which `opdlm.load`, `bench` and `evaluate` take.
+
+    Raises:
+        ConfigError: a setting outside its range, or `out` exists.
+        DataError: a base or an adapter that cannot be used, or that do not fit together.
+
+    Example:
+        >>> opdlm.import_adapter("Qwen/Qwen3-8B", "uno/adapter", "runs/uno")
+    """
+    path = resolve_path(str(base))
+    check_is_checkpoint(path, setting="")
+    if block_size < 2:
+        raise ConfigError(f"block_size ({block_size}) leaves nothing to draft: use at least 2.")
+    from opdlm.checkpoints.uno import import_uno
+
+    import_uno(path, Path(adapter), Path(out), block_size, dtype)
     return Path(out)
 
 

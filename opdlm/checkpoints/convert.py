@@ -23,6 +23,7 @@ from opdlm.checkpoints.load import (
     assemble,
     context_length,
     copy_of,
+    input_embedding,
     is_quantized,
     load,
     load_causal_lm,
@@ -76,9 +77,11 @@ def build_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
         mask_token_id = add_mask_token(model, tokenizer, config.format)
     spec = make_spec(model, tokenizer, config, mask_token_id, num_rows)
     probe(model, spec, tokenizer)
-    initial = initial_mask_embedding(model, spec, config.format.mask_init, config.train.seed)
-    width = config.format.draft_head
-    head = DraftHead(len(initial), width).to(model.device) if width else None
+    initial = None
+    if spec.noise_vocab_size is None:
+        initial = initial_mask_embedding(model, spec, config.format.mask_init, config.train.seed)
+    width, hidden_size = config.format.draft_head, input_embedding(model).weight.shape[1]
+    head = DraftHead(hidden_size, width).to(model.device) if width else None
     model.requires_grad_(not config.lora.enabled)
     if config.lora.enabled:
         student = assemble(model, spec, lora=config.lora, mask_embedding=initial, draft_head=head)
@@ -86,6 +89,7 @@ def build_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
         return student
     teacher = copy_of(model)
     if spec.format == "sdar":
+        assert initial is not None
         set_embedding_row(model, mask_token_id, initial)
         return assemble(model, spec, lora=None, teacher=teacher)
     return assemble(model, spec, lora=None, teacher=teacher, mask_embedding=initial, draft_head=head)
@@ -147,6 +151,7 @@ def make_spec(
     """The `block_diffusion` entry of the student's config.json. `num_rows`: rows of the embedding before
     [MASK] was added. DataError without a stop token, or if [MASK] is one.
     """
+    vocabulary = model.config.get_text_config().vocab_size  # from which engines draw noise
     used = {i for i in tokenizer.get_vocab().values() if num_rows is None or i < num_rows}
     unused = [i for i in range(vocabulary_rows(model)) if i not in used]
     stops = stop_token_ids(model, tokenizer)
@@ -168,6 +173,8 @@ def make_spec(
         stop_token_ids=stops,
         banned_token_ids=tuple(sorted({*unused, mask_token_id})),
         adapter=config.lora.enabled and (config.format.name == "preserve" or not config.lora.merge),
+        noise_vocab_size=vocabulary if config.format.noise == "uniform" else None,
+        draft_attention=config.format.draft_attention,
     )
 
 

@@ -313,7 +313,8 @@ def load(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[
     lora = None
     own: dict[str, Any] = {}
     try:
-        if spec.format == "preserve" or (folder / MASK_EMBEDDING_FILE).is_file():
+        needs_mask = spec.format == "preserve" and spec.noise_vocab_size is None
+        if needs_mask or (folder / MASK_EMBEDDING_FILE).is_file():
             own["mask_embedding"] = load_file(folder / MASK_EMBEDDING_FILE)["mask_embedding"]
         if (folder / DRAFT_HEAD_FILE).is_file():
             own["draft_head"] = DraftHead.of(load_file(folder / DRAFT_HEAD_FILE))

@@ -205,9 +205,11 @@ class OpdlmForCausalLM(GenerationMixin):
         hub = {key: options[key] for key in HUB_OPTIONS if key in options}
         device = self.get_input_embeddings().weight.device
         mask_embedding, draft_head, student, adapted = None, None, None, []
-        if spec.adapter or spec.format == "preserve":
-            file: Any = cached_file(name, "mask_embedding.safetensors", **hub)
+        file: Any
+        if spec.noise_vocab_size is None and (spec.adapter or spec.format == "preserve"):
+            file = cached_file(name, "mask_embedding.safetensors", **hub)
             mask_embedding = load_file(file)["mask_embedding"].to(device)
+        if spec.adapter or spec.format == "preserve":
             file = cached_file(name, DRAFT_HEAD_FILE, _raise_exceptions_for_missing_entries=False, **hub)
             draft_head = None if file is None else DraftHead.of(load_file(file)).to(device)
         self.adapter_folder = None

@@ -1,24 +1,40 @@
-"""`opdlm export`: a folder as inference engines read it. `opdlm merge`: the adapter added to the weights.
-`opdlm verify`: whether the files of a folder are as they were written.
+"""`opdlm export`: a folder as inference engines read it. `opdlm import`: an adapter of theirs as a folder.
+`opdlm merge`: the adapter added to the weights. `opdlm verify`: whether the files of a folder are as they
+were written.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import opdlm
-from opdlm.cli.flags import Parser, Verbs, add_decode_flags, add_trust, add_verb, decode_config, given_decode
+from opdlm.cli.flags import (
+    Parser,
+    Verbs,
+    add_decode_flags,
+    add_dtype,
+    add_trust,
+    add_verb,
+    decode_config,
+    given_decode,
+)
 from opdlm.decoding.decode_config import Mode
 from opdlm.errors import ConfigError
 
 SERVED_MODES: tuple[Mode, ...] = ("static", "threshold", "left_to_right")
 FIXED_BY_REQUESTS = ("max_new_tokens", "batch_size", "logprobs")
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's --max-lora-rank."""
 OF_OTHER_MODES = ("entropy_bound", "ar_accept_threshold", "forward_overhead")
 
 EXPORT_EXAMPLES = """  opdlm export runs/sdar/model runs/sdar/vllm
   opdlm export runs/qwen3/model runs/qwen3/sdar --to sdar
+  opdlm export runs/draft/model runs/draft/uno --to uno
   opdlm export runs/sdar/model runs/sdar/vllm --confidence-threshold 0.8 --temperature 0.7 --top-p 0.95"""
+IMPORT_EXAMPLES = """  hf download s-sahoo/uno-qwen3-8B --include 'adapter/*' --local-dir uno
+  opdlm import Qwen/Qwen3-8B uno/adapter runs/uno"""
 MERGE_EXAMPLES = """  opdlm merge runs/sdar/model runs/sdar/merged      # a run with lora.merge=false
   opdlm merge runs/tiny/model runs/tiny/copy --full-copy"""
 
@@ -29,11 +45,13 @@ def add_export(verbs: Verbs) -> None:
         "export",
         run_export,
         add_export_flags,
-        summary="an sdar checkpoint as vLLM, SGLang and LMDeploy read it",
-        description="Write the converted sdar folder DIR to OUT. --to vllm: `vllm serve OUT` finds this "
+        summary="a converted checkpoint as vLLM, SGLang and LMDeploy read it",
+        description="Write the converted folder DIR to OUT. --to vllm (sdar): `vllm serve OUT` finds this "
         "package's plugin where both are installed; how tokens are chosen is fixed here, as vLLM refuses "
         "temperature and seed in requests for diffusion models. --to sdar: as SGLang and LMDeploy load SDAR "
-        "checkpoints (Qwen3, absolute grid).",
+        "checkpoints (Qwen3, absolute grid). --to uno (preserve): the adapter, with which SGLang and a "
+        "proposal for vLLM draft losslessly; it needs format.noise=uniform and "
+        "format.draft_attention=causal.",
         examples=EXPORT_EXAMPLES,
     )
 
@@ -42,8 +60,30 @@ def add_export_flags(parser: Parser) -> None:
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("out", metavar="OUT")
     add_trust(parser)
-    parser.add_argument("--to", choices=("vllm", "sdar"), default="vllm", help="default: vllm")
+    parser.add_argument("--to", choices=("vllm", "sdar", "uno"), default="vllm", help="default: vllm")
     add_decode_flags(parser, leave_out=(*FIXED_BY_REQUESTS, *OF_OTHER_MODES), modes=SERVED_MODES)
+
+
+def add_import(verbs: Verbs) -> None:
+    add_verb(
+        verbs,
+        "import",
+        run_import,
+        add_import_flags,
+        summary="a published adapter in the layout of Uno as a converted checkpoint",
+        description="Write the checkpoint BASE and the LoRA folder ADAPTER, trained as Uno trains, to OUT, "
+        "which generate, bench and eval read.",
+        examples=IMPORT_EXAMPLES,
+    )
+
+
+def add_import_flags(parser: Parser) -> None:
+    parser.add_argument("base", metavar="BASE")
+    parser.add_argument("adapter", metavar="ADAPTER")
+    parser.add_argument("out", metavar="OUT")
+    text = "the longest draft and the token before it (default: 8)"
+    parser.add_argument("--block-size", type=int, default=8, metavar="N", help=text)
+    add_dtype(parser)
 
 
 def add_merge(verbs: Verbs) -> None:
@@ -88,16 +128,42 @@ def add_verify_flags(parser: Parser) -> None:
 
 def run_export(options: argparse.Namespace) -> int:
     given = list(given_decode(options))
-    if options.to == "sdar" and given:
+    if options.to != "vllm" and given:
         raise ConfigError(
-            f"--{given[0].replace('_', '-')} has no effect with --to sdar, whose engines decide how "
+            f"--{given[0].replace('_', '-')} has no effect with --to {options.to}, whose engines decide how "
             "tokens are chosen: leave it out."
         )
     config = decode_config(options) if options.to == "vllm" else None
     out = opdlm.export(options.folder, options.out, to=options.to, config=config)
-    command = f"vllm serve {out}" if options.to == "vllm" else sdar_commands(options.folder, out)
+    match options.to:
+        case "sdar":
+            command = sdar_commands(options.folder, out)
+        case "uno":
+            command = uno_commands(options.folder, out)
+        case _:
+            command = f"vllm serve {out}"
     print(f"exported checkpoint: {out}\nserve it: {command}")
     return 0
+
+
+def uno_commands(folder: str, out: Path) -> str:
+    """How SGLang, and vLLM with the proposed change, serve the folder with the exported adapter."""
+    from opdlm.checkpoints.load import read_spec
+
+    spec, rank = read_spec(folder), json.loads((out / "adapter_config.json").read_text())["r"]
+    speculative = {
+        "method": "uno",
+        "uno_lora_path": str(out),
+        "uno_mask_token_id": spec.noise_vocab_size,  # the bound of the noise
+        "num_speculative_tokens": spec.block_size,
+    }
+    return (
+        f"python -m sglang.launch_server --model-path {folder} --attention-backend fa3 "
+        f"--speculative-algorithm UNO --uno-lora-path {out} --speculative-num-draft-tokens {spec.block_size}"
+        f"\nor, with vLLM pull request 55947: VLLM_USE_V2_MODEL_RUNNER=1 vllm serve {folder} --enable-lora "
+        f"--max-lora-rank {next(size for size in LORA_RANKS if size >= rank)} --max-loras 2 "
+        f"--async-scheduling --speculative-config '{json.dumps(speculative)}'"
+    )
 
 
 def sdar_commands(folder: str, out: Path) -> str:
@@ -112,6 +178,14 @@ def sdar_commands(folder: str, out: Path) -> str:
             "--dllm-algorithm LowConfidence"
         )
     return command
+
+
+def run_import(options: argparse.Namespace) -> int:
+    out = opdlm.import_adapter(
+        options.base, options.adapter, options.out, block_size=options.block_size, dtype=options.dtype
+    )
+    print(f"converted checkpoint: {out}\nnext: opdlm bench {out} --prompts FILE.jsonl --modes ar lossless")
+    return 0
 
 
 def run_merge(options: argparse.Namespace) -> int:

@@ -111,6 +111,7 @@ def build_parser() -> Parser:
     evaluate.add_report(verbs)
     bench.add_bench(verbs)
     export.add_merge(verbs)
+    export.add_import(verbs)
     export.add_export(verbs)
     export.add_verify(verbs)
     study.add_study(verbs)

@@ -32,6 +32,7 @@ def check_config(config: Config) -> None:
     check_curricula(config)
     check_masking(config)
     check_draft(config)
+    check_noise(config)
     check_decode_groups(config)
     rollout = config.rollout
     b = min([size for _, size in config.format.block_growth], default=config.format.block_size)
@@ -128,6 +129,31 @@ def check_draft(config: Config) -> None:
             "rollout.decode.mode (lossless) writes the teacher's text with drafts that it verifies: use "
             f"format.name=preserve and one of the objectives {', '.join(FROM_TEACHER)}, or mode=threshold."
         )
+
+
+def check_noise(config: Config) -> None:
+    """Uniform noise and causal drafts: where known and unknown tokens are mixed, they mean nothing."""
+    if config.format.can_denoise:
+        return
+    given, defaults = config.flat(), Config().flat()
+    key = "format.noise" if config.format.noise == "uniform" else "format.draft_attention"
+    if config.format.name != "preserve" or config.loss.objective != "draft":
+        raise ConfigError(
+            f"{key} ({given[key]}) is for drafts that the AR weights verify: use format.name=preserve and "
+            "loss.objective=draft, or leave it out."
+        )
+    if {"static", "threshold"} & {*config.eval.modes} or config.eval.thresholds:
+        raise ConfigError(
+            "eval.modes and eval.thresholds ask for decoding without the AR model, which "
+            f"{key}={given[key]} cannot do: set eval.modes=[lossless] and eval.thresholds=[]."
+        )
+    without_effect = {"eval.likelihood_samples": "the bound takes masks in any order"}
+    if config.format.noise == "uniform":
+        reason = "no token is masked with format.noise=uniform"
+        without_effect |= {"format.mask_init": reason, "format.mask_token": reason}
+    for name, reason in without_effect.items():
+        if given[name] != defaults[name]:
+            raise ConfigError(f"{name} ({given[name]}) cannot be used here: {reason}. Leave it out.")
 
 
 def check_evaluation(config: Config) -> None:

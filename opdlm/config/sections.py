@@ -70,12 +70,25 @@ class FormatSection:
     """Origin of the blocks: token 0, or the first response token."""
     mask_token: str = "<|mask|>"
     """Text of the mask token; an existing token of this text is used, else an unused row, else a new one."""
+    noise: Literal["mask", "uniform"] = "mask"
+    """Input of unknown tokens: mask, a trained embedding, or uniform, ids drawn from the whole vocabulary, as
+    SGLang and vLLM draft. uniform is for preserve with loss.objective=draft, and decodes losslessly only.
+    """
+    draft_attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """Whether the tokens of a draft see each other or, as in SGLang and vLLM, only those before them. causal
+    is for preserve with loss.objective=draft, and decodes losslessly only.
+    """
     mask_init: Literal["zero", "mean", "noise", "stop"] = "zero"
     """Initial mask embedding: zero, the mean embedding, the mean plus noise, or that of the stop token."""
     draft_head: Steps = 0
     """Width of a small head that tells each token of a draft which tokens come before it (objective draft);
     0: none.
     """
+
+    @property
+    def can_denoise(self) -> bool:
+        """Whether the student can decode without the AR model (`DiffusionSpec.can_denoise`)."""
+        return self.noise == "mask" and self.draft_attention == "bidirectional"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

@@ -182,6 +182,11 @@ def check_text_config(config: TextConfig) -> None:
         "weights, which is `opdlm convert` (loss.objective=sft for given responses).",
     )
     refuse(
+        not config.format.can_denoise,
+        f"format.noise ({config.format.noise}) and format.draft_attention ({config.format.draft_attention}) "
+        "are for the drafts of `opdlm convert`: leave them out.",
+    )
+    refuse(
         config.objective.name == "autoregressive" and config.masking != MaskSection(),
         "masking has no effect with objective.name=autoregressive: leave it out, or set "
         "objective.input_masking.",

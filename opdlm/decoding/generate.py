@@ -147,6 +147,11 @@ def check_settings(config: DecodeConfig, spec: DiffusionSpec) -> None:
         raise ValueError(
             "`mode=lossless` needs a preserve checkpoint; this one is sdar. Use static or threshold."
         )
+    if config.mode not in ("ar", "lossless") and not spec.can_denoise:
+        raise ValueError(
+            f"`mode={config.mode}` denoises blocks in part, and this student computes whole drafts only "
+            "(format.noise=uniform or format.draft_attention=causal): use `mode=lossless`."
+        )
     if config.denoising_steps is not None and config.denoising_steps > spec.block_size:
         raise ValueError(
             f"denoising_steps ({config.denoising_steps}) must lie between 1 and the block size "

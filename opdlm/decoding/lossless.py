@@ -19,13 +19,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..modeling.diffusion_lm import DiffusionLM
+from ..modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from ..modeling.kv_cache import DecodeCache, Packed
 from ..modeling.slots import CLEAN
 from .decode_state import DecodeState
 from .draft_policy import DraftPlan, DraftPolicy
 from .rollout import NEVER
-from .unmasking import choose_tokens, noise_keys
+from .unmasking import choose_tokens, noise_keys, uniform_ids
 
 NUM_CANDIDATES = 128
 """Tokens that the draft head chooses among: the LM head then runs once for the whole draft."""
@@ -44,7 +44,7 @@ def lossless_step(model: DiffusionLM, state: DecodeState, cache: DecodeCache, po
     )
     clean_from_B = torch.minimum(state.committed_B, frontier_B - 1)
     packed, verify_from, draft_from = pack_slots(
-        state.tokens_BL, clean_from_B.tolist(), frontier_B.tolist(), plans, mask_id
+        state, clean_from_B.tolist(), frontier_B.tolist(), plans, model.spec
     )
     hidden_NH, num_forwards = model.packed_hidden(packed, len(state), cache)
     state.num_forwards_B = state.num_forwards_B + num_forwards
@@ -68,10 +68,14 @@ def lossless_step(model: DiffusionLM, state: DecodeState, cache: DecodeCache, po
 
 
 def pack_slots(
-    tokens_BL: Tensor, clean_from: list[int], frontier: list[int], plans: list[DraftPlan], mask_token_id: int
+    state: DecodeState,
+    clean_from: list[int],
+    frontier: list[int],
+    plans: list[DraftPlan],
+    spec: DiffusionSpec,
 ) -> tuple[Packed, list[int], list[int]]:
     """The slots of one forward: for each row the newly known tokens and the draft to verify as clean slots,
-    then for each row its groups of masks.
+    then for each row its groups of masks, or of uniformly drawn ids in their place.
 
     Also returns, for each row, the packed slot that predicts the first draft token and the first packed slot
     of its groups.
@@ -85,11 +89,14 @@ def pack_slots(
         clean += [(row, place, place, CLEAN) for place in range(first, known + plan.num_verified)]
         for k in plan.groups:
             anchor = known - 1 + k
-            noised += [(row, anchor + 1 + i, anchor, k + 1) for i in range(plan.length)]
+            noised += [(row, anchor + 1 + i, anchor, spec.first_group + k) for i in range(plan.length)]
     num_clean = len(clean)
     row_N, position_N, visible_until_N, group_N = torch.tensor(clean + noised).unbind(1)
-    ids_N = tokens_BL[row_N, position_N]
-    ids_N[num_clean:] = mask_token_id
+    ids_N = state.tokens_BL[row_N, position_N]
+    ids_N[num_clean:] = spec.mask_token_id
+    if spec.noise_vocab_size is not None:
+        seed_N = state.seed_B[row_N[num_clean:]]
+        ids_N[num_clean:] = uniform_ids(seed_N, position_N[num_clean:], spec.noise_vocab_size)
     packed = Packed(num_clean, row_N, ids_N, position_N, visible_until_N, group_N)
     return packed, verify_from, [num_clean + first for first in draft_from]
 

@@ -43,6 +43,8 @@ REMASKING: dict[Mode, Remasking] = {
 
 UNIFORM_BITS = 23
 """Random bits of a uniform number; with half a step added it is exact in float32 and never 0 or 1."""
+UNIFORM_IDS = -(2**40)
+"""Stands for the step in the keys of `uniform_ids`."""
 MIN_TEMPERATURE = 1e-5
 """Below it the arg-max is taken: the draw is the same, and logits over the temperature stay finite."""
 MIN_TOP_P = 1e-9
@@ -100,6 +102,11 @@ def mix_bits(number: Tensor) -> Tensor:
 def noise_keys(seed_M: Tensor, position_M: Tensor, step_M: Tensor | int) -> Tensor:
     """One key `[M]` per (seed of the row, position, step)."""
     return mix_bits(mix_bits(mix_bits(seed_M) + position_M) + step_M)
+
+
+def uniform_ids(seed_M: Tensor, position_M: Tensor, num_ids: int) -> Tensor:
+    """One id `[M]` in [0, num_ids) per (seed of the row, position), independent of the draws of any step."""
+    return noise_keys(seed_M, position_M, UNIFORM_IDS).remainder(num_ids)
 
 
 def gumbel_noise(key_M: Tensor, num_tokens: int) -> Tensor:

@@ -123,7 +123,8 @@ def measure_sizes(config: Config) -> ModelSizes:
         changed = list(model.parameters())
         weight_bytes *= 2
     trained, trained_bytes = sum(p.numel() for p in changed), sum(p.nbytes for p in changed)
-    if config.lora.enabled or config.format.name == "preserve":  # the mask embedding
+    has_own_mask = config.lora.enabled or config.format.name == "preserve"
+    if has_own_mask and config.format.noise == "mask":
         trained += text.hidden_size
         trained_bytes += text.hidden_size * table.element_size()
     if config.format.draft_head:

@@ -293,10 +293,13 @@ def measured_config(folder: Path, config: Config) -> Config:
     if section.path:
         return config
     longest = min(config.rollout.decode.max_new_tokens, section.decode.max_new_tokens, HELD_BACK_TOKENS)
+    modes = section.modes
+    if not modes and config.format.name == "preserve":
+        modes = ("lossless", "threshold") if config.format.can_denoise else ("lossless",)
     cheap = replace(
         section,
         path=str(folder / HELD_BACK_FILE),
-        modes=section.modes or (("lossless", "threshold") if config.format.name == "preserve" else ()),
+        modes=modes,
         decode=replace(section.decode, max_new_tokens=longest),
         timed_prompts=min(section.timed_prompts, HELD_BACK_TIMED),
         agreement=False,

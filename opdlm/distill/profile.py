@@ -67,7 +67,7 @@ def objective_choices(config: Config, _: ModelSizes) -> list[Choice]:
     """What the student learns. In `preserve` all text is the model's own."""
     if config.format.name != "preserve":
         return []
-    if config.masking != MaskSection():  # masks of the user's choice
+    if config.masking != MaskSection() and config.format.can_denoise:  # masks of the user's choice
         return [Choice(key="loss.objective", value="off_policy", reason="masks in text of the AR mode")]
     return [Choice(key="loss.objective", value="draft", reason="drafts in text of the AR mode")]
 
@@ -76,10 +76,12 @@ def method_choices(config: Config, _: ModelSizes) -> list[Choice]:
     """How the student learns."""
     chosen = [
         Choice(key="format.block_size", value=8, reason="tokens drafted together"),
-        Choice(key="format.mask_init", value="noise", reason="zero multiplies the first gradients by fifty"),
         Choice(key="train.epochs_per_rollout", value=2, reason="responses cost more than updates"),
     ]
-    if config.loss.objective == "draft":
+    if config.format.noise == "mask":
+        reason = "zero multiplies the first gradients by fifty"
+        chosen.append(Choice(key="format.mask_init", value="noise", reason=reason))
+    if config.loss.objective == "draft" and config.format.can_denoise:  # other engines know no draft head
         reason = "a draft token knows those before it"
         chosen.append(Choice(key="format.draft_head", value=DRAFT_HEAD, reason=reason))
     if config.loss.objective == "opd":

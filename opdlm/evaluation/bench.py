@@ -29,7 +29,7 @@ from opdlm.errors import ConfigError
 from opdlm.evaluation.retention import eval_config, versions
 from opdlm.evaluation.speed import ASSISTED_NAME, LOOKUP_NAME, LOOKUP_TOKENS, Speed, measure_speed, spread
 from opdlm.files import write_atomic
-from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from opdlm.reporting.plots import plot_acceptance, plot_bars
 from opdlm.reporting.tables import print_table, speed_table
 from opdlm.vllm.engine import check_vllm, installed_version, is_tested_version
@@ -55,10 +55,11 @@ def bench_folder(
         check_vllm("`vllm=always`")
     with_vllm = vllm != "never" and is_tested_version(installed_version())
     model, tokenizer = load(folder, device=str(PartialState().device))
-    is_preserve = model.spec.format == "preserve"
-    if not is_preserve and {"ar", "lossless"} & set(modes):
+    if model.spec.format == "sdar" and {"ar", "lossless"} & set(modes):
         raise ConfigError("`modes` ar and lossless need a preserve checkpoint; this one is sdar.")
-    check_decode(config, model.spec)
+    modes = modes or default_modes(model.spec)
+    for mode in modes:
+        check_decode(replace(config, mode=mode), model.spec)
     path = prompts or eval_config(folder, []).eval.path
     if not path:
         raise ConfigError("the run had no evaluation set: `prompts` must name a JSONL file.")
@@ -67,7 +68,6 @@ def bench_folder(
     check_fits(model, ids, config.max_new_tokens, "max_new_tokens")
     ar_model = load_causal_lm(str(folder))
     ar_model.to(model.device)  # type: ignore[arg-type]
-    modes = modes or default_modes(is_preserve)
     rows = measure_speed(
         model,
         ar_model,
@@ -135,9 +135,10 @@ def acceptance_by_place(rollouts: Iterable[Rollout], draft_length: int) -> list[
     return [after / max(before, 1) for before, after in pairwise(reached)]
 
 
-def default_modes(is_preserve: bool) -> tuple[Mode, ...]:
-    """All that the format has."""
-    return ("ar", "lossless", "static", "threshold") if is_preserve else ("static", "threshold")
+def default_modes(spec: DiffusionSpec) -> tuple[Mode, ...]:
+    """All that the student has."""
+    verified: tuple[Mode, ...] = ("ar", "lossless") if spec.format == "preserve" else ()
+    return (*verified, "static", "threshold") if spec.can_denoise else verified
 
 
 def write_speed(

@@ -269,6 +269,8 @@ def check_modes(spec: DiffusionSpec, tasks: Sequence[Task], section: EvalSection
 
 def default_modes(model: DiffusionLM) -> tuple[Mode, ...]:
     """Modes that are evaluated if `eval.modes` is empty."""
+    if not model.spec.can_denoise:
+        return ("lossless",)
     return ("static", "threshold", "lossless") if model.spec.format == "preserve" else ("static", "threshold")
 
 

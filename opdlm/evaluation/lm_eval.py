@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdlm.checkpoints.load import load, read_spec
+from opdlm.checkpoints.load import check_decode, load, read_spec
 from opdlm.config.sections import Config
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.generate import generate
@@ -130,7 +130,9 @@ def mode_settings(
         raise ConfigError(
             "ar_accept_threshold only acts in modes static and threshold of preserve: leave it out."
         )
-    return DecodeConfig(mode=mode, **chosen)
+    config = DecodeConfig(mode=mode, **chosen)
+    check_decode(config, model.spec)
+    return config
 
 
 def with_sampling(config: DecodeConfig, settings: dict[str, Any], max_new_tokens: int) -> DecodeConfig:
@@ -201,8 +203,9 @@ def evaluate_tasks(
     """
     modes: tuple[Mode, ...] = config.eval.modes
     if not modes:
-        preserves = read_spec(folder).format == "preserve"
-        modes = ("ar", "static", "threshold") if preserves else ("static", "threshold")
+        spec = read_spec(folder)
+        modes = ("ar",) if spec.format == "preserve" else ()
+        modes = (*modes, "static", "threshold") if spec.can_denoise else modes
     results = run_tasks(
         str(folder),
         tasks,

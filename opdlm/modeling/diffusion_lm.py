@@ -34,7 +34,7 @@ from .attention import (
 from .draft_head import DraftHead
 from .gate import Adapted, Gate
 from .kv_cache import DecodeCache, Packed, SlotCache
-from .slots import Format, Grid, GridKind, Slots
+from .slots import CAUSAL, CLEAN, DraftAttention, Format, Grid, GridKind, Slots
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,16 +58,25 @@ class DiffusionSpec:
     adapter: bool = False
     """True: the student is the teacher's weights and LoRA (gated in `preserve`). False: a full copy."""
     version: int = 1
+    noise_vocab_size: int | None = None
+    """Inputs of noised slots: ids drawn uniformly from [0, noise_vocab_size); None: [MASK]."""
+    draft_attention: DraftAttention = "bidirectional"
+    """causal: a noised slot sees only those of its group at or before its position."""
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise ValueError(f"block_size ({self.block_size}) must be at least 1.")
-        for name, choices in (("format", get_args(Format)), ("grid", get_args(GridKind))):
+        for name, kind in (("format", Format), ("grid", GridKind), ("draft_attention", DraftAttention)):
             value: str = getattr(self, name)
+            choices = get_args(kind)
             if value not in choices:
                 raise ValueError(f"{name} ({value!r}) must be one of {', '.join(choices)}.")
         if self.mask_token_id < 0:
             raise ValueError(f"mask_token_id ({self.mask_token_id}) must be at least 0.")
+        if self.noise_vocab_size is not None and self.noise_vocab_size < 1:
+            raise ValueError(f"noise_vocab_size ({self.noise_vocab_size}) must be at least 1.")
+        if self.format == "sdar" and not self.can_denoise:
+            raise ValueError("format ('sdar') must have neither noise_vocab_size nor causal draft_attention.")
         for name in ("stop_token_ids", "banned_token_ids"):
             ids: tuple[int, ...] = getattr(self, name)
             if min(ids, default=0) < 0:
@@ -80,10 +89,25 @@ class DiffusionSpec:
     def block_grid(self) -> Grid:
         return Grid(block_size=self.block_size, kind=self.grid)
 
+    @property
+    def can_denoise(self) -> bool:
+        """Whether the student can decode a block in part. If not, it computes whole drafts only, which the
+        AR model verifies.
+        """
+        return self.noise_vocab_size is None and self.draft_attention == "bidirectional"
+
+    @property
+    def first_group(self) -> int:
+        """The lowest group of noised slots."""
+        return CAUSAL if self.draft_attention == "causal" else CLEAN + 1
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Plain values for JSON, without newer entries at their defaults: earlier versions refuse them."""
+        newer = {"noise_vocab_size": None, "draft_attention": "bidirectional"}
         return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+            if (key, value) not in newer.items()
         }
 
     @classmethod

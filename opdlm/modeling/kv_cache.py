@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .dot_product import Scoring, dot_product_attention
-from .slots import CLEAN, Slots
+from .slots import CAUSAL, CLEAN, Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,8 @@ class DecodeCache:
         noised_group_NJ, noised_position_NJ = self._noised_2BJ[:, row_N]
         key_K = torch.arange(self._length, device=self.device)
         seen_NK = key_K <= visible_until_N[:, None]
-        seen_NJ = noised_group_NJ == group_N[:, None]
+        ahead_NJ = noised_position_NJ > position_N[:, None]
+        seen_NJ = (noised_group_NJ == group_N[:, None]) & ~(ahead_NJ & (noised_group_NJ >= CAUSAL))
         if window is not None:
             seen_NK &= position_N[:, None] - key_K < window
             seen_NJ &= position_N[:, None] - noised_position_NJ < window

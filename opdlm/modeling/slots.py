@@ -6,6 +6,8 @@ Two integers per slot define the masks of training rows, cached decoding and los
 
     visible(q, k) = k is clean and position(k) <= visible_until(q)      or      group(k) == group(q) != 0
 
+In the groups from CAUSAL on, `position(k) <= position(q)` is required as well.
+
 `visible_until` of a clean slot is its own position (`preserve`: token-causal, as in the AR model) or the end
 of its block (`sdar`: block-causal). `visible_until` of a noised slot is the *anchor* of its group, the last
 clean token before it (docs/concepts.md, "Slots and masks"; layout of BD3LM, arXiv 2503.09573).
@@ -26,11 +28,14 @@ import torch
 from torch import Tensor
 
 Format = Literal["preserve", "sdar"]
+DraftAttention = Literal["bidirectional", "causal"]
 GridKind = Literal["absolute", "response"]
 Position = TypeVar("Position", int, Tensor)
 
 CLEAN = 0
 """The group of clean slots."""
+CAUSAL = 2**20
+"""The first group whose slots see only those of them at or before their own position."""
 FAR = 2**30
 """The key column of a padding slot: beyond every `visible_until`."""
 
@@ -153,6 +158,8 @@ def visible(queries: Slots, keys: Slots, window: int | None = None) -> Tensor:
     keys_clean_BQK = (position_BQK >= 0) & (position_BQK <= queries.visible_until_BS[:, :, None])
     keys_clean_BQK = keys_clean_BQK & (keys.group_BS == CLEAN)[:, None, :]
     same_group_BQK = queries.group_BS[:, :, None] == keys.group_BS[:, None, :]
+    ahead_BQK = position_BQK > queries.positions_BS[:, :, None]
+    same_group_BQK = same_group_BQK & ~(ahead_BQK & (queries.group_BS >= CAUSAL)[:, :, None])
     seen_BQK = keys_clean_BQK | (same_group_BQK & (queries.group_BS != CLEAN)[:, :, None])
     if window is not None:
         seen_BQK = seen_BQK & (queries.positions_BS[:, :, None] - position_BQK < window)

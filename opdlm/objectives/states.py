@@ -158,14 +158,15 @@ def select_states(
 ) -> StateBatch:
     """Select the denoising states to train, one row per rollout. `rng` is a CPU generator."""
     table = block_table(rollouts, spec)
-    return make_states(rollouts, table, select_masks(table, selection, rng, rates), spec)
+    states = make_states(rollouts, table, select_masks(table, selection, rng, rates), spec)
+    return with_noise(states, spec, rng)
 
 
 def select_drafts(
     rollouts: Sequence[Rollout], spec: DiffusionSpec, anchors_per_row: int | None, rng: torch.Generator
 ) -> StateBatch:
-    """The slots of drafts as lossless decoding makes them: `block_size - 1` masks after a token of the
-    response that the draft does not see, behind the known text before it.
+    """The slots of drafts as lossless decoding makes them: `block_size - 1` masks, or uniformly drawn ids,
+    after a token of the response that the draft does not see, behind the known text before it.
 
     `anchors_per_row` distinct tokens of every response, drawn by `rng` (a CPU generator) from all but the
     last; None: a token for every `block_size` of the response. A response of one token gets no draft.
@@ -188,7 +189,18 @@ def select_drafts(
         is_response_BNT=is_response_BNT,
         is_inside_BNT=is_response_BNT,
     )
-    return make_states(rollouts, table, torch.ones_like(is_response_BNT)[:, None], spec)
+    states = make_states(rollouts, table, torch.ones_like(is_response_BNT)[:, None], spec)
+    return with_noise(states, spec, rng)
+
+
+def with_noise(states: StateBatch, spec: DiffusionSpec, rng: torch.Generator) -> StateBatch:
+    """The states with uniformly drawn ids in place of their masks, if the student takes such."""
+    if spec.noise_vocab_size is None:
+        return states
+    slots = states.slots
+    drawn_BS = torch.randint(spec.noise_vocab_size, slots.ids_BS.shape, generator=rng)
+    is_unknown_BS = slots.is_noised_BS & (slots.ids_BS == spec.mask_token_id)
+    return replace(states, slots=replace(slots, ids_BS=torch.where(is_unknown_BS, drawn_BS, slots.ids_BS)))
 
 
 def make_states(
@@ -276,7 +288,7 @@ def noised_slots(table: BlockTable, masked_BCNT: Tensor, spec: DiffusionSpec) ->
     ids_BCNT = torch.where(masked_BCNT, spec.mask_token_id, table.ids_BNT[:, None])
     target_BCNT = torch.where(predicts_BCNT, positions_BCNT + shift, -1)
     num_blocks = masked_BCNT.shape[2]
-    group_CN = 1 + torch.arange(num_copies * num_blocks).view(num_copies, num_blocks)
+    group_CN = spec.first_group + torch.arange(num_copies * num_blocks).view(num_copies, num_blocks)
     group_BCNT = group_CN[None, :, :, None].expand_as(masked_BCNT)
     response_BCN1 = table.is_response_BNT[:, None].sum(-1, keepdim=True).clamp_min(1)
     fraction_BCNT = (learnable_BCNT.sum(-1, keepdim=True) / response_BCN1).expand_as(masked_BCNT)

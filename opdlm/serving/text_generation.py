@@ -97,7 +97,8 @@ def generate(
     }
     config = with_changes(config or DecodeConfig(), changes)
     check_decode(config, model.spec)
-    is_plain = model.mask_embedding is None and model.spec.mask_token_id >= vocabulary_rows(model.student)
+    has_mask = model.mask_embedding is not None or model.spec.noise_vocab_size is not None
+    is_plain = not has_mask and model.spec.mask_token_id >= vocabulary_rows(model.student)
     if config.mode != "ar" and is_plain:
         raise ConfigError(
             f"`mode={config.mode}` needs a diffusion model, and this one is a plain autoregressive "

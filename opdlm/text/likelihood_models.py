@@ -160,11 +160,14 @@ def from_convert_folder(folder: Path, options: LikelihoodOptions) -> LikelihoodM
                 model, rows, partial(bound_parts, model, num_samples, seed)
             ),
         }
+        if not spec.can_denoise:
+            del scores["md_bound"]
     else:
         scores = {"md_bound": block_score(model, options.num_rates)}
         if load_config(folder / CONFIG_COPY).loss.ar_weight:
             scores["ar_nll"] = lambda rows, _: causal_nll(model, RowBatch.of(rows))
-    unsupported = {name: "a converted model sees no later block" for name in METRICS if name not in scores}
+    why = "a converted model sees no later block" if spec.can_denoise else "its student computes drafts only"
+    unsupported = {name: why for name in METRICS if name not in scores}
     if "ar_nll" not in scores:
         unsupported["ar_nll"] = "its autoregressive model is the checkpoint it was made from: measure that"
     return LikelihoodModel(

@@ -257,6 +257,7 @@ def text_eval(place: Place, *arguments: str, row: dict[str, Any] | None = None) 
 
 
 SDAR_LOSSLESS = ("format.name=sdar", "eval.modes=lossless")
+DRAFTS_ONLY = ("format.noise=uniform", "loss.objective=draft")
 
 Arguments = Callable[[Place], list[str]]
 CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
@@ -446,6 +447,26 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     "a decay of 1": (
         lambda p: p.convert("train.ema_decay=1"),
         ("train.ema_decay (1)", "between 0 and"),
+    ),
+    "noise without drafts": (
+        lambda p: p.convert("format.noise=uniform"),
+        ("format.noise (uniform)", "loss.objective=draft", "leave it out"),
+    ),
+    "causal blocks of sdar": (
+        lambda p: p.convert("format.draft_attention=causal", "format.name=sdar"),
+        ("format.draft_attention (causal)", "format.name=preserve"),
+    ),
+    "thresholds of a student of drafts": (
+        lambda p: p.convert(*DRAFTS_ONLY, "eval.modes=[lossless,threshold]"),
+        ("eval.modes and eval.thresholds", "format.noise=uniform cannot do", "eval.modes=[lossless]"),
+    ),
+    "a likelihood of drafts": (
+        lambda p: p.convert(*DRAFTS_ONLY, "eval.likelihood_samples=2"),
+        ("eval.likelihood_samples (2)", "masks in any order", "Leave it out"),
+    ),
+    "a mask without masks": (
+        lambda p: p.convert(*DRAFTS_ONLY, "format.mask_init=noise"),
+        ("format.mask_init (noise)", "no token is masked", "Leave it out"),
     ),
     "vLLM where it is not installed": (
         lambda p: p.convert("rollout.engine=vllm", "loss.objective=sft"),
@@ -1016,6 +1037,7 @@ TRAIN_CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("model.load_in_4bit (true)", "lora.enabled=true"),
     ),
     "an unknown start of an adapter": (("lora.enabled=true", "lora.init=pissa"), ("lora.init ('pissa')",)),
+    "noise": (("format.noise=uniform",), ("format.noise (uniform)", "leave them out")),
     "drafts": (("format.name=preserve",), ("format.name (preserve)", "opdlm convert")),
     "blocks that grow": (
         ("format.block_growth=[[0,2],[1,4]]",),

@@ -11,15 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import SLIDING, make_lm, make_prompts, qwen3
-from transformers import PreTrainedModel
+from tiny_models import CPU, DRAFTS, SLIDING, make_lm, make_prompts, qwen3
+from transformers import DynamicCache, PreTrainedModel
 
 from opdlm.decoding import denoise
 from opdlm.decoding.decode_config import DecodeConfig, Mode
-from opdlm.decoding.decode_state import DecodeState, DecodeStats
-from opdlm.decoding.generate import generate
+from opdlm.decoding.decode_state import DecodeState, DecodeStats, Request
+from opdlm.decoding.draft_policy import DraftPolicy, ForwardCost
+from opdlm.decoding.generate import check_settings, generate
+from opdlm.decoding.lossless import lossless_step
 from opdlm.decoding.rollout import Rollout
+from opdlm.decoding.unmasking import uniform_ids
 from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.modeling.kv_cache import DecodeCache
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4])
@@ -44,6 +48,78 @@ def test_lossless_decoding_equals_ar_decoding_token_for_token(
         assert num_saved == 0
     elif overhead == 1e6:
         assert num_saved > 20
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("drafts", DRAFTS)
+@pytest.mark.parametrize("kind", ["lora", "copy"])
+def test_every_kind_of_draft_is_lossless(kind: str, drafts: str, temperature: float) -> None:
+    """Greedily, and with the same seeds also when sampled."""
+    model = make_lm(kind, base=qwen3(vocabulary=6), block_size=4, **DRAFTS[drafts])
+    prompts = make_prompts([1 + i % 9 for i in range(32)], vocabulary=6)
+    config = DecodeConfig(mode="lossless", max_new_tokens=14, batch_size=20, forward_overhead=1e6)
+    config = replace(config, temperature=temperature)
+    rollouts = generate(model, prompts, config, range(len(prompts)))
+    expected = generate(model, prompts, replace(config, mode="ar"), range(len(prompts)))
+    assert [r.text_ids for r in rollouts] == [r.text_ids for r in expected]
+    stats = DecodeStats.of(rollouts)
+    assert stats.num_steps < stats.num_tokens  # some drafts were accepted
+    if temperature == 0:
+        with pytest.raises(ValueError, match="`mode=threshold` denoises blocks in part"):
+            check_settings(DecodeConfig(), model.spec)
+
+
+@pytest.mark.parametrize("drafts", DRAFTS)
+def test_a_draft_is_what_plain_transformers_computes_on_its_row(drafts: str) -> None:
+    """The input and the attention of a draft, against a forward of the base class with a written-out mask."""
+    model = make_lm("lora", base=qwen3(vocabulary=6), block_size=4, **DRAFTS[drafts])
+    (prompt,) = make_prompts([7], vocabulary=6)
+    spec, mask = model.spec, model.spec.mask_token_id
+    state = DecodeState.start([Request(0, prompt, 5, 20)], 40, mask, 3)
+    policy = DraftPolicy(3, ForwardCost.linear(1e6))
+    with torch.inference_mode():
+        lossless_step(model, state, DecodeCache(1, 80, CPU), DecodeConfig(mode="lossless"), policy)
+    places = torch.arange(7, 10)
+    noise = uniform_ids(torch.full_like(places, 5), places, 6) if spec.noise_vocab_size else [mask] * 3
+    embedded_LH = model.student.get_input_embeddings()(torch.tensor([*prompt, *noise]))
+    if model.mask_embedding is not None:
+        embedded_LH = torch.cat([embedded_LH[:7], model.mask_embedding.expand(3, -1)])
+    hidden = reference_hidden(model, embedded_LH[None], 7, is_causal=spec.draft_attention == "causal")
+    logits_DV = model.student.lm_head(hidden[0, 7:]).detach()
+    logits_DV[:, mask] = -torch.inf
+    assert state.draft_BD[0].tolist() == logits_DV.argmax(-1).tolist()
+    confidence_D = logits_DV.softmax(-1).max(-1).values
+    torch.testing.assert_close(state.draft_confidence_BD[0], confidence_D, atol=1e-5, rtol=1e-5)
+
+
+def reference_hidden(
+    model: DiffusionLM, embedded_1LH: torch.Tensor, num_clean: int, *, is_causal: bool
+) -> torch.Tensor:
+    """Hidden states of a row with the adapter on after the first `num_clean` tokens: two forwards of the
+    model's own code, whose layers give keys and values to each other through a cache.
+    """
+    length = embedded_1LH.shape[1]
+    seen = torch.ones(length - num_clean, length).tril(num_clean if is_causal else length).bool()
+    cache = DynamicCache()
+    with torch.no_grad():
+        with model.adapter_off():
+            model.student.get_decoder()(inputs_embeds=embedded_1LH[:, :num_clean], past_key_values=cache)
+        noised = model.student.get_decoder()(
+            inputs_embeds=embedded_1LH[:, num_clean:],
+            attention_mask=torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[None, None],
+            past_key_values=cache,
+        ).last_hidden_state
+    return torch.cat([torch.zeros_like(embedded_1LH[:, :num_clean]), noised], 1)
+
+
+def test_uniform_ids_are_uniform_and_repeat() -> None:
+    seed_M, position_M = torch.arange(70).repeat(100), torch.arange(100).repeat_interleave(70)
+    ids_M = uniform_ids(seed_M, position_M, 7)
+    assert torch.equal(ids_M, uniform_ids(seed_M, position_M, 7))
+    counts = torch.bincount(ids_M, minlength=7)
+    assert len(counts) == 7 and ((counts - 1000) ** 2 / 1000).sum() < 22.5  # chi-square, 1 in 1000
+    both = torch.bincount(ids_M[:-70] * 7 + ids_M[70:], minlength=49)  # of neighbouring positions
+    assert ((both - 6930 / 49) ** 2 / (6930 / 49)).sum() < 85
 
 
 def test_lossless_decoding_beyond_a_sliding_window_equals_ar_decoding() -> None:
@@ -162,21 +238,22 @@ def chi_square_p_value(samples: list[tuple[int, ...]], probabilities: dict[tuple
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode", "is_exact"),
+    ("kind", "mode", "drafts", "is_exact"),
     [
-        ("lora", "lossless", True),
-        ("copy", "lossless", True),
-        ("lora", "ar", True),
-        ("lora", "static", False),  # the test can tell: denoising alone is not the AR distribution
+        ("lora", "lossless", {}, True),
+        ("copy", "lossless", {}, True),
+        ("lora", "lossless", DRAFTS["uniform_causal"], True),
+        ("lora", "ar", {}, True),
+        ("lora", "static", {}, False),  # the test can tell: denoising alone is not the AR distribution
     ],
 )
 def test_lossless_sampling_follows_the_distribution_of_the_base_model(
-    kind: str, mode: str, is_exact: bool
+    kind: str, mode: Mode, drafts: dict[str, Any], is_exact: bool
 ) -> None:
     base = qwen3(vocabulary=6, initializer_range=0.15)
-    model = make_lm(kind, base=base, noise=0.3)
+    model = make_lm(kind, base=base, noise=0.3, **drafts)
     (prompt,) = make_prompts([3], vocabulary=6)
-    config = DecodeConfig(mode=mode, max_new_tokens=3, temperature=1.0).repeatable()
+    config = DecodeConfig(mode=mode, max_new_tokens=3, temperature=1.0, forward_overhead=1e6)
     rollouts = generate(model, [prompt] * 4000, config, torch.Generator().manual_seed(5))
     if mode == "lossless":
         stats = DecodeStats.of(rollouts)

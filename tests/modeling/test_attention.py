@@ -7,7 +7,7 @@ H heads, D head dimension.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -37,7 +37,7 @@ from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from opdlm.modeling.dot_product import Scoring
 from opdlm.modeling.kv_cache import attend_rows
 from opdlm.modeling.slots import Format, Grid, Slots, clean_slots, visible
-from opdlm.objectives.states import StateBatch, pack_states, select_states
+from opdlm.objectives.states import StateBatch, pack_states, select_drafts, select_states
 from opdlm.objectives.targets import score_rows
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
@@ -107,6 +107,14 @@ def packed_sdar_row() -> Layout:
     return row, row
 
 
+def causal_row() -> Layout:
+    """Causal drafts of three documents."""
+    spec = replace(make_spec("preserve"), draft_attention="causal")
+    rng = torch.Generator().manual_seed(0)
+    packed = pack_states([select_drafts([rollout], spec, 5, rng) for rollout in ROLLOUTS])
+    return packed.slots, keys_with_cache(packed.slots, packed.text.ids_BS.shape[1])
+
+
 LAYOUTS: dict[str, Callable[[], Layout]] = {
     "preserve": preserve_row,
     "sdar": sdar_row,
@@ -114,6 +122,7 @@ LAYOUTS: dict[str, Callable[[], Layout]] = {
     "padded": padded_row,
     "packed_preserve": packed_preserve_row,
     "packed_sdar": packed_sdar_row,
+    "causal": causal_row,
 }
 
 

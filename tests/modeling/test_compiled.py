@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_checkpoints import tiny_model
-from tiny_models import KINDS, SLIDING, make_lm, make_prompts, qwen3
+from tiny_models import DRAFTS, KINDS, SLIDING, make_lm, make_prompts, qwen3
 from torch._dynamo.utils import counters
 
 from opdlm.decoding.decode_config import DecodeConfig, Mode
@@ -69,6 +69,16 @@ def test_the_compiled_engine_is_the_plain_one_in_every_mode(kind: str, pads: boo
         with compiled_decoding(model, backend="eager", pads=pads):
             assert_same(decode(model, config), expected)
     assert num_graphs() == (2 if kind == "copy" else 1)  # two models; no size has a form of its own
+
+
+@pytest.mark.parametrize("drafts", DRAFTS)
+def test_every_kind_of_draft_is_compiled(drafts: str) -> None:
+    model = make_lm("lora", base=qwen3(vocabulary=6), **DRAFTS[drafts])
+    config = replace(CONFIG, mode="lossless", forward_overhead=1e6)
+    expected = decode(model, config)
+    with compiled_decoding(model, backend="eager"):
+        assert_same(decode(model, config), expected)
+    assert num_graphs() == 1
 
 
 @pytest.mark.parametrize("family", SLIDING)

@@ -53,6 +53,8 @@ def test_ids_are_banned_by_default() -> None:
         ("banned_token_ids", (-100,)),
         ("format", "sdra"),
         ("grid", "relative"),
+        ("draft_attention", "sideways"),
+        ("noise_vocab_size", 0),
     ],
 )
 def test_nonsense_is_refused_with_key_value_and_rule(name: str, value: Any) -> None:
@@ -65,6 +67,14 @@ def test_a_config_file_of_an_earlier_version_loads_and_is_written_unchanged() ->
     spec = DiffusionSpec.from_dict(OLD_CONFIG)
     assert spec.stop_token_ids == (151_645, 151_643)
     assert spec.to_dict() == OLD_CONFIG
+
+
+def test_a_student_of_drafts_only_says_so_in_its_config_file_and_is_no_sdar() -> None:
+    spec = DiffusionSpec.from_dict(OLD_CONFIG | {"noise_vocab_size": 9, "draft_attention": "causal"})
+    assert DiffusionSpec.from_dict(spec.to_dict()) == spec and spec.to_dict()["noise_vocab_size"] == 9
+    assert not spec.can_denoise and DiffusionSpec.from_dict(OLD_CONFIG).can_denoise
+    with pytest.raises(ValueError, match="must have neither"):
+        replace(spec, format="sdar")
 
 
 def test_a_mask_id_beyond_the_vocabulary_changes_no_logit() -> None:

@@ -9,6 +9,7 @@ import torch
 from tiny_models import CPU
 
 from opdlm.modeling.kv_cache import DecodeCache, Packed
+from opdlm.modeling.slots import CAUSAL
 
 LENGTH = 14
 """Positions of the buffer that a forward reads."""
@@ -23,7 +24,9 @@ class Slot:
 
 
 def random_slots(seed: int, num_rows: int) -> list[Slot]:
-    """Clean slots, then noised ones in up to three groups; some rows have none of a kind."""
+    """Clean slots, then noised ones in up to three groups, some of them causal; some rows have none of a
+    kind.
+    """
     rng = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:
@@ -37,7 +40,7 @@ def random_slots(seed: int, num_rows: int) -> list[Slot]:
             for place in range(first, first + draw(0, 5))
         ]
         for group in range(1, draw(1, 5)):
-            anchor = draw(3, 9)
+            anchor, group = draw(3, 9), group + CAUSAL * draw(0, 2)
             noised += [Slot(row, anchor + 1 + i, anchor, group) for i in range(draw(1, 4))]
     return [*clean, *noised] or [Slot(0, 0, 0, 0)]
 
@@ -51,7 +54,10 @@ def brute_force(slots: list[Slot], window: int | None) -> list[list[bool]]:
     for query in slots:
         mine = [key for key in slots if key.group > 0 and key.row == query.row]
         buffer = [position <= query.visible_until for position in range(LENGTH)]
-        group = [key.group == query.group for key in mine]
+        group = [
+            key.group == query.group and (query.group < 2**20 or key.position <= query.position)
+            for key in mine
+        ]
         if window is not None:
             buffer = [ok and query.position - place < window for place, ok in enumerate(buffer)]
             group = [

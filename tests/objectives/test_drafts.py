@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import make_lm, qwen3
 
 from opdlm.decoding.rollout import Rollout
+from opdlm.modeling.attention import keys_with_cache
 from opdlm.modeling.diffusion_lm import DiffusionSpec
 from opdlm.modeling.kv_cache import DecodeCache, Packed
+from opdlm.modeling.slots import visible
 from opdlm.objectives.acceptance import Acceptance, PlaceSums, places_of
 from opdlm.objectives.losses import LossOutput
 from opdlm.objectives.states import pack_states, select_drafts
@@ -107,16 +110,62 @@ def test_acceptance_is_a_running_mean_by_place() -> None:
     assert acceptance.metrics()["expected_tokens_per_forward"] == pytest.approx(1 + 0.5 + 0.125 + 0.125**2)
 
 
+def test_uniform_noise_takes_the_place_of_every_mask_and_repeats() -> None:
+    spec = replace(SPEC, noise_vocab_size=7)
+    first, again, other = (
+        select_drafts([rollout(3, 200)], spec, 100, torch.Generator().manual_seed(seed)).slots
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first.ids_BS, again.ids_BS) and not torch.equal(first.ids_BS, other.ids_BS)
+    counts = torch.bincount(first.ids_BS[first.is_noised_BS], minlength=7)
+    assert len(counts) == 7 and counts.min() > 20
+    masked = select_drafts([rollout(3, 200)], SPEC, 100, torch.Generator().manual_seed(0))
+    assert (masked.slots.ids_BS[masked.slots.is_noised_BS] == MASK).all()
+    assert all(map(torch.equal, first.tensors[1:], masked.slots.tensors[1:]))  # nothing else differs
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_a_causal_draft_sees_the_text_before_it_and_itself_backwards(size: int) -> None:
+    """Every pair of slots of a packed row, against the rule written out."""
+    spec = replace(SPEC, block_size=size, draft_attention="causal")
+    rng = torch.Generator().manual_seed(0)
+    documents = [select_drafts([rollout(3, n)], spec, 4, rng) for n in (9, 6)]
+    packed = pack_states(documents)
+    keys = keys_with_cache(packed.slots, packed.text.ids_BS.shape[1])
+    seen_QK = visible(packed.slots, keys)[0].tolist()
+    text_length = len(documents[0].text.ids_BS[0])
+    columns = [
+        (document, anchor, position, group)
+        for document, one in enumerate(documents)
+        for anchor, position, group in zip(
+            *(x_BS[0].tolist() for x_BS in (one.slots.visible_until_BS, one.slots.positions_BS)),
+            one.slots.group_BS[0].tolist(),
+            strict=True,
+        )
+    ]
+    for seen_K, (document, anchor, position, group) in zip(seen_QK, columns, strict=True):
+        text = [
+            document == (column >= text_length) and column - document * text_length <= anchor
+            for column in range(packed.text.ids_BS.shape[1])
+        ]
+        noised = [
+            key_document == document and key_group == group and (key_position <= position or group < 0)
+            for key_document, _, key_position, key_group in columns
+        ]
+        assert seen_K == [*text, *noised]
+
+
+@pytest.mark.parametrize("drafts", [{}, {"draft_attention": "causal"}, {"noise_vocab_size": 30}])
 @torch.no_grad()
-def test_a_training_row_computes_what_lossless_decoding_computes() -> None:
+def test_a_training_row_computes_what_lossless_decoding_computes(drafts: dict[str, Any]) -> None:
     """The states of every draft, against a forward of the decoder over the text up to its anchor."""
-    model = make_lm("lora", base=qwen3(vocabulary=30), block_size=SIZE)
-    mask = model.spec.mask_token_id
+    model = make_lm("lora", base=qwen3(vocabulary=30), block_size=SIZE, **drafts)
+    first_group = model.spec.first_group
     one = replace(rollout(5, 9), prompt_ids=(3, 4, 5, 6, 7), response_ids=(8, 9, 3, 5, 7, 9, 4, 6, 8))
     text = one.prompt_ids + one.response_ids
     states = select_drafts([one], model.spec, 1000, torch.Generator().manual_seed(0))
     hidden_SH = model.student_hidden(states.slots, score_rows(model, states.text).cache)[0]
-    for group in range(1, int(states.slots.group_BS.max()) + 1):
+    for group in range(first_group, int(states.slots.group_BS.max()) + 1):
         columns = (states.slots.group_BS[0] == group).nonzero()[:, 0]
         anchor = int(states.slots.visible_until_BS[0, columns[0]])
         places = torch.arange(anchor + len(columns) + 1)
@@ -124,10 +173,10 @@ def test_a_training_row_computes_what_lossless_decoding_computes() -> None:
         packed = Packed(
             anchor + 1,
             torch.zeros_like(places),
-            torch.tensor([*text[: anchor + 1], *[mask] * len(columns)]),
+            torch.tensor([*text[: anchor + 1], *states.slots.ids_BS[0, columns].tolist()]),
             places,
             torch.where(is_noised, anchor, places),
-            is_noised.long(),
+            is_noised * first_group,
         )
         decoded_NH, _ = model.packed_hidden(packed, 1, DecodeCache(1, 64, model.device))
         torch.testing.assert_close(hidden_SH[columns], decoded_NH[anchor + 1 :], atol=1e-5, rtol=1e-5)

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -41,6 +42,12 @@ BLOCK = 4
 KINDS = ("lora", "copy", "sdar")
 GRIDS: tuple[GridKind, ...] = ("absolute", "response")
 CPU = torch.device("cpu")
+DRAFTS = {
+    "causal": {"draft_attention": "causal"},
+    "uniform": {"noise_vocab_size": 6},
+    "uniform_causal": {"noise_vocab_size": 6, "draft_attention": "causal"},
+}
+"""What students that compute drafts only have in their spec, over a vocabulary of 6."""
 
 SIZES = {
     "hidden_size": 32,
@@ -114,8 +121,9 @@ def make_lm(
     base: PreTrainedModel | None = None,
     block_size: int = BLOCK,
     noise: float = 0.1,
+    **changes: Any,
 ) -> DiffusionLM:
-    """A student `noise` away from its teacher, over a copy of `base`."""
+    """A student `noise` away from its teacher, over a copy of `base`; `changes` are fields of its spec."""
     base = copy.deepcopy(base) if base is not None else qwen3()
     vocabulary, hidden_size = base.get_input_embeddings().weight.shape
     spec = DiffusionSpec(
@@ -126,10 +134,11 @@ def make_lm(
         stop_token_ids=(vocabulary - 2,),
         banned_token_ids=(vocabulary - 1,),
         adapter=kind == "lora",
+        **changes,
     )
     rng = torch.Generator().manual_seed(1)
     mask_embedding = None
-    if kind != "sdar":
+    if kind != "sdar" and spec.noise_vocab_size is None:
         mask_embedding = torch.randn(hidden_size, generator=rng).to(base.dtype) * 0.25
     if kind == "lora":
         model = assemble(base, spec, lora=LoraSection(r=4, alpha=8), mask_embedding=mask_embedding)
