@@ -208,7 +208,8 @@ def without_adapter(model: DiffusionLM, teacher: PreTrainedModel | None = None) 
     """The student with the adapter merged into its weights. Removes the LoRA layers from `model`."""
     student = merge_adapter(vars(model)["peft_model"])
     spec = replace(model.spec, adapter=False)
-    return DiffusionLM(student, spec, teacher=teacher, mask_embedding=model.mask_embedding)
+    own: dict[str, Any] = {"mask_embedding": model.mask_embedding, "draft_head": model.draft_head}
+    return DiffusionLM(student, spec, teacher=teacher, **own)
 
 
 def complete_student(folder: Path, spec: DiffusionSpec) -> tuple[DiffusionLM, PreTrainedTokenizerBase]:

@@ -134,7 +134,7 @@ def corrected_drafts(model: DiffusionLM, states: StateBatch, hidden_MH: Tensor) 
     draft_M = (place_M == 0).cumsum(0) - 1
     row_M, column_M = states.is_supervised_BS.nonzero(as_tuple=True)
     before_M = states.slots.start_BS[row_M, column_M] + states.target_BS[row_M, column_M] - 1
-    ids_AD = states.text.ids_BS.new_zeros(int(draft_M[-1]) + 1, model.spec.block_size - 1)
+    ids_AD = states.text.ids_BS.new_zeros(int((place_M == 0).sum()), model.spec.block_size - 1)
     ids_AD[draft_M, place_M] = states.text.ids_BS[row_M, before_M]
     state_AW, read = None, []
     for ids_A in ids_AD.unbind(1):

@@ -152,6 +152,8 @@ def test_a_head_is_trained_saved_and_read_by_both_loaders(tmp_path: Path) -> Non
     remote: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     remote.save_pretrained(tmp_path / "saved")
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
-    for one in (remote, again):
+    opdlm.merge(folder, tmp_path / "merged", full_copy=True)
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+    for one in (remote, again, merged):
         read = one.diffusion.draft_head.state_dict()
         assert all(torch.equal(read[name], value) for name, value in weights.items())

@@ -40,6 +40,7 @@ from opdlm.decoding.unmasking import choose_tokens, noise_keys
 from opdlm.distill.rollouts import generate_rollouts
 from opdlm.distill.trainer import Run, start_run, train_step, update
 from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.modeling.draft_head import DraftHead
 from opdlm.seeds import seed_of
 from opdlm.text import trainer as text_trainer
 from opdlm.text.trainer import TextRun
@@ -52,7 +53,8 @@ from opdlm.training.metrics import MetricsLog
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("lora", "sdar")
-FAST, SLOW = ("lora-ddp", "lora-fsdp", "sdar-fsdp", "next-ddp", "text-ddp", "text-fsdp"), ("sdar-ddp",)
+FAST = ("lora-ddp", "lora-fsdp", "sdar-fsdp", "draft-ddp", "next-ddp", "text-ddp", "text-fsdp")
+SLOW = ("draft-fsdp", "sdar-ddp")
 ZERO = ("lora-zero2", "lora-zero3", "sdar-zero2", "sdar-zero3")
 MODES = {"ddp": {}, "fsdp": {"ACCELERATE_USE_FSDP": "true"}} | {
     f"zero{stage}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
@@ -78,9 +80,14 @@ def make_model(kind: str) -> DiffusionLM:
     """`sdar` trains everything and has its embedding as its head; `lora` shares one set of weights.
     33 numbers cannot be split into two equal parts.
     """
-    return make_lm(
+    model = make_lm(
         "sdar" if kind == "sdar" else "lora", base=qwen3(tie_word_embeddings=kind == "sdar", hidden_size=33)
     )
+    if kind == "draft":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model.draft_head = DraftHead(33, 5)
+    return model
 
 
 def start_text(output: Path, rows_per_update: int = 5) -> TextRun:
@@ -105,8 +112,11 @@ def start(kind: str, output: Path) -> Run | TextRun:
             decode=RolloutDecode(batch_size=2, max_new_tokens=6),
             asynchronous=kind == "next",
         ),
-        states=StatesSection(selection="one_per_block"),
-        loss=LossSection(normalization="row" if kind == "sdar" else "token"),
+        states=StatesSection(selection="all" if kind == "draft" else "one_per_block"),
+        loss=LossSection(
+            objective="draft" if kind == "draft" else "opd",
+            normalization="row" if kind == "sdar" else "token",
+        ),
         optimizer=OptimizerSection(learning_rate=1e-3),
         train=TrainSection(rows_per_update=5, micro_batch_rows=2, num_steps=4, gradient_checkpointing=True),
     )
@@ -201,7 +211,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(root: Path) -> dict[str, dict[str, list[Metrics]]]:
     """The run on one process."""
-    return {kind: run_all(kind, root / f"{kind}-one") for kind in (*KINDS, "next", "text")}
+    return {kind: run_all(kind, root / f"{kind}-one") for kind in (*KINDS, "draft", "next", "text")}
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +239,7 @@ def assert_same(found: list[Metrics], expected: list[Metrics]) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one(case: str, alone: Any, together: Any) -> None:
-    expected = alone[case[:4]]["steps"]
+    expected = alone[case.partition("-")[0]]["steps"]
     assert together(case)["num_processes"] == 2
     assert_same(together(case)["steps"], expected)
     losses = [step["loss"] for step in expected]
@@ -238,7 +248,7 @@ def test_two_processes_train_as_one(case: str, alone: Any, together: Any) -> Non
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_rank_may_have_no_rows_or_nothing_supervised(case: str, alone: Any, together: Any) -> None:
-    assert_same(together(case)["uneven"], alone[case[:4]]["uneven"])
+    assert_same(together(case)["uneven"], alone[case.partition("-")[0]]["uneven"])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -246,18 +256,18 @@ def test_a_run_stopped_on_two_processes_continues_on_one(
     case: str, root: Path, alone: Any, together: Any
 ) -> None:
     together(case)
-    assert_same(continued(case[:4], root / case), alone[case[:4]]["steps"][2:])
+    assert_same(continued(case.partition("-")[0], root / case), alone[case.partition("-")[0]]["steps"][2:])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_stopped_on_one_process_continues_on_two(case: str, alone: Any, together: Any) -> None:
-    assert_same(together(case)["continued"], alone[case[:4]]["steps"][2:])
+    assert_same(together(case)["continued"], alone[case.partition("-")[0]]["steps"][2:])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_process_holds_its_share_of_weights_and_moments(case: str, together: Any) -> None:
     shares = {"ddp": [1, 1], "fsdp": [0.5, 0.5], "zero2": [1, 0.5], "zero3": [0.5, 0.5]}
-    assert together(case)["shares_held"] == pytest.approx(shares[case[5:]], abs=0.02)
+    assert together(case)["shares_held"] == pytest.approx(shares[case.partition("-")[2]], abs=0.02)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ DRAFT = [
     *("loss.objective=draft", "loss.reach_weights=true", "states.selection=all", "states.anchors_per_row=3"),
     *("rollout.decode.mode=lossless", "loss.divergence=total_variation"),
     "loss.divergence_schedule=[[0,forward_kl],[2,total_variation]]",
-    *("format.noise=uniform", "format.draft_attention=causal"),
+    *("format.noise=uniform", "format.draft_attention=causal", "format.draft_head=4"),
 ]
 
 
