@@ -160,6 +160,7 @@ def draft_in_sequence(
     likely = logits_RDV.topk(min(NUM_CANDIDATES, logits_RDV.shape[-1]))
     position_R = state.final_B[row_R]
     token_R, state_RW = state.tokens_BL[row_R, position_R - 1].to(model.device), None
+    tokens, confidences = [], []  # read by the CPU once, at the end
     for place in range(length):
         state_RW = model.draft_head.advance(model.embed(model.student, token_R), state_RW)
         hidden_RH = model.draft_head(hidden_NH[slot_RD[:, place]], state_RW)
@@ -168,9 +169,10 @@ def draft_in_sequence(
         scores_RK.masked_fill_(likely.values[:, place] == -torch.inf, -torch.inf)  # banned ids
         scores_RV = torch.full_like(logits_RDV[:, 0], -torch.inf).scatter_(-1, ids_RK, scores_RK)
         token_R = choose_at(scores_RV, state, row_R, position_R + place)
-        confidence_R = scores_RV.softmax(-1).gather(-1, token_R[:, None])[:, 0]
-        state.draft_BD[row_R, place] = token_R.cpu()
-        state.draft_confidence_BD[row_R, place] = confidence_R.cpu()
+        tokens.append(token_R)
+        confidences.append(scores_RV.softmax(-1).gather(-1, token_R[:, None])[:, 0])
+    state.draft_BD[row_R, :length] = torch.stack(tokens, 1).cpu()
+    state.draft_confidence_BD[row_R, :length] = torch.stack(confidences, 1).cpu()
 
 
 def choose_at(logits_MV: Tensor, state: DecodeState, row_M: Tensor, position_M: Tensor) -> Tensor:
