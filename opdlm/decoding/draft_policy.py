@@ -1,7 +1,8 @@
 """What a forward of lossless decoding verifies and drafts, from what forwards cost and how drafts fare.
 
-A forward over N slots costs C(N), measured on this machine or given as a line. With T tokens per unit of cost
-as decoding goes so far, and not less than AR decoding gives, a forward is worth
+A forward over N slots costs C(N), measured on this machine or given as a line. A measured cost follows what
+the steps of decoding take, so that it comes right where the first measurement was disturbed or too short.
+With T tokens per unit of cost as decoding goes so far, at least those of AR decoding, a forward is worth
 
     expected tokens now + expected tokens of the next draft - T * C(N).
 
@@ -31,9 +32,14 @@ from .decode_state import DecodeState
 
 NUM_BINS = 16
 """Bins of the log-odds of a confidence, one unit wide, from -8 to 8."""
-MEASURED_SLOTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-MEASURE_SECONDS = 0.5
-"""No further size is measured after so long."""
+MEASURED_SLOTS = (1, 64, 16, 8, 32, 256, 4, 1024, 2, 12, 24, 48, 96, 128, 192, 384, 512, 768)
+"""In the order in which they are measured."""
+MEASURE_SECONDS, LEAST_MEASURED = 0.5, 3
+"""No further size is measured after so long, once there are so many."""
+FOLLOW, LARGEST_CHANGE = 0.25, 2.0
+"""Share of the difference by which a cost follows what a step took, and by which factor a step may differ."""
+PROBE_FORWARDS = 256
+"""Of so many forwards, one is plain AR decoding, whose cost the others are compared with."""
 RETRY_FORWARDS, RETRY_SHARE = 16, 0.01
 """After so many forwards without any draft, one of one token finds out whether that has changed: after more
 where it would cost more than this share of them."""
@@ -51,15 +57,36 @@ class ForwardCost:
     """Cost of a forward by its number of slots: linear between points, and on from the last two."""
 
     def __init__(self, points: Sequence[tuple[float, float]]) -> None:
-        """Pairs (number of slots, cost) with rising numbers; at least two. A cost below an earlier one counts
-        as equal.
+        """Pairs (number of slots, cost) of different numbers; at least two. A cost below that of fewer slots
+        counts as equal.
         """
-        self.slots = [slots for slots, _ in points]
-        self.costs = list(accumulate((cost for _, cost in points), max))
+        self.points, self.followed = dict(points), set[float]()
+        self.update()
+
+    def update(self) -> None:
+        """Costs and slopes between the points."""
+        self.slots = sorted(self.points)
+        self.costs = list(accumulate((self.points[slots] for slots in self.slots), max))
         self.slopes = [
             (after - before) / (last - first)
             for (first, last), (before, after) in zip(pairwise(self.slots), pairwise(self.costs), strict=True)
         ]
+
+    def follow(self, num_slots: int, seconds: float, *, is_plain: bool) -> None:
+        """Let a point, from 16 slots on the nearest of six for each doubling, follow what a step over so many
+        slots took. Where that was plain AR decoding, points that no step has tried go with it: they were
+        measured under the same load. No fewer slots cost more than these, and no more slots less.
+        """
+        nearest = num_slots if num_slots <= 16 else round(2 ** (round(6 * math.log2(num_slots)) / 6))
+        change = min(max(seconds / self(num_slots), 1 / LARGEST_CHANGE), LARGEST_CHANGE)
+        factor = 1 + FOLLOW * (change - 1)
+        here = self(nearest) * factor
+        self.followed.add(nearest)
+        for slots, cost in [*self.points.items()]:
+            cost = cost * factor if is_plain and slots not in self.followed else cost
+            self.points[slots] = min(cost, here) if slots < nearest else max(cost, here)
+        self.points[nearest] = here
+        self.update()
 
     @classmethod
     def linear(cls, overhead: float) -> ForwardCost:
@@ -73,12 +100,12 @@ class ForwardCost:
 
 @torch.inference_mode()
 def measure_forward_cost(model: DiffusionLM) -> ForwardCost:
-    """Seconds of a forward, and of the logits of half of its slots, for rising sizes. A compiled forward is
-    not measured: every size would be compiled.
+    """Seconds of a forward, and of the logits of half of its slots, by size. A compiled forward is not
+    measured: every size would be compiled.
     """
     points: list[tuple[float, float]] = []
     width = 2 * model.spec.block_size
-    num_rows = -(-MEASURED_SLOTS[-1] // width)
+    num_rows = -(-max(MEASURED_SLOTS) // width)
     cache = DecodeCache(num_rows, 2 * width, model.device)
     started, run_packed = time.perf_counter(), model.run_packed
     model.run_packed = PackedForward.run
@@ -87,7 +114,8 @@ def measure_forward_cost(model: DiffusionLM) -> ForwardCost:
             packed = rows_of_slots(size, model.spec)
             seconds = min(timed_forward(model, cache, packed) for _ in range(2 if points else 3))
             points.append((size, seconds))
-            if len(points) > 1 and time.perf_counter() - started > MEASURE_SECONDS:
+            is_late = time.perf_counter() - started > MEASURE_SECONDS
+            if is_late and len(points) >= LEAST_MEASURED:
                 break
     finally:
         model.run_packed = run_packed
@@ -138,9 +166,14 @@ class DraftPolicy:
     The averages are Python numbers, because operations on tensors of a few elements are slower.
     """
 
-    def __init__(self, draft_length: int, cost: ForwardCost) -> None:
-        """`draft_length`: the longest draft."""
-        self.draft_length, self.cost = draft_length, cost
+    def __init__(self, draft_length: int, cost: ForwardCost, *, follows_clock: bool = False) -> None:
+        """`draft_length`: the longest draft. `follows_clock`: costs are seconds, and `settle` is told what
+        every step took; else a forward costs what `cost` says.
+        """
+        self.draft_length, self.cost, self.follows_clock = draft_length, cost, follows_clock
+        self.last: tuple[int, int, int] | None = None
+        """Rows, slots and tokens of a step that is not settled."""
+        self.num_since_probe = 0
         self.pause, self.num_paused, self.num_tried = TRIAL_FORWARDS, 0, 0
         """Length of the next pause, forwards left of the present one, and forwards since the last."""
         self.earned = self.spent = cost(1)
@@ -171,7 +204,10 @@ class DraftPolicy:
     def plan(self, state: DecodeState) -> list[DraftPlan]:
         """What the next forward verifies and drafts. A row in its first step drafts at full length."""
         num_steps = state.num_steps_B.tolist()
-        if self.num_paused:
+        self.num_since_probe += 1
+        is_probe = self.follows_clock and self.num_since_probe > PROBE_FORWARDS
+        if self.num_paused or is_probe:
+            self.num_since_probe = 0
             return [DraftPlan(0, () if taken else (0,), self.draft_length) for taken in num_steps]
         prefixes = [
             list(accumulate(map(self.acceptance, confidences), mul, initial=1.0)) if taken else None
@@ -229,9 +265,20 @@ class DraftPolicy:
                 if place < plan.num_verified:
                     self.by_confidence[confidence_bin(confidence)].add(is_accepted)
         num_rows, num_slots = len(plans), sum(plan.num_slots for plan in plans)
-        earned = (num_rows + sum(accepted)) * self.cost(num_rows) / num_rows
-        self.earned = KEEP * self.earned + earned
-        self.spent = KEEP * self.spent + self.cost(num_slots) + (num_forwards - 1) * self.cost(1)
+        self.last = (num_rows, num_slots, num_rows + sum(accepted))
+        if not self.follows_clock:
+            self.settle(self.cost(num_slots) + (num_forwards - 1) * self.cost(1))
+
+    def settle(self, spent: float) -> None:
+        """Account for what the last step cost."""
+        if self.last is None:
+            return
+        num_rows, num_slots, num_tokens = self.last
+        self.last = None
+        self.earned = KEEP * self.earned + num_tokens * self.cost(num_rows) / num_rows
+        self.spent = KEEP * self.spent + spent
+        if self.follows_clock:
+            self.cost.follow(num_slots, spent, is_plain=num_slots == num_rows)
         self.pause_if_it_loses()
 
     def pause_if_it_loses(self) -> None:

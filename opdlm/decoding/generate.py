@@ -10,6 +10,7 @@ Shape suffixes: B rows, L row capacity.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -226,7 +227,15 @@ def step_of(
     if config.mode == "lossless":
         assert model.spec.format == "preserve", "only preserve computes clean slots with the AR weights"
         policy = policy_for(model, config)
-        return lambda state: lossless_step(model, state, cache, policy)
+
+        def step(state: DecodeState) -> None:
+            started = time.perf_counter()
+            is_prefill = bool((state.num_steps_B == 0).any())
+            lossless_step(model, state, cache, policy)
+            if policy.follows_clock and not is_prefill:
+                policy.settle(time.perf_counter() - started)
+
+        return step
     return lambda state: denoise_step(model, state, cache, config, grid, fmt)
 
 
@@ -237,7 +246,8 @@ def policy_for(model: DiffusionLM, config: DecodeConfig) -> DraftPolicy:
         return DraftPolicy(draft_length, ForwardCost.linear(config.forward_overhead))
     known: DraftPolicy | None = model.draft_policy
     if known is None or known.draft_length != draft_length:
-        known = model.draft_policy = DraftPolicy(draft_length, measure_forward_cost(model))
+        cost = measure_forward_cost(model)
+        known = model.draft_policy = DraftPolicy(draft_length, cost, follows_clock=True)
     return known
 
 

@@ -31,8 +31,12 @@ DRAFTS = {
 class Simulation:
     """Rows whose drafts are accepted by chance; counts tokens and what the forwards cost."""
 
-    def __init__(self, policy: DraftPolicy, chances: list[float], num_rows: int) -> None:
+    def __init__(
+        self, policy: DraftPolicy, chances: list[float], num_rows: int, machine: ForwardCost | None = None
+    ) -> None:
+        """`machine`: what forwards cost in truth, where the policy must find it out."""
         self.policy, self.chances, self.dice = policy, chances, random.Random(0)
+        self.machine = machine or policy.cost
         requests = [Request(i, [1], 0, DecodeConfig(max_new_tokens=10**6)) for i in range(num_rows)]
         self.state = DecodeState.start(requests, 8, 0, LENGTH)
         self.state.num_steps_B += 1
@@ -47,9 +51,11 @@ class Simulation:
             for plan in plans
         ]
         self.policy.learn(state, plans, accepted, 1)
-        slots = sum(plan.num_slots for plan in plans)
+        spent = self.machine(sum(plan.num_slots for plan in plans))
+        if self.policy.follows_clock:
+            self.policy.settle(spent * self.dice.uniform(0.9, 1.1))
         self.tokens += len(plans) + sum(accepted)
-        self.cost += self.policy.cost(slots)
+        self.cost += spent
         drafted = [plan.length * (a in plan.groups) for plan, a in zip(plans, accepted, strict=True)]
         state.num_draft_B = torch.tensor(drafted)
         state.draft_confidence_BD[:] = torch.tensor(self.chances)
@@ -63,7 +69,7 @@ class Simulation:
         for _ in range(forwards):
             self.step()
         num_rows = len(self.state)
-        return (self.tokens / self.cost) / (num_rows / self.policy.cost(num_rows))
+        return (self.tokens / self.cost) / (num_rows / self.machine(num_rows))
 
 
 class FixedPolicy(DraftPolicy):
@@ -110,6 +116,24 @@ def test_the_policy_gains_nearly_what_the_best_fixed_plan_gains(machine: str, dr
     cost, chances = MACHINES[machine], DRAFTS[drafts]
     found = Simulation(DraftPolicy(LENGTH, cost), chances, 1).gain()
     assert found > 0.9 * best_fixed_gain(cost, chances, 1)
+
+
+@pytest.mark.parametrize("drafts", DRAFTS)
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("believed", ["flat", "steep", "under load"])
+@pytest.mark.parametrize("num_rows", [1, 8])
+def test_a_wrong_measurement_of_the_machine_comes_right(
+    num_rows: int, believed: str, machine: str, drafts: str
+) -> None:
+    """The costs of the machine as the clock of the steps tells them, with a tenth of noise."""
+    truth, chances = MACHINES[machine], DRAFTS[drafts]
+    loaded = [(slots, 4 * truth(slots)) for slots in (1, 16, 64)]
+    guess = {"flat": [(1, 1.0), (64, 1.01)], "steep": [(1, 1.0), (2, 2.0)], "under load": loaded}
+    policy = DraftPolicy(LENGTH, ForwardCost(guess[believed]), follows_clock=True)
+    found = Simulation(policy, chances, num_rows, truth).gain(1500)
+    assert found > 0.95
+    if num_rows == 1:
+        assert found > 0.75 * best_fixed_gain(truth, chances, 1)
 
 
 def test_drafting_starts_again_when_drafts_become_good() -> None:
