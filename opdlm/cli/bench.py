@@ -75,7 +75,7 @@ def add_bench_flags(parser: Parser) -> None:
     )
     add_compile(parser, "every mode with torch.compile too")
     parser.add_argument("--out", metavar="FOLDER", help="write bench.json, bench.png, acceptance.png here")
-    sampling = ("temperature", "top_k", "top_p", "logprobs")
+    sampling = ("temperature", "top_k", "top_p", "logprobs", "draft_sampling")
     add_decode_flags(parser, leave_out=("mode", "batch_size", *sampling), max_new_tokens=128)
 
 

@@ -178,8 +178,9 @@ def add_decode_flags(
         kind = type_of(hints[field.name])
         if kind is bool:
             group.add_argument(flag, action="store_const", const=True, help=text)
-        elif field.name == "mode":
-            group.add_argument(flag, choices=modes, help=text)
+        elif kind is str:
+            choices = modes if field.name == "mode" else get_args(hints[field.name])
+            group.add_argument(flag, choices=choices, help=text)
         else:
             group.add_argument(flag, type=kind, metavar="N" if kind is int else "X", help=text)
         if field.name in OLD_FLAGS:

@@ -49,9 +49,8 @@ def add_rollout_flags(parser: Parser) -> None:
     add_seed(parser)
     add_dtype(parser)
     add_compile(parser, "decode with torch.compile")
-    add_decode_flags(
-        parser, leave_out=("ar_accept_threshold", "logprobs"), temperature=1.0, ar_accept_threshold=0.0
-    )
+    left_out = ("ar_accept_threshold", "logprobs", "draft_sampling")
+    add_decode_flags(parser, leave_out=left_out, temperature=1.0, ar_accept_threshold=0.0)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -168,6 +168,13 @@ def check_evaluation(config: Config) -> None:
             "eval.modes contains lossless, but format.name is sdar, which changes the AR weights and cannot "
             "verify: drop lossless or use format.name=preserve."
         )
+    decode = config.eval.decode
+    is_sampled = config.format.name == "preserve" and "lossless" in (config.eval.modes or ["lossless"])
+    if decode.draft_sampling != "shared_noise" and not (is_sampled and decode.temperature):
+        raise ConfigError(
+            f"eval.decode.draft_sampling ({decode.draft_sampling}) has no effect: it is for mode lossless at "
+            "eval.decode.temperature above 0. Leave it out."
+        )
     if config.eval.likelihood_samples == 1:
         raise ConfigError(
             "eval.likelihood_samples (1) leaves the error of the bound unknown: use 0 (off) or at least 2."

@@ -186,6 +186,8 @@ class RolloutDecode(DecodeConfig):
     """0 = arg-max."""
     ar_accept_threshold: Literal[0] = 0
     """Always 0: rollouts keep every token that the student revealed."""
+    draft_sampling: Literal["shared_noise"] = "shared_noise"
+    """Always shared_noise: a rollout depends on no other, whatever the number of devices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

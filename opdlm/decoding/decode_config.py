@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 Mode = Literal["ar", "static", "threshold", "entropy", "left_to_right", "lossless"]
+DraftSampling = Literal["shared_noise", "rejection"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +51,17 @@ class DecodeConfig:
     the clock, and with it the rounding of logits, which decides near ties in 16-bit formats; reports, rollout
     files and training therefore take None as 32.
     """
+    draft_sampling: DraftSampling = "shared_noise"
+    """lossless at a temperature above 0. shared_noise: samples are those of AR decoding with the same seed.
+    rejection: more drafts are accepted; samples have the same distribution, but depend on the drafts and so
+    on the rows decoded beside them.
+    """
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"mode ({self.mode!r}) must be one of {', '.join(get_args(Mode))}.")
+        for name, kind in (("mode", Mode), ("draft_sampling", DraftSampling)):
+            word = getattr(self, name)
+            if word not in get_args(kind):
+                raise ValueError(f"{name} ({word!r}) must be one of {', '.join(get_args(kind))}.")
         for name in ("max_new_tokens", "batch_size", "top_k", "denoising_steps"):
             value: int | None = getattr(self, name)
             if value is not None and value < 1:

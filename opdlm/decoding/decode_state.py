@@ -4,7 +4,7 @@ The state consists of small CPU tensors. A step copies its slots to the device a
 nothing else. The active rows are the first rows of the cache: when rows finish, the last active rows take
 their places.
 
-Shape suffixes: B rows, L row capacity, S slots, D draft length.
+Shape suffixes: B rows, L row capacity, S slots, D draft length, C candidates.
 """
 
 from __future__ import annotations
@@ -98,7 +98,12 @@ class DecodeState:
     draft_BD: Tensor
     """`lossless`: proposed tokens after the last known one, of which the first `num_draft_B` count."""
     draft_confidence_BD: Tensor
-    """Probability of each proposed token under the student."""
+    """Probability of each proposed token under the student; with `draft_sampling=rejection` that of the
+    likeliest token.
+    """
+    candidates_BDC: Tensor
+    """`draft_sampling=rejection`: the ids that each proposed token was drawn from."""
+    candidate_probs_BDC: Tensor
     num_draft_B: Tensor
 
     @classmethod
@@ -108,6 +113,7 @@ class DecodeState:
         capacity: int,
         mask_token_id: int,
         draft_length: int,
+        num_candidates: int = 0,
     ) -> DecodeState:
         """One row of `capacity` positions per request. A prompt that contains the mask id is a template: its
         masks are the unknown tokens, and the row ends where the template does.
@@ -145,6 +151,8 @@ class DecodeState:
             num_steps_B=zeros_B.clone(),
             draft_BD=torch.zeros((num_rows, draft_length), dtype=torch.long),
             draft_confidence_BD=torch.zeros((num_rows, draft_length)),
+            candidates_BDC=torch.zeros((num_rows, draft_length, num_candidates), dtype=torch.long),
+            candidate_probs_BDC=torch.zeros((num_rows, draft_length, num_candidates)),
             num_draft_B=zeros_B.clone(),
         )
 

@@ -25,7 +25,7 @@ from .decode_config import DecodeConfig, Mode
 from .decode_state import DecodeState, Request
 from .denoise import denoise_step
 from .draft_policy import DraftPolicy, ForwardCost, measure_forward_cost
-from .lossless import lossless_step
+from .lossless import NUM_CANDIDATES, lossless_step
 from .rollout import FinishReason, Rollout
 
 OnStep = Callable[[Tensor, Tensor, Tensor], None]
@@ -66,6 +66,7 @@ class Decoder:
             capacity=capacity,
             mask_token_id=spec.mask_token_id,
             draft_length=spec.block_size - 1,
+            num_candidates=NUM_CANDIDATES if config.draft_sampling == "rejection" else 0,
         )
         self._advance = step_of(model, self.cache, config, self.grid, self.format)
         self.state = self._start([])
@@ -147,6 +148,11 @@ def check_settings(config: DecodeConfig, spec: DiffusionSpec) -> None:
     if config.mode == "lossless" and spec.format == "sdar":
         raise ValueError(
             "`mode=lossless` needs a preserve checkpoint; this one is sdar. Use static or threshold."
+        )
+    if config.mode != "lossless" and config.draft_sampling != "shared_noise":
+        raise ValueError(
+            f"draft_sampling ({config.draft_sampling}) has no effect with `mode={config.mode}`, which "
+            "verifies no drafts: leave it out, or use `mode=lossless`."
         )
     if config.mode not in ("ar", "lossless") and not spec.can_denoise:
         raise ValueError(
@@ -231,7 +237,7 @@ def step_of(
         def step(state: DecodeState) -> None:
             started = time.perf_counter()
             is_prefill = bool((state.num_steps_B == 0).any())
-            lossless_step(model, state, cache, policy)
+            lossless_step(model, state, cache, config, policy)
             if policy.follows_clock and not is_prefill:
                 policy.settle(time.perf_counter() - started)
 

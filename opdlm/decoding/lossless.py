@@ -5,13 +5,16 @@ the next token, and the longest prefix of the draft that equals these prediction
 follow: group k drafts the tokens after k accepted ones. If the group of the actual number is absent, the next
 forward verifies no draft. The output is that of AR decoding, token for token, whatever is drafted: a token is
 the arg-max, or with temperature the arg-max of logits plus the Gumbel noise of its position, which draft and
-AR model share (docs/concepts.md, "Lossless decoding"; speculative sampling, arXiv 2211.17192; shared noise,
-arXiv 2408.07978).
+AR model share (docs/concepts.md, "Lossless decoding"; shared noise, arXiv 2408.07978).
+
+With `draft_sampling=rejection` drafts have noise of their own. A token d from the draft's distribution q is
+accepted with probability min(1, p(d) / q(d)), p being the AR model's, else replaced by a sample of
+max(p - q, 0): together a sample of p (speculative sampling, arXiv 2211.17192).
 
 What a forward contains is decided by `draft_policy`.
 
-Shape suffixes: B rows, D draft length, K = D + 1 possible numbers of accepted tokens, M flat selection of
-slots.
+Shape suffixes: B rows, D draft length, K = D + 1 possible numbers of accepted tokens, C candidates, V
+vocabulary, M flat selection of slots, N some of them, R rows with a draft.
 """
 
 from __future__ import annotations
@@ -22,17 +25,34 @@ from torch import Tensor
 from ..modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from ..modeling.kv_cache import DecodeCache, Packed
 from ..modeling.slots import CLEAN
+from .decode_config import DecodeConfig
 from .decode_state import DecodeState
 from .draft_policy import DraftPlan, DraftPolicy
 from .rollout import NEVER
-from .unmasking import choose_tokens, noise_keys, uniform_ids
+from .unmasking import (
+    ACCEPTANCE,
+    DRAFT_TOKENS,
+    choose_tokens,
+    draw_tokens,
+    is_sampled,
+    noise_keys,
+    scale_logits,
+    uniform_ids,
+    uniform_numbers,
+    update_rows,
+)
 
 NUM_CANDIDATES = 128
-"""Tokens that the draft head chooses among: the LM head then runs once for the whole draft."""
+"""Likeliest tokens that the draft head chooses among, so that the LM head runs once for the whole draft, and
+whose probabilities rejection keeps.
+"""
 
 
-def lossless_step(model: DiffusionLM, state: DecodeState, cache: DecodeCache, policy: DraftPolicy) -> None:
+def lossless_step(
+    model: DiffusionLM, state: DecodeState, cache: DecodeCache, config: DecodeConfig, policy: DraftPolicy
+) -> None:
     """Accept the valid prefix of each draft and one more token, and write the next draft into `state`."""
+    rejects = config.draft_sampling == "rejection" and bool(is_sampled(state.sampling_B3).any())
     mask_id, draft_length = model.spec.mask_token_id, policy.draft_length
     frontier_B = state.frontier(mask_id)
     plans = policy.plan(state)
@@ -53,7 +73,10 @@ def lossless_step(model: DiffusionLM, state: DecodeState, cache: DecodeCache, po
     row_M, place_M = (torch.arange(draft_length + 1) <= num_verified_B[:, None]).nonzero(as_tuple=True)
     position_M = frontier_B[row_M] + place_M
     logits_MV = logits_at(model, hidden_NH, torch.tensor(verify_from)[row_M] + place_M, is_clean=True)
-    chosen_M = choose_at(logits_MV, state, row_M, position_M)
+    if rejects:
+        chosen_M = accept_or_replace(logits_MV, state, row_M, place_M, position_M, num_verified_B)
+    else:
+        chosen_M = choose_at(logits_MV, state, row_M, position_M)
     ar_BK = torch.full((len(state), draft_length + 1), mask_id)
     ar_BK[row_M, place_M] = chosen_M.cpu()
     agrees_BD = is_verified_BD & (ar_BK[:, :draft_length] == state.draft_BD)
@@ -64,7 +87,7 @@ def lossless_step(model: DiffusionLM, state: DecodeState, cache: DecodeCache, po
         logprob_M = logits_MV.log_softmax(-1).gather(-1, chosen_M[:, None])[:, 0].cpu()
         state.logprob_BL[row_M, position_M] = logprob_M
     write_accepted(state, frontier_B, ar_BK, accepted_B, mask_id)
-    draft_next(model, state, hidden_NH, draft_from, plans, accepted)
+    draft_next(model, state, hidden_NH, draft_from, plans, accepted, rejects=rejects)
 
 
 def pack_slots(
@@ -122,8 +145,14 @@ def draft_next(
     draft_from: list[int],
     plans: list[DraftPlan],
     accepted: list[int],
+    *,
+    rejects: bool,
 ) -> None:
-    """Write the draft of the group of the actual number of accepted tokens, or none if it is absent."""
+    """Write the draft of the group of the actual number of accepted tokens, or none if it is absent.
+
+    The policy decides by the confidences what is verified. With `rejects` that must not depend on what was
+    drawn, or the accepted tokens would be a biased sample: a confidence is that of the likeliest token then.
+    """
     first_slot, num_draft = draft_from[:], [0] * len(plans)
     for row, (plan, num_accepted) in enumerate(zip(plans, accepted, strict=True)):
         if num_accepted in plan.groups:
@@ -135,17 +164,25 @@ def draft_next(
     if not len(row_M):
         return
     if model.draft_head is not None:
-        draft_in_sequence(model, state, hidden_NH, torch.tensor(first_slot))
+        draft_in_sequence(model, state, hidden_NH, torch.tensor(first_slot), rejects=rejects)
         return
     logits_MV = logits_at(model, hidden_NH, torch.tensor(first_slot)[row_M] + place_M, is_clean=False)
-    ids_M = choose_at(logits_MV, state, row_M, state.final_B[row_M] + place_M)
-    confidence_M = logits_MV.softmax(-1).gather(-1, ids_M[:, None])[:, 0]
+    position_M = state.final_B[row_M] + place_M
+    if rejects:
+        likely = logits_MV.topk(min(NUM_CANDIDATES, logits_MV.shape[-1]))
+        ids_M, probs_MC = sample_draft(state, row_M, position_M, likely.values, likely.indices)
+        confidence_M = logits_MV.softmax(-1).amax(-1)
+        state.candidates_BDC[row_M, place_M, : probs_MC.shape[-1]] = likely.indices.cpu()
+        state.candidate_probs_BDC[row_M, place_M, : probs_MC.shape[-1]] = probs_MC.cpu()
+    else:
+        ids_M = choose_at(logits_MV, state, row_M, position_M)
+        confidence_M = logits_MV.softmax(-1).gather(-1, ids_M[:, None])[:, 0]
     state.draft_BD[row_M, place_M] = ids_M.cpu()
     state.draft_confidence_BD[row_M, place_M] = confidence_M.cpu()
 
 
 def draft_in_sequence(
-    model: DiffusionLM, state: DecodeState, hidden_NH: Tensor, first_slot_B: Tensor
+    model: DiffusionLM, state: DecodeState, hidden_NH: Tensor, first_slot_B: Tensor, *, rejects: bool
 ) -> None:
     """Write drafts token by token: the draft head reads each before the next is chosen, from the candidates
     that its mask finds most likely by itself. `first_slot_B`: the packed slot of each draft's first mask.
@@ -160,19 +197,28 @@ def draft_in_sequence(
     likely = logits_RDV.topk(min(NUM_CANDIDATES, logits_RDV.shape[-1]))
     position_R = state.final_B[row_R]
     token_R, state_RW = state.tokens_BL[row_R, position_R - 1].to(model.device), None
-    tokens, confidences = [], []  # read by the CPU once, at the end
+    tokens, confidences, probs = [], [], []  # read by the CPU once, at the end
     for place in range(length):
         state_RW = model.draft_head.advance(model.embed(model.student, token_R), state_RW)
         hidden_RH = model.draft_head(hidden_NH[slot_RD[:, place]], state_RW)
-        ids_RK = likely.indices[:, place]
-        scores_RK = model.candidate_logits(hidden_RH, ids_RK)
-        scores_RK.masked_fill_(likely.values[:, place] == -torch.inf, -torch.inf)  # banned ids
-        scores_RV = torch.full_like(logits_RDV[:, 0], -torch.inf).scatter_(-1, ids_RK, scores_RK)
-        token_R = choose_at(scores_RV, state, row_R, position_R + place)
+        ids_RC = likely.indices[:, place]
+        scores_RC = model.candidate_logits(hidden_RH, ids_RC)
+        scores_RC.masked_fill_(likely.values[:, place] == -torch.inf, -torch.inf)  # banned ids
+        if rejects:
+            token_R, probs_RC = sample_draft(state, row_R, position_R + place, scores_RC, ids_RC)
+            probs.append(probs_RC)
+            confidences.append(likely.values[:, place].softmax(-1)[:, 0])  # the head has read drawn tokens
+        else:
+            scores_RV = torch.full_like(logits_RDV[:, 0], -torch.inf).scatter_(-1, ids_RC, scores_RC)
+            token_R = choose_at(scores_RV, state, row_R, position_R + place)
+            confidences.append(scores_RV.softmax(-1).gather(-1, token_R[:, None])[:, 0])
         tokens.append(token_R)
-        confidences.append(scores_RV.softmax(-1).gather(-1, token_R[:, None])[:, 0])
     state.draft_BD[row_R, :length] = torch.stack(tokens, 1).cpu()
     state.draft_confidence_BD[row_R, :length] = torch.stack(confidences, 1).cpu()
+    if rejects:
+        num_candidates = likely.indices.shape[-1]
+        state.candidates_BDC[row_R, :length, :num_candidates] = likely.indices.cpu()
+        state.candidate_probs_BDC[row_R, :length, :num_candidates] = torch.stack(probs, 1).cpu()
 
 
 def choose_at(logits_MV: Tensor, state: DecodeState, row_M: Tensor, position_M: Tensor) -> Tensor:
@@ -183,6 +229,55 @@ def choose_at(logits_MV: Tensor, state: DecodeState, row_M: Tensor, position_M: 
         return logits_MV.argmax(-1)
     key_M = noise_keys(state.seed_B[row_M], position_M, 0).to(logits_MV.device)
     return choose_tokens(logits_MV, state.sampling_B3[row_M], key_M)
+
+
+def sample_draft(
+    state: DecodeState, row_M: Tensor, position_M: Tensor, scores_MC: Tensor, ids_MC: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Draft tokens `[M]`, sampled from their candidates with noise of their own, and the probabilities `[M, C]`
+    of these.
+    """
+    sampling_M3 = state.sampling_B3[row_M]
+    scaled_MC = scale_logits(scores_MC, sampling_M3)
+    key_M = noise_keys(state.seed_B[row_M], position_M, DRAFT_TOKENS).to(ids_MC.device)
+    choice_M = draw_tokens(scaled_MC, sampling_M3, key_M)
+    return ids_MC.gather(-1, choice_M[:, None])[:, 0], scaled_MC.softmax(-1)
+
+
+def accept_or_replace(
+    logits_MV: Tensor,
+    state: DecodeState,
+    row_M: Tensor,
+    place_M: Tensor,
+    position_M: Tensor,
+    num_verified_B: Tensor,
+) -> Tensor:
+    """The token `[M]` at each place of the drafts: the draft token d with probability min(1, p(d) / q(d)),
+    else a sample of max(p - q, 0), which is never d; after the verified ones, a sample of p.
+    """
+    seed_M, sampling_M3 = state.seed_B[row_M], state.sampling_B3[row_M]
+
+    def accept(scaled_NV: Tensor, index_N: Tensor) -> Tensor:
+        """Logits of what replaces the draft token, which has infinite ones where it is accepted."""
+        at_N = row_M[index_N], place_M[index_N]
+        p_NV = scaled_NV.softmax(-1)
+        q_NV = torch.zeros_like(p_NV)
+        q_NV.scatter_add_(
+            -1, state.candidates_BDC[at_N].to(p_NV.device), state.candidate_probs_BDC[at_N].to(p_NV)
+        )
+        draft_N1 = state.draft_BD[at_N][:, None].to(p_NV.device)
+        uniform_N = uniform_numbers(noise_keys(seed_M[index_N], position_M[index_N], ACCEPTANCE))
+        is_accepted_N1 = uniform_N[:, None].to(p_NV) * q_NV.gather(-1, draft_N1) < p_NV.gather(-1, draft_N1)
+        left_NV = (p_NV - q_NV).clamp_(min=0)
+        left_NV = torch.where(left_NV.any(-1, keepdim=True), left_NV, p_NV)  # rounding may leave nothing
+        logits_NV = left_NV.log_()
+        of_draft_N1 = torch.where(is_accepted_N1, torch.inf, logits_NV.gather(-1, draft_N1))
+        return logits_NV.scatter_(-1, draft_N1, of_draft_N1)
+
+    is_tried_M = (place_M < num_verified_B[row_M]) & is_sampled(sampling_M3)
+    scores_MV = update_rows(scale_logits(logits_MV, sampling_M3), is_tried_M, accept)
+    key_M = noise_keys(seed_M, position_M, 0).to(logits_MV.device)
+    return draw_tokens(scores_MV, sampling_M3, key_M)
 
 
 def logits_at(model: DiffusionLM, hidden_NH: Tensor, slot_M: Tensor, is_clean: bool) -> Tensor:

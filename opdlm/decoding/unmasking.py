@@ -43,8 +43,8 @@ REMASKING: dict[Mode, Remasking] = {
 
 UNIFORM_BITS = 23
 """Random bits of a uniform number; with half a step added it is exact in float32 and never 0 or 1."""
-UNIFORM_IDS = -(2**40)
-"""Stands for the step in the keys of `uniform_ids`."""
+UNIFORM_IDS, DRAFT_TOKENS, ACCEPTANCE = -(2**40), -(2**40) - 1, -(2**40) - 2
+"""Stand for the step in the keys of draws that belong to no step: `uniform_ids`, and those of rejection."""
 MIN_TEMPERATURE = 1e-5
 """Below it the arg-max is taken: the draw is the same, and logits over the temperature stay finite."""
 MIN_TOP_P = 1e-9
@@ -109,25 +109,48 @@ def uniform_ids(seed_M: Tensor, position_M: Tensor, num_ids: int) -> Tensor:
     return noise_keys(seed_M, position_M, UNIFORM_IDS).remainder(num_ids)
 
 
+def uniform_numbers(key: Tensor) -> Tensor:
+    """A number in (0, 1) per key, with 23 random bits."""
+    bits = mix_bits(key).bitwise_right_shift_(20).bitwise_and_((1 << UNIFORM_BITS) - 1)
+    return (bits.float() + 0.5) / (1 << UNIFORM_BITS)
+
+
 def gumbel_noise(key_M: Tensor, num_tokens: int) -> Tensor:
     """Standard Gumbel noise `[M, V]`, a function of key and token; with 23 random bits at most 16.6."""
     token_V = torch.arange(num_tokens, device=key_M.device) * -7046029254386353131
-    bits_MV = (
-        mix_bits(key_M[:, None] + token_V).bitwise_right_shift_(20).bitwise_and_((1 << UNIFORM_BITS) - 1)
-    )
-    return -torch.log(-torch.log((bits_MV.float() + 0.5) / (1 << UNIFORM_BITS)))
+    return -torch.log(-torch.log(uniform_numbers(key_M[:, None] + token_V)))
+
+
+def is_sampled(sampling_M3: Tensor) -> Tensor:
+    """Bool `[M]`: the rows that take a sample, not the arg-max."""
+    return sampling_M3[:, 0] >= MIN_TEMPERATURE
+
+
+def scale_logits(logits_MV: Tensor, sampling_M3: Tensor) -> Tensor:
+    """Logits of the distribution that is sampled, after temperature, top_k and top_p; as they are where the
+    arg-max is taken.
+    """
+    temperature_M, top_k_M, top_p_M = sampling_M3.unbind(1)
+
+    def scale(some_NV: Tensor, index_N: Tensor) -> Tensor:
+        scaled_NV = some_NV / temperature_M[index_N, None].to(some_NV)
+        return filter_logits(scaled_NV, top_k_M[index_N], top_p_M[index_N])
+
+    return update_rows(logits_MV, is_sampled(sampling_M3), scale)
+
+
+def draw_tokens(scaled_MV: Tensor, sampling_M3: Tensor, key_M: Tensor) -> Tensor:
+    """One token `[M]` per row of `scale_logits`: the arg-max at temperature 0, else a sample."""
+
+    def add_noise(some_NV: Tensor, index_N: Tensor) -> Tensor:
+        return some_NV + gumbel_noise(key_M[index_N.to(key_M.device)], some_NV.shape[-1])
+
+    return update_rows(scaled_MV, is_sampled(sampling_M3), add_noise).argmax(-1)
 
 
 def choose_tokens(logits_MV: Tensor, sampling_M3: Tensor, key_M: Tensor) -> Tensor:
     """One token `[M]` per row: the arg-max at temperature 0, else a sample from the filtered distribution."""
-    temperature_M, top_k_M, top_p_M = sampling_M3.unbind(1)
-
-    def draw(some_NV: Tensor, index_N: Tensor) -> Tensor:
-        scaled_NV = some_NV / temperature_M[index_N, None].to(some_NV)
-        noise_NV = gumbel_noise(key_M[index_N.to(key_M.device)], some_NV.shape[-1])
-        return filter_logits(scaled_NV, top_k_M[index_N], top_p_M[index_N]) + noise_NV
-
-    return update_rows(logits_MV, temperature_M >= MIN_TEMPERATURE, draw).argmax(-1)
+    return draw_tokens(scale_logits(logits_MV, sampling_M3), sampling_M3, key_M)
 
 
 def propose_tokens(logits_MV: Tensor, sampling_M3: Tensor, key_M: Tensor) -> tuple[Tensor, Tensor]:

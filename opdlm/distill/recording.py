@@ -56,6 +56,11 @@ def record_rollouts(
     section = data_section(prompts_path, limit, overrides)
     model, tokenizer = load_decoder(model_path, dtype)
     check_decode(config, model.spec)
+    if config.draft_sampling != "shared_noise":
+        raise ConfigError(
+            f"draft_sampling ({config.draft_sampling}) makes responses depend on the rows beside them, so "
+            "an interrupted file would not continue as it began: leave it out."
+        )
     config = replace(config, logprobs=True)
     rows = load_rows(section)
     prompts = encode_rows(rows, tokenizer, section=section, mask_token_id=model.spec.mask_token_id)

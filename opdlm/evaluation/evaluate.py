@@ -52,6 +52,7 @@ MODES_OF_SETTING: dict[str, tuple[str, ...]] = {
     "entropy_bound": ("entropy",),
     "ar_accept_threshold": DENOISING_MODES,
     "forward_overhead": ("lossless",),
+    "draft_sampling": ("lossless",),
 }
 """Modes whose responses or forwards a decode setting affects; all modes if it is not listed."""
 

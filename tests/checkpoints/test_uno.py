@@ -95,13 +95,14 @@ class TwoForwards(DraftPolicy):
 def our_loop(folder: Path, prompt: Sequence[int], seed: int, length: int) -> tuple[list[int], list[int]]:
     """Lossless decoding in that schedule: the response, and the accepted drafts of every second forward."""
     model, _ = opdlm.load(folder)
-    state = DecodeState.start([Request(0, prompt, seed, length)], 60, model.spec.mask_token_id, WIDTH - 1)
+    config = DecodeConfig(mode="lossless", max_new_tokens=length)
+    state = DecodeState.start([Request(0, prompt, seed, config)], 60, model.spec.mask_token_id, WIDTH - 1)
     cache, policy = DecodeCache(1, 120, model.device), TwoForwards(WIDTH - 1, ForwardCost.linear(0))
     accepted = []
     while int(state.final_B[0]) - len(prompt) < length or int(state.num_draft_B[0]):
         before = int(state.final_B[0]) or len(prompt)
         with torch.inference_mode():
-            lossless_step(model, state, cache, DecodeConfig(mode="lossless"), policy)
+            lossless_step(model, state, cache, config, policy)
         if not int(state.num_draft_B[0]):
             accepted.append(int(state.final_B[0]) - before - 1)
     return state.tokens_BL[0, len(prompt) : int(state.final_B[0])].tolist(), accepted

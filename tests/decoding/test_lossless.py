@@ -1,7 +1,4 @@
-"""Lossless decoding is AR decoding in fewer forwards: token for token, and sample for sample in distribution.
-
-Shapes: V vocabulary, C outcomes.
-"""
+"""Lossless decoding is AR decoding in fewer forwards: token for token, and sample for sample in distribution."""
 
 from __future__ import annotations
 
@@ -11,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from exact_sampling import chi_square_p_value, exact_probabilities
 from tiny_models import CPU, DRAFTS, SLIDING, make_lm, make_prompts, qwen3
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from opdlm.decoding import denoise
 from opdlm.decoding.decode_config import DecodeConfig, Mode
@@ -75,10 +73,11 @@ def test_a_draft_is_what_plain_transformers_computes_on_its_row(drafts: str) -> 
     model = make_lm("lora", base=qwen3(vocabulary=6), block_size=4, **DRAFTS[drafts])
     (prompt,) = make_prompts([7], vocabulary=6)
     spec, mask = model.spec, model.spec.mask_token_id
-    state = DecodeState.start([Request(0, prompt, 5, 20)], 40, mask, 3)
+    config = DecodeConfig(mode="lossless", max_new_tokens=20)
+    state = DecodeState.start([Request(0, prompt, 5, config)], 40, mask, 3)
     policy = DraftPolicy(3, ForwardCost.linear(1e6))
     with torch.inference_mode():
-        lossless_step(model, state, DecodeCache(1, 80, CPU), DecodeConfig(mode="lossless"), policy)
+        lossless_step(model, state, DecodeCache(1, 80, CPU), config, policy)
     places = torch.arange(7, 10)
     noise = uniform_ids(torch.full_like(places, 5), places, 6) if spec.noise_vocab_size else [mask] * 3
     embedded_LH = model.student.get_input_embeddings()(torch.tensor([*prompt, *noise]))
@@ -203,40 +202,6 @@ def test_a_rollout_of_an_earlier_version_is_read() -> None:
     assert Rollout.from_dict(earlier) == replace(rollout, num_replaced=0)
 
 
-def exact_probabilities(
-    base: PreTrainedModel, prompt: tuple[int, ...], length: int
-) -> dict[tuple[int, ...], float]:
-    """Every response of up to `length` tokens and its probability under the AR model, [MASK] banned."""
-    stop, mask = base.config.vocab_size - 2, base.config.vocab_size - 1
-    found, frontier = {}, {(): 1.0}
-    for _ in range(length):
-        longer = {}
-        for ids, probability in frontier.items():
-            with torch.no_grad():
-                logits_V = base(torch.tensor([prompt + ids])).logits[0, -1]
-            logits_V[mask] = -torch.inf
-            for token, share in enumerate(logits_V.softmax(-1).tolist()[:mask]):
-                target = found if token == stop else longer
-                target[(*ids, token)] = probability * share
-        frontier = longer
-    return found | frontier
-
-
-def chi_square_p_value(samples: list[tuple[int, ...]], probabilities: dict[tuple[int, ...], float]) -> float:
-    """Outcomes expected fewer than 8 times are pooled into one."""
-    expected = {ids: len(samples) * p for ids, p in probabilities.items() if len(samples) * p >= 8}
-    counts = dict.fromkeys(expected, 0)
-    for sample in samples:
-        if sample in counts:
-            counts[sample] += 1
-    expected_C = torch.tensor(
-        [*expected.values(), len(samples) - sum(expected.values())], dtype=torch.float64
-    )
-    counts_C = torch.tensor([*counts.values(), len(samples) - sum(counts.values())], dtype=torch.float64)
-    statistic = ((counts_C - expected_C) ** 2 / expected_C).sum()
-    return float(torch.special.gammaincc(torch.tensor(len(expected) / 2.0).double(), statistic / 2))
-
-
 @pytest.mark.parametrize(
     ("kind", "mode", "drafts", "is_exact"),
     [
@@ -258,5 +223,5 @@ def test_lossless_sampling_follows_the_distribution_of_the_base_model(
     if mode == "lossless":
         stats = DecodeStats.of(rollouts)
         assert stats.num_steps < stats.num_tokens  # some drafts were accepted
-    p_value = chi_square_p_value([r.text_ids for r in rollouts], exact_probabilities(base, prompt, 3))
+    p_value = chi_square_p_value([r.text_ids for r in rollouts], exact_probabilities(base, prompt, config))
     assert (p_value > 1e-3) == is_exact, p_value

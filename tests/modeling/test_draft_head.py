@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
-from tiny_models import make_lm, make_prompts, qwen3
+from tiny_models import add_draft_head, make_lm, make_prompts, qwen3
 from transformers import AutoModelForCausalLM
 
 import opdlm
@@ -33,12 +33,7 @@ VOCABULARY, SIZE = 6, 5
 
 def with_head(kind: str = "lora", *, scale: float = 4.0) -> DiffusionLM:
     """A model with a random head that changes most drafts."""
-    model = make_lm(kind, base=qwen3(vocabulary=VOCABULARY), block_size=SIZE)
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        model.draft_head = DraftHead(model.student.config.hidden_size, 8)
-        torch.nn.init.normal_(model.draft_head.correction.weight, std=scale)
-    return model.eval()
+    return add_draft_head(make_lm(kind, base=qwen3(vocabulary=VOCABULARY), block_size=SIZE), scale)
 
 
 def hidden_of(model: DiffusionLM, states: StateBatch) -> torch.Tensor:

@@ -34,6 +34,7 @@ from opdlm.decoding import denoise as denoise
 from opdlm.decoding import generate as generate
 from opdlm.decoding.rollout import Rollout
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+from opdlm.modeling.draft_head import DraftHead
 from opdlm.modeling.slots import GridKind
 
 V = 24
@@ -149,6 +150,15 @@ def make_lm(
     with torch.no_grad():
         for parameter in moved:
             parameter += noise * torch.randn(parameter.shape, generator=rng).to(parameter.dtype)
+    return model.eval()
+
+
+def add_draft_head(model: DiffusionLM, scale: float = 4.0) -> DiffusionLM:
+    """The model with a random head that changes most drafts."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model.draft_head = DraftHead(model.student.config.hidden_size, 8)
+        torch.nn.init.normal_(model.draft_head.correction.weight, std=scale)
     return model.eval()
 
 
