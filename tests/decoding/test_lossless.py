@@ -1,4 +1,4 @@
-"""Lossless decoding is AR decoding in fewer forwards: token for token, and sample for sample in distribution."""
+"""Lossless decoding is AR decoding in fewer forwards: token for token, and sampled in distribution."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ NUM_SAMPLES = 4000
 def small_lm(kind: str = "lora", *, has_head: bool = False, **changes: Any) -> DiffusionLM:
     """A student whose drafts are often wrong, over a vocabulary of 6."""
     model = make_lm(kind, base=qwen3(vocabulary=6, initializer_range=0.15), noise=0.3, **changes)
-    return add_draft_head(model) if has_head else model
+    return add_draft_head(model, 1.0) if has_head else model
 
 
 def p_value_of(rollouts: list[Rollout], config: DecodeConfig) -> float:
@@ -48,8 +48,8 @@ def p_value_of(rollouts: list[Rollout], config: DecodeConfig) -> float:
         ("lora", False, 1e6, {}, {}),
         ("copy", False, 1e6, {}, {}),
         ("lora", True, 1e6, {}, {}),
-        ("lora", True, 8.0, {"max_new_tokens": 5}, {}),
-        ("lora", False, 8.0, {"max_new_tokens": 5}, {}),
+        ("lora", True, 256.0, {"max_new_tokens": 5}, {}),
+        ("lora", False, 256.0, {"max_new_tokens": 5}, {}),
         ("lora", False, 0.0, {}, {}),
         ("lora", False, 1e6, {"temperature": 0.6, "top_k": 3}, {}),
         ("lora", True, 1e6, {"temperature": 1.5, "top_p": 0.7}, {}),
@@ -124,7 +124,7 @@ def test_the_confidences_of_a_draft_are_the_same_whatever_was_drawn(has_head: bo
 def test_a_draft_token_is_accepted_with_probability_1_minus_the_total_variation(
     settings: dict[str, Any],
 ) -> None:
-    """At the first place, where shared noise accepts fewer. p and q come from forwards of the training path."""
+    """At the first place, where shared noise accepts fewer. p and q come from the training path."""
     model, config = small_lm(), replace(REJECTION, **settings)
     mask, num_rows = model.spec.mask_token_id, 6000
 
@@ -198,7 +198,5 @@ def test_samples_repeat_with_the_same_drafts_and_blocks_of_one_token_are_ar_deco
 def test_rejection_is_refused_where_it_has_no_effect() -> None:
     with pytest.raises(ValueError, match="draft_sampling \\(rejection\\) has no effect with `mode=ar`"):
         check_settings(replace(REJECTION, mode="ar"), small_lm().spec)
-    with pytest.raises(
-        ValueError, match="draft_sampling \\('noise'\\) must be one of shared_noise, rejection"
-    ):
+    with pytest.raises(ValueError, match="draft_sampling \\('noise'\\) must be one of shared_noise, rej"):
         DecodeConfig(draft_sampling="noise")  # type: ignore[arg-type]
