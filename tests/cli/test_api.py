@@ -245,6 +245,9 @@ def test_rollouts_are_recorded_with_their_trajectories(root: Path, tmp_path: Pat
     assert list(file.texts()) == [one.text for one in expected]
     with pytest.raises(opdlm.ConfigError, match=r"limit \(0\)"):
         opdlm.rollout(root / "sdar" / "model", root / "prompts.jsonl", out, config, limit=0)
+    config = opdlm.DecodeConfig(mode="lossless", draft_sampling="rejection", temperature=1.0)
+    with pytest.raises(opdlm.ConfigError, match=r"draft_sampling \(rejection\)"):
+        opdlm.rollout(root / "preserve" / "model", root / "prompts.jsonl", tmp_path / "new.parquet", config)
 
 
 def test_speed_is_measured_in_the_modes_asked_for(root: Path) -> None:

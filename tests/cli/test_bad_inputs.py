@@ -734,6 +734,28 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: ["generate", str(p.root / "sdar" / "model"), "a", "--mode", "lossless"],
         ("--mode lossless", "Use static or threshold"),
     ),
+    "generate by rejection without drafts": (
+        lambda p: fill(p, "a", "--draft-sampling", "rejection"),
+        ("--draft-sampling (rejection) has no effect with --mode threshold", "leave it out"),
+    ),
+    "generate by another sampling of drafts": (
+        lambda p: fill(p, "a", "--draft-sampling", "noise"),
+        ("--draft-sampling", "'noise'", "'shared_noise', 'rejection'"),
+    ),
+    "rollouts by rejection": (
+        lambda p: p.convert("rollout.decode.draft_sampling=rejection"),
+        ("rollout.decode.draft_sampling ('rejection')", "shared_noise"),
+    ),
+    "eval by rejection with nothing to draw": (
+        lambda p: p.convert("eval.decode.draft_sampling=rejection"),
+        ("eval.decode.draft_sampling (rejection) has no effect", "temperature above 0", "Leave it out"),
+    ),
+    "eval by rejection without drafts": (
+        lambda p: p.convert(
+            *("eval.decode.draft_sampling=rejection", "eval.decode.temperature=1", "eval.modes=[static]")
+        ),
+        ("eval.decode.draft_sampling (rejection) has no effect", "mode lossless", "Leave it out"),
+    ),
     "eval lossless on sdar": (
         lambda p: ["eval", str(p.root / "sdar" / "model"), "eval.path=x.jsonl", "eval.modes=lossless"],
         ("lossless", "sdar"),

@@ -88,11 +88,11 @@ def test_a_verb_has_the_flags_and_defaults_of_the_decoding_settings(
     left_out = {
         "chat": {"batch_size", "logprobs"},
         "serve": {"batch_size", "logprobs"},
-        "rollout": {"ar_accept_threshold", "logprobs"},
-        "bench": {"mode", "batch_size", "temperature", "top_k", "top_p", "logprobs"},
+        "rollout": {"ar_accept_threshold", "logprobs", "draft_sampling"},
+        "bench": {"mode", "batch_size", "temperature", "top_k", "top_p", "logprobs", "draft_sampling"},
         "export": {
             *("max_new_tokens", "batch_size", "logprobs"),
-            *("entropy_bound", "ar_accept_threshold", "forward_overhead"),
+            *("entropy_bound", "ar_accept_threshold", "forward_overhead", "draft_sampling"),
         },
     }.get(verb, set())
     for field in fields(DecodeConfig):
@@ -113,6 +113,8 @@ def test_decoding_flags_become_the_settings() -> None:
         "--logprobs",
         "--forward-overhead",
         "5",
+        "--draft-sampling",
+        "rejection",
     ]
     assert decode_config(parse(["generate", "DIR", "PROMPT", *flags])) == DecodeConfig(
         mode="static",
@@ -127,6 +129,7 @@ def test_decoding_flags_become_the_settings() -> None:
         ar_accept_threshold=0.2,
         logprobs=True,
         forward_overhead=5,
+        draft_sampling="rejection",
     )
     assert decode_config(parse(["generate", "DIR", "PROMPT"])) == DecodeConfig()
     assert set(MODES) >= {"lossless", "entropy"}
