@@ -234,7 +234,7 @@ def choose_at(logits_MV: Tensor, state: DecodeState, row_M: Tensor, position_M: 
 def sample_draft(
     state: DecodeState, row_M: Tensor, position_M: Tensor, scores_MC: Tensor, ids_MC: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Draft tokens `[M]`, sampled with noise of their own, and the probabilities `[M, C]` of the candidates."""
+    """Draft tokens `[M]`, sampled with noise of their own, and probabilities `[M, C]` of the candidates."""
     sampling_M3 = state.sampling_B3[row_M]
     scaled_MC = scale_logits(scores_MC, sampling_M3)
     key_M = noise_keys(state.seed_B[row_M], position_M, DRAFT_TOKENS).to(ids_MC.device)
