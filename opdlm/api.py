@@ -553,7 +553,7 @@ def convert_settings(
 
         chosen = profile(str(source), overrides)
         if console is not None:
-            console.print(describe_profile(chosen), soft_wrap=True, highlight=False)
+            console.out(describe_profile(chosen), highlight=False)
         return load_config(None, [*map(str, chosen), *target, *overrides])
     config = build_section(Config, changed(source, overrides))
     check_config(config)

@@ -14,7 +14,6 @@ from dataclasses import replace
 
 import torch
 from accelerate import PartialState
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,6 +34,7 @@ from opdlm.checkpoints.load import (
 )
 from opdlm.config.sections import Config, FormatSection, RunConfig, resolve_path
 from opdlm.errors import DataError
+from opdlm.limits import limited_lines
 from opdlm.modeling.attention import UnsupportedModel, layer_kinds
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec, head_logits
 from opdlm.modeling.draft_head import DraftHead
@@ -227,9 +227,10 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The first special token that the chat template puts after an assistant's message; None without one."""
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE_TEXT}]
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except (TemplateError, ValueError, TypeError, KeyError):
-        return None  # no template, or one for other conversations
+        with limited_lines():
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # no template, or one for other conversations; it may raise anything
+        return None
     _, found, end = text.rpartition(PROBE_TEXT)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids = tokenizer(end, add_special_tokens=False)["input_ids"] if found else []

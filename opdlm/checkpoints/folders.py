@@ -64,7 +64,7 @@ def check_is_checkpoint(path: str, *, setting: str = "model.path", needs_weights
     if folder.is_dir():
         try:
             json.loads((folder / "config.json").read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{folder / 'config.json'} is not valid JSON. Download it again.") from error
 
 

@@ -63,7 +63,7 @@ def add_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
     try:
         with no_future_warnings():
             peft_model = get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise ConfigError(f"lora.target_modules: {str(error).strip().splitlines()[0]}") from error
     check_targets(peft_model, section)
     return peft_model

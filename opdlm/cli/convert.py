@@ -60,9 +60,9 @@ def run(options: argparse.Namespace) -> int:
         report = read_retention(folder)
         if report is not None:
             print_report(report, console)
-    console.print(f"\nconverted checkpoint: {folder}", soft_wrap=True)
+    console.out(f"\nconverted checkpoint: {folder}")
     mode = "lossless" if config.format.name == "preserve" else "threshold"
-    console.print(f"next: opdlm chat {folder} --mode {mode}", soft_wrap=True, highlight=False)
+    console.out(f"next: opdlm chat {folder} --mode {mode}", highlight=False)
     return 0
 
 

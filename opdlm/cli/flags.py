@@ -51,7 +51,12 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"opdlm: {message}. See: {self.prog} --help\n")
+        self.exit(2, f"opdlm: {printable(message)}. See: {self.prog} --help\n")
+
+
+def printable(text: str) -> str:
+    """The text in one line: control characters and halves of surrogate pairs as in Python's literals."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"

@@ -191,7 +191,7 @@ def run_chat(options: argparse.Namespace) -> int:
                 model, [asked], config, tokenizer=tokenizer, seed=seed, stream=console
             )
         except OpdlmError as error:
-            console.print(f"{with_flag_names(str(error), options)} /new starts over.", markup=False)
+            console.out(f"{with_flag_names(str(error), options)} /new starts over.")
             continue
         except KeyboardInterrupt:
             console.print("[dim]stopped; the line is forgotten[/dim]")

@@ -9,24 +9,28 @@ import os
 import re
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from opdlm import __version__
 from opdlm.cli import bench, convert, evaluate, export, generate, rollout, serve, study, train
-from opdlm.cli.flags import Parser, Verbs, add_verb, with_flag_names
+from opdlm.cli.flags import Parser, Verbs, add_verb, printable, with_flag_names
 from opdlm.config.recipes import bundled_recipes, nearest_recipes
 from opdlm.environment import quiet_libraries
 from opdlm.errors import ConfigError, OpdlmError
 
 RESUMED = ("convert", "train", "rollout", "eval", "study")
 TAKE_OVERRIDES = ("convert", "train", "rollout", "eval", "study")
+TRACEBACK = "OPDLM_TRACEBACK"
+"""Environment variable; 1: the traceback of an unexpected error is printed too."""
 OVERRIDE = re.compile(r"--((?:[a-z]\w*\.[\w.-]+)|output[_-]dir)(?:=(.*))?", re.DOTALL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 on success, 2 with one sentence on a user's mistake, 124 at the end of
-    `train.time_limit`, 128 + N on signal N: 130 on Ctrl-C, 143 on SIGTERM.
+    """Run one verb; 0 on success, 2 with one sentence on a user's mistake, 1 with one sentence on an error
+    of ours, 124 at the end of `train.time_limit`, 128 + N on signal N: 130 on Ctrl-C, 143 on SIGTERM.
     """
     options = parse(sys.argv[1:] if arguments is None else arguments)
     if options.verb is None:
@@ -45,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except OpdlmError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
-            print(f"opdlm: {with_flag_names(str(error), options)}", file=sys.stderr)
+            print(f"opdlm: {printable(with_flag_names(str(error), options))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         goes_on = " The same command continues from the last checkpoint." if options.verb in RESUMED else ""
@@ -55,8 +59,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        print(f"opdlm: {error.strerror or error} ({error.filename or 'no file'}).", file=sys.stderr)
+        place = printable(f"{error.strerror or error} ({error.filename or 'no file'})")
+        print(f"opdlm: {place}.", file=sys.stderr)
         return 2
+    except Exception as error:
+        return report_unexpected(error, options.verb)
+
+
+def report_unexpected(error: Exception, verb: str) -> int:
+    """One sentence about an error of ours, whose traceback goes to a file of its own. The exit code."""
+    from opdlm.files import write_atomic
+
+    text = "".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace").decode()
+    if os.environ.get(TRACEBACK) == "1":
+        print(text, file=sys.stderr)
+    try:
+        file = Path(tempfile.mkdtemp(prefix="opdlm-")) / "traceback.txt"
+        write_atomic(file, text)
+        where = f"The traceback is in {file}: report it"
+    except OSError as problem:
+        where = f"The traceback cannot be written ({problem.strerror}); {TRACEBACK}=1 prints it: report it"
+    reason = printable(f"{type(error).__name__}: {error}"[:300])
+    print(
+        f"opdlm: {verb} met an error that it does not expect ({reason}). {where} with the command and what "
+        "`opdlm env` prints.",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

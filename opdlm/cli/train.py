@@ -43,5 +43,5 @@ def run(options: argparse.Namespace) -> int:
         return 0
     console = main_console()
     folder = opdlm.train(config, console=console)
-    console.print(f"\ntrained checkpoint: {folder}", soft_wrap=True)
+    console.out(f"\ntrained checkpoint: {folder}")
     return 0

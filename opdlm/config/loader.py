@@ -7,11 +7,11 @@ field is its help text.
 from __future__ import annotations
 
 import ast
-import datetime
 import difflib
 import inspect
 import itertools
 import logging
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +45,44 @@ OLD_KEYS = {
 """Earlier names of settings, which recipes and result folders may still use."""
 
 
+YAML_1_1 = re.compile(r"(?i)yes|no|on|off|=|.*[:_].*|\d{4}-\d.*|[-+]?0[0-7b].*")
+"""Plain words that are truth values, base-60 and base-8 numbers or dates in YAML 1.1, and texts here."""
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML without the surprises of version 1.1 (`YAML_1_1`), and without keys that occur twice."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        is_text = kind is yaml.ScalarNode and implicit[0] and YAML_1_1.fullmatch(value)
+        return self.DEFAULT_SCALAR_TAG if is_text else super().resolve(kind, value, implicit)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise yaml.YAMLError(f"{key.value} stands twice, in line {lines[key.value]} and {line}")
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            raise yaml.YAMLError(f"half a surrogate pair in line {node.start_mark.line + 1} is no text")
+        return value
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a YAML text. YAMLError where it is none, nests too deeply or has numbers without end."""
+    try:
+        return yaml.load(text, RecipeLoader)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    except ValueError as error:
+        raise yaml.YAMLError(str(error)) from error
+
+
 def plain(value: Any) -> Any:
     """Tuples as lists, recursively, as YAML and JSON have them."""
     if isinstance(value, dict):
@@ -63,7 +101,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The tree of a YAML file, old names replaced. ConfigError where it is not one."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"cannot read the recipe {path}: {error.strerror}. Give an existing YAML file."
@@ -85,10 +123,15 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             f"override {override!r} is not of the form section.key=value, for example train.num_steps=10."
         )
     try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
-        if text.startswith("[{"):
-            raise ConfigError(f"{key} ({text}) is not valid YAML: quote texts with brackets.") from None
+        value = read_yaml(text) if text else ""
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(f"{key} ({text!r}) has a character that is no text ({error.reason}).") from None
+    except yaml.YAMLError as error:
+        if text.startswith(("[{", "{")):
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"{key} ({text}) is not valid YAML: quote texts with brackets ({reason})."
+            ) from None
         value = text
     if key in OLD_KEYS:
         tell_renamed(f"{key} is now {OLD_KEYS[key]}")
@@ -152,7 +195,7 @@ def build_section(
 
 
 def prepare(cls: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """What YAML and command lines write differently from Python: `a,b` for a list, a bare `no` for a word."""
+    """What YAML and command lines write differently from Python: `a,b` for a list, `true` for a word."""
     hints = typing.get_type_hints(cls)
     prepared: dict[str, Any] = {}
     for key, value in values.items():
@@ -178,17 +221,13 @@ def prepare_value(value: Any, hint: Any, name: str) -> Any:
                 build_section(cls, item, f"{name}[{i}].") if isinstance(item, Mapping) else item  # type: ignore[arg-type]
                 for i, item in enumerate(value)
             ]
-    if isinstance(value, datetime.date) and str in options:  # YAML reads 2026-11-29 as a date
-        return str(value)
     if any(typing.get_origin(option) is tuple for option in options) and not isinstance(value, list | tuple):
         is_word = any(typing.get_origin(option) is Literal for option in options)
         if value is None or is_word or (str in options and "," not in str(value)):
             return value
         return [part for part in str(value).split(",") if part]
     if isinstance(value, bool) and bool not in options:
-        choices = [word for option in options for word in typing.get_args(option)]
-        words = ("yes", "on") if value else ("no", "off")  # YAML reads a bare `no` as false
-        return next((word for word in words if word in choices), str(value).lower())
+        return str(value).lower()
     return value
 
 
@@ -255,6 +294,8 @@ def rule_of(error: ErrorDetails, hint: Any, name: str) -> str:
             return "needs 2 values."
         case "string_pattern_mismatch":
             return "must be seconds, or a time such as 90m, 2h30m or 1d."
+        case "string_too_short":
+            return "must not be empty."
         case "dict_type":
             return f"must be a mapping: {name}.KEY=VALUE."
     wanted = kind.split("_")[0]

@@ -26,11 +26,12 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd", "total_variation"]
 Windows = Literal["auto"] | tuple[tuple[float, float], ...]
 Value = TypeVar("Value")
 
-Count = Annotated[int, Field(gt=0)]
-OptionalCount = Annotated[int, Field(gt=0)] | None
+Count = Annotated[int, Field(ge=1, le=10**9)]
+OptionalCount = Count | None
 Steps = Annotated[int, Field(ge=0, le=10**9)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 DURATION = r"^(\d+d)?(\d+h)?(\d+m)?(\d+(\.\d+)?s?)?$"
 
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, use_attribute_docstrings=True)
@@ -68,7 +69,7 @@ class FormatSection:
     """Pairs (first step, block size) that end with block_size: [[0, 4], [100, 8]]. Empty: a constant size."""
     grid: Literal["absolute", "response"] = "absolute"
     """Origin of the blocks: token 0, or the first response token."""
-    mask_token: str = "<|mask|>"
+    mask_token: Annotated[str, Field(min_length=1)] = "<|mask|>"
     """Text of the mask token; an existing token of this text is used, else an unused row, else a new one."""
     noise: Literal["mask", "uniform"] = "mask"
     """Input of unknown tokens: mask, a trained embedding, or uniform, ids drawn from the whole vocabulary, as
@@ -95,7 +96,7 @@ class FormatSection:
 class LoraSection:
     enabled: bool = True
     """Train a LoRA adapter (gated in preserve) instead of a full copy of the weights."""
-    r: Count = 32
+    r: Annotated[int, Field(ge=1, le=10**5)] = 32
     """Rank."""
     alpha: Count = 64
     """Scale: the adapter's output is multiplied by alpha / r."""
@@ -196,7 +197,7 @@ class RolloutSection:
     """Decoder of rollouts and teacher responses: this package's, or vLLM (an extra; Qwen3 and Llama, on a
     GPU), which holds a second copy of the weights.
     """
-    prompts_per_step: Count = 64
+    prompts_per_step: Annotated[int, Field(ge=1, le=10**6)] = 64
     """Prompts that get a response in each step, over all devices."""
     decode: RolloutDecode = Field(default_factory=RolloutDecode)
     start_new_tokens: OptionalCount = None
@@ -304,13 +305,13 @@ class LossSection:
 class OptimizerSection:
     name: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw is torch's, fused. adamw8bit keeps its moments in 8 bits (bitsandbytes: 'opdlm[quant]')."""
-    learning_rate: Positive = 1e-5
+    learning_rate: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 1e-5
     """Peak learning rate."""
     min_learning_rate_ratio: Share = 0.1
     """The cosine ends at this share of the peak."""
     warmup_steps: Steps = 0
     """Optimiser updates of linear warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     """AdamW."""
@@ -322,7 +323,7 @@ class OptimizerSection:
 class LoopSection:
     """Settings of every training."""
 
-    num_steps: Count = 100
+    num_steps: Annotated[int, Field(ge=1, le=10**6)] = 100
     """Rollout steps. Each generates responses, then makes the updates below."""
     rows_per_update: Count = 8
     """Rollouts per optimiser update, over all devices."""
@@ -330,7 +331,7 @@ class LoopSection:
     """Rollouts per forward and backward on one device, counted at the length of the update's longest; shorter
     ones are packed. It changes memory, not results.
     """
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    ema_decay: Decay | None = None
     """Write the exponential moving average of the weights with this decay; None = the last weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
@@ -338,7 +339,7 @@ class LoopSection:
     """With gradient_checkpointing: recompute every n-th layer; the others keep their activations."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 runs the forward under autocast."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(10**12), le=10**12)] = 0
     """Every random draw is a function of (seed, step, prompt), whatever the number of devices."""
     save_every: Count = 50
     """Steps between checkpoints."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlm.data.messages import Conversation
 from opdlm.errors import ConfigError, DataError
+from opdlm.limits import limited_lines
 
 DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
@@ -56,9 +57,10 @@ def render(
     marked = [{**m, "content": m["content"] + mark} for m, mark in zip(messages, marks, strict=True)]
     is_continued = messages[-1]["role"] == "assistant"
     try:
-        with_marks = str(tokenizer.apply_chat_template(marked, **options))
-        options |= {"add_generation_prompt": not is_continued, "continue_final_message": is_continued}
-        text = str(tokenizer.apply_chat_template(messages, **options))
+        with limited_lines():
+            with_marks = str(tokenizer.apply_chat_template(marked, **options))
+            options |= {"add_generation_prompt": not is_continued, "continue_final_message": is_continued}
+            text = str(tokenizer.apply_chat_template(messages, **options))
     except Exception as error:  # the template is a program of the checkpoint: it may raise anything
         how = "refuses these messages" if type(error) is TemplateError else f"fails, {type(error).__name__}"
         reason = " ".join(str(error).split())

@@ -66,7 +66,8 @@ def encode_rows(
     for index, (place, row) in enumerate(rows):
         conversation = conversation_of(place, row, section.system_prompt, section.prompt_column)
         ids = row_ids(row, conversation, tokenizer, section.enable_thinking)
-        unread |= unread_keys(tokenizer, conversation)
+        variables = () if section.enable_thinking is None else ("enable_thinking",)
+        unread |= unread_keys(tokenizer, conversation, variables)
         num_unknown += is_unknown(tokenizer, ids)
         if len(ids) > section.max_prompt_tokens:
             if section.drop_long_prompts:

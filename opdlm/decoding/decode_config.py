@@ -64,8 +64,9 @@ class DecodeConfig:
                 raise ValueError(f"{name} ({word!r}) must be one of {', '.join(get_args(kind))}.")
         for name in ("max_new_tokens", "batch_size", "top_k", "denoising_steps"):
             value: int | None = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1.")
+            if value is not None and not 1 <= value <= MOST:
+                rule = "at least 1" if value < 1 else f"at most {MOST}"
+                raise ValueError(f"{name} ({value}) must be {rule}.")
         for name, highest in LIMITS.items():
             number: float | None = getattr(self, name)
             if number is not None and not 0 <= number <= highest:
@@ -80,6 +81,8 @@ class DecodeConfig:
 
 FIXED_OVERHEAD = 32.0
 """`forward_overhead` of reports and rollouts, whose numbers must not depend on the load of the machine."""
+MOST = 10**9
+"""Largest value of whole numbers."""
 LIMITS = {
     "temperature": 100.0,
     "confidence_threshold": 1.0,

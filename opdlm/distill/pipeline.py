@@ -14,12 +14,20 @@ from tempfile import TemporaryDirectory
 
 from accelerate import PartialState
 from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlm.checkpoints.convert import make_student
 from opdlm.checkpoints.export import write_model
 from opdlm.checkpoints.folders import trust_remote_code
-from opdlm.checkpoints.load import check_fits, load, load_causal_lm, load_tokenizer, with_known_dtype
+from opdlm.checkpoints.load import (
+    check_fits,
+    load,
+    load_causal_lm,
+    load_tokenizer,
+    vocabulary_rows,
+    with_known_dtype,
+)
 from opdlm.config.sections import CONFIG_COPY, Config, EvalSection
 from opdlm.data.prompts import (
     Ids,
@@ -153,6 +161,12 @@ def load_inputs(config: Config) -> Inputs:
     if type(student.student).__module__.startswith("transformers_modules"):
         check_round_trip(student, tokenizer, config)
         student = load_student(config, tokenizer)
+    num_tokens = vocabulary_rows(student.student)
+    if (config.loss.top_k or 0) > num_tokens:
+        raise ConfigError(
+            f"loss.top_k ({config.loss.top_k}) exceeds the model's vocabulary ({num_tokens}): lower it, or "
+            "leave it out for all tokens."
+        )
     prompts: list[Prompt] = []
     recorded: Sequence[Rollout] = ()
     if config.rollout.path:
@@ -217,7 +231,7 @@ def convert_checkpoint(config: Config, console: Console) -> Path:
 def run_conversion(config: Config, ranks: PartialState, console: Console, started: float) -> Path:
     """`convert_checkpoint` in a run folder of its own. `started` is a time of `time.monotonic`."""
     config = replace(config, data=replace(config.data, date=start_date(config.data.date, config.output_dir)))
-    with console.status(f"loading {config.model.path}"):
+    with console.status(Text(f"loading {config.model.path}")):
         inputs = load_inputs(config)
     weights = signal_weights(inputs, config)
     if weights:
@@ -226,7 +240,7 @@ def run_conversion(config: Config, ranks: PartialState, console: Console, starte
     output_dir = prepare_output(config, writes=ranks.is_main_process)
     if weights and ranks.is_main_process:
         plot_signal(weights, window, output_dir / "mask_window.png")
-        console.print(
+        console.out(
             f"masking.windows=auto: t* = {optimal_t(weights):.3f}, window {window[0]:g} to {window[1]:g} "
             f"({output_dir / 'mask_window.png'})"
         )
@@ -266,11 +280,10 @@ def tell_if_nothing_learnt(output_dir: Path, untrained: float, config: Config, c
     """Say so where the last measurement on held-back prompts is that of the untrained student."""
     measured = [row[DRAFTED] for row in read_metrics(output_dir / "metrics.jsonl") if DRAFTED in row]
     if measured and measured[-1] < untrained + LEARNT:
-        console.print(
+        console.out(
             f"This run learnt nothing: {measured[-1]:.2f} tokens per forward on held-back prompts, "
             f"{untrained:.2f} before training. Raise optimizer.learning_rate "
-            f"({config.optimizer.learning_rate:g}) or train.num_steps ({config.train.num_steps}).",
-            soft_wrap=True,
+            f"({config.optimizer.learning_rate:g}) or train.num_steps ({config.train.num_steps})."
         )
 
 
@@ -348,12 +361,11 @@ def describe(inputs: Inputs, config: Config, console: Console) -> None:
         source = f"{len(inputs.recorded)} rollouts of {config.rollout.path}"
     else:
         source = count_prompts(inputs.prompts, config.data)
-    console.print(
+    console.out(
         f"{config.model.path}: {student.student.config.model_type}, {total / 1e6:.2f} M parameters, "
         f"{trained / 1e6:.2f} M trained; format {student.spec.format}, block size {student.spec.block_size}, "
         f"objective {config.loss.objective}, {source}, "
-        f"attention {backend}, mask token id {student.spec.mask_token_id}",
-        soft_wrap=True,
+        f"attention {backend}, mask token id {student.spec.mask_token_id}"
     )
 
 

@@ -72,7 +72,7 @@ def record_rollouts(
         **asdict(config),
     }
     if is_finished(out, settings):
-        console.print(f"{out} is finished already: {len(prompts)} rollouts", soft_wrap=True)
+        console.out(f"{out} is finished already: {len(prompts)} rollouts")
         return out
     vllm = start_ar_model(model_path, model, ids, config) if engine == "vllm" else None
     with compiled_decoding(model, compiles), DecodingProgress(len(prompts), console) as progress:
@@ -96,10 +96,9 @@ def record_rollouts(
     ]
     write_rollouts(out, texts, rollouts, tokenizer, settings)
     stats = DecodeStats.of(rollouts)
-    console.print(
+    console.out(
         f"rollouts: {out} ({len(rollouts)} responses, {stats.num_tokens} tokens, "
-        f"{stats.tokens_per_forward:.2f} per forward)",
-        soft_wrap=True,
+        f"{stats.tokens_per_forward:.2f} per forward)"
     )
     return out
 

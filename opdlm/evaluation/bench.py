@@ -79,8 +79,8 @@ def bench_folder(
         compiles=compiles,
         vllm_folder=str(folder) if with_vllm else None,
         speculative=speculative_decoders(assistant, tokenizer, folder, model),
-        on_row=lambda row: console.print(
-            f"batch {row.batch_size}: {row.name} {row.tokens_per_second:.0f} tokens/s", soft_wrap=True
+        on_row=lambda row: console.out(
+            f"batch {row.batch_size}: {row.name} {row.tokens_per_second:.0f} tokens/s"
         ),
     )
     print_table(speed_table([asdict(row) for row in rows]), console)
@@ -96,7 +96,7 @@ def bench_folder(
         )
         acceptance = acceptance_by_place(generate(model, ids, most), model.spec.block_size - 1)
         shares = ", ".join(f"{100 * share:.0f}" for share in acceptance)
-        console.print(f"Draft tokens accepted after those before them, by place in a full draft: {shares} %.")
+        console.out(f"Draft tokens accepted after those before them, by place in a full draft: {shares} %.")
     if out is not None:
         settings: dict[str, Any] = {"prompts": len(ids), "file": path, "repeats": repeats}
         settings |= {"vllm": installed_version()} if with_vllm else {}

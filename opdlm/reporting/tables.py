@@ -372,7 +372,7 @@ def print_report(report: Values, console: Console) -> None:
     for table in (table for make in makers if (table := make(report)).rows):
         print_table(table, console)
     for text in filter(None, (likelihood_note(report), verdict(report))):
-        console.print(f"{text}\n", markup=False, soft_wrap=not console.is_terminal)
+        console.print(Text(f"{text}\n"), soft_wrap=not console.is_terminal)
 
 
 def measured_text(report: Values) -> str:

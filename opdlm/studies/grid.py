@@ -75,7 +75,7 @@ def run_grid(
     """
     waiting = [cell for cell in cells if read_finished(cell, out) is None]
     if len(waiting) < len(cells):
-        console.print(f"{len(cells) - len(waiting)} of {len(cells)} cells are finished already")
+        console.out(f"{len(cells) - len(waiting)} of {len(cells)} cells are finished already")
     errors = run_processes(waiting, run_cell, out, console, processes or num_cores())
     records = {cell.name: read_finished(cell, out) for cell in cells}
     return GridResult(records={n: r for n, r in records.items() if r is not None}, errors=errors)
@@ -154,10 +154,10 @@ def run_processes(
 def report_cell(console: Console, cell: Cell, error: str, done: int, total: int, seconds: float) -> None:
     """Print a failure, and without a progress bar also a success."""
     if error:
-        console.print(f"{cell.name} failed: {error}", markup=False, soft_wrap=True)
+        console.out(f"{cell.name} failed: {error}")
     elif not console.is_terminal:
         left = seconds / done * (total - done)
-        console.print(f"cell {done}/{total}  {cell.name}  {seconds:.0f} s, {left:.0f} s left", soft_wrap=True)
+        console.out(f"cell {done}/{total}  {cell.name}  {seconds:.0f} s, {left:.0f} s left")
 
 
 def start_process(cell: Cell, run_cell: RunCell, out: Path) -> BaseProcess:

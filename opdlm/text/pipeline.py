@@ -107,7 +107,7 @@ def run_training(config: TextConfig, ranks: PartialState, console: Console, star
             write_record(partial, output_dir, config, losses)
         for name, value in losses.items():
             if name != "score":
-                console.print(f"{name} {value:.4f} nats per token", soft_wrap=True)
+                console.out(f"{name} {value:.4f} nats per token")
     return folder
 
 
@@ -251,11 +251,10 @@ def describe(inputs: TextInputs, console: Console) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     origin = "random weights" if config.model.from_scratch else "checkpoint"
     size = f"{config.train.rows_per_update} rows of {config.data.sequence_length} tokens"
-    console.print(
+    console.out(
         f"{config.model.path} ({origin}): {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained; "
         f"objective {config.objective.name}, {config.train.num_steps} steps of "
-        f"{size}; {'; '.join(inputs.notes)}",
-        soft_wrap=True,
+        f"{size}; {'; '.join(inputs.notes)}"
     )
 
 

@@ -38,11 +38,11 @@ def progress_line(verb: str, console: Console) -> Progress:
     """A progress bar with counts, remaining time and the field `status`; shown on terminals only."""
     return Progress(
         SpinnerColumn(),
-        TextColumn(f"[bold]{verb}"),
+        TextColumn(verb, style="bold", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),
         console=console,
         disable=not console.is_terminal,
     )
@@ -94,7 +94,7 @@ class PhaseProgress:
         seconds = self.told - self.started
         left = seconds / max(1, self.done - self.first) * max(0, self.total - self.done)
         times = f"  {seconds:.0f} s, {left:.0f} s left" if self.done > self.first else ""
-        self.console.print(f"{self.verb} {self.done}/{self.total}  {status}{times}".rstrip(), soft_wrap=True)
+        self.console.out(f"{self.verb} {self.done}/{self.total}  {status}{times}".rstrip())
 
 
 class MetricsLog:
@@ -128,11 +128,11 @@ class MetricsLog:
         self.task = self.progress.add_task("", total=num_steps, completed=first_step, status="")
         self.progress.start()
         if first_step:
-            self.console.print(f"resumed at step {first_step} of {num_steps}")
+            self.console.out(f"resumed at step {first_step} of {num_steps}")
 
     def note(self, text: str) -> None:
         """Print a message above the progress line."""
-        self.console.print(text, soft_wrap=True)
+        self.console.out(text)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of step `step` (counted from 1) and show the progress."""
@@ -146,7 +146,7 @@ class MetricsLog:
         ):
             seconds = time.monotonic() - self.started
             left = seconds / (step - self.first_step) * (self.num_steps - step)
-            self.console.print(f"step {step}/{self.num_steps}  {status}  {seconds:.0f} s, {left:.0f} s left")
+            self.console.out(f"step {step}/{self.num_steps}  {status}  {seconds:.0f} s, {left:.0f} s left")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -221,7 +221,7 @@ class DecodingProgress:
         if seconds and not self.console.is_terminal:
             spent = time.monotonic() - self.started
             left = spent / (self.done - self.first_done) * (self.num_prompts - self.done)
-            self.console.print(
+            self.console.out(
                 f"rollout {self.done}/{self.num_prompts}  {self.tokens_per_second:.0f} tok/s  "
                 f"{spent:.0f} s, {left:.0f} s left"
             )

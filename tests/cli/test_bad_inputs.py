@@ -164,6 +164,18 @@ def broken_config(place: Place) -> Path:
     return folder
 
 
+def deep_config(place: Place) -> Path:
+    folder = place.broken_model("deep")
+    (folder / "config.json").write_text("[" * 100_000)
+    return folder
+
+
+def with_template(place: Place, template: str) -> Path:
+    folder = place.broken_model("template")
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
 def linear_attention(place: Place) -> Path:
     return write_checkpoint(place.root / "mamba", "mamba")
 
@@ -269,12 +281,91 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     "not one of the choices": (lambda p: p.convert("format.name=presrve"), ("format.name", "mean preserve?")),
     "number out of range": (
         lambda p: p.convert("train.num_steps=0"),
-        ("train.num_steps (0)", "greater than"),
+        ("train.num_steps (0)", "between 1 and 1000000"),
     ),
     "not a number": (lambda p: p.convert("optimizer.learning_rate=.nan"), ("learning_rate (nan)", "finite")),
     "infinite number": (
         lambda p: p.convert("optimizer.learning_rate=.inf"),
         ("learning_rate (inf)", "finite"),
+    ),
+    "momentum that grows": (
+        lambda p: p.convert("optimizer.betas=[0.9,1]"),
+        ("optimizer.betas (1)", "between 0"),
+    ),
+    "momentum below nothing": (
+        lambda p: p.convert("optimizer.betas=[-1,0.5]"),
+        ("optimizer.betas (-1)", "between 0"),
+    ),
+    "more likely tokens than tokens": (
+        lambda p: p.convert("loss.top_k=1000000"),
+        ("loss.top_k (1000000)", "vocabulary (64)", "lower it"),
+    ),
+    "an empty mask token": (
+        lambda p: p.convert("format.mask_token="),
+        ("format.mask_token ('')", "not be empty"),
+    ),
+    "an endless seed": (lambda p: p.convert(f"train.seed={10**24}"), ("train.seed (1000", "between -1000")),
+    "an endless rank": (lambda p: p.convert(f"lora.r={10**11}"), ("lora.r (100000000000)", "between 1")),
+    "endless prompts": (
+        lambda p: p.convert(f"rollout.prompts_per_step={10**24}"),
+        ("rollout.prompts_per_step (1000", "between 1 and 1000000"),
+    ),
+    "endless steps": (
+        lambda p: p.convert(f"train.num_steps={10**26}"),
+        ("train.num_steps (1000", "between 1 and 1000000"),
+    ),
+    "endless responses": (
+        lambda p: p.convert(f"rollout.decode.max_new_tokens={10**24}"),
+        ("rollout.decode.max_new_tokens (1000", "at most 1000000000"),
+    ),
+    "a learning rate without measure": (
+        lambda p: p.convert("optimizer.learning_rate=1e20"),
+        ("optimizer.learning_rate (1e+20)", "between 0 and 10"),
+    ),
+    "layers by a broken pattern": (
+        lambda p: p.convert("lora.target_modules=*"),
+        ("lora.target_modules", "nothing to repeat"),
+    ),
+    "a number of thousands of digits": (
+        lambda p: p.convert("train.num_steps=" + "9" * 400),
+        ("train.num_steps (9999", "must lie between"),
+    ),
+    "a control character": (
+        lambda p: p.convert("output_dir=a\x1b[2J"),
+        (r"output_dir ('a\x1b[2J')", "no text"),
+    ),
+    "a line feed in a key": (lambda p: p.convert("tra\nin.seed=1"), (r"unknown key tra\nin",)),
+    "an undecodable folder": (lambda p: ["convert", "\udcff/m"], (r"model.path ('\udcff/m')", "no text")),
+    "recipe with a section twice": (
+        lambda p: [
+            "convert",
+            str(p.file("twice.yaml", "train:\n  seed: 1\nlora:\n  r: 4\ntrain:\n  seed: 2\n")),
+        ],
+        ("twice.yaml", "train stands twice, in line 1 and 5"),
+    ),
+    "recipe with a key twice": (
+        lambda p: ["convert", str(p.file("twice.yaml", "train: {seed: 1, num_steps: 3, seed: 1}"))],
+        ("twice.yaml", "seed stands twice, in line 1 and 1"),
+    ),
+    "recipe of two documents": (
+        lambda p: ["convert", str(p.file("two.yaml", "train: {seed: 1}\n---\ntrain: {seed: 2}\n"))],
+        ("two.yaml", "expected a single document", "line 2"),
+    ),
+    "recipe nested too deeply": (
+        lambda p: ["convert", str(p.file("deep.yaml", "train: " + "[" * 3000))],
+        ("deep.yaml", "nested too deeply"),
+    ),
+    "recipe with half a surrogate pair": (
+        lambda p: ["convert", str(p.file("half.yaml", 'train: {seed: 1}\noutput_dir: "a\\ud800"\n'))],
+        ("half.yaml", "half a surrogate pair in line 2"),
+    ),
+    "recipe with a clock time for a number": (
+        lambda p: ["convert", str(p.file("time.yaml", "train:\n  num_steps: 1:30\n"))],
+        ("train.num_steps ('1:30')", "must be int"),
+    ),
+    "config.json nested too deeply": (
+        lambda p: p.convert(model=deep_config(p)),
+        ("deep/config.json", "not valid JSON"),
     ),
     "override without =": (lambda p: p.convert("train.num_steps"), ("train.num_steps", "section.key=value")),
     "unknown option": (lambda p: p.convert("--speed"), ("--speed", "--help")),
@@ -1022,6 +1113,24 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     ),
     "unknown recipe": (lambda p: ["recipes", "tinny"], ("tinny", "Did you mean tiny")),
 }
+ENDLESS = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
+CASES |= {
+    f"{name} with a template that {what}": (
+        lambda p, make=make, template=template: make(p, with_template(p, template)),
+        ("the chat template", reason),
+    )
+    for name, make in (
+        ("convert", lambda p, model: p.convert(model=model)),
+        ("generate", lambda p, model: ["generate", str(model), "a", "--mode", "ar"]),
+        ("rollout", lambda p, model: rollout(p, "--mode", "ar", model=model.name)),
+    )
+    for what, template, reason in (
+        ("never ends", ENDLESS, "EndlessError (stopped after 20,000,000 lines"),
+        ("breaks off", "{% break %}", "SyntaxError"),
+        ("divides by zero", "{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("asks for another", "{% include 'x' %}", "fails, "),
+    )
+}
 FROM_SCRATCH = "model.from_scratch=true"
 DUAL, AR, BLOCKS = (f"objective.name={name}" for name in ("dual", "autoregressive", "block_diffusion"))
 NEXT = "objective.prediction=next_position"
@@ -1030,9 +1139,9 @@ TRAIN_CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "a key of conversion": (("rollout.decode.temperature=1",), ("unknown key rollout", "opdlm train")),
     "a section set to a value": (("format=3",), ("format is a section", "format.name")),
     "a row of one token": (("data.sequence_length=1",), ("data.sequence_length (1)", "between 2")),
-    "no unique token": (("data.unique_tokens=0",), ("data.unique_tokens (0)", "greater than 0")),
+    "no unique token": (("data.unique_tokens=0",), ("data.unique_tokens (0)", "between 1")),
     "endless epochs": (("data.epochs=.inf",), ("data.epochs (inf)", "finite")),
-    "no mask rates": (("eval.num_rates=0",), ("eval.num_rates (0)", "greater than 0")),
+    "no mask rates": (("eval.num_rates=0",), ("eval.num_rates (0)", "between 1")),
     "a share above 1": (
         (DUAL, "objective.ar_share=1.5"),
         ("objective.ar_share (1.5)", "between 0 and 1"),
@@ -1046,7 +1155,7 @@ TRAIN_CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "a shared range": (("optimizer.weight_decay=11",), ("optimizer.weight_decay (11)", "between")),
     "a warm-up of less than nothing": (("optimizer.warmup_steps=-1",), ("optimizer.warmup_steps (-1)",)),
-    "a shared positive number": (("lora.alpha=0",), ("lora.alpha (0)", "greater than 0")),
+    "a shared positive number": (("lora.alpha=0",), ("lora.alpha (0)", "between 1")),
     "a decay of 1": (("train.ema_decay=1",), ("train.ema_decay (1)", "between")),
     "masks upside down": (("masking.windows=[[0.5,0.4]]",), ("masking.windows", "lower end <= upper end")),
     "masks without masks": ((AR, "masking.floor=0.1"), ("masking has no effect", "objective.input_masking")),

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from opdlm.config.loader import describe_fields, read_recipe
+from opdlm.config.loader import describe_fields, read_recipe, read_yaml
 from opdlm.config.rules import load_config
 from opdlm.config.sections import Config, SourceSection
 from opdlm.config.text import TextConfig, load_text_config
@@ -58,3 +59,33 @@ def test_sources_of_prompts_are_read_from_overrides_and_from_the_saved_settings(
     assert changed_settings(read_recipe(saved), config.to_dict(), Config().to_dict()) == {}
     other = load_config(saved, [text.replace("weight: 3", "weight: 2")])
     assert changed_settings(read_recipe(saved), other.to_dict(), Config().to_dict()).keys() == {"data.path"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("no", "no"), ("on", "on"), ("true", True), ("1:30", "1:30"), ("0o7", "0o7"), ("010", "010")),
+        *(("0x10", 16), ("-7", -7), ("2026-13-45", "2026-13-45"), ("=", "="), ("null", None), ("0.5", 0.5)),
+        *(("1_000", "1_000"), ("-.inf", float("-inf")), ("1.5e+3", 1500.0), ("1e3", "1e3"), ("00", "00")),
+    ],
+)
+def test_plain_words_of_a_recipe_are_not_those_of_yaml_1_1(text: str, value: Any) -> None:
+    assert read_yaml(text) == value and type(read_yaml(text)) is type(value)
+    assert read_yaml(yaml.safe_dump({"key": value})) == {"key": value}
+
+
+def test_words_for_truth_values_and_decimal_numbers_are_read() -> None:
+    config = load_config(
+        None, ["eval.agreement=no", "loss.tail=off", "train.mixed_precision=no", "lora.r=010"]
+    )
+    assert (config.eval.agreement, config.loss.tail) == (False, False)
+    assert (config.train.mixed_precision, config.lora.r) == ("no", 10)
+
+
+def test_saved_settings_are_read_as_they_were(tmp_path: Path) -> None:
+    """Whatever a text looks like, it comes back from the recipe that a run saves."""
+    words = ("no", "1:30", "0o7", "010", "2026-01-01", "1e5", "1.5e3", "null", "0x1F", "1_0", "~", "=", "<<")
+    for word in words:
+        config = Config(output_dir=word)
+        (tmp_path / "config.yaml").write_text(config.to_yaml())
+        assert load_config(tmp_path / "config.yaml").output_dir == word

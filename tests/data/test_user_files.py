@@ -39,6 +39,7 @@ RESULT = {"role": "tool", "content": "3 C"}
 CALLED = '{"name": "weather", "arguments": {"city": "Oslo"}}'
 NO_SYSTEM = "{% for m in messages if m.role != 'system' %}" + CHAT.removeprefix("{% for m in messages %}")
 NO_TOOLS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>"
+ENDLESS = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
 STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}" + CHAT
 
 
@@ -306,6 +307,7 @@ REFUSED: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
         ("a mistake", "{% for %}", "TemplateSyntaxError"),
         ("an unknown name", "{{ a.b.c }}", "UndefinedError"),
         ("endless recursion", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("an endless loop", ENDLESS, "EndlessError"),
         ("a division by zero", "{{ 1 / 0 }}", "ZeroDivisionError"),
         ("a number for a text", "{{ messages[0].content + 1 }}", "TypeError"),
         ("a way out", "{{ ''.__class__.__mro__ }}", "SecurityError"),
