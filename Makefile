@@ -5,7 +5,7 @@ STAMP := .venv/.opdlm-installed
 export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-faults test-real test-vllm lint wheel clean env
+.PHONY: demo test test-slow test-faults test-fuzz test-real test-vllm lint wheel clean env
 
 demo: env
 	@$(BIN)/python examples/demo.py runs/demo
@@ -19,6 +19,10 @@ test-slow: env
 # Kills, signals, damaged files and double starts; prints a table (a few minutes).
 test-faults: env
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py
+
+# Hostile and odd settings, recipes, data, command lines, templates and checkpoints; prints a table (minutes).
+test-fuzz: env
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py
 
 # OPDLM_REAL: a folder whose sub-folders are checkpoints (python examples/smollm2.py FOLDER/smollm2 makes one).
 test-real: env

@@ -261,9 +261,9 @@ class Fuzz:
         file, tokenizer = self.folder / "rows.jsonl", self.tokenizer
         file.write_bytes(text.encode("utf-8", "surrogatepass"))
         readers: dict[str, Callable[[], object]] = {
-            "prompts": lambda: load_prompts(DataSection(path=str(file)), tokenizer, mask_token_id=1),
-            "tasks": lambda: load_tasks(str(file), tokenizer, mask_token_id=1),
-            "documents": lambda: load_documents(TextSection(path=str(file)), tokenizer, mask_token_id=1),
+            "prompts": lambda: load_prompts(DataSection(path=str(file)), tokenizer, mask_token_id=-1),
+            "tasks": lambda: load_tasks(str(file), tokenizer, mask_token_id=-1),
+            "documents": lambda: load_documents(TextSection(path=str(file)), tokenizer, mask_token_id=-1),
         }
         kind = self.rng.choice(list(readers))
         return (kind, text), lambda: 0 if readers[kind]() else 1
@@ -272,11 +272,10 @@ class Fuzz:
         """No target is a model but that of `generate`: nothing heavy is started."""
         if self.rng.random() < 0.2:
             flags = [self.rng.choice((*FLAGS, *VALUES)) for _ in range(self.rng.randint(1, 3))]
-            arguments = (*self.generate("bundled:teacher")[0], *flags)  # type: ignore[misc]
-            return self.command(*arguments)
+            return self.command("generate", "bundled:teacher", "hi", *flags, "--max-new-tokens", "1")
         verb = self.rng.choice(VERBS)
-        words = [*FLAGS, *VALUES, *(f"--{key}" for key in self.keys["convert"])]
-        arguments = [self.rng.choice(words) for _ in range(self.rng.randint(0, 5))]
+        pieces = [*FLAGS, *VALUES, *(f"--{key}" for key in self.keys["convert"])]
+        arguments = [self.rng.choice(pieces) for _ in range(self.rng.randint(0, 5))]
         targets = ("none/such", str(self.folder), "m[/x]", SURROGATE, self.rng.choice(VALUES))
         only_shown = ["--print-config"] if verb in ("convert", "train") else []
         return self.command(verb, self.rng.choice(targets), *arguments, *only_shown)

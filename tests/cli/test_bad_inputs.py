@@ -320,7 +320,7 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     ),
     "a learning rate without measure": (
         lambda p: p.convert("optimizer.learning_rate=1e20"),
-        ("optimizer.learning_rate (1e+20)", "between 0 and 10"),
+        ("optimizer.learning_rate ('1e20')", "between 0 and 10"),
     ),
     "layers by a broken pattern": (
         lambda p: p.convert("lora.target_modules=*"),

@@ -194,3 +194,13 @@ def test_every_module_imports_without_resource_as_on_windows() -> None:
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_texts_with_values_are_printed_without_markup(path: Path) -> None:
+    """`Console.print` reads brackets as markup and `:bug:` as a picture; `Console.out` does not."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "print":
+            assert not [argument for argument in node.args if isinstance(argument, ast.JoinedStr)], (
+                node.lineno
+            )
