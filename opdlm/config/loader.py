@@ -47,6 +47,8 @@ OLD_KEYS = {
 
 YAML_1_1 = re.compile(r"(?i)yes|no|on|off|=|.*[:_].*|\d{4}-\d.*|[-+]?0[0-7b].*")
 """Plain words that are truth values, base-60 and base-8 numbers or dates in YAML 1.1, and texts here."""
+NO_TEXT = re.compile("[\0\ud800-\udfff]")
+"""NUL, and halves of surrogate pairs, which stand for undecodable bytes in arguments and standard input."""
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -68,8 +70,8 @@ class RecipeLoader(yaml.SafeLoader):
 
     def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)
-        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-            raise yaml.YAMLError(f"half a surrogate pair in line {node.start_mark.line + 1} is no text")
+        if isinstance(value, str) and NO_TEXT.search(value):
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1} has NUL or half a surrogate pair")
         return value
 
 

@@ -29,8 +29,8 @@ Every setting of `opdlm convert` and `opdlm train`, with its default. A recipe i
 sections; `section.key=value` or `--section.key value` on the command line changes a setting.
 `opdlm convert --list-keys` prints the same list.
 
-Recipes are read as YAML 1.2 has it: only `true` and `false` are truth values (settings that want one also take
-yes, no, on and off), `010` is ten, and `1:30` or a date is a text. A key that stands twice is an error.
+Recipes are read as YAML 1.2 has it: only `true` and `false` are truth values (settings that want one also
+take yes, no, on and off), `010` is ten, and `1:30` or a date is a text. A key that stands twice is an error.
 
 Written by `python -m opdlm.config.reference docs`.
 """

@@ -7,20 +7,18 @@ other line separators are valid inside JSON texts. What cannot be read is a Data
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic_core import from_json
 
+from opdlm.config.loader import NO_TEXT
 from opdlm.config.sections import resolve_path
 from opdlm.errors import DataError
 
 Row = dict[str, Any]
 COMPRESSED = (".gz", ".zst")
-NO_TEXT = re.compile("[\0\ud800-\udfff]")
-"""NUL, and halves of surrogate pairs, which stand for undecodable bytes in arguments and standard input."""
 
 
 def read_rows(path: str, split: str = "train", config: str = "") -> list[tuple[str, Row]]:

@@ -357,7 +357,7 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     ),
     "recipe with half a surrogate pair": (
         lambda p: ["convert", str(p.file("half.yaml", 'train: {seed: 1}\noutput_dir: "a\\ud800"\n'))],
-        ("half.yaml", "half a surrogate pair in line 2"),
+        ("half.yaml", "line 2 has NUL or half a surrogate pair"),
     ),
     "recipe with a clock time for a number": (
         lambda p: ["convert", str(p.file("time.yaml", "train:\n  num_steps: 1:30\n"))],
