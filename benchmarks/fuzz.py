@@ -11,6 +11,10 @@ not made here. Some inputs ask for all memory, which is therefore limited. Linux
 
 from __future__ import annotations
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported: odd names are not asked for
+
 import argparse
 import contextlib
 import io
@@ -42,14 +46,14 @@ from opdlm.errors import OpdlmError
 
 Input = tuple[object, Callable[[], object]]
 """What is given, and what runs it; the result is an exit code."""
+MEMORY = 4 * 2**30
+"""Bytes that the process may take beside those that it has at the start."""
 
 
 def words(text: str) -> list[str]:
     return text.split()
 
 
-MEMORY = 4 * 2**30
-"""Bytes that the process may take beside those that it has at the start."""
 SURROGATE = "\ud800"
 VALUES = [
     *words(
