@@ -46,7 +46,7 @@ from opdlm.errors import OpdlmError
 
 Input = tuple[object, Callable[[], object]]
 """What is given, and what runs it; the result is an exit code."""
-MEMORY = 4 * 2**30
+MEMORY = 2 * 2**30
 """Bytes that the process may take beside those that it has at the start."""
 
 
@@ -346,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--inputs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--only", choices=tuple(KINDS), default=tuple(KINDS), nargs="+", metavar="KIND")
     parser.add_argument("--accepted", action="store_true")
     options = parser.parse_args(arguments)
