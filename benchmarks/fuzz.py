@@ -65,6 +65,7 @@ VALUES = [
     ),
     *("bundled:", "bundled:../../x", "&a", "*a", "!x", "\0", "\x1b[31m", "é"),
     *("", " ", "{a: 1}", "{a: 1, a: 2}", "&a [*a]", "--- 1\n--- 2", "!!python/name:os.system x", "\u2028"),
+    *("!!bool x", "!!int x", "!!float x", "!!timestamp x", "!!binary é", "!!null x", "!!set {a}", "!!omap x"),
     *(SURROGATE, "9" * 30, "9" * 5000, "[" * 5000, "{a: " * 5000, "a/" * 3000, "x" * 300),
 ]
 JSON_VALUES: list[Any] = [

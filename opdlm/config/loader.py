@@ -81,8 +81,8 @@ def read_yaml(text: str) -> Any:
         return yaml.load(text, RecipeLoader)
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error
-    except ValueError as error:
-        raise yaml.YAMLError(str(error)) from error
+    except (ValueError, LookupError, AttributeError) as error:  # such as thousands of digits, `!!bool x`
+        raise yaml.YAMLError(f"a value does not fit its type ({error})") from error
 
 
 def plain(value: Any) -> Any:

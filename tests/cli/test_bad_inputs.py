@@ -359,6 +359,10 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: ["convert", str(p.file("half.yaml", 'train: {seed: 1}\noutput_dir: "a\\ud800"\n'))],
         ("half.yaml", "line 2 has NUL or half a surrogate pair"),
     ),
+    "recipe with a type that does not fit": (
+        lambda p: ["convert", str(p.file("type.yaml", "train: {save_every: !!bool often}\n"))],
+        ("type.yaml", "does not fit its type ('often')"),
+    ),
     "recipe with a clock time for a number": (
         lambda p: ["convert", str(p.file("time.yaml", "train:\n  num_steps: 1:30\n"))],
         ("train.num_steps ('1:30')", "must be int"),
