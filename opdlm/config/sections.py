@@ -362,7 +362,7 @@ class LoopSection:
 class TrainSection(LoopSection):
     """Training on rollouts."""
 
-    epochs_per_rollout: Count = 1
+    epochs_per_rollout: Annotated[int, Field(ge=1, le=1000)] = 1
     """Passes of a step over its rollouts."""
     max_staleness: Steps = 0
     """Number of later steps that also train on a rollout; 0 = none."""
