@@ -209,9 +209,9 @@ def draft_in_sequence(
             probs.append(probs_RC)
             confidences.append(likely.values[:, place].softmax(-1)[:, 0])  # the head has read drawn tokens
         else:
-            scores_RV = torch.full_like(logits_RDV[:, 0], -torch.inf).scatter_(-1, ids_RC, scores_RC)
-            token_R = choose_at(scores_RV, state, row_R, position_R + place)
-            confidences.append(scores_RV.softmax(-1).gather(-1, token_R[:, None])[:, 0])
+            column_R1 = choose_at(scores_RC, state, row_R, position_R + place, ids_RC)[:, None]
+            token_R = ids_RC.gather(-1, column_R1)[:, 0]
+            confidences.append(scores_RC.softmax(-1).gather(-1, column_R1)[:, 0])
         tokens.append(token_R)
     state.draft_BD[row_R, :length] = torch.stack(tokens, 1).cpu()
     state.draft_confidence_BD[row_R, :length] = torch.stack(confidences, 1).cpu()
@@ -221,14 +221,16 @@ def draft_in_sequence(
         state.candidate_probs_BDC[row_R, :length, :num_candidates] = torch.stack(probs, 1).cpu()
 
 
-def choose_at(logits_MV: Tensor, state: DecodeState, row_M: Tensor, position_M: Tensor) -> Tensor:
-    """The token `[M]` of each position. The noise depends on seed and position only: draft and AR model share
-    it.
+def choose_at(
+    logits_MV: Tensor, state: DecodeState, row_M: Tensor, position_M: Tensor, ids_MV: Tensor | None = None
+) -> Tensor:
+    """The token `[M]` of each position; with `ids_MV`, the tokens of the columns, the column. The noise
+    depends on seed, position and token only: draft and AR model share it.
     """
     if not state.sampling_B3[:, 0].any():  # saves computing the noise keys
         return logits_MV.argmax(-1)
     key_M = noise_keys(state.seed_B[row_M], position_M, 0).to(logits_MV.device)
-    return choose_tokens(logits_MV, state.sampling_B3[row_M], key_M)
+    return choose_tokens(logits_MV, state.sampling_B3[row_M], key_M, ids_MV)
 
 
 def sample_draft(

@@ -115,10 +115,11 @@ def uniform_numbers(key: Tensor) -> Tensor:
     return (bits.float() + 0.5) / (1 << UNIFORM_BITS)
 
 
-def gumbel_noise(key_M: Tensor, num_tokens: int) -> Tensor:
-    """Standard Gumbel noise `[M, V]`, a function of key and token; with 23 random bits at most 16.6."""
-    token_V = torch.arange(num_tokens, device=key_M.device) * -7046029254386353131
-    return -torch.log(-torch.log(uniform_numbers(key_M[:, None] + token_V)))
+def gumbel_noise(key_M: Tensor, ids: Tensor) -> Tensor:
+    """Standard Gumbel noise of the tokens `ids`, `[V]` or `[M, V]`, a function of key and token; with 23
+    random bits at most 16.6.
+    """
+    return -torch.log(-torch.log(uniform_numbers(key_M[:, None] + ids * -7046029254386353131)))
 
 
 def is_sampled(sampling_M3: Tensor) -> Tensor:
@@ -139,18 +140,28 @@ def scale_logits(logits_MV: Tensor, sampling_M3: Tensor) -> Tensor:
     return update_rows(logits_MV, is_sampled(sampling_M3), scale)
 
 
-def draw_tokens(scaled_MV: Tensor, sampling_M3: Tensor, key_M: Tensor) -> Tensor:
-    """One token `[M]` per row of `scale_logits`: the arg-max at temperature 0, else a sample."""
+def draw_tokens(
+    scaled_MV: Tensor, sampling_M3: Tensor, key_M: Tensor, ids_MV: Tensor | None = None
+) -> Tensor:
+    """One column `[M]` per row of `scale_logits`: the arg-max at temperature 0, else a sample. `ids_MV`: the
+    token of every column; None: its number.
+    """
 
     def add_noise(some_NV: Tensor, index_N: Tensor) -> Tensor:
-        return some_NV + gumbel_noise(key_M[index_N.to(key_M.device)], some_NV.shape[-1])
+        place_N = index_N.to(key_M.device)
+        ids = torch.arange(some_NV.shape[-1], device=key_M.device) if ids_MV is None else ids_MV[place_N]
+        return some_NV + gumbel_noise(key_M[place_N], ids)
 
     return update_rows(scaled_MV, is_sampled(sampling_M3), add_noise).argmax(-1)
 
 
-def choose_tokens(logits_MV: Tensor, sampling_M3: Tensor, key_M: Tensor) -> Tensor:
-    """One token `[M]` per row: the arg-max at temperature 0, else a sample from the filtered distribution."""
-    return draw_tokens(scale_logits(logits_MV, sampling_M3), sampling_M3, key_M)
+def choose_tokens(
+    logits_MV: Tensor, sampling_M3: Tensor, key_M: Tensor, ids_MV: Tensor | None = None
+) -> Tensor:
+    """One token `[M]` per row: the arg-max at temperature 0, else a sample from the filtered distribution.
+    With `ids_MV`, the tokens of the columns, it is returned as a column.
+    """
+    return draw_tokens(scale_logits(logits_MV, sampling_M3), sampling_M3, key_M, ids_MV)
 
 
 def propose_tokens(logits_MV: Tensor, sampling_M3: Tensor, key_M: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ def test_every_row_is_drawn_by_its_own_settings() -> None:
     ]
     logits = torch.randn(len(settings), 11, generator=torch.Generator().manual_seed(0))
     key = torch.arange(len(settings))
-    noise = gumbel_noise(key, 11).tolist()
+    noise = gumbel_noise(key, torch.arange(11)).tolist()
     ids = choose_tokens(logits, torch.tensor(settings, dtype=torch.float64), key).tolist()
     for row, (temperature, top_k, top_p) in enumerate(settings):
         order, mass, kept = logits[row].argsort(descending=True).tolist(), 0.0, []
