@@ -26,7 +26,7 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd", "total_variation"]
 Windows = Literal["auto"] | tuple[tuple[float, float], ...]
 Value = TypeVar("Value")
 
-Count = Annotated[int, Field(ge=1, le=10**9)]
+Count = Annotated[int, Field(ge=1, le=10**12)]
 OptionalCount = Count | None
 Steps = Annotated[int, Field(ge=0, le=10**9)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.data.messages import MESSAGES_RULE, Conversation, Message, check_conversation
-from opdlm.decoding.decode_config import LIMITS, DecodeConfig
+from opdlm.decoding.decode_config import LIMITS, MOST, DecodeConfig
 from opdlm.errors import OpdlmError
 
 LARGEST = 2**62
@@ -143,7 +143,7 @@ class GenerationRequest(ModelRequest):
         given = {"temperature": self.temperature, "top_p": self.top_p}
         changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         if self.top_k is not None:
-            changes["top_k"] = self.top_k if self.top_k > 0 else None
+            changes["top_k"] = min(self.top_k, MOST) if self.top_k > 0 else None
         return replace(default, logprobs=logprobs, **changes)
 
 

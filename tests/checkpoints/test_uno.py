@@ -152,7 +152,7 @@ assert not any(name.split(".")[0] == "opdlm" for name in sys.modules)
     )
     assert done.returncode == 0 and "adapter_config" not in done.stderr, done.stderr
     assert {file.name for file in (runs / "qwen3-uno").iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors")
+        *("adapter_config.json", "adapter_model.safetensors", "manifest.json")
     }
     model, _ = opdlm.load(runs / "qwen3-run" / "model")
     with torch.no_grad():

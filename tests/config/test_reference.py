@@ -37,7 +37,7 @@ def test_every_setting_has_a_help_text_and_a_place_in_the_schema(verb: str) -> N
 
 def test_the_schema_knows_bounds_choices_and_unknown_keys() -> None:
     schema = json_schema(TREES["convert"])
-    assert schema["$defs"]["TrainSection"]["properties"]["num_steps"]["exclusiveMinimum"] == 0
+    assert schema["$defs"]["TrainSection"]["properties"]["num_steps"]["minimum"] == 1
     assert schema["$defs"]["FormatSection"]["properties"]["name"]["enum"] == ["preserve", "sdar"]
     assert not schema["additionalProperties"]
 

@@ -361,7 +361,8 @@ def test_a_plain_checkpoint_is_masked_only_if_the_user_names_its_prediction(
     folder = train_text(tmp_path, "objective.name=dual", "objective.prediction=next_position")
     trained = ["--text", tmp_path / "text.jsonl", "--limit", "5"]
     [told] = evaluate(folder, *trained, out=tmp_path / "told")
-    (folder / "opdlm_train.yaml").unlink()
+    for name in ("opdlm_train.yaml", "manifest.json"):
+        (folder / name).unlink()
     plain = [*trained, "data.sequence_length=24"]
     assert main(["eval", str(folder), *map(str, plain), "--metrics", "md_bound"]) == 2
     assert "--prediction" in capsys.readouterr().err
