@@ -528,9 +528,8 @@ def verify(folder: str | Path) -> dict[Path, list[str]]:
     inside = [path for path in root.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     found = [root] if (root / MANIFEST).exists() else [*inside, *root.glob("model")]
     if not found:
-        raise DataError(
-            f"{folder} holds no {MANIFEST}, no checkpoint-N and no model. Give a run or its result."
-        )
+        lacks = f"holds no {MANIFEST}, no checkpoint-N and no model" if root.exists() else "does not exist"
+        raise DataError(f"{folder} {lacks}. Give a run or its result.")
     missing = [f"{MANIFEST} is missing, so nothing was compared"]
     return {
         path: [" ".join(damage) for damage in find_damage(path)] if (path / MANIFEST).exists() else missing

@@ -821,6 +821,10 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         ],
         ("--assistant (bundled:teacher)", "another tokenizer"),
     ),
+    "verify a folder that is not there": (
+        lambda p: ["verify", str(p.root / "nowhere")],
+        ("nowhere does not exist", "Give a run"),
+    ),
     "bench without a batch": (
         lambda p: ["bench", str(p.root / "sdar" / "model"), "--batch-sizes", "0"],
         ("--batch-sizes", "at least 1"),
