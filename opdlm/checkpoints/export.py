@@ -43,6 +43,7 @@ REMOTE_FILES = (
     "decoding/generate.py",
     "decoding/lossless.py",
     "decoding/draft_policy.py",
+    "decoding/prompt_lookup.py",
     "decoding/denoise.py",
     "decoding/decode_config.py",
     "decoding/decode_state.py",

@@ -42,6 +42,7 @@ from ..decoding.denoise import denoise_step as denoise_step
 from ..decoding.draft_policy import DraftPolicy as DraftPolicy
 from ..decoding.generate import FindEnd, check_settings, generate
 from ..decoding.lossless import lossless_step as lossless_step
+from ..decoding.prompt_lookup import look_up as look_up
 from ..decoding.rollout import Rollout as Rollout
 from ..decoding.unmasking import Remasking as Remasking
 from ..modeling.attention import ATTENTION_NAME

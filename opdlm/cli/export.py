@@ -27,7 +27,10 @@ SERVED_MODES: tuple[Mode, ...] = ("static", "threshold", "left_to_right")
 FIXED_BY_REQUESTS = ("max_new_tokens", "batch_size", "logprobs")
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's --max-lora-rank."""
-OF_OTHER_MODES = ("entropy_bound", "ar_accept_threshold", "forward_overhead", "draft_sampling")
+OF_OTHER_MODES = (
+    *("entropy_bound", "ar_accept_threshold", "forward_overhead", "draft_sampling"),
+    "prompt_lookup_num_tokens",
+)
 
 EXPORT_EXAMPLES = """  opdlm export runs/sdar/model runs/sdar/vllm
   opdlm export runs/qwen3/model runs/qwen3/sdar --to sdar

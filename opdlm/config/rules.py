@@ -87,13 +87,15 @@ def check_config(config: Config) -> None:
     check_engine(config)
 
 
+ONLY_LOSSLESS = "it is for rollout.decode.mode=lossless"
 WITHOUT_EFFECT = {
     "eval.decode.mode": "eval.modes lists the modes",
     **{
         f"{name}.decode.entropy_bound": "mode entropy is for `opdlm generate`" for name in ("eval", "rollout")
     },
     **{f"{name}.decode.logprobs": "`opdlm generate --logprobs` shows them" for name in ("eval", "rollout")},
-    "rollout.decode.forward_overhead": "it is for rollout.decode.mode=lossless",
+    "rollout.decode.forward_overhead": ONLY_LOSSLESS,
+    "rollout.decode.prompt_lookup_num_tokens": ONLY_LOSSLESS,
 }
 """Settings of a decode group that the section does not read, and why."""
 
@@ -102,7 +104,7 @@ def check_decode_groups(config: Config) -> None:
     """A setting that would not be read is refused."""
     given, defaults = config.flat(), Config().flat()
     for key, reason in WITHOUT_EFFECT.items():
-        is_read = "forward_overhead" in key and config.rollout.decode.mode == "lossless"
+        is_read = reason == ONLY_LOSSLESS and config.rollout.decode.mode == "lossless"
         if given[key] != defaults[key] and not is_read:
             raise ConfigError(f"{key} ({given[key]}) has no effect: {reason}. Leave it out.")
 

@@ -56,6 +56,11 @@ class DecodeConfig:
     rejection: more drafts are accepted; samples have the same distribution, but depend on the drafts and so
     on the rows decoded beside them.
     """
+    prompt_lookup_num_tokens: int | None = None
+    """lossless: longest draft copied from the text before it, where its last tokens occurred already and the
+    copy is likelier to be accepted than the student's draft. 0 = none. None: 10, but 0 with a given
+    forward_overhead and so in reports, rollout files and training, which are about what the student drafts.
+    """
 
     def __post_init__(self) -> None:
         for name, kind in (("mode", Mode), ("draft_sampling", DraftSampling)):
@@ -71,8 +76,20 @@ class DecodeConfig:
             number: float | None = getattr(self, name)
             if number is not None and not 0 <= number <= highest:
                 raise ValueError(f"{name} ({number:g}) must lie between 0 and {highest:g}.")
+        copied = self.prompt_lookup_num_tokens
+        if copied is not None and not 0 <= copied <= MOST_COPIED:
+            raise ValueError(f"prompt_lookup_num_tokens ({copied}) must lie between 0 and {MOST_COPIED}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p ({self.top_p:g}) must be greater than 0 and at most 1.")
+
+    @property
+    def lookup_length(self) -> int:
+        """Longest draft that is copied from the text."""
+        if self.mode != "lossless":
+            return 0
+        if self.prompt_lookup_num_tokens is None:
+            return COPIED if self.forward_overhead is None else 0
+        return self.prompt_lookup_num_tokens
 
     def repeatable(self) -> DecodeConfig:
         """The same settings, with drafts that do not depend on the speed of the machine."""
@@ -81,6 +98,8 @@ class DecodeConfig:
 
 FIXED_OVERHEAD = 32.0
 """`forward_overhead` of reports and rollouts, whose numbers must not depend on the load of the machine."""
+COPIED, MOST_COPIED = 10, 1000
+"""`prompt_lookup_num_tokens`: what None means, as in the documentation of transformers, and the largest."""
 MOST = 10**9
 """Largest value of whole numbers."""
 LIMITS = {

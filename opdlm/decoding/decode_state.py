@@ -101,6 +101,8 @@ class DecodeState:
     """Probability of each proposed token under the student; with `draft_sampling=rejection` that of the
     likeliest token.
     """
+    draft_match_BD: Tensor
+    """Of a draft that was copied from the text: how many tokens before each matched there; else 0."""
     candidates_BDC: Tensor
     """`draft_sampling=rejection`: the ids that each proposed token was drawn from."""
     candidate_probs_BDC: Tensor
@@ -151,6 +153,7 @@ class DecodeState:
             num_steps_B=zeros_B.clone(),
             draft_BD=torch.zeros((num_rows, draft_length), dtype=torch.long),
             draft_confidence_BD=torch.zeros((num_rows, draft_length)),
+            draft_match_BD=torch.zeros((num_rows, draft_length), dtype=torch.long),
             candidates_BDC=torch.zeros((num_rows, draft_length, num_candidates), dtype=torch.long),
             candidate_probs_BDC=torch.zeros((num_rows, draft_length, num_candidates)),
             num_draft_B=zeros_B.clone(),

@@ -10,8 +10,9 @@ At a price of m tokens per slot, a draft token is verified if it is accepted wit
 draft after k accepted tokens is made if P(exactly k) * value > m * its slots; value is the expected number of
 its accepted tokens minus m * the slots that verify them. C is not a line (a product of 16 rows may cost twice
 that of 8), so no single price is right: the plan of every slope of C is made, and plain AR decoding, and the
-one that is worth most is taken. The probabilities come from the confidences of the draft, calibrated on what
-was accepted.
+one that is worth most is taken. The probabilities come from the confidences of the draft, or the length of
+the match if it was copied (`prompt_lookup`), calibrated on what was accepted. A draft is worth less where a
+copy may take its place.
 """
 
 from __future__ import annotations
@@ -25,13 +26,17 @@ from itertools import accumulate, pairwise, takewhile
 from operator import mul
 
 import torch
+from torch import Tensor
 
 from ..modeling.diffusion_lm import DiffusionLM, DiffusionSpec, PackedForward
 from ..modeling.kv_cache import DecodeCache, Packed
 from .decode_state import DecodeState
+from .prompt_lookup import LONGEST_MATCH
 
 NUM_BINS = 16
 """Bins of the log-odds of a confidence, one unit wide, from -8 to 8."""
+MATCH_PRIORS = (0.2, 0.4, 0.55, 0.65, 0.7, 0.75, 0.8, 0.85)
+"""A guess of how often a copied token is accepted, by the length of its match from 1 on."""
 MEASURED_SLOTS = (1, 64, 16, 8, 32, 256, 4, 1024, 2, 12, 24, 48, 96, 128, 192, 384, 512, 768)
 """In the order in which they are measured."""
 MEASURE_SECONDS, LEAST_MEASURED = 0.5, 3
@@ -178,12 +183,17 @@ class DraftPolicy:
         """Length of the next pause, forwards left of the present one, and forwards since the last."""
         self.earned = self.spent = cost(1)
         """Tokens times the cost of a token of AR decoding, and the cost of the forwards that gave them."""
-        self.by_confidence = [
-            Frequency(4.0, 1 / (1 + math.exp(NUM_BINS / 2 - 0.5 - i))) for i in range(NUM_BINS)
-        ]
-        """How often a draft token of such a confidence is accepted if all before it are."""
+        of_odds = (1 / (1 + math.exp(NUM_BINS / 2 - 0.5 - i)) for i in range(NUM_BINS))
+        self.by_bin = [Frequency(4.0, prior) for prior in (*of_odds, *MATCH_PRIORS)]
+        """How often a draft token of such a confidence or match is accepted if all before it are."""
         self.by_place = [Frequency(2.0, 0.7) for _ in range(draft_length)]
-        """The same at each place of a draft, where a token that is not verified counts as not accepted."""
+        """The same at each place of the student's draft, where a token that is not verified counts as not
+        accepted.
+        """
+        self.copied = {goes_on: Frequency(4.0, 0.0) for goes_on in (False, True)}
+        """How often the next draft is a copy, by whether all that was verified of a copy was accepted."""
+        self.goes_on: list[bool] = []
+        """Of each row in the last forward."""
         self.num_idle = 0
         """Forwards since the last draft."""
 
@@ -191,9 +201,9 @@ class DraftPolicy:
         """Of decoding so far, at this number of rows, and at least that of AR decoding."""
         return max(1.0, self.earned / self.spent) * num_rows / self.cost(num_rows)
 
-    def acceptance(self, confidence: float) -> float:
-        """Probability that a draft token is accepted if all tokens before it are."""
-        return self.by_confidence[confidence_bin(confidence)].share
+    def prefix(self, bins: list[int]) -> list[float]:
+        """Probability that the first 0, 1, 2, ... tokens of a draft are accepted."""
+        return list(accumulate((self.by_bin[index].share for index in bins), mul, initial=1.0))
 
     def survival(self) -> list[float]:
         """Probability that the next draft is accepted up to and including each place."""
@@ -209,38 +219,56 @@ class DraftPolicy:
         if self.num_paused or is_probe:
             self.num_since_probe = 0
             return [DraftPlan(0, () if taken else (0,), self.draft_length) for taken in num_steps]
-        prefixes = [
-            list(accumulate(map(self.acceptance, confidences), mul, initial=1.0)) if taken else None
-            for taken, confidences in zip(num_steps, draft_confidences(state), strict=True)
+        rows = [
+            (self.prefix(bins), is_copy(bins)) if taken else None
+            for taken, bins in zip(num_steps, draft_bins(state), strict=True)
         ]
-        rate = self.tokens_per_cost(len(prefixes))
+        rate = self.tokens_per_cost(len(rows))
         survival = self.survival()
-        best, best_worth = [self.plan_row(prefix, math.inf, 0, 0.0) for prefix in prefixes], -math.inf
+        best, best_worth = [self.plan_row(row, math.inf, 0, 0.0) for row in rows], -math.inf
         for price in (math.inf, *sorted({slope * rate for slope in self.cost.slopes})):
             length = max(1, num_leading_above(survival, 2 * price))
             value = 0.0 if price == math.inf else sum(survival[:length]) - price * length
-            plans = [self.plan_row(prefix, price, length, value) for prefix in prefixes]
-            tokens = sum(
-                expected_tokens(plan, prefix, value) for plan, prefix in zip(plans, prefixes, strict=True)
-            )
+            plans = [self.plan_row(row, price, length, value) for row in rows]
+            tokens = sum(self.expected_tokens(*pair, value) for pair in zip(plans, rows, strict=True))
             worth = tokens - rate * self.cost(sum(plan.num_slots for plan in plans))
             if worth > best_worth:
                 best, best_worth = plans, worth
         return self.with_retry(best)
 
-    def plan_row(self, prefix: list[float] | None, price: float, length: int, value: float) -> DraftPlan:
-        """The plan of a row at this price of a slot. `prefix`: probability that the first i draft tokens are
-        accepted; None: it is its first step.
+    def plan_row(
+        self, row: tuple[list[float], bool] | None, price: float, length: int, value: float
+    ) -> DraftPlan:
+        """The plan of a row at this price of a slot. `row`: probability that the first i draft tokens are
+        accepted, and whether they were copied; None: it is its first step.
         """
-        if prefix is None:
+        if row is None:
             return DraftPlan(0, (0,), self.draft_length)
+        prefix, copies = row
         num_verified = sum(chance > price for chance in prefix[1:])
         if value <= 0:
             return DraftPlan(num_verified, (), length)
-        groups = tuple(
-            k for k, chance in enumerate(exactly(prefix, num_verified)) if chance * value > price * length
+        needed = enumerate(self.needed(prefix, num_verified, copies))
+        return DraftPlan(
+            num_verified, tuple(k for k, chance in needed if chance * value > price * length), length
         )
-        return DraftPlan(num_verified, groups, length)
+
+    def needed(self, prefix: list[float], num_verified: int, copies: bool) -> list[float]:
+        """Probability of every number of accepted tokens, from none to `num_verified`, without a copy as the
+        next draft.
+        """
+        exactly = [here - after for here, after in pairwise(prefix[: num_verified + 1])]
+        no_copy = {goes_on: 1 - frequency.share for goes_on, frequency in self.copied.items()}
+        last = no_copy[copies and num_verified > 0]
+        return [*(chance * no_copy[False] for chance in exactly), prefix[num_verified] * last]
+
+    def expected_tokens(self, plan: DraftPlan, row: tuple[list[float], bool] | None, value: float) -> float:
+        """Accepted tokens of this forward, and of the next draft less the price of verifying it."""
+        if row is None:
+            return 0.0
+        prefix, copies = row
+        needed = self.needed(prefix, plan.num_verified, copies)
+        return sum(prefix[1 : plan.num_verified + 1]) + value * sum(needed[k] for k in plan.groups)
 
     def with_retry(self, plans: list[DraftPlan]) -> list[DraftPlan]:
         """The plans, or one draft of one token more if there was none for long."""
@@ -256,18 +284,32 @@ class DraftPolicy:
         self, state: DecodeState, plans: list[DraftPlan], accepted: list[int], num_forwards: int
     ) -> None:
         """Update the averages with the outcome of one forward."""
-        for frequency in (*self.by_confidence, *self.by_place):
+        for frequency in (*self.by_bin, *self.by_place, *self.copied.values()):
             frequency.forget()
-        for confidences, plan, num_accepted in zip(draft_confidences(state), plans, accepted, strict=True):
-            for place, confidence in enumerate(confidences[: num_accepted + 1]):
+        self.goes_on = []
+        for bins, plan, num_accepted in zip(draft_bins(state), plans, accepted, strict=True):
+            self.goes_on.append(is_copy(bins) and num_accepted == plan.num_verified > 0)
+            for place, index in enumerate(bins[: num_accepted + 1]):
                 is_accepted = place < num_accepted
-                self.by_place[place].add(is_accepted)
+                if not is_copy(bins):
+                    self.by_place[place].add(is_accepted)
                 if place < plan.num_verified:
-                    self.by_confidence[confidence_bin(confidence)].add(is_accepted)
+                    self.by_bin[index].add(is_accepted)
         num_rows, num_slots = len(plans), sum(plan.num_slots for plan in plans)
         self.last = (num_rows, num_slots, num_rows + sum(accepted))
         if not self.follows_clock:
             self.settle(self.cost(num_slots) + (num_forwards - 1) * self.cost(1))
+
+    def prefers_copy(self, state: DecodeState, match_BD: Tensor) -> list[bool]:
+        """For each row, whether more tokens of the copied draft than of the student's will be accepted.
+        `match_BD`: the length of the match before each copied token; 0: there is no copy.
+        """
+        chosen = []
+        copies = bins_of(state.draft_confidence_BD, match_BD, (match_BD > 0).sum(1))
+        for drafted, copied, goes_on in zip(draft_bins(state), copies, self.goes_on, strict=True):
+            chosen.append(sum(self.prefix(copied)) > sum(self.prefix(drafted)))
+            self.copied[goes_on].add(chosen[-1])
+        return chosen
 
     def settle(self, spent: float) -> None:
         """Account for what the last step cost."""
@@ -324,23 +366,28 @@ def num_leading_above(values: list[float], bound: float) -> int:
     return sum(1 for _ in takewhile(lambda value: value > bound, values))
 
 
-def exactly(prefix: list[float], num_verified: int) -> list[float]:
-    """Probability of every number of accepted tokens, from none to `num_verified`."""
-    return [*(here - after for here, after in pairwise(prefix[: num_verified + 1])), prefix[num_verified]]
+def draft_bins(state: DecodeState) -> list[list[int]]:
+    """The bin of every draft token, for each row."""
+    return bins_of(state.draft_confidence_BD, state.draft_match_BD, state.num_draft_B)
 
 
-def expected_tokens(plan: DraftPlan, prefix: list[float] | None, value: float) -> float:
-    """Accepted tokens of this forward, and of the next draft less the price of verifying it."""
-    if prefix is None:
-        return 0.0
-    chances = exactly(prefix, plan.num_verified)
-    return sum(prefix[1 : plan.num_verified + 1]) + value * sum(chances[k] for k in plan.groups)
+def bins_of(confidence_BD: Tensor, match_BD: Tensor, num_draft_B: Tensor) -> list[list[int]]:
+    """The bins of the first `num_draft` tokens of each row: of the match where there is one, else of the
+    confidence.
+    """
+    rows = zip(confidence_BD.tolist(), match_BD.tolist(), num_draft_B.tolist(), strict=True)
+    return [
+        [
+            NUM_BINS + min(match, LONGEST_MATCH) - 1 if match else confidence_bin(confidence)
+            for confidence, match in zip(confidences[:num_draft], matches[:num_draft], strict=True)
+        ]
+        for confidences, matches, num_draft in rows
+    ]
 
 
-def draft_confidences(state: DecodeState) -> list[list[float]]:
-    """The confidence of every draft token, for each row."""
-    pairs = zip(state.draft_confidence_BD.tolist(), state.num_draft_B.tolist(), strict=True)
-    return [confidences[:num_draft] for confidences, num_draft in pairs]
+def is_copy(bins: list[int]) -> bool:
+    """Whether a draft was copied."""
+    return bool(bins) and bins[0] >= NUM_BINS
 
 
 def confidence_bin(confidence: float) -> int:

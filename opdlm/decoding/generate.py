@@ -56,8 +56,10 @@ class Decoder:
         spec = model.spec
         self.model, self.config, self.num_rows, self.on_step = model, config, num_rows, on_step
         self.grid, self.format = grid_of(config.mode, spec), format_of(config.mode, spec)
-        capacity = max_length + 2 * spec.block_size + 1
-        self.cache = DecodeCache(num_rows, capacity + spec.block_size**2, model.device)
+        longest_draft = max(spec.block_size - 1, config.lookup_length)
+        capacity = max_length + longest_draft + spec.block_size + 2
+        num_noised = (longest_draft + 1) * spec.block_size
+        self.cache = DecodeCache(num_rows, capacity + num_noised, model.device)
         self.waiting: deque[Request] = deque()
         self.find_end: dict[int, FindEnd] = {}
         """By index of the request."""
@@ -65,7 +67,7 @@ class Decoder:
             DecodeState.start,
             capacity=capacity,
             mask_token_id=spec.mask_token_id,
-            draft_length=spec.block_size - 1,
+            draft_length=longest_draft,
             num_candidates=NUM_CANDIDATES if config.draft_sampling == "rejection" else 0,
         )
         self._advance = step_of(model, self.cache, config, self.grid, self.format)
@@ -250,11 +252,13 @@ def policy_for(model: DiffusionLM, config: DecodeConfig) -> DraftPolicy:
     draft_length = model.spec.block_size - 1
     if config.forward_overhead is not None:
         return DraftPolicy(draft_length, ForwardCost.linear(config.forward_overhead))
-    known: DraftPolicy | None = model.draft_policy
-    if known is None or known.draft_length != draft_length:
-        cost = measure_forward_cost(model)
-        known = model.draft_policy = DraftPolicy(draft_length, cost, follows_clock=True)
-    return known
+    known: dict[bool, DraftPolicy] = model.draft_policies
+    copies = config.lookup_length > 0
+    if copies not in known:
+        other = known.get(not copies)
+        cost = other.cost if other else measure_forward_cost(model)
+        known[copies] = DraftPolicy(draft_length, cost, follows_clock=True)
+    return known[copies]
 
 
 def collect_finished(

@@ -11,10 +11,12 @@ With `draft_sampling=rejection` drafts have noise of their own. A token d from t
 accepted with probability min(1, p(d) / q(d)), p being the AR model's, else replaced by a sample of
 max(p - q, 0): together a sample of p (speculative sampling, arXiv 2211.17192).
 
+Where the text repeats itself, a draft may be copied from it instead (`prompt_lookup`).
+
 What a forward contains is decided by `draft_policy`.
 
 Shape suffixes: B rows, D draft length, K = D + 1 possible numbers of accepted tokens, C candidates, V
-vocabulary, M flat selection of slots, N some of them, R rows with a draft.
+vocabulary, M flat selection of slots, N some of them, R some rows.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from ..modeling.slots import CLEAN
 from .decode_config import DecodeConfig
 from .decode_state import DecodeState
 from .draft_policy import DraftPlan, DraftPolicy
+from .prompt_lookup import look_up
 from .rollout import NEVER
 from .unmasking import (
     ACCEPTANCE,
@@ -53,7 +56,7 @@ def lossless_step(
 ) -> None:
     """Accept the valid prefix of each draft and one more token, and write the next draft into `state`."""
     rejects = config.draft_sampling == "rejection" and bool(is_sampled(state.sampling_B3).any())
-    mask_id, draft_length = model.spec.mask_token_id, policy.draft_length
+    mask_id, draft_length = model.spec.mask_token_id, state.draft_BD.shape[1]
     frontier_B = state.frontier(mask_id)
     plans = policy.plan(state)
     num_verified_B = torch.tensor([plan.num_verified for plan in plans])
@@ -88,6 +91,8 @@ def lossless_step(
         state.logprob_BL[row_M, position_M] = logprob_M
     write_accepted(state, frontier_B, ar_BK, accepted_B, mask_id)
     draft_next(model, state, hidden_NH, draft_from, plans, accepted, rejects=rejects)
+    if config.lookup_length:
+        copy_drafts(state, config.lookup_length, policy)
 
 
 def pack_slots(
@@ -179,6 +184,23 @@ def draft_next(
         confidence_M = logits_MV.softmax(-1).gather(-1, ids_M[:, None])[:, 0]
     state.draft_BD[row_M, place_M] = ids_M.cpu()
     state.draft_confidence_BD[row_M, place_M] = confidence_M.cpu()
+
+
+def copy_drafts(state: DecodeState, length: int, policy: DraftPolicy) -> None:
+    """Replace drafts by what followed the last tokens earlier, where the policy expects more of that."""
+    ids_BD, match_B = look_up(state, length)
+    column_D = torch.arange(length)
+    match_BD = torch.where(match_B[:, None] > 0, match_B[:, None] + column_D, 0)
+    state.draft_match_BD.zero_()
+    match_BD = torch.cat([match_BD, state.draft_match_BD[:, length:]], 1)
+    row_R = torch.tensor(policy.prefers_copy(state, match_BD)).nonzero()[:, 0]
+    state.draft_BD[row_R, :length] = ids_BD[row_R]
+    state.draft_match_BD[row_R] = match_BD[row_R]
+    state.num_draft_B[row_R] = length
+    if state.candidates_BDC.shape[-1]:  # rejection: a copy has probability 1
+        state.candidates_BDC[row_R, :length, 0] = ids_BD[row_R]
+        state.candidate_probs_BDC[row_R] = 0
+        state.candidate_probs_BDC[row_R, :length, 0] = 1
 
 
 def draft_in_sequence(

@@ -53,6 +53,7 @@ MODES_OF_SETTING: dict[str, tuple[str, ...]] = {
     "ar_accept_threshold": DENOISING_MODES,
     "forward_overhead": ("lossless",),
     "draft_sampling": ("lossless",),
+    "prompt_lookup_num_tokens": ("lossless",),
 }
 """Modes whose responses or forwards a decode setting affects; all modes if it is not listed."""
 

@@ -182,20 +182,25 @@ def measure_folder(
 def measure_lossless_speed(
     folder: Path, model: DiffusionLM, tasks: Sequence[Task], config: Config
 ) -> dict[str, Any]:
-    """Speed of lossless decoding at its fastest setting beside AR decoding, on `eval.timed_prompts` prompts.
+    """Speed of lossless decoding with the student's drafts beside AR decoding, on `eval.timed_prompts`
+    prompts.
 
-    The entries of `bench.json`, measured as `opdlm bench` does, one prompt at a time.
+    The entries of `bench.json`, measured as `opdlm bench` does, one prompt at a time. Copied drafts, which
+    need no student, are left out unless `eval.decode` asks for them.
     """
     ar_model = load_causal_lm(str(folder), config.model.dtype)
     ar_model.to(model.device)  # type: ignore[arg-type]
     prompts = [task.prompt.ids for task in spread(tasks, config.eval.timed_prompts)]
+    decode = config.eval.decode
     rows = measure_speed(
         model,
         ar_model,
         prompts,
         ("ar", "lossless"),
         (1,),
-        config=replace(config.eval.decode, forward_overhead=None),
+        config=replace(
+            decode, forward_overhead=None, prompt_lookup_num_tokens=decode.prompt_lookup_num_tokens or 0
+        ),
         repeats=NUM_REPEATS,
     )
     settings = {"prompts": len(prompts), "file": config.eval.path, "repeats": NUM_REPEATS}

@@ -35,6 +35,8 @@ from opdlm.vllm.engine import VllmTeacher, start_ar_model
 
 AR_NAME = "transformers.generate"
 VLLM_NAME = "vllm"
+NO_COPIES = ", no copies"
+"""Ends the name of lossless decoding whose drafts are the student's alone."""
 COMPILED = ", compiled"
 """Ends the name of a mode with a compiled forward."""
 AR_DECODERS = (AR_NAME, VLLM_NAME, "ar", "ar" + COMPILED)
@@ -195,12 +197,14 @@ def make_decoders(
     if vllm is not None:
         vllm.responses(prompts[:1], plain, [0])
         decoders[VLLM_NAME] = lambda: of(vllm.responses(prompts, plain, range(len(prompts))))
-    for mode in modes:
-        config = replace(plain, mode=mode)
-        decoders[mode] = partial(decode, config, is_compiled=False)
+    named = {mode: replace(plain, mode=mode) for mode in modes}
+    if "lossless" in named and named["lossless"].lookup_length > 0:
+        named["lossless" + NO_COPIES] = replace(named["lossless"], prompt_lookup_num_tokens=0)
+    for name, config in named.items():
+        decoders[name] = partial(decode, config, is_compiled=False)
         generate(model, prompts[:1], config)
         if compiles:
-            decoders[mode + COMPILED] = partial(decode, config, is_compiled=True)
+            decoders[name + COMPILED] = partial(decode, config, is_compiled=True)
             with compiled_decoding(model):
                 generate(model, prompts[: plain.batch_size + 1], config)
     return decoders

@@ -174,8 +174,10 @@ class DiffusionLM(nn.Module):
         self.attention: AttentionChoice = "auto"
         self.run_packed: Callable[[PackedForward], Tensor] = PackedForward.run
         """Computes a packed forward; `compiled.compiled_decoding` replaces it by a compiled one."""
-        self.draft_policy: Any = None
-        """`decoding.draft_policy.DraftPolicy` with the costs of this machine, once something was drafted."""
+        self.draft_policies: dict[bool, Any] = {}
+        """`decoding.draft_policy.DraftPolicy` with the costs of this machine, once something was drafted: by
+        whether text is copied.
+        """
         self.head_constants = head_constants(student)  # reading a config in every step would be slow
         for model in (student, teacher):
             if model is not None:

@@ -95,7 +95,7 @@ class TwoForwards(DraftPolicy):
 def our_loop(folder: Path, prompt: Sequence[int], seed: int, length: int) -> tuple[list[int], list[int]]:
     """Lossless decoding in that schedule: the response, and the accepted drafts of every second forward."""
     model, _ = opdlm.load(folder)
-    config = DecodeConfig(mode="lossless", max_new_tokens=length)
+    config = DecodeConfig(mode="lossless", max_new_tokens=length, prompt_lookup_num_tokens=0)
     state = DecodeState.start([Request(0, prompt, seed, config)], 60, model.spec.mask_token_id, WIDTH - 1)
     cache, policy = DecodeCache(1, 120, model.device), TwoForwards(WIDTH - 1, ForwardCost.linear(0))
     accepted = []
@@ -169,7 +169,7 @@ def test_the_folder_needs_no_mask_embedding_and_its_remote_code_drafts_as_we_do(
     for prompt in PROMPTS:
         ids_1L = torch.tensor([prompt])
         found = remote.generate(ids_1L, mode="lossless", max_new_tokens=LENGTH, forward_overhead=1e6)
-        config = DecodeConfig(mode="lossless", max_new_tokens=LENGTH)
+        config = DecodeConfig(mode="lossless", max_new_tokens=LENGTH, prompt_lookup_num_tokens=0)
         (expected,) = opdlm.generate(model, [prompt], config)
         assert found[0, len(prompt) :].tolist() == list(expected.text_ids)
     with pytest.raises(ValueError, match="computes whole drafts only"):

@@ -136,6 +136,28 @@ def test_a_wrong_measurement_of_the_machine_comes_right(
         assert found > 0.75 * best_fixed_gain(truth, chances, 1)
 
 
+class Copies(Simulation):
+    """There is always a copy, with a match of two tokens."""
+
+    def step(self) -> list[DraftPlan]:
+        plans = super().step()
+        match_BD = torch.full((len(plans), LENGTH), 2)
+        is_copy_B = torch.tensor(self.policy.prefers_copy(self.state, match_BD))
+        self.state.draft_match_BD = torch.where(is_copy_B[:, None], match_BD, 0)
+        self.state.num_draft_B[is_copy_B] = LENGTH
+        return plans
+
+
+@pytest.mark.parametrize("num_rows", [1, 16])
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(("chances", "least"), [([0.0] * LENGTH, 0.98), ([0.95] * LENGTH, 1.0)])
+def test_copies_pay_or_cost_nothing(chances: list[float], least: float, machine: str, num_rows: int) -> None:
+    gain = Copies(DraftPolicy(LENGTH, MACHINES[machine]), chances, num_rows).gain()
+    assert gain > least - 0.02
+    if machine == "flat" and chances[0]:
+        assert gain > 4
+
+
 def test_drafting_starts_again_when_drafts_become_good() -> None:
     simulation = Simulation(DraftPolicy(LENGTH, STEP_AT_NINE), DRAFTS["never"], 1)
     assert simulation.gain() < 1.02

@@ -73,7 +73,7 @@ def test_a_draft_is_what_plain_transformers_computes_on_its_row(drafts: str) -> 
     model = make_lm("lora", base=qwen3(vocabulary=6), block_size=4, **DRAFTS[drafts])
     (prompt,) = make_prompts([7], vocabulary=6)
     spec, mask = model.spec, model.spec.mask_token_id
-    config = DecodeConfig(mode="lossless", max_new_tokens=20)
+    config = DecodeConfig(mode="lossless", max_new_tokens=20, prompt_lookup_num_tokens=0)
     state = DecodeState.start([Request(0, prompt, 5, config)], 40, mask, 3)
     policy = DraftPolicy(3, ForwardCost.linear(1e6))
     with torch.inference_mode():

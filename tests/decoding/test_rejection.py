@@ -51,6 +51,8 @@ def p_value_of(rollouts: list[Rollout], config: DecodeConfig) -> float:
         ("lora", True, 256.0, {"max_new_tokens": 5}, {}),
         ("lora", False, 256.0, {"max_new_tokens": 5}, {}),
         ("lora", False, 0.0, {}, {}),
+        ("lora", False, 1e6, {"prompt_lookup_num_tokens": 5}, {}),
+        ("lora", True, 256.0, {"prompt_lookup_num_tokens": 2, "max_new_tokens": 5}, {}),
         ("lora", False, 1e6, {"temperature": 0.6, "top_k": 3}, {}),
         ("lora", True, 1e6, {"temperature": 1.5, "top_p": 0.7}, {}),
         ("lora", False, 1e6, {"top_k": 4, "top_p": 0.8}, DRAFTS["uniform_causal"]),
