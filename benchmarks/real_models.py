@@ -19,7 +19,9 @@ from typing import Any
 
 import opdlm
 from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.draft_policy import MOST_DRAFTS
 from opdlm.evaluation.retention import versions
+from opdlm.evaluation.speed import LOOKUP_NAME, LOOKUP_TOKENS, NO_COPIES
 from opdlm.files import write_atomic
 
 Rows = list[dict[str, Any]]
@@ -32,7 +34,7 @@ CAP, CAP_UNSCORED = 256, 128
 """Tokens of a response: to questions with tests, and to those that are only compared with the original."""
 NUM_UNSCORED = 24
 """Of each file."""
-BENCH_BATCHES, BENCH_TOKENS = (1, 8), 48
+BENCH_BATCHES, BENCH_TOKENS = (1, 8), 64
 
 
 TITLES = {"humaneval": "HumanEval", "mbpp": "MBPP", "gsm8k": "GSM8K", "mt_bench": "MT-bench"}
@@ -120,6 +122,7 @@ def evaluate(folder: Path, questions: Rows, path: Path, out: Path, batch_size: i
                 "eval.decode.ar_accept_threshold=0",
                 f"eval.decode.max_new_tokens={CAP if has_tests else CAP_UNSCORED}",
                 f"eval.decode.batch_size={batch_size}",
+                f"eval.decode.forward_overhead={MOST_DRAFTS}",
             ],
         )
     report: dict[str, Any] = json.loads((out / "retention.json").read_text())
@@ -148,13 +151,22 @@ def table(result: dict[str, Any]) -> str:
         cells = [score(mode, one["scored"]) for mode, one in zip(modes, asked, strict=True)]
         cells += [f"{mode['tokens_per_forward']:.2f}" for mode in modes]
         name = "ar" if number == 0 else mode["name"].partition(",")[0]
-        cells += [speed_of(speed[name, size]) for size in BENCH_BATCHES]
-        lines.append(row_of(["the original" if number == 0 else mode["name"], *cells]))
+        timed = "lossless" + NO_COPIES if name == "lossless" else name
+        cells += [speed_of(speed.get((timed, size))) for size in BENCH_BATCHES]
+        label = {"ar": "the original", "lossless": "lossless, student's drafts"}.get(name, name)
+        lines.append(row_of([label, *cells]))
+    others = {"lossless": "lossless, also copied drafts"}
+    others |= {
+        f"{LOOKUP_NAME}, {n} tokens": f"{LOOKUP_NAME} of transformers, {n} tokens" for n in LOOKUP_TOKENS
+    }
+    for name, label in others.items():
+        cells = [speed_of(speed.get((name, size))) for size in BENCH_BATCHES]
+        lines.append(row_of([label, *["–"] * 2 * len(names), *cells]))
     return "\n".join(lines)
 
 
-def speed_of(row: dict[str, Any]) -> str:
-    return f"{row['over_fastest_ar']:.2f} ({row['tokens_per_forward']:.2f})"
+def speed_of(row: dict[str, Any] | None) -> str:
+    return "–" if row is None else f"{row['over_fastest_ar']:.2f} ({row['tokens_per_forward']:.2f})"
 
 
 def row_of(cells: list[str]) -> str:

@@ -58,7 +58,7 @@ class DecodeConfig:
     """
     prompt_lookup_num_tokens: int | None = None
     """lossless: longest draft copied from the text before it, where its last tokens occurred already and the
-    copy is likelier to be accepted than the student's draft. 0 = none. None: 10, but 0 with a given
+    copy is likelier to be accepted than the student's draft. 0 = none. None: 20, but 0 with a given
     forward_overhead and so in reports, rollout files and training, which are about what the student drafts.
     """
 
@@ -98,8 +98,8 @@ class DecodeConfig:
 
 FIXED_OVERHEAD = 32.0
 """`forward_overhead` of reports and rollouts, whose numbers must not depend on the load of the machine."""
-COPIED, MOST_COPIED = 10, 1000
-"""`prompt_lookup_num_tokens`: what None means, as in the documentation of transformers, and the largest."""
+COPIED, MOST_COPIED = 20, 1000
+"""`prompt_lookup_num_tokens`: what None means, and the largest."""
 MOST = 10**9
 """Largest value of whole numbers."""
 LIMITS = {

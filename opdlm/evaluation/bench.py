@@ -109,7 +109,9 @@ def speculative_decoders(
     assistant: str | None, tokenizer: PreTrainedTokenizerBase, folder: Path, model: DiffusionLM
 ) -> dict[str, dict[str, Any]]:
     """The options of `transformers.generate` for each of its speculative decoders."""
-    decoders: dict[str, dict[str, Any]] = {LOOKUP_NAME: {"prompt_lookup_num_tokens": LOOKUP_TOKENS}}
+    decoders: dict[str, dict[str, Any]] = {
+        f"{LOOKUP_NAME}, {length} tokens": {"prompt_lookup_num_tokens": length} for length in LOOKUP_TOKENS
+    }
     if assistant is not None:
         if load_tokenizer(assistant).get_vocab() != tokenizer.get_vocab():
             raise ConfigError(

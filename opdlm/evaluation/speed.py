@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from opdlm.decoding.decode_config import DecodeConfig, Mode
+from opdlm.decoding.decode_config import COPIED, DecodeConfig, Mode
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
@@ -42,8 +42,8 @@ COMPILED = ", compiled"
 AR_DECODERS = (AR_NAME, VLLM_NAME, "ar", "ar" + COMPILED)
 """All that decode the AR model token by token."""
 LOOKUP_NAME, ASSISTED_NAME = "prompt lookup", "assisted generation"
-LOOKUP_TOKENS = 10
-"""Length of the drafts of prompt lookup; the value in the documentation of transformers."""
+LOOKUP_TOKENS = (10, COPIED)
+"""Lengths of the drafts of prompt lookup: the value in the documentation of transformers, and ours."""
 Item = TypeVar("Item")
 Responses = list[tuple[int, ...]]
 Decoder = Callable[[], tuple[Responses, float | None]]

@@ -284,7 +284,7 @@ def test_speed_is_measured_against_the_speculative_decoding_of_transformers(
     )
     found = {(row.batch_size, row.name): row for row in rows}
     assert [row.name for row in rows if row.batch_size == 2] == ["transformers.generate", "lossless"]
-    lookup, assisted = found[1, "prompt lookup"], found[1, "assisted generation"]
+    lookup, assisted = found[1, "prompt lookup, 10 tokens"], found[1, "assisted generation"]
     assert lookup.identical == assisted.identical == 1.0
     # the assistant is the model itself, so that no draft is refused
     assert 1 <= lookup.tokens_per_forward < assisted.tokens_per_forward
