@@ -3,8 +3,9 @@
     python benchmarks/drafting.py off_policy=runs/a/model draft=runs/b/model --data DATA --out FOLDER
 
 Greedy lossless decoding with the fewest forwards, so that the numbers say what was learnt and not what it
-costs here. DATA holds gsm8k/test.jsonl, mt_bench/question.jsonl and humaneval/HumanEval.jsonl. Intervals are
-95 % over resampled prompts.
+costs here; `with_copies`: where the text repeats itself, drafts are copied from it. DATA holds
+gsm8k/test.jsonl, mt_bench/question.jsonl and humaneval/HumanEval.jsonl. Intervals are 95 % over resampled
+prompts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 
 import opdlm
 from opdlm.data.prompts import load_tasks
-from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.decode_config import COPIED, DecodeConfig
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.draft_policy import MOST_DRAFTS
 from opdlm.decoding.rollout import Rollout
@@ -66,7 +68,13 @@ def measure(folder: str, files: dict[str, str], max_new_tokens: int) -> dict[str
         tasks = load_tasks(file, tokenizer, model.spec.mask_token_id)
         rollouts = opdlm.generate(model, [task.prompt.ids for task in tasks], config)
         acceptance = acceptance_by_place(rollouts, model.spec.block_size - 1)
-        found[kind] = tokens_per_forward(rollouts) | {"acceptance": [round(share, 3) for share in acceptance]}
+        copying = replace(config, prompt_lookup_num_tokens=COPIED)
+        found[kind] = tokens_per_forward(rollouts) | {
+            "acceptance": [round(share, 3) for share in acceptance],
+            "with_copies": tokens_per_forward(
+                opdlm.generate(model, [task.prompt.ids for task in tasks], copying)
+            ),
+        }
         print(folder, kind, json.dumps(found[kind]), flush=True)
     return found
 

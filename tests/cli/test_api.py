@@ -262,8 +262,8 @@ def test_speed_is_measured_in_the_modes_asked_for(root: Path) -> None:
         vllm="never",
         console=QUIET,
     )
-    assert [row.name for row in rows] == ["transformers.generate", "lossless"]
-    assert rows[1].identical == 1.0
+    assert [row.name for row in rows] == ["transformers.generate", "lossless", "lossless, no copies"]
+    assert rows[1].identical == rows[2].identical == 1.0
 
 
 def test_speed_is_measured_against_the_speculative_decoding_of_transformers(
@@ -283,7 +283,8 @@ def test_speed_is_measured_against_the_speculative_decoding_of_transformers(
         console=QUIET,
     )
     found = {(row.batch_size, row.name): row for row in rows}
-    assert [row.name for row in rows if row.batch_size == 2] == ["transformers.generate", "lossless"]
+    ours = ["transformers.generate", "lossless", "lossless, no copies"]
+    assert [row.name for row in rows if row.batch_size == 2] == ours
     lookup, assisted = found[1, "prompt lookup, 10 tokens"], found[1, "assisted generation"]
     assert lookup.identical == assisted.identical == 1.0
     # the assistant is the model itself, so that no draft is refused
