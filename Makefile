@@ -5,7 +5,7 @@ STAMP := .venv/.opdlm-installed
 export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-faults test-fuzz test-real test-vllm lint wheel clean env
+.PHONY: demo docs test test-slow test-faults test-fuzz test-real test-vllm lint wheel clean env
 
 demo: env
 	@$(BIN)/python examples/demo.py runs/demo
@@ -41,6 +41,10 @@ test-vllm:
 	  echo "$$wanted" > .venv-vllm/.opdlm-installed; \
 	fi
 	@for file in tests/vllm/test_vllm*.py; do OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm $$file || exit 1; done
+
+# The site, in build/site; a warning or a dead link is an error. To read it: python -m http.server -d build/site
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: env
 	$(BIN)/ruff check .
