@@ -1,0 +1,35 @@
+"""README: its tables are those of the committed reports, and its links exist."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_tables_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every result of a real model that README links is shown as its benchmark prints it."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    real_models = importlib.import_module("real_models")
+    results = re.findall(r"\]\((docs/results/real/\w+\.json)\)", README)
+    assert results
+    for path in results:
+        assert real_models.table(json.loads((ROOT / path).read_text())) in README, path
+
+
+def test_the_toy_drafts_as_its_committed_report_says() -> None:
+    report = json.loads((ROOT / "docs" / "results" / "tiny" / "retention.json").read_text())
+    (lossless,) = (mode for mode in report["student"] if mode["name"] == "lossless")
+    assert f"drafts {lossless['tokens_per_forward']:.2f} tokens per forward pass" in README
+
+
+def test_the_page_is_short_and_its_links_exist() -> None:
+    assert 100 <= len(README.splitlines()) <= 140
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
