@@ -34,3 +34,10 @@ def test_the_site_has_no_dead_link_and_loads_nothing_from_elsewhere(tmp_path: Pa
     assert {page.relative_to(tmp_path).as_posix() for page in pages} - {"404.html"} <= found
     assert {f"api.html#opdlm.{name}" for name in opdlm.__all__ if name != "__version__"} <= found
     assert "command_line.html#opdlm-convert" in found
+
+
+def test_every_link_between_pages_also_works_in_the_checkout() -> None:
+    """The site has pages that are no files; docs/ must not link them."""
+    for page in (ROOT / "docs").rglob("*.md"):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page}: {target}"
