@@ -44,8 +44,9 @@ def load(
     """Load a model to decode with.
 
     Args:
-        folder: the folder `model` of a run's output_dir. Also any causal checkpoint (a folder, a hub id or
-            `bundled:teacher`), as the autoregressive model that it is: it decodes in mode `ar` only.
+        folder: the folder `model` of a run's output_dir, or the hub id under which it was pushed. Also any
+            causal checkpoint (a folder, a hub id or `bundled:teacher`), as the autoregressive model that it
+            is: it decodes in mode `ar` only.
         dtype: precision of the weights in memory; auto: that of the files.
         device: `cpu`, `cuda:0` and so on; None: this process's GPU, or the CPU where there is none.
         mode: the mode it is wanted for, which is checked before anything is loaded.
@@ -60,12 +61,13 @@ def load(
     Example:
         >>> model, tokenizer = opdlm.load("runs/tiny/model")
     """
-    check_is_checkpoint(resolve_path(str(folder)), setting="")
+    folder = on_this_machine(folder)
+    check_is_checkpoint(resolve_path(folder), setting="")
     if mode is not None:
-        check_can_decode(str(folder), mode)
+        check_can_decode(folder, mode)
     from opdlm.checkpoints.convert import load_decoder
 
-    return load_decoder(str(folder), dtype, device)
+    return load_decoder(folder, dtype, device)
 
 
 def convert(
@@ -188,6 +190,7 @@ def evaluate(
         >>> report = opdlm.evaluate("runs/tiny/model", modes=["lossless"], limit=4)
         >>> {mode["name"]: mode["retention"] for mode in report["student"]}
     """
+    folder = on_this_machine(folder)
     check_is_converted(folder)
     changes = [
         *given("eval.path", data),
@@ -257,6 +260,7 @@ def bench(
     Example:
         >>> rows = opdlm.bench("runs/tiny/model", modes=["lossless"], batch_sizes=[1], limit=8)
     """
+    folder = on_this_machine(folder)
     check_is_converted(folder)
     for name, values in {"limit": [limit], "repeats": [repeats], "batch_sizes": batch_sizes}.items():
         if min(values, default=0) < 1:
@@ -323,13 +327,14 @@ def rollout(
         >>> opdlm.rollout("runs/tiny/model", "bundled:prompts.jsonl", "own.parquet", limit=64)
     """
     config = (config or DecodeConfig(temperature=1.0, ar_accept_threshold=0.0)).repeatable()
-    check_can_decode(str(model), config.mode)
+    model = on_this_machine(model)
+    check_can_decode(model, config.mode)
     if limit is not None and limit < 1:
         raise ConfigError(f"limit ({limit}) must be at least 1.")
     from opdlm.distill.recording import record_rollouts
 
     return record_rollouts(
-        str(model),
+        model,
         str(prompts),
         Path(out),
         config,
@@ -384,12 +389,13 @@ def serve(
     Example:
         >>> opdlm.serve("runs/tiny/model", opdlm.DecodeConfig(mode="lossless"), port=8000)
     """
-    config = config or DecodeConfig()
-    check_can_decode(str(folder), config.mode)
+    config, name = config or DecodeConfig(), name or str(folder)
+    folder = on_this_machine(folder)
+    check_can_decode(folder, config.mode)
     from opdlm.serving.server import serve_folder
 
     serve_folder(
-        str(folder),
+        folder,
         host=host,
         port=port,
         name=name,
@@ -432,6 +438,7 @@ def export(
     Example:
         >>> opdlm.export("runs/sdar/model", "runs/sdar/vllm")
     """
+    folder = on_this_machine(folder)
     check_is_converted(folder)
     if to != "vllm" and config is not None:
         raise ConfigError(f"config has no effect with `to={to}`, whose engines decide how tokens are chosen.")
@@ -502,11 +509,38 @@ def merge(folder: str | Path, out: str | Path, *, full_copy: bool = False) -> Pa
     Example:
         >>> opdlm.merge("runs/tiny/model", "runs/tiny/copy", full_copy=True)
     """
+    folder = on_this_machine(folder)
     check_is_converted(folder)
     from opdlm.checkpoints.export import merge_folder
 
     merge_folder(Path(folder), Path(out), full_copy=full_copy)
     return Path(out)
+
+
+def push(folder: str | Path, name: str, *, private: bool = False) -> str:
+    """Publish a result folder as a model repository on the Hugging Face Hub.
+
+    The repository becomes a copy of the folder: other files in it are deleted, and stay in its history. The
+    card in the folder learns the name, and the licence of the base model where only the Hub knows it.
+
+    Args:
+        folder: written by `opdlm.convert`, `train`, `export` or `merge`.
+        name: USER/NAME, which is created if it does not exist.
+        private: create it for its owner alone.
+
+    Returns:
+        The address of the repository; `opdlm.load(name)` loads the model.
+
+    Raises:
+        ConfigError: a name that cannot be, or no token.
+        DataError: a folder that is damaged or no checkpoint, a Hub that refuses or cannot be reached.
+
+    Example:
+        >>> opdlm.push("runs/tiny/model", "ada/tiny-diffusion")
+    """
+    from opdlm.checkpoints.hub import push_folder
+
+    return push_folder(Path(folder), name, private=private)
 
 
 def verify(folder: str | Path) -> dict[Path, list[str]]:
@@ -573,6 +607,15 @@ def changed(config: RunConfig, overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         apply_override(values, override)
     return values
+
+
+def on_this_machine(path: str | Path) -> str:
+    """A converted model that is named by its hub id as a folder; anything else as it is."""
+    if Path(path).exists():  # without waiting for huggingface_hub
+        return str(path)
+    from opdlm.checkpoints.hub import local_folder
+
+    return local_folder(str(path))
 
 
 def given(key: str, value: object) -> list[str]:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import opdlm
-from opdlm.cli.flags import Parser, Verbs, add_settings, add_verb, read_settings
+from opdlm.cli.flags import Parser, Verbs, add_settings, add_verb, publish, read_settings
 
 DESCRIPTION = """Turn an autoregressive checkpoint into a block-diffusion model and measure what it kept.
 
@@ -63,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
     console.out(f"\nconverted checkpoint: {folder}")
     mode = "lossless" if config.format.name == "preserve" else "threshold"
     console.out(f"next: opdlm chat {folder} --mode {mode}", highlight=False)
+    publish(folder, options, console)
     return 0
 
 

@@ -114,8 +114,10 @@ def add_report_flags(parser: Parser) -> None:
 
 
 def run_eval(options: argparse.Namespace) -> int:
+    from opdlm.api import on_this_machine
+
     is_override = {text: "=" in text and not Path(text).exists() for text in options.folders}
-    folders = [Path(text) for text in options.folders if not is_override[text]]
+    folders = [Path(on_this_machine(text)) for text in options.folders if not is_override[text]]
     if not folders:
         raise ConfigError("eval needs a DIR written by opdlm convert, before any eval.key=value.")
     overrides = [*(text for text in options.folders if is_override[text]), *options.overrides]

@@ -1,6 +1,6 @@
 """`opdlm export`: a folder as inference engines read it. `opdlm import`: an adapter of theirs as a folder.
-`opdlm merge`: the adapter added to the weights. `opdlm verify`: whether the files of a folder are as they
-were written.
+`opdlm merge`: the adapter added to the weights. `opdlm push`: a folder on the Hugging Face Hub. `opdlm verify`:
+whether the files of a folder are as they were written.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ IMPORT_EXAMPLES = """  hf download s-sahoo/uno-qwen3-8B --include 'adapter/*' --
   opdlm import Qwen/Qwen3-8B uno/adapter runs/uno"""
 MERGE_EXAMPLES = """  opdlm merge runs/sdar/model runs/sdar/merged      # a run with lora.merge=false
   opdlm merge runs/tiny/model runs/tiny/copy --full-copy"""
+
+PUSH_EXAMPLES = """  hf auth login
+  opdlm push runs/mine/model ada/smollm2-diffusion
+  opdlm convert ./my-model data.path=prompts.jsonl --push-to-hub ada/my-diffusion"""
 
 
 def add_export(verbs: Verbs) -> None:
@@ -110,6 +114,26 @@ def add_merge_flags(parser: Parser) -> None:
     parser.add_argument(
         "--full-copy", action="store_true", help="preserve: a merged student beside the AR weights"
     )
+
+
+def add_push(verbs: Verbs) -> None:
+    add_verb(
+        verbs,
+        "push",
+        run_push,
+        add_push_flags,
+        summary="publish a result folder on the Hugging Face Hub",
+        description="Make the model repository USER/NAME a copy of the result folder DIR; it is created where "
+        "it does not exist, and files that DIR lacks are deleted from it. `opdlm chat USER/NAME` loads it back. "
+        "The token is that of `hf auth login`, or $HF_TOKEN.",
+        examples=PUSH_EXAMPLES,
+    )
+
+
+def add_push_flags(parser: Parser) -> None:
+    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument("name", metavar="USER/NAME")
+    parser.add_argument("--private", action="store_true", help="create a repository that only you can read")
 
 
 def add_verify(verbs: Verbs) -> None:
@@ -194,6 +218,11 @@ def run_import(options: argparse.Namespace) -> int:
 def run_merge(options: argparse.Namespace) -> int:
     out = opdlm.merge(options.folder, options.out, full_copy=options.full_copy)
     print(f"merged checkpoint: {out}")
+    return 0
+
+
+def run_push(options: argparse.Namespace) -> int:
+    print(f"published: {opdlm.push(options.folder, options.name, private=options.private)}")
     return 0
 
 

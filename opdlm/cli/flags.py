@@ -22,10 +22,15 @@ from typing import (
     get_type_hints,
 )
 
+import opdlm
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+
     from opdlm.config.sections import RunConfig
 
 AnyConfig = TypeVar("AnyConfig", bound="RunConfig")
@@ -93,6 +98,9 @@ def add_settings(parser: Parser) -> None:
         "--list-keys", action="store_true", help="print every setting with its default and meaning"
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument(
+        "--push-to-hub", metavar="USER/NAME", help="publish the result there, as `opdlm push` does"
+    )
 
 
 def add_overrides(parser: Parser, metavar: str) -> None:
@@ -126,7 +134,17 @@ def read_settings(
     if options.print_config:
         print(config.to_yaml(), end="")
         return None
+    if options.push_to_hub:
+        from opdlm.checkpoints.hub import check_can_push
+
+        check_can_push(options.push_to_hub)
     return config
+
+
+def publish(folder: Path, options: argparse.Namespace, console: Console) -> None:
+    """`--push-to-hub`, in the main process of a launch."""
+    if options.push_to_hub and not console.quiet:
+        console.out(f"published: {opdlm.push(folder, options.push_to_hub)}", highlight=False)
 
 
 def add_trust(parser: Parser) -> None:

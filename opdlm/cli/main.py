@@ -142,6 +142,7 @@ def build_parser() -> Parser:
     export.add_merge(verbs)
     export.add_import(verbs)
     export.add_export(verbs)
+    export.add_push(verbs)
     export.add_verify(verbs)
     study.add_study(verbs)
     add_recipes(verbs)

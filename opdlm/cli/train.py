@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import opdlm
-from opdlm.cli.flags import Parser, Verbs, add_settings, add_verb, read_settings
+from opdlm.cli.flags import Parser, Verbs, add_settings, add_verb, publish, read_settings
 
 DESCRIPTION = """Train on given text: autoregressive, masked diffusion, block diffusion, or both at once.
 
@@ -44,4 +44,5 @@ def run(options: argparse.Namespace) -> int:
     console = main_console()
     folder = opdlm.train(config, console=console)
     console.out(f"\ntrained checkpoint: {folder}")
+    publish(folder, options, console)
     return 0

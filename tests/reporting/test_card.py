@@ -44,12 +44,13 @@ def test_a_base_on_the_hub_is_named_with_its_relation() -> None:
         "base_model": "org/base",
         "base_model_relation": "adapter",
         "library_name": "transformers",
+        "license": "unknown",
         "pipeline_tag": "text-generation",
         "tags": ["opdlm", "diffusion", "block-diffusion"],
     }
     assert "12,345 rollout tokens in 1.5 minutes" in card.text and "Not measured" in card.text
-    full = ModelCard(model_card(config("model.path=org/base", "lora.enabled=false"), RESULTS, None))
-    assert full.data.base_model_relation == "finetune"
+    sdar = config("model.path=org/base", "format.name=sdar", "eval.modes=[static]")
+    assert ModelCard(model_card(sdar, RESULTS, None)).data.base_model_relation == "finetune"
 
 
 def test_a_local_base_gives_its_licence_and_no_hub_id(tmp_path: Path) -> None:
@@ -63,10 +64,24 @@ def test_a_local_base_gives_its_licence_and_no_hub_id(tmp_path: Path) -> None:
     }
 
 
+def test_data_sets_of_the_hub_are_named_and_files_are_not() -> None:
+    sources = "data.path=[org/prompts, {path: org/more, weight: 2}, bundled:prompts.jsonl, mine.jsonl.gz]"
+    assert ModelCard(model_card(config(sources), RESULTS, None)).data.datasets == ["org/prompts", "org/more"]
+    assert "datasets" not in ModelCard(model_card(config(), RESULTS, None)).data.to_dict()
+
+
+def test_the_limits_of_each_format_are_told() -> None:
+    kept = model_card(config(), RESULTS, None)
+    assert "the text of the base model, with its errors" in kept and "differ from those" not in kept
+    lost = model_card(config("format.name=sdar", "eval.modes=[static]"), RESULTS, None)
+    assert "differ from those of the base" in lost and "with its errors" not in lost
+    assert "on responses of at most" in kept and "\n\n\n" not in kept + lost
+
+
 def test_the_model_index_holds_the_measured_accuracies() -> None:
     report = committed_report()
     data = ModelCard(model_card(config("output_dir=runs/name"), RESULTS, report)).data
-    assert data.model_name == "name" and data.metrics == ["accuracy"]
+    assert data.model_name == "name" and {"accuracy", "retention"} <= set(data.metrics)
     found = {result.metric_name: result.metric_value for result in data.eval_results}
     for mode in report["student"]:
         assert found[f"accuracy ({mode['name']})"] == round(mode["accuracy"], 4)
@@ -78,4 +93,5 @@ def test_the_card_of_a_trained_model_names_its_losses() -> None:
     scratch = TextConfig(model=TextModelSection(path="bundled:byte", from_scratch=True), output_dir="runs/t")
     card = ModelCard(text_card(scratch, results))
     assert "random weights" in card.text and "heldout_ar_nll 1.2346" in card.text
+    assert [result.metric_value for result in card.data.eval_results] == [1.2346]
     assert "base_model" not in card.data.to_dict() and "license" not in card.data.to_dict()
