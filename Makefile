@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo docs test test-slow test-faults test-fuzz test-real test-vllm lint wheel clean env
 
 demo: env
-	@$(BIN)/python examples/demo.py runs/demo
+	@$(BIN)/python -m opdlm demo runs/demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal

