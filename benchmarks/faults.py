@@ -289,7 +289,7 @@ def on_write(folder: Path, act: Callable[[int], object]) -> None:
     sys.addaudithook(hook)
 
 
-def write_no_picture(metrics: Sequence[dict[str, float]], path: Path) -> None:
+def write_no_picture(_: object, path: Path) -> None:
     path.write_bytes(b"picture")
 
 

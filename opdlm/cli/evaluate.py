@@ -102,15 +102,16 @@ def add_report(verbs: Verbs) -> None:
         "report",
         run_report,
         add_report_flags,
-        summary="curves of a run, finished or not",
+        summary="curves of runs, finished or not",
         description="Draw the curves that a run has logged so far, and what was measured, into "
-        "RUN/report.html.",
-        examples="  opdlm report runs/tiny",
+        "RUN/report.html; those of several runs in the same axes, into FOLDER/report.html.",
+        examples="  opdlm report runs/tiny\n  opdlm report runs/a runs/b --out runs/compared",
     )
 
 
 def add_report_flags(parser: Parser) -> None:
-    parser.add_argument("folder", metavar="RUN")
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--out", metavar="FOLDER", help="where the page of several runs is written")
 
 
 def run_eval(options: argparse.Namespace) -> int:
@@ -244,7 +245,11 @@ def run_text(options: argparse.Namespace, folders: Sequence[Path], overrides: Se
 
 
 def run_report(options: argparse.Namespace) -> int:
-    from opdlm.reporting.pages import write_run_page
+    from opdlm.reporting.pages import write_overlay, write_run_page
 
-    print(f"report: {write_run_page(Path(options.folder))}")
+    runs = list(map(Path, options.runs))
+    if (len(runs) > 1) != (options.out is not None):
+        raise ConfigError("report writes one RUN into its own folder, and several RUNs into --out FOLDER.")
+    page = write_overlay(runs, Path(options.out)) if options.out else write_run_page(runs[0])
+    print(f"report: {page}")
     return 0

@@ -124,8 +124,8 @@ def add_push(verbs: Verbs) -> None:
         add_push_flags,
         summary="publish a result folder on the Hugging Face Hub",
         description="Make the model repository USER/NAME a copy of the result folder DIR. It is created "
-        "where there is none, and files that DIR lacks are deleted from it. `opdlm chat USER/NAME` loads it back. "
-        "The token is that of `hf auth login`, or $HF_TOKEN.",
+        "where there is none, and files that DIR lacks are deleted from it. `opdlm chat USER/NAME` loads it "
+        "back. The token is that of `hf auth login`, or $HF_TOKEN.",
         examples=PUSH_EXAMPLES,
     )
 

@@ -63,7 +63,7 @@ from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.objectives.mask_theory import ngram_signal_weights, optimal_t
 from opdlm.objectives.masking import auto_window, needs_optimal_t, resolve_auto
 from opdlm.reporting.card import model_card
-from opdlm.reporting.pages import read_retention
+from opdlm.reporting.pages import DRAFTED, read_retention
 from opdlm.reporting.plots import plot_metrics, plot_signal
 from opdlm.training.checkpoint import (
     find_checkpoints,
@@ -76,7 +76,6 @@ from opdlm.training.loop import EvalCallback
 from opdlm.training.metrics import MetricsLog, read_metrics
 from opdlm.training.run_folder import owned, prepare_output, read_changes, start_date
 
-DRAFTED = "held_back_tokens_per_forward"
 LEARNT = 0.05
 """Tokens per forward that a student which has learnt something gains, at least."""
 HELD_BACK_TOKENS, HELD_BACK_TIMED = 64, 4
@@ -377,7 +376,7 @@ def write_record(folder: Path, output_dir: Path, config: Config) -> None:
     results = {"train_seconds": round(seconds, 1), "versions": versions(), **(metrics[-1] if metrics else {})}
     results["changed_settings"] = read_changes(output_dir)
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2))
-    plot_metrics(metrics, folder / "training.png")
+    plot_metrics({"": metrics}, folder / "training.png")
 
 
 def write_card(folder: Path, config: Config) -> None:

@@ -27,6 +27,7 @@ from opdlm.reporting.plots import (
     plot_trade_off,
 )
 from opdlm.reporting.tables import (
+    NOTHING,
     Table,
     comparison_table,
     count,
@@ -39,6 +40,7 @@ from opdlm.training.metrics import read_metrics
 
 RETENTION_FILE, TIMING_FILE = "retention.json", "timing.json"
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
+DRAFTED = "held_back_tokens_per_forward"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +182,8 @@ def write_comparison(folder: Path, students: Sequence[Values]) -> None:
 
 def write_run_page(run: Path) -> Path:
     """Write the page of a finished or running run from its `metrics.jsonl`; returns the HTML file."""
-    metrics = read_metrics(run / "metrics.jsonl")
-    if not metrics:
-        raise DataError(
-            f"{run} holds no finished step in metrics.jsonl: give the output_dir of a run, as runs/tiny."
-        )
-    report, tables = read_retention(run / "model"), [last_step_table(metrics)]
+    metrics = {str(run): metrics_of(run)}
+    report, tables = read_retention(run / "model"), [last_steps_table(metrics)]
     pictures = [Picture(run / "training.png", "Training, against the rollout tokens seen")]
     plot_metrics(metrics, pictures[0].path)
     if report is not None:
@@ -203,12 +201,47 @@ def write_run_page(run: Path) -> Path:
     return run / HTML_FILE
 
 
-def last_step_table(metrics: Sequence[Mapping[str, float]]) -> Table:
-    last = metrics[-1]
-    seconds = sum(row["seconds"] for row in metrics)
+def write_overlay(runs: Sequence[Path], out: Path) -> Path:
+    """Write one page with the curves of several runs in the same axes; returns the HTML file."""
+    metrics = {str(run): metrics_of(run) for run in runs}
+    out.mkdir(parents=True, exist_ok=True)
+    picture = Picture(out / "training.png", "Training, against the rollout tokens seen")
+    plot_metrics(metrics, picture.path)
+    Page(title=f"{len(metrics)} runs", pictures=[picture], tables=[last_steps_table(metrics)]).write(out)
+    return out / HTML_FILE
+
+
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    """The steps that a run has logged; DataError if there are none."""
+    metrics = read_metrics(run / "metrics.jsonl")
+    if not metrics:
+        raise DataError(
+            f"{run} holds no finished step in metrics.jsonl: give the output_dir of a run, as runs/tiny."
+        )
+    return metrics
+
+
+def last_steps_table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
+    """The metrics of each run's last step, a column per run; below, where its drafts were best."""
+    names = dict.fromkeys(name for metrics in runs.values() for name in metrics[-1])
+    notes = []
+    for run, metrics in runs.items():
+        seconds = sum(row["seconds"] for row in metrics)
+        notes.append(f"{run}: {len(metrics)} steps, {seconds / 60:.1f} minutes of training.")
+        if drafted := [row for row in metrics if DRAFTED in row]:
+            best = max(drafted, key=lambda row: row[DRAFTED])
+            notes.append(
+                f"Most tokens per forward on held-back prompts: {best[DRAFTED]:.2f}, step {best['step']:g}."
+            )
     return Table(
         title="Last step",
-        head=["measure", "value"],
-        rows=[[name.replace("_", " "), f"{value:.6g}"] for name, value in last.items()],
-        note=f"{len(metrics)} steps, {seconds / 60:.1f} minutes of training.",
+        head=["measure", *(runs if len(runs) > 1 else ["value"])],
+        rows=[
+            [
+                name.replace("_", " "),
+                *(f"{m[-1][name]:.6g}" if name in m[-1] else NOTHING for m in runs.values()),
+            ]
+            for name in names
+        ],
+        note=" ".join(notes),
     )

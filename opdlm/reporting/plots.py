@@ -41,23 +41,26 @@ def new_figure(columns: int, width: float, height: float, rows: int = 1) -> tupl
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def plot_metrics(metrics: Sequence[dict[str, float]], path: Path) -> None:
-    """The metrics of training against the number of (rollout) tokens, with `retention` where measured."""
-    curves = {name: [row for row in metrics if name in row] for name in CURVES}
-    curves = {name: rows for name, rows in curves.items() if rows}
+def plot_metrics(runs: Mapping[str, Sequence[dict[str, float]]], path: Path) -> None:
+    """The metrics of trainings, by their names, against the number of (rollout) tokens; `retention` where
+    measured. The names of several are written below.
+    """
+    curves = {name for metrics in runs.values() for row in metrics for name in row}
+    shown = [name for name in CURVES if name in curves]
     columns = 2
-    num_rows = math.ceil(len(curves) / columns) or 1
+    num_rows = math.ceil(len(shown) / columns) or 1
     figure, axes = new_figure(columns, 8, 2.2 * num_rows, num_rows)
-    for axis in axes.flat[len(curves) :]:
+    for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()
-    for axis, (name, rows) in zip(axes.flat, curves.items(), strict=False):
-        tokens = [row.get("rollout_tokens", row.get("tokens")) for row in rows]
-        if name in ("retention", "held_back_tokens_per_forward"):
-            scale = 100 if name == "retention" else 1
-            axis.plot(tokens, [scale * row[name] for row in rows], marker="o", markersize=3)
-        else:
-            axis.plot(tokens, [row[name] for row in rows], linewidth=1)
-        if name in LOGARITHMIC and any(row[name] > 0 for row in rows):
+    for axis, name in zip(axes.flat, shown, strict=False):
+        rare = name in ("retention", "held_back_tokens_per_forward")
+        style = {"marker": "o", "markersize": 3} if rare else {"linewidth": 1}
+        scale = 100 if name == "retention" else 1
+        for label, metrics in runs.items():
+            rows = [row for row in metrics if name in row]
+            tokens = [row.get("rollout_tokens", row.get("tokens")) for row in rows]
+            axis.plot(tokens, [scale * row[name] for row in rows], label=label, **style)
+        if name in LOGARITHMIC and any(row.get(name, 0) > 0 for rows in runs.values() for row in rows):
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("{x:g}")
@@ -66,6 +69,9 @@ def plot_metrics(metrics: Sequence[dict[str, float]], path: Path) -> None:
         axis.set_title(CURVES[name], fontsize=10)
         axis.set_xlabel("tokens seen", fontsize=8)
         axis.grid(alpha=0.3)
+    if len(runs) > 1 and shown:
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", fontsize=8)
     figure.savefig(path, dpi=DPI)
 
 

@@ -322,4 +322,4 @@ def write_record(folder: Path, output_dir: Path, config: TextConfig, losses: dic
     results |= losses | {"changed_settings": read_changes(output_dir)}
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2))
     (folder / "README.md").write_text(text_card(config, results))
-    plot_metrics(metrics, folder / "training.png")
+    plot_metrics({"": metrics}, folder / "training.png")

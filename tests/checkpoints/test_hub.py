@@ -65,7 +65,7 @@ def test_a_pushed_folder_comes_back_byte_for_byte_and_answers(
         "import opdlm, sys; from opdlm.api import on_this_machine; print(on_this_machine(sys.argv[1]));"
         "model, tokenizer = opdlm.load(sys.argv[1], mode='lossless');"
         "(r,) = opdlm.generate(model, ['add 1 2'], tokenizer=tokenizer, max_new_tokens=8);"
-        "print(list(r.token_ids))"
+        "print(list(r.text_ids))"
     )
     fetched = server.command(tmp_path, "-c", fetch, NAME)
     place, answer = fetched.stdout.splitlines()

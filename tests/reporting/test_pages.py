@@ -294,6 +294,26 @@ def test_a_run_is_drawn_while_it_runs_and_after(root: Path, tmp_path: Path) -> N
     assert "lossless" in rows_of(reader, "mode") and len(reader.sources) == 3
 
 
+def test_several_runs_are_drawn_into_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drafted = {"a": [1.5, 1.25], "b": [1.0, 1.75]}
+    for name, values in drafted.items():
+        (tmp_path / name).mkdir()
+        rows = [
+            {"step": i, "seconds": 3.0, "rollout_tokens": 10 * i, "held_back_tokens_per_forward": value}
+            for i, value in enumerate(values, 1)
+        ]
+        write_rows(tmp_path / name / "metrics.jsonl", rows + [{"step": 3, "seconds": 1.0, name: 7.0}])
+    runs = [str(tmp_path / name) for name in drafted]
+    assert main(["report", *runs, "--out", str(tmp_path / "both")]) == 0
+    reader = Reader(tmp_path / "both" / "report.html")
+    shown = rows_of(reader, "measure")
+    assert shown["b"] == {"measure": "b", runs[0]: "–", runs[1]: "7"}
+    note = "Most tokens per forward on held-back prompts: "
+    assert f"{note}1.50, step 1." in "".join(reader.texts) and f"{note}1.75, step 2." in "".join(reader.texts)
+    assert len(reader.sources) == 1
+    assert main(["report", *runs]) == 2 and "several RUNs into --out FOLDER" in capsys.readouterr().err
+
+
 def test_a_pipe_in_a_name_does_not_end_its_cell() -> None:
     assert Table(title="", head=["a"], rows=[["x|y"]]).markdown().splitlines()[-1] == "| x\\|y |"
 
