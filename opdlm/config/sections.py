@@ -354,8 +354,8 @@ class LoopSection:
     command continues. One step is always made, and the measurement at the end is not limited. Empty or 0: no
     limit.
     """
-    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Trackers beside metrics.jsonl."""
+    report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Trackers beside metrics.jsonl: tensorboard, trackio, wandb."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

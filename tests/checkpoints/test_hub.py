@@ -74,7 +74,7 @@ def test_a_pushed_folder_comes_back_byte_for_byte_and_answers(
     assert own == contents(folder)
     assert server.command(tmp_path, "-c", fetch, str(folder)).stdout.splitlines()[1] == answer
     shown = server.command(
-        tmp_path, "-m", "opdlm", "generate", NAME, "add 1 2", "--json", "--mode", "lossless"
+        tmp_path, "-m", "opdlm", "generate", NAME, "add 1 2", "--json", "--max-new-tokens", "8"
     )
     assert json.loads(shown.stdout)["token_ids"] and not shown.returncode
 

@@ -302,7 +302,7 @@ def test_several_runs_are_drawn_into_one_page(tmp_path: Path, capsys: pytest.Cap
             {"step": i, "seconds": 3.0, "rollout_tokens": 10 * i, "held_back_tokens_per_forward": value}
             for i, value in enumerate(values, 1)
         ]
-        write_rows(tmp_path / name / "metrics.jsonl", rows + [{"step": 3, "seconds": 1.0, name: 7.0}])
+        write_rows(tmp_path / name / "metrics.jsonl", [*rows, {"step": 3, "seconds": 1.0, name: 7.0}])
     runs = [str(tmp_path / name) for name in drafted]
     assert main(["report", *runs, "--out", str(tmp_path / "both")]) == 0
     reader = Reader(tmp_path / "both" / "report.html")
