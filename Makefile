@@ -5,7 +5,7 @@ STAMP := .venv/.opdlm-installed
 export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo docs test test-slow test-faults test-fuzz test-real test-vllm lint wheel clean env
+.PHONY: demo docs test test-slow test-lowest test-faults test-fuzz test-real test-vllm lint wheel clean env
 
 demo: env
 	@$(BIN)/python -m opdlm demo runs/demo
@@ -15,6 +15,13 @@ test: lint
 
 test-slow: env
 	$(BIN)/python -m pytest -m "slow and not gpu and not vllm and not real"
+
+# The lowest versions that pyproject.toml allows, in an environment of their own.
+test-lowest:
+	@[ -x .venv-lowest/bin/python ] || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -q -r requirements-lowest.lock
+	.venv-lowest/bin/python -m pip install -q --no-deps -e .
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n auto tests/modeling tests/checkpoints tests/distill
 
 # Kills, signals, damaged files and double starts; prints a table (a few minutes).
 test-faults: env

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import opdlm
 from opdlm.cli.main import parse
@@ -16,7 +18,7 @@ from opdlm.cli.main import parse
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-LOCK = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
+LOCK = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.lock").read_text().lower(), re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
@@ -49,6 +51,18 @@ def test_versions_that_are_written_twice_agree() -> None:
     (hooks,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert hooks["rev"] == f"v{LOCK['ruff']}"
     assert f"torch=={LOCK['torch']} " in (ROOT / "docker" / "cpu.Dockerfile").read_text()
+
+
+def test_the_lowest_lock_holds_the_lower_bounds() -> None:
+    text = (ROOT / "requirements-lowest.lock").read_text().lower()
+    lowest = {
+        name: Version(version) for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)
+    }
+    for requirement in map(Requirement, PYPROJECT["project"]["dependencies"]):
+        (bound,) = (Version(s.version) for s in requirement.specifier if s.operator == ">=")
+        found = lowest[requirement.name]
+        assert found.release[:2] == (bound.release + (0,))[:2], (requirement, found)
+        assert requirement.specifier.contains(LOCK[requirement.name])
 
 
 def test_issue_templates_are_forms() -> None:
