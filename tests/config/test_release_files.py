@@ -61,7 +61,7 @@ def test_the_lowest_lock_holds_the_lower_bounds() -> None:
     for requirement in map(Requirement, PYPROJECT["project"]["dependencies"]):
         (bound,) = (Version(s.version) for s in requirement.specifier if s.operator == ">=")
         found = lowest[requirement.name]
-        assert found.release[:2] == (bound.release + (0,))[:2], (requirement, found)
+        assert found.release[:2] == (*bound.release, 0)[:2], (requirement, found)
         assert requirement.specifier.contains(LOCK[requirement.name])
 
 
