@@ -279,7 +279,7 @@ def bench(
         vllm=vllm,
         assistant=None if assistant is None else str(assistant),
         out=None if out is None else Path(out),
-        console=console or Console(),
+        console=console or main_console(),
     )
 
 
@@ -344,7 +344,7 @@ def rollout(
         dtype=dtype,
         compiles=compile,
         overrides=overrides,
-        console=console or Console(),
+        console=console or main_console(),
     )
 
 
@@ -630,5 +630,7 @@ def check_model_path(config: Config | TextConfig, *, needs_weights: bool) -> Non
 
 
 def main_console() -> Console:
-    """Standard output of the first process of a launch; the others are silent."""
-    return Console(quiet=os.environ.get("RANK", "0") != "0")
+    """Standard output of the first process of a launch; the others are silent. Plain text in notebooks, where
+    rich and ipykernel flush each other without end while a status is shown.
+    """
+    return Console(quiet=os.environ.get("RANK", "0") != "0", force_jupyter=False)
