@@ -20,7 +20,8 @@ from opdlm.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 VERBS = (
     *("convert", "train", "generate", "chat", "serve", "rollout", "eval", "report"),
-    *("bench", "merge", "import", "export", "verify", "study", "recipes", "env"),
+    *("bench", "merge", "import", "export", "push", "verify", "study"),
+    *("demo", "recipes", "env"),,
 )
 REQUIRED = {
     "generate": ["DIR", "PROMPT"],
@@ -329,7 +330,8 @@ def test_every_verb_is_in_the_file_that_the_package_names() -> None:
     assert verbs is not None and tuple(verbs) == VERBS
     files = {name: verb.get_default("run").__module__.rpartition(".")[2] for name, verb in verbs.items()}
     elsewhere = {"chat": "generate", "eval": "evaluate", "report": "evaluate", "merge": "export"}
-    elsewhere |= {"import": "export", "verify": "export", "recipes": "main", "env": "main"}
+    elsewhere |= {"import": "export", "verify": "export", "push": "export", "demo": "main"}
+    elsewhere |= {"recipes": "main", "env": "main"}
     assert files == {name: elsewhere.get(name, name) for name in VERBS}
 
 
