@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 VERBS = (
     *("convert", "train", "generate", "chat", "serve", "rollout", "eval", "report"),
     *("bench", "merge", "import", "export", "push", "verify", "study"),
-    *("demo", "recipes", "env"),,
+    *("demo", "recipes", "env"),
 )
 REQUIRED = {
     "generate": ["DIR", "PROMPT"],
