@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -193,7 +194,9 @@ def run_chat(options: argparse.Namespace) -> int:
         except OpdlmError as error:
             console.out(f"{with_flag_names(str(error), options)} /new starts over.")
             continue
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
+            if stopped.args not in ((), (signal.SIGINT,)):  # SIGTERM ends the chat
+                raise
             console.print("[dim]stopped; the line is forgotten[/dim]")
             continue
         messages, turn = [*asked, {"role": "assistant", "content": rollout.text}], turn + 1

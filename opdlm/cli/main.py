@@ -21,6 +21,7 @@ from opdlm.cli.flags import Parser, Verbs, add_verb, printable, with_flag_names
 from opdlm.config.recipes import bundled_recipes, nearest_recipes, shipped_folder
 from opdlm.environment import quiet_libraries
 from opdlm.errors import ConfigError, OpdlmError
+from opdlm.interrupts import interrupt, on_stop_signals
 
 RESUMED = ("convert", "demo", "train", "rollout", "eval", "study")
 TAKE_OVERRIDES = ("convert", "train", "rollout", "eval", "study")
@@ -42,20 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read when torch is first imported
     quiet_libraries()
     try:
-        from opdlm.checkpoints.folders import trust_remote_code
+        with on_stop_signals(interrupt):
+            from opdlm.checkpoints.folders import trust_remote_code
 
-        with trust_remote_code(options.trust_remote_code):
-            status: int = options.run(options)
+            with trust_remote_code(options.trust_remote_code):
+                status: int = options.run(options)
         sys.stdout.flush()
         return status
     except OpdlmError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
             print(f"opdlm: {printable(with_flag_names(str(error), options))}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt as interrupt:
+    except KeyboardInterrupt as stopped:
         goes_on = " The same command continues from the last checkpoint." if options.verb in RESUMED else ""
         print(f"opdlm: interrupted.{goes_on}", file=sys.stderr)
-        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
     except BrokenPipeError:  # the reader has enough, as in `opdlm recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import current_thread, main_thread
 from types import FrameType
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from opdlm.config.sections import RunConfig, seconds_of
 from opdlm.errors import DataError, TimeLimitReached
+from opdlm.interrupts import on_stop_signals
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.objectives.losses import LossOutput
 from opdlm.seeds import Stream, generator_for
@@ -187,18 +187,8 @@ def deferred_interrupt(log: MetricsLog) -> Iterator[list[int]]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         log.note("finishing this step and saving; Ctrl-C again stops at once")
 
-    # Threads cannot set handlers. A handler of the caller, or an ignored Ctrl-C (nohup), is kept.
-    is_main_thread = current_thread() is main_thread()
-    wanted = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
-    before = {number: signal.getsignal(number) for number in wanted if is_main_thread}
-    ours = {k: v for k, v in before.items() if v in (signal.SIG_DFL, signal.default_int_handler)}
-    try:
-        for number in ours:
-            signal.signal(number, handle)
+    with on_stop_signals(handle):
         yield received
-    finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
 
 
 @dataclass(slots=True)

@@ -1,0 +1,39 @@
+"""The signals that ask a command to stop: Ctrl-C, SIGTERM (`kill`, Slurm, Kubernetes) and SIGUSR1 (Slurm)."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import current_thread, main_thread
+from types import FrameType
+from typing import NoReturn
+
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+
+
+def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+    """Raise KeyboardInterrupt(number). Schedulers may send a signal twice: the second does not disturb the
+    cleaning up, but a second Ctrl-C does.
+    """
+    if number != signal.SIGINT:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
+
+
+@contextmanager
+def on_stop_signals(handle: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Inside the block `handle` gets the signals. A handler of the caller, or an ignored Ctrl-C (nohup), is
+    kept. In a thread nothing changes, as only the main thread receives signals.
+    """
+    is_main_thread = current_thread() is main_thread()
+    wanted = [number for number in signal.Signals if number.name in NAMES and is_main_thread]
+    ours = (signal.SIG_DFL, signal.default_int_handler, interrupt)
+    before = {number: found for number in wanted if (found := signal.getsignal(number)) in ours}
+    try:
+        for number in before:
+            signal.signal(number, handle)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
