@@ -41,6 +41,7 @@ import opdlm
 from opdlm.cli.main import main as opdlm_main
 from opdlm.config.sections import resolve_path
 from opdlm.distill import pipeline
+from opdlm.environment import quiet_libraries
 from opdlm.files import write_manifest
 from opdlm.training.metrics import read_metrics
 
@@ -383,14 +384,14 @@ def state_of(run: Path) -> dict[str, str]:
 
 
 KINDS: dict[str, tuple[Callable[[Faults, int, random.Random], str], float]] = {
-    "killed at a random moment": (Faults.kill, 0.12),
-    "gone at a file operation": (Faults.exit, 0.12),
-    "disk full": (Faults.full_disk, 0.12),
+    "killed at a random moment": (Faults.kill, 0.08),
+    "gone at a file operation": (Faults.exit, 0.08),
+    "disk full": (Faults.full_disk, 0.08),
     "file of a checkpoint or run damaged": (Faults.checkpoint, 0.16),
-    "file of a result folder damaged": (Faults.result, 0.25),
-    "bit flipped, opdlm verify": (Faults.verify, 0.11),
-    "stopped by a signal again and again": (Faults.stop, 0.06),
-    "two commands in one folder": (Faults.double, 0.06),
+    "file of a result folder damaged": (Faults.result, 0.36),
+    "bit flipped, opdlm verify": (Faults.verify, 0.2),
+    "stopped by a signal again and again": (Faults.stop, 0.02),
+    "two commands in one folder": (Faults.double, 0.02),
 }
 """Kinds of faults, and their shares."""
 COLUMNS = {"same": "as undisturbed", "refused": "refused in one line"}
@@ -405,6 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="PATH")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    quiet_libraries()
     pipeline.plot_metrics = write_no_picture
     tally = Tally(options.only, options.seed, options.json)
     with tempfile.TemporaryDirectory() as folder:

@@ -34,7 +34,7 @@ from opdlm.checkpoints.load import (
 )
 from opdlm.config.sections import Config, FormatSection, RunConfig, resolve_path
 from opdlm.errors import DataError
-from opdlm.limits import limited_lines
+from opdlm.limits import limited_code
 from opdlm.modeling.attention import UnsupportedModel, layer_kinds
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec, head_logits
 from opdlm.modeling.draft_head import DraftHead
@@ -227,7 +227,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The first special token that the chat template puts after an assistant's message; None without one."""
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE_TEXT}]
     try:
-        with limited_lines():
+        with limited_code():
             text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception:  # no template, or one for other conversations; it may raise anything
         return None

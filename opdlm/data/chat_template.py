@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlm.data.messages import Conversation
 from opdlm.errors import ConfigError, DataError
-from opdlm.limits import limited_lines
+from opdlm.limits import limited_code
 
 DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
@@ -57,7 +57,7 @@ def render(
     marked = [{**m, "content": m["content"] + mark} for m, mark in zip(messages, marks, strict=True)]
     is_continued = messages[-1]["role"] == "assistant"
     try:
-        with limited_lines():
+        with limited_code():
             with_marks = str(tokenizer.apply_chat_template(marked, **options))
             options |= {"add_generation_prompt": not is_continued, "continue_final_message": is_continued}
             text = str(tokenizer.apply_chat_template(messages, **options))

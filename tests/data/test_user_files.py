@@ -40,6 +40,7 @@ CALLED = '{"name": "weather", "arguments": {"city": "Oslo"}}'
 NO_SYSTEM = "{% for m in messages if m.role != 'system' %}" + CHAT.removeprefix("{% for m in messages %}")
 NO_TOOLS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>"
 ENDLESS = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
+DOUBLING = "{% set n = namespace(a='a') %}{% for i in range(99) %}{% set n.a = n.a ~ n.a %}{% endfor %}"
 STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}" + CHAT
 
 
@@ -308,6 +309,14 @@ REFUSED: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
         ("an unknown name", "{{ a.b.c }}", "UndefinedError"),
         ("endless recursion", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("an endless loop", ENDLESS, "EndlessError"),
+        ("a text that doubles", DOUBLING, "EndlessError"),
+        (
+            "a text that doubles line by line",
+            "{% set x = 'ab' %}" + "{% set x = x + x %}" * 60,
+            "EndlessError",
+        ),
+        ("a list that doubles", DOUBLING.replace("'a'", "[1]").replace("~", "+"), "EndlessError"),
+        ("a text without end", "{% for i in range(9**5) %}{{ 'a' * 9**5 }}{% endfor %}", "EndlessError"),
         ("a division by zero", "{{ 1 / 0 }}", "ZeroDivisionError"),
         ("a number for a text", "{{ messages[0].content + 1 }}", "TypeError"),
         ("a way out", "{{ ''.__class__.__mro__ }}", "SecurityError"),
