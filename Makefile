@@ -23,13 +23,14 @@ test-lowest:
 	.venv-lowest/bin/python -m pip install -q --no-deps -e .
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n auto tests/modeling tests/checkpoints tests/distill
 
-# Kills, signals, damaged files and double starts; prints a table (a few minutes).
+# Kills, full disks, signals, damaged files and double starts, a thousand (ten minutes on an idle core). A
+# command that was killed goes on from its file.
 test-faults: env
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py --json docs/results/faults.json
 
-# Hostile and odd settings, recipes, data, command lines, templates and checkpoints; prints a table (minutes).
+# Hostile and odd settings, recipes, data, command lines, templates, checkpoints and requests (minutes).
 test-fuzz: env
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py --json docs/results/fuzz.json
 
 # OPDLM_REAL: a folder whose sub-folders are checkpoints (python examples/smollm2.py FOLDER/smollm2 makes one).
 test-real: env

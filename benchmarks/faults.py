@@ -7,8 +7,8 @@ Every command runs in a fork of one process that has imported and run everything
 each. `lost` counts runs that the same command does not bring to its end, `silent` those that end with other
 weights or metrics, decode another text or pass as intact, without a word, `tracebacks` those that print one
 or meet an error that opdlm does not expect. All three should be 0; what was said is printed. With --json a
-command that was killed goes on. Pictures are left out, and there is no evaluation at the end. A power cut is
-not injected. Linux only.
+command that was killed goes on. Pictures are left out, there is no evaluation at the end, and the forks of
+most kinds find model and data loaded. A power cut is not injected. Linux only.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tally import Tally
@@ -39,7 +40,7 @@ from transformers import AutoModelForCausalLM
 
 import opdlm
 from opdlm.cli.main import main as opdlm_main
-from opdlm.config.sections import resolve_path
+from opdlm.config.sections import Config, resolve_path
 from opdlm.distill import pipeline
 from opdlm.environment import quiet_libraries
 from opdlm.files import write_manifest
@@ -131,13 +132,31 @@ class Faults:
         with redirect_stdout(io.StringIO()):  # the forks find everything imported
             assert opdlm_main(self.convert_arguments(self.other, seed=1)) == 0
             assert opdlm_main(["generate", str(self.other / "model"), *DECODE]) == 0
+        load_inputs, self.loaded = pipeline.load_inputs, self.load()
+        pipeline.load_inputs = lambda config: (
+            self.loaded if config.train.seed == 0 and self.is_loaded else load_inputs(config)
+        )
+        self.is_loaded, self.num_faults = False, 1
         started = time.monotonic()
         self.said = self.convert(self.whole).wait().err
         self.seconds = time.monotonic() - started
+        """Of an undisturbed run."""
         self.expected = state_of(self.whole)
         self.decoded = self.decode(self.whole / "model")
         assert self.decoded.code == 0 and self.decoded.out, self.decoded.err
         assert self.decoded.out != self.decode(self.other / "model").out, self.decoded.out
+
+    def load(self) -> pipeline.Inputs:
+        """What a conversion with seed 0 loads; the command is interrupted there."""
+        loaded, load_inputs = list[pipeline.Inputs](), pipeline.load_inputs
+
+        def stop(config: Config) -> pipeline.Inputs:
+            loaded.append(load_inputs(config))
+            raise KeyboardInterrupt
+
+        with patch.object(pipeline, "load_inputs", stop), redirect_stderr(io.StringIO()):
+            opdlm_main(self.convert_arguments(self.whole, seed=0))
+        return loaded[0]
 
     def convert_arguments(self, run: Path, seed: int) -> list[str]:
         model = f"model.path={self.teacher}"
@@ -169,9 +188,9 @@ class Faults:
         return "same" if found == expected else "silent"
 
     def kill(self, _: int, rng: random.Random) -> str:
-        """SIGKILL at a random moment. Every third run is killed up to three times."""
-        run = self.new_run()
-        for _ in range(rng.choice((1, 1, 1, 1, 2, 3))):
+        """SIGKILL at random moments, one to five times in a run."""
+        run, self.num_faults = self.new_run(), rng.randint(1, 5)
+        for _ in range(self.num_faults):
             child = self.convert(run)
             time.sleep(rng.uniform(0, self.seconds))
             os.kill(child.pid, signal.SIGKILL)
@@ -384,16 +403,18 @@ def state_of(run: Path) -> dict[str, str]:
 
 
 KINDS: dict[str, tuple[Callable[[Faults, int, random.Random], str], float]] = {
-    "killed at a random moment": (Faults.kill, 0.08),
+    "killed at random moments": (Faults.kill, 0.12),
     "gone at a file operation": (Faults.exit, 0.08),
     "disk full": (Faults.full_disk, 0.08),
     "file of a checkpoint or run damaged": (Faults.checkpoint, 0.16),
-    "file of a result folder damaged": (Faults.result, 0.36),
+    "file of a result folder damaged": (Faults.result, 0.32),
     "bit flipped, opdlm verify": (Faults.verify, 0.2),
     "stopped by a signal again and again": (Faults.stop, 0.02),
     "two commands in one folder": (Faults.double, 0.02),
 }
 """Kinds of faults, and their shares."""
+LOADING = ("stopped by a signal again and again",)
+"""Kinds whose commands load model and data themselves."""
 COLUMNS = {"same": "as undisturbed", "refused": "refused in one line"}
 BAD = {"lost": "lost", "silent": "silent", "traceback": "tracebacks"}
 
@@ -415,10 +436,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for kind in options.only:
             inject, share = KINDS[kind]
             for number, rng in tally.numbers(kind, max(1, round(share * options.faults))):
+                faults.is_loaded, faults.num_faults = kind not in LOADING, 1
                 outcome = inject(faults, number, rng)
                 if outcome in BAD:
                     print(f"{outcome}: {kind}, number {number}: {faults.said[-2000:]}", flush=True)
-                tally.add(kind, outcome)
+                tally.add(kind, outcome, faults.num_faults)
     print(tally.table(COLUMNS | BAD))
     return int(tally.has(*BAD))
 

@@ -1,12 +1,13 @@
 """Does every hostile or odd input end in one sentence? Feeds them to the command line and prints one table.
 
-    python benchmarks/fuzz.py --inputs 2000 --seed 0     # a few minutes on one core
-    python benchmarks/fuzz.py --inputs 60 --seed 1       # as in the everyday tests
+    python benchmarks/fuzz.py --inputs 2400 --json docs/results/fuzz.json     # minutes; make test-fuzz
+    python benchmarks/fuzz.py --inputs 60 --seed 1                            # as in the everyday tests
 
-Everything runs in one process. `clear` counts inputs that were refused with exit code 2 and one sentence,
-`accepted` those that worked (--accepted lists them), `tracebacks` all other ends, and `hangs` those that took
-longer than --seconds. The last two should be 0, and are printed with their input. Requests to the server are
-not made here. Some inputs ask for all memory, which is therefore limited. Linux only.
+Everything runs in one process. `clear` counts inputs that were refused with exit code 2 and one sentence (a
+request: with status 4xx and an error in OpenAI's shape), `accepted` those that worked (listed in the file),
+`tracebacks` all other ends, and `hangs` those that took longer than --seconds. The last two should be 0, and
+are printed with their input. With --json a command that was killed goes on. Some inputs ask for all memory,
+which is therefore limited. Linux only.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported: odd 
 
 import argparse
 import contextlib
+import http.client
 import io
 import json
 import random
@@ -26,12 +28,13 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from tally import ROOT, Tally
 from transformers import AutoTokenizer
 
 import opdlm.serving.text_generation  # noqa: F401  (imported before the clock runs)
@@ -42,7 +45,12 @@ from opdlm.config.sections import Config, DataSection, resolve_path
 from opdlm.config.text import TextConfig, TextSection
 from opdlm.data.documents import load_documents
 from opdlm.data.prompts import load_prompts, load_tasks
-from opdlm.errors import OpdlmError
+from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.errors import DataError, OpdlmError
+from opdlm.serving.app import BODIES, CHAT, COMPLETION, TOKENIZE
+
+sys.path.append(str(ROOT / "tests" / "support"))
+from loopback_server import Served, serve
 
 Input = tuple[object, Callable[[], object]]
 """What is given, and what runs it; the result is an exit code."""
@@ -113,6 +121,8 @@ TEMPLATES = [
     *("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ messages | nothing }}", "{{ [] | first }}"),
     *("{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}", "{{ '%d' % 'x' }}", "{{ 5() }}"),
     *("{{ range(10**9) | list }}", "{{ strftime_now(5) }}", "{{ messages | tojson(indent='x') }}", "\0"),
+    "{% set ns = namespace(a='a') %}{% for i in range(60) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}",
+    "{% set x = 'ab' %}" + "{% set x = x + x %}" * 60,
     "{% set ns = namespace(a='a') %}{% for i in range(60) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
     *("{{ messages[0].content }}", SURROGATE, "{% break %}", "{{ " + "(" * 3000, "{{ " + "9" * 5000 + " }}"),
     *(LOOPS, "{% for m in messages %}{{ m.content }}{{ m.missing.deep }}{% endfor %}"),
@@ -149,6 +159,25 @@ EXTREMES = [
     *(f"{key}={value}" for key in HUGE for value in (10**9, 10**24)),
 ]
 """Settings with which a small conversion is run."""
+GOOD_REQUESTS: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": [{"role": "user", "content": "add 1 2"}], "max_tokens": 1},
+    COMPLETION: {"prompt": "add 1 2", "max_tokens": 1},
+    TOKENIZE: {"prompt": "add 1 2"},
+}
+REQUEST_VALUES = [
+    *JSON_VALUES,
+    1,
+    2,
+    97,
+    1e-320,
+    10**400,
+    float("-inf"),
+    [1, 10**9],
+    "a" * 10**6,
+    "gpt",
+    True,
+]
+CONTENT_TYPES = ("application/json", "text/plain", "application/json; charset=x", "multipart/form-data", "")
 VERBS = [
     *words(
         """
@@ -207,8 +236,13 @@ def outcome(run: Callable[[], object], seconds: float) -> tuple[str, str]:
 class Fuzz:
     """One method per kind of input."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.rng, self.model = folder, random.Random(seed), folder / "model"
+    rng: random.Random
+    """Of the present input."""
+    number: int
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.model = folder, folder / "model"
+        self.served: Iterator[Served] | None = None
         self.keys = {
             verb: [key for key, _, _ in describe_fields(tree)]
             for verb, tree in (("convert", Config), ("train", TextConfig))
@@ -218,7 +252,6 @@ class Fuzz:
             for verb, name in (("convert", ""), ("train", "train"))
         }
         self.tokenizer = AutoTokenizer.from_pretrained(resolve_path("bundled:teacher"))
-        self.extremes = self.rng.sample(EXTREMES, len(EXTREMES))
 
     def command(self, *arguments: str) -> Input:
         return arguments, lambda: opdlm_main(arguments)
@@ -318,56 +351,99 @@ class Fuzz:
 
     def training(self) -> Input:
         """Each of the extreme settings in turn."""
-        self.extremes.append(self.extremes.pop(0))
-        settings = [f"output_dir={self.folder / 'run'}", self.extremes[-1]]
+        settings = [f"output_dir={self.folder / 'run'}", EXTREMES[self.number % len(EXTREMES)]]
         return settings, self.command("convert", "tiny", *SMALL_RUN, *settings)[1]
 
+    @cached_property
+    def port(self) -> int:
+        """That of a server in this process, with a small converted model."""
+        folder = self.folder / "served"
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert opdlm_main(["convert", "tiny", *SMALL_RUN, f"output_dir={folder}"]) == 0
+        self.served = serve(folder / "model", DecodeConfig(mode="ar", max_new_tokens=1))
+        return next(self.served).port
 
-KINDS: dict[str, tuple[Callable[[Fuzz], Input], float]] = {
-    "settings": (Fuzz.settings, 0.3),
-    "recipes": (Fuzz.recipe, 0.2),
-    "rows": (Fuzz.rows, 0.23),
-    "command lines": (Fuzz.command_line, 0.15),
-    "templates": (Fuzz.template, 0.05),
-    "checkpoints": (Fuzz.checkpoint, 0.04),
-    "trainings": (Fuzz.training, 0.03),
+    def request(self) -> Input:
+        path = self.rng.choice(list(GOOD_REQUESTS))
+        body = dict(GOOD_REQUESTS[path])
+        for _ in range(self.rng.randint(1, 2)):
+            body[self.rng.choice([*BODIES[path].model_fields, *COLUMNS])] = self.rng.choice(REQUEST_VALUES)
+        text = json.dumps(body, ensure_ascii=self.rng.random() < 0.5)
+        if self.rng.random() < 0.4:
+            text = self.mutated(text)
+        data = text.encode("utf-8", "surrogatepass")
+        if self.rng.random() < 0.1:
+            data = data[: len(data) // 2] + self.rng.randbytes(3) + data[len(data) // 2 :]
+        kind = self.rng.choice(CONTENT_TYPES) if self.rng.random() < 0.2 else CONTENT_TYPES[0]
+        port = self.port
+        return (path, kind, data), lambda: send(port, path, data, kind)
+
+
+def send(port: int, path: str, data: bytes, content_type: str) -> int:
+    """Post to the server; 0 for an answer, DataError for a refusal in OpenAI's shape."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("POST", path, data, {"Content-Type": content_type})
+    response = connection.getresponse()
+    answer = response.read().decode()
+    if 400 <= response.status < 500:
+        raise DataError(json.loads(answer)["error"]["message"])
+    assert response.status == 200 and "decoding failed" not in answer, f"{response.status} {answer}"
+    return 0
+
+
+KINDS: dict[str, tuple[Callable[[Fuzz], Input], float, str]] = {
+    "settings": (Fuzz.settings, 0.23, "the value is one of the setting's type and within its bounds"),
+    "recipes": (
+        Fuzz.recipe,
+        0.15,
+        "the file is still a recipe: a comment changed, or a value that may be set",
+    ),
+    "rows": (Fuzz.rows, 0.18, "the columns that are read hold texts; columns that nothing reads are named"),
+    "command lines": (Fuzz.command_line, 0.12, "--help, --version, or flags with values that they allow"),
+    "templates": (Fuzz.template, 0.04, "the template ends and shows the message"),
+    "checkpoints": (Fuzz.checkpoint, 0.03, "the entry is one that this model does not use, or may have"),
+    "trainings": (Fuzz.training, 0.025, "an extreme value that can be trained with"),
+    "requests": (Fuzz.request, 0.225, "the fields hold what they may, or text to continue, however odd"),
 }
-"""Makers of inputs, and their shares."""
-
-
-def table(counts: dict[str, Counter[str]]) -> str:
-    ends = ("clear", "accepted", "tracebacks", "hangs")
-    lines = [f"| kind | inputs | {' | '.join(ends)} |", "|---|--:|--:|--:|--:|--:|"]
-    for kind, found in (counts | {"together": sum(counts.values(), Counter())}).items():
-        lines.append("| " + " | ".join(map(str, [kind, found.total(), *(found[end] for end in ends)])) + " |")
-    return "\n".join(lines)
+"""Makers of inputs, their shares, and why some of them are accepted."""
+SHOWN = 200
+"""Characters of an accepted input in the file."""
+BAD = ("tracebacks", "hangs")
+ENDS = {name: name for name in ("clear", "accepted", *BAD)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=2000)
+    parser.add_argument("--inputs", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--only", choices=tuple(KINDS), default=tuple(KINDS), nargs="+", metavar="KIND")
-    parser.add_argument("--accepted", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="PATH")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
-    counts: dict[str, Counter[str]] = {kind: Counter() for kind in options.only}
+    tally = Tally(options.only, options.seed, options.json and options.json.absolute())
+    accepted = tally.measured.setdefault("accepted", {})
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        fuzz = Fuzz(Path(folder), options.seed)
+        fuzz = Fuzz(Path(folder))
         for kind in options.only:
-            make, share = KINDS[kind]
-            for _ in range(max(1, round(share * options.inputs))):
+            make, share, why = KINDS[kind]
+            listed = accepted.setdefault(kind, {"why": why, "inputs": []})["inputs"]
+            wanted = max(1, round(share * options.inputs))
+            for fuzz.number, fuzz.rng in tally.numbers(kind, wanted):
                 (given, run), sys.stdin, started = make(fuzz), io.StringIO(), time.monotonic()
                 end, said = outcome(run, options.seconds)
-                counts[kind][end] += 1
-                if end in ("tracebacks", "hangs") or (options.accepted and end == "accepted"):
+                if end in BAD:
                     text = f"{given!a:.500}\n  {said[-500:]!a}"
                     print(f"{end}: {kind}, {time.monotonic() - started:.1f} s: {text}", flush=True)
-    print(table(counts))
-    return int(any(found[end] for found in counts.values() for end in ("tracebacks", "hangs")))
+                elif end == "accepted":
+                    listed.append(f"{given!a:.{SHOWN}}")
+                tally.add(kind, end)
+        if fuzz.served is not None:
+            next(fuzz.served, None)  # ends the server
+    print(tally.table(ENDS))
+    return int(tally.has(*BAD))
 
 
 if __name__ == "__main__":

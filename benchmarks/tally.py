@@ -39,12 +39,12 @@ class Tally:
 
     def numbers(self, kind: str, wanted: int) -> Iterator[tuple[int, random.Random]]:
         """The numbers of the inputs that are not counted yet, each with its random numbers."""
-        for number in range(self.counts[kind].total(), wanted):
+        while (number := self.counts[kind].total()) < wanted:
             yield number, random.Random(f"{self.seed} {kind} {number}")
 
-    def add(self, kind: str, outcome: str) -> None:
+    def add(self, kind: str, outcome: str, times: int = 1) -> None:
         """Count an outcome; the time since the one before is added to that of its kind."""
-        self.counts[kind][outcome] += 1
+        self.counts[kind][outcome] += times
         now = time.monotonic()
         self.seconds[kind] = round(self.seconds.get(kind, 0) + now - self.started, 3)
         self.started = now

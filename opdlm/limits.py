@@ -1,4 +1,4 @@
-"""Limits on code that a checkpoint brings as text: its chat template may run for ever, or write without end."""
+"""Limits on code that a checkpoint brings as text: its chat template may run, or write, without end."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 MOST_LINES = 5_000_000
 """Lines of Python in one block: seconds. A long conversation takes some ten thousand."""
 MOST_CHARACTERS = 100_000_000
-"""Length of one text, and of all that a template writes; a context of a million tokens is 5 million. The items
-of a list count as `POINTER` each.
+"""Length of one text, and of all that a template writes; a context of a million tokens is 5 million. An item
+of a list counts as `POINTER`.
 """
 POINTER = 8
 LISTS = (list, tuple)

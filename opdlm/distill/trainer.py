@@ -12,7 +12,6 @@ weights from its own start while it trains, so results do not depend on timing.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -67,10 +66,9 @@ from opdlm.training.loop import (
     run_steps,
     start,
     update_weights,
+    with_enough_memory,
 )
 from opdlm.training.metrics import MetricsLog
-
-logger = logging.getLogger(__name__)
 
 
 class StudentLoss(nn.Module):
@@ -170,12 +168,6 @@ class Run(Loop):
     """Of draft tokens (objective draft)."""
     pool: dict[int, list[Rollout]] = field(default_factory=dict)
     """Rollouts of the present, earlier (reused) and next (asynchronous) steps, by their step."""
-    micro_batch_rows: int = field(init=False)
-    """`train.micro_batch_rows`, halved whenever the memory did not suffice."""
-
-    def __post_init__(self) -> None:
-        Loop.__post_init__(self)
-        self.micro_batch_rows = self.config.train.micro_batch_rows
 
     def progress(self, step: int) -> dict[str, Any]:
         pool = reusable(self, step).items()
@@ -304,39 +296,17 @@ def update(
             weights_M = torch.zeros(0)
         return one.to(run.accelerator.device), weights_M.to(run.accelerator.device)
 
-    while True:
+    def attempt() -> tuple[UpdateSums, PlaceSums]:
         batches = equally_many(run.accelerator, micro_batches(run, states))
         places = PlaceSums.of_length(len(run.acceptance.accepted))
-        is_draft = run.config.loss.objective == "draft"
         observe = places.observe if is_draft else None
-        try:
-            sums = update_weights(run, map(packed, batches), len(batches), observe)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            is_alone = run.accelerator.num_processes == 1  # other ranks would wait for this one
-            if not (is_alone and is_out_of_memory(error) and run.micro_batch_rows > 1):
-                raise
-            halve_micro_batch(run)
-        else:
-            if is_draft:
-                run.acceptance.add(sum_over_ranks(run.accelerator, *places.accepted_D, *places.offered_D))
-            return sums
+        return update_weights(run, map(packed, batches), len(batches), observe), places
 
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed; torch raises a plain RuntimeError for it on CPUs."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def halve_micro_batch(run: Run) -> None:
-    """Prepare to repeat the update with half the rows per forward: the same numbers up to rounding."""
-    run.micro_batch_rows //= 2
-    run.optimizer.zero_grad()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    logger.warning(
-        "out of memory: the update is repeated with train.micro_batch_rows=%d, and so are all after it",
-        run.micro_batch_rows,
-    )
+    is_draft = run.config.loss.objective == "draft"
+    sums, places = with_enough_memory(run, attempt)
+    if is_draft:
+        run.acceptance.add(sum_over_ranks(run.accelerator, *places.accepted_D, *places.offered_D))
+    return sums
 
 
 def micro_batches(run: Run, states: list[StateBatch]) -> list[list[int]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +28,17 @@ from opdlm.seeds import Stream, generator_for
 from opdlm.text.batches import TextBatch, block_batch, can_mask, mixed_rows
 from opdlm.training.devices import sum_over_ranks
 from opdlm.training.dropout import without_output_dropout
-from opdlm.training.loop import EvalCallback, Loop, equally_many, finish, run_steps, start, update_weights
+from opdlm.training.loop import (
+    EvalCallback,
+    Loop,
+    UpdateSums,
+    equally_many,
+    finish,
+    run_steps,
+    start,
+    update_weights,
+    with_enough_memory,
+)
 from opdlm.training.metrics import MetricsLog
 
 
@@ -125,17 +135,17 @@ class KindSums:
 def train_step(run: TextRun, step: int) -> dict[str, float]:
     """One update (0-based) on the next rows."""
     started, config, accelerator = time.perf_counter(), run.config, run.accelerator
-    batches = make_batches(run, step)
-    total = sum(config.objective.ar_weight * batch.num_ar + batch.num_masked for batch in batches)
-    total = sum_over_ranks(accelerator, total)[0] / accelerator.num_processes
-    sums = KindSums()
 
-    def on_device() -> Iterator[tuple[TextBatch, Tensor]]:
-        for batch in batches:
-            moved = batch.to(accelerator.device)
-            yield moved, moved.weight_M / total
+    def attempt() -> tuple[UpdateSums, KindSums]:
+        batches = make_batches(run, step)
+        total = sum(config.objective.ar_weight * batch.num_ar + batch.num_masked for batch in batches)
+        total = sum_over_ranks(accelerator, total)[0] / accelerator.num_processes
+        moved = (batch.to(accelerator.device) for batch in batches)
+        weighted = ((batch, batch.weight_M / total) for batch in moved)
+        sums = KindSums()
+        return update_weights(run, weighted, len(batches), sums.observe), sums
 
-    update = update_weights(run, on_device(), len(batches), sums.observe)
+    update, sums = with_enough_memory(run, attempt)
     length = run.rows.length * config.train.rows_per_update
     run.totals["tokens"] += length
     seconds = time.perf_counter() - started
@@ -160,7 +170,7 @@ def make_batches(run: TextRun, step: int) -> list[TextBatch]:
     num_rows = config.train.rows_per_update
     rows = [run.rows.at(index) for index in range(step * num_rows, (step + 1) * num_rows)]
     mine = list(range(accelerator.process_index, num_rows, accelerator.num_processes))
-    size = config.train.micro_batch_rows
+    size = run.micro_batch_rows
     chosen = equally_many(accelerator, [mine[first : first + size] for first in range(0, len(mine), size)])
     rates = rates_at(config.masking, step)
     if config.objective.name == "block_diffusion":

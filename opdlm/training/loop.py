@@ -7,6 +7,7 @@ micro-batches nor on the number of ranks. Not here: models, data, losses.
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import signal
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -55,6 +56,8 @@ from opdlm.training.ema import Average, averaged_weights, start_average, update_
 from opdlm.training.metrics import MetricsLog
 from opdlm.training.optimizer import make_optimizer, make_scheduler
 
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 EvalCallback = Callable[[DiffusionLM], dict[str, float]]
 """Evaluates a model, identically on every rank. `eval.patience` compares its `score`; higher is better."""
 
@@ -80,8 +83,11 @@ class Loop:
     scores: list[float] = field(default_factory=list)
     """Scores of the evaluations during training so far."""
     scheduler: LambdaLR = field(init=False)
+    micro_batch_rows: int = field(init=False)
+    """`train.micro_batch_rows`, halved whenever the memory did not suffice."""
 
     def __post_init__(self) -> None:
+        self.micro_batch_rows = self.config.train.micro_batch_rows
         self.scheduler = make_scheduler(self.optimizer, self.config.optimizer, self.num_planned)
 
     def progress(self, step: int) -> dict[str, Any]:
@@ -246,12 +252,51 @@ def update_weights(
     )
     check_finite(loop, "loss", sums.loss)
     max_norm = config.optimizer.max_grad_norm
-    sums.grad_norm = clip_and_step(loop.loss, loop.optimizer, loop.accelerator, max_norm)
+    try:
+        sums.grad_norm = clip_and_step(loop.loss, loop.optimizer, loop.accelerator, max_norm)
+    except RuntimeError as error:
+        if is_out_of_memory(error):  # some weights may have changed: the update cannot be repeated
+            raise DataError(
+                "memory does not suffice for the optimiser's step: train fewer weights (lora.r), or set "
+                "optimizer.name=adamw8bit."
+            ) from error
+        raise
     check_finite(loop, "norm of the gradients", sums.grad_norm)
     loop.scheduler.step()
     loop.num_updates += 1
     update_average(loop.average, loop.model, config.train.ema_decay, loop.num_updates)
     return sums
+
+
+def with_enough_memory(loop: Loop, attempt: Callable[[], Result]) -> Result:
+    """The result of `attempt`, which calls `update_weights` once. Where an allocation fails, it is called
+    again with half the `micro_batch_rows`: without dropout the same numbers up to rounding. DataError where
+    that cannot help, and on several ranks, since the others would wait for this one.
+    """
+    while True:
+        try:
+            return attempt()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if loop.accelerator.num_processes > 1 or loop.micro_batch_rows == 1:
+                raise DataError(
+                    f"memory does not suffice for train.micro_batch_rows ({loop.micro_batch_rows}): lower "
+                    "it, or set train.gradient_checkpointing=true; the same command then continues."
+                ) from error
+        loop.micro_batch_rows //= 2  # after the block, which holds the tensors of the failure
+        loop.optimizer.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        logger.warning(
+            "out of memory: the update is repeated with train.micro_batch_rows=%d, and so are all after it",
+            loop.micro_batch_rows,
+        )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed; torch raises a plain RuntimeError for it on CPUs."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def check_finite(loop: Loop, name: str, value: float) -> None:

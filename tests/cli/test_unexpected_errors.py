@@ -100,5 +100,5 @@ def test_no_fuzzed_input_ends_in_a_traceback_or_never() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     kinds = done.stdout.splitlines()[2:-1]
-    assert len(kinds) == 7 and not [line for line in kinds if not line.endswith("| 0 | 0 |")]
+    assert len(kinds) == 8 and not [line for line in kinds if not line.endswith("| 0 | 0 |")]
     assert not [line for line in kinds if line.split("|")[2].strip() == "0"]

@@ -17,6 +17,7 @@ import opdlm
 from opdlm.cli.main import main
 from opdlm.data.prompts import hold_back
 from opdlm.distill.trainer import StudentLoss
+from opdlm.errors import DataError
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=80), st.integers(1, 20))
@@ -66,19 +67,19 @@ def test_a_conversion_ends_with_numbers_on_prompts_that_it_kept_from_training(
 def test_an_update_without_enough_memory_is_repeated_with_smaller_micro_batches(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The failure is injected: a forward over more than `limit` columns does not find its memory."""
+    """The allocator refuses what the first forward asks for; and what every forward asks for."""
 
     def losses(name: str) -> list[float]:
         folder = tmp_path / name
         opdlm.convert(root / "teacher", overrides=settings(root, folder, "train.micro_batch_rows=2"))
         return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
-    plain, forward, widths = losses("plain"), StudentLoss.forward, list[int]()
+    plain, forward, widths, always = losses("plain"), StudentLoss.forward, list[int](), False
 
     def starved(self: StudentLoss, states: Any, weights_M: torch.Tensor) -> Any:
         widths.append(states.num_columns)
-        if len(widths) == 1:
-            raise torch.OutOfMemoryError("injected")
+        if len(widths) == 1 or always:
+            torch.empty(2**50, dtype=torch.uint8)
         return forward(self, states, weights_M)
 
     monkeypatch.setattr(StudentLoss, "forward", starved)
@@ -86,3 +87,6 @@ def test_an_update_without_enough_memory_is_repeated_with_smaller_micro_batches(
         assert losses("starved") == pytest.approx(plain, rel=1e-5)
     assert "train.micro_batch_rows=1" in caplog.text
     assert max(widths[1:]) < widths[0]
+    always = True
+    with pytest.raises(DataError, match=r"memory does not suffice for train\.micro_batch_rows \(1\): lower"):
+        losses("hopeless")

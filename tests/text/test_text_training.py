@@ -227,6 +227,31 @@ def test_micro_batches_change_no_gradient(tmp_path: Path, name: str) -> None:
     assert found[0][0]["loss"] > 0.1
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_an_update_without_enough_memory_is_repeated_with_smaller_micro_batches(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The allocator refuses what the forward after the first micro-batch asks for."""
+    config = config_of(tmp_path, {"micro_batch_rows": 4}, **CASES[name])
+    expected = [train_step(run, step) for run in [started(config)] for step in range(2)]
+    forward, calls = TextLoss.forward, list[int]()
+
+    def starved(self: TextLoss, batch: TextBatch, weight_M: Tensor) -> Any:
+        calls.append(batch.slots.ids_BS.numel())
+        if len(calls) == 2:
+            torch.empty(2**50, dtype=torch.uint8)
+        return forward(self, batch, weight_M)
+
+    monkeypatch.setattr(TextLoss, "forward", starved)
+    run = started(config)
+    for metrics in expected:
+        found = train_step(run, int(run.num_updates))
+        assert {k: found[k] for k in COMPARED if k in found} == pytest.approx(
+            {k: metrics[k] for k in COMPARED if k in metrics}, rel=1e-4
+        )
+    assert run.micro_batch_rows == 2 and max(calls[2:]) < calls[0]
+
+
 def test_complementary_rows_learn_every_token_once(tmp_path: Path) -> None:
     run = started(config_of(tmp_path, name="masked_diffusion", complementary=True))
     (batch,) = text_trainer.make_batches(run, 0)
