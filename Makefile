@@ -5,7 +5,7 @@ STAMP := .venv/.opdlm-installed
 export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo docs test test-slow test-lowest test-faults test-fuzz test-real test-vllm lint wheel clean env
+.PHONY: demo docs test test-slow test-lowest test-faults test-fuzz test-real test-vllm lint wheel sbom audit clean env
 
 demo: env
 	@$(BIN)/python -m opdlm demo runs/demo
@@ -63,6 +63,19 @@ lint: env
 wheel: env
 	rm -rf dist
 	$(BIN)/python -m build
+
+# The tools have an environment of their own, so that they change nothing that is locked.
+.venv-audit:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install -q "cyclonedx-bom>=7.5,<8" "pip-audit>=2.10,<3" || { rm -rf .venv-audit; exit 1; }
+
+sbom: .venv-audit
+	mkdir -p dist
+	.venv-audit/bin/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible -o dist/sbom.json
+
+audit: .venv-audit
+	.venv-audit/bin/pip-audit --strict --disable-pip --no-deps -r requirements.lock || { \
+	  echo "The audit found something above, or could not ask pypi.org, which needs the network." >&2; exit 1; }
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

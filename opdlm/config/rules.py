@@ -163,7 +163,7 @@ def check_evaluation(config: Config) -> None:
     if config.eval.scoring == "code" and not config.eval.run_code:
         raise ConfigError(
             "eval.scoring (code) runs what models write on this machine: set eval.run_code=true if you want "
-            "that, preferably in a container."
+            "that, preferably in a container or with bubblewrap (bwrap) installed."
         )
     if config.format.name == "sdar" and "lossless" in config.eval.modes:
         raise ConfigError(

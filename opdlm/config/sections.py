@@ -394,8 +394,8 @@ class EvalSection(MeasureSection):
     'opdlm[eval]'). choice: names the letter in `answer`. code: its code passes the tests in `answer`.
     """
     run_code: bool = False
-    """Allow scoring=code to run what models write: in a process with limits on time, memory and files, not
-    cut off from the network.
+    """Allow scoring=code to run what models write: in a process with limits on time, memory and files. It is
+    cut off from the network where bubblewrap (`bwrap`) is installed and works.
     """
     modes: tuple[Literal["ar", "static", "threshold", "lossless"], ...] = ()
     """Decodings to measure. Empty: static, threshold and, where the format can do it, lossless."""

@@ -12,12 +12,15 @@ code      the code of the response passes the tests in the answer
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 from opdlm.data.prompts import Scoring
@@ -33,6 +36,11 @@ NEXT_QUESTION = "Question:"
 
 FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 MAX_FILE_BYTES = 2**20
+BWRAP = (
+    *("--unshare-all", "--die-with-parent", "--new-session", "--ro-bind", "/", "/"),
+    *("--dev", "/dev", "--proc", "/proc"),
+)
+log = logging.getLogger(__name__)
 
 
 def is_right(response: str, answer: str, scoring: Scoring) -> bool:
@@ -97,9 +105,9 @@ def passes(response: str, tests: str, *, seconds: int = 10, megabytes: int = 512
     """Whether the response's code, followed by the tests, exits without an error within `seconds` of CPU time
     and of wall-clock time and `megabytes` of memory.
 
-    The process is Python in isolated mode, in an empty folder, with an empty environment. This limits
-    accidents, not malicious code: the network is not blocked, so run unknown models in a container. It
-    requires `eval.run_code` and a POSIX system.
+    The process is Python in isolated mode, in an empty folder, with an empty environment, inside `sandbox`.
+    Without that this limits accidents, not malicious code: run unknown models in a container. It requires
+    `eval.run_code` and a POSIX system.
     """
 
     import resource  # POSIX only
@@ -114,7 +122,7 @@ def passes(response: str, tests: str, *, seconds: int = 10, megabytes: int = 512
         program = Path(folder) / "program.py"
         program.write_text(f"{code_of(response)}\n\n{tests}\n", encoding="utf-8")
         process = subprocess.Popen(
-            [sys.executable, "-I", str(program)],
+            [*sandbox(folder), sys.executable, "-I", str(program)],
             cwd=folder,
             env={},
             stdin=subprocess.DEVNULL,
@@ -129,6 +137,32 @@ def passes(response: str, tests: str, *, seconds: int = 10, megabytes: int = 512
         finally:
             end_group(process.pid)
             process.wait()
+
+
+def sandbox(folder: str) -> list[str]:
+    """How a command begins that runs inside bubblewrap: no network, no other processes, and nothing to write
+    but `folder`. Empty where `bwrap` is not installed or does not work.
+    """
+    path = working_bwrap()
+    return [path, *BWRAP, "--bind", folder, folder, "--chdir", folder] if path else []
+
+
+@cache
+def working_bwrap() -> str:
+    """The path of `bwrap`, tried once, as containers often forbid what it needs; else empty. Tells which."""
+    path = shutil.which("bwrap") or ""
+    why = "is not installed"
+    if path:
+        tried = subprocess.run([path, *BWRAP, sys.executable, "-c", ""], capture_output=True, text=True)
+        if tried.returncode == 0:
+            log.warning("what the model writes runs inside bubblewrap, without network")
+            return path
+        why = f"does not work here ({tried.stderr.strip()})"
+    log.warning(
+        f"bubblewrap (bwrap) {why}: what the model writes runs with limits on time, memory and files, and "
+        "can reach the network"
+    )
+    return ""
 
 
 def end_group(pid: int) -> None:

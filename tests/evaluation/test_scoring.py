@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from opdlm.evaluation.scoring import (
     last_number,
     passes,
     strict_number,
+    working_bwrap,
 )
 
 ANSWER = "He makes 2 * 9 = <<2*9=18>>18 dollars.\n#### 1,018"
@@ -136,3 +140,49 @@ def test_nothing_that_the_code_started_goes_on(tmp_path: Path) -> None:
     assert passes(code, "", seconds=5)
     time.sleep(2.5)
     assert not mark.exists()
+
+
+REACHES_OUT = """
+import pathlib, socket, sys
+socket.create_connection(("127.0.0.1", {port}), 5).close()
+"""
+WRITES_OUT = "import pathlib\npathlib.Path({path!r}).write_text('x')"
+
+
+@pytest.fixture
+def fresh_sandbox() -> Iterator[None]:
+    """`bwrap` is tried again in the test, and after it."""
+    working_bwrap.cache_clear()
+    yield
+    working_bwrap.cache_clear()
+
+
+@pytest.mark.skipif(not shutil.which("bwrap"), reason="needs bubblewrap")
+@pytest.mark.usefixtures("fresh_sandbox")
+def test_inside_bubblewrap_there_is_no_network_and_one_folder_to_write(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside = tmp_path / "outside"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        reaches_out = REACHES_OUT.format(port=listener.getsockname()[1])
+        writes_out = WRITES_OUT.format(path=str(outside))
+        assert passes("open('inside', 'w').write('x')", "assert open('inside').read() == 'x'")
+        assert not passes(reaches_out, "") and not passes(writes_out, "") and not outside.exists()
+        assert not passes("while True: pass", "", seconds=1)
+        assert "runs inside bubblewrap, without network" in caplog.text
+        monkeypatch.setenv("PATH", "")
+        working_bwrap.cache_clear()
+        assert passes(reaches_out, "") and passes(writes_out, "") and outside.exists()
+
+
+@pytest.mark.usefixtures("fresh_sandbox")
+def test_bubblewrap_that_does_not_work_is_not_used_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that forbids namespaces."""
+    (tmp_path / "bwrap").write_text("#!/bin/sh\necho bwrap: no permissions >&2; exit 1\n")
+    (tmp_path / "bwrap").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    assert passes("x = 1", "assert x == 1")
+    assert "bubblewrap (bwrap) does not work here (bwrap: no permissions)" in caplog.text
+    assert "can reach the network" in caplog.text
