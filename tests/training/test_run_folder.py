@@ -19,7 +19,7 @@ from tiny_checkpoints import failing_after_a_save, tiny_overrides, write_checkpo
 
 from opdlm.cli.main import main
 from opdlm.config.sections import seconds_of
-from opdlm.distill import trainer
+from opdlm.distill import pipeline, trainer
 from opdlm.errors import ConfigError
 from opdlm.training.run_folder import owned, read_changes
 
@@ -255,6 +255,36 @@ def test_a_signal_saves_and_ends_even_where_ctrl_c_is_ignored(
         signal.signal(signal.SIGINT, inherited)
     assert signal.getsignal(number) is signal.SIG_DFL
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert main(command(place, output)) == 0
+    assert_same_run(output, place / "whole")
+
+
+@pytest.mark.parametrize("phase", ["load_inputs", "write_record"])
+def test_a_signal_outside_the_training_loop_ends_in_one_sentence(
+    phase: str,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """While loading, and while the result is half written. The second signal disturbs no cleaning up."""
+    output = tmp_path / "run"
+    ended = list[str]()
+
+    def signalled(*_: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            ended.append(phase)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, phase, signalled)
+        assert main(command(place, output)) == 143
+    said = capsys.readouterr().err
+    assert said == "opdlm: interrupted. The same command continues from the last checkpoint.\n"
+    assert ended and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert not (output / "model").exists() and not list(output.glob(".*"))
     assert main(command(place, output)) == 0
     assert_same_run(output, place / "whole")
 
