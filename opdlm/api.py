@@ -362,6 +362,7 @@ def serve(
     max_length: int | None = None,
     dtype: Dtype = "auto",
     compile: bool = False,
+    request_log: str | Path | None = None,
 ) -> None:
     """Answer over HTTP as OpenAI's API does (/v1/chat/completions, /v1/completions), until Ctrl-C.
 
@@ -381,6 +382,7 @@ def serve(
         max_length: prompt and response together, in tokens; None: the context, at most 4096.
         dtype: precision of the weights in memory; auto: that of the files.
         compile: decode with torch.compile.
+        request_log: a file to which a line of JSON is appended per request.
 
     Raises:
         ConfigError: a setting that cannot work, or a port that is taken.
@@ -407,6 +409,7 @@ def serve(
         decode=config,
         dtype=dtype,
         compile=compile,
+        request_log=None if request_log is None else str(request_log),
     )
 
 

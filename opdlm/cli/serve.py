@@ -20,8 +20,9 @@ def add_serve(verbs: Verbs) -> None:
         add_serve_flags,
         summary="answer over HTTP as OpenAI's API does",
         description="Serve a folder written by `opdlm convert` (--mode ar: any checkpoint) with our own "
-        "decoder: /v1/chat/completions, /v1/completions, streamed or not. Requests share forwards, each "
-        "with its own settings. Flags say what a request does not. Needs pip install 'opdlm[serve]'.",
+        "decoder: /v1/chat/completions, /v1/completions, streamed or not, and a page to chat on. Requests "
+        "share forwards, each with its own settings. Flags say what a request does not. Needs pip install "
+        "'opdlm[serve]'.",
         examples=EXAMPLES,
     )
 
@@ -61,6 +62,9 @@ def add_serve_flags(parser: Parser) -> None:
         metavar="N",
         help="prompt and response together, in tokens (default: the context, at most 4096)",
     )
+    parser.add_argument(
+        "--request-log", metavar="FILE", help="append a line of JSON per request; /dev/stdout prints them"
+    )
     add_dtype(parser)
     add_compile(parser, "decode with torch.compile")
     add_decode_flags(parser, leave_out=("batch_size", "logprobs"))
@@ -80,5 +84,6 @@ def run(options: argparse.Namespace) -> int:
         max_length=options.max_length,
         dtype=options.dtype,
         compile=options.compile,
+        request_log=options.request_log,
     )
     return 0

@@ -95,15 +95,16 @@ class StablePrefix:
         self.stop_token_ids = {*spec.stop_token_ids, *stops.token_ids}
         self.frontier = shown.start
 
-    def after_step(self, tokens: Sequence[int]) -> tuple[str, Sequence[int]]:
+    def after_step(self, tokens: Sequence[int], num_final: int | None = None) -> tuple[str, Sequence[int]]:
         """The stable text, and the token ids after it up to the end of the current block, masks included.
 
-        A token is stable one step after it becomes known, because the AR model may reject the tokens that the
-        last step revealed.
+        `num_final`: how many tokens no later step can change. Without it a token is stable one step after it
+        becomes known, because the AR model may reject the tokens that the last step revealed.
         """
         mask_id = self.spec.mask_token_id
         frontier = tokens.index(mask_id)
-        num_stable, self.frontier = min(frontier, self.frontier), frontier
+        num_stable = min(frontier, self.frontier) if num_final is None else num_final
+        self.frontier = frontier
         last_known = max(i for i, token in enumerate(tokens) if token != mask_id)
         end_of_block = self.grid.block_start(frontier, self.shown.start) + self.grid.block_size
         stop = (i for i in self.shown if tokens[i] in self.stop_token_ids)
@@ -111,9 +112,8 @@ class StablePrefix:
         known = self.stops.text(tokens[self.shown.start : min(num_stable, end)])
         return self.stops.stable(known), tokens[num_stable:end]
 
-    def whole(self, rollout: Rollout) -> str:
-        """The text of the complete response."""
-        ids = (rollout.prompt_ids + rollout.text_ids)[self.shown.start :]
+    def whole(self, ids: Sequence[int]) -> str:
+        """The text of the complete response with these token ids."""
         if ids[-1:] and ids[-1] in self.stops.token_ids:
             ids = ids[:-1]
         return self.stops.cut(self.stops.text(ids))
@@ -146,7 +146,8 @@ class ResponseView(AbstractContextManager["ResponseView"]):
     def finish(self, rollout: Rollout) -> None:
         """Write the rest of the complete response and end the line."""
         end = "" if self.live else "\n"  # rich ends its last line itself
-        self._show(self.stable_prefix.whole(rollout) + end, "")
+        ids = (rollout.prompt_ids + rollout.text_ids)[self.stable_prefix.shown.start :]
+        self._show(self.stable_prefix.whole(ids) + end, "")
 
     def _show(self, text: str, beyond: str) -> None:
         end = text.rfind("\n") + 1 if self.live else len(text)

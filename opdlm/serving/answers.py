@@ -8,10 +8,11 @@ first piece of a stream. https://platform.openai.com/docs/api-reference
 from __future__ import annotations
 
 import itertools
+import json
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -19,6 +20,7 @@ from pydantic_core import to_json
 
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.rollout import FinishReason, Rollout
+from opdlm.serving.tool_calls import ToolCall
 
 Values = dict[str, Any]
 
@@ -78,11 +80,29 @@ class TextLogprobs(BaseModel):
     """Where the text of each token starts in the text of all."""
 
 
+class CalledFunction(BaseModel):
+    """A function that the model wants to have called."""
+
+    name: str
+    arguments: str
+    """A JSON object."""
+
+
+class MessageToolCall(BaseModel):
+    """One tool call."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(BaseModel):
     """The response to a chat."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    """The text before tool calls, null if there is none."""
+    tool_calls: list[MessageToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -90,7 +110,7 @@ class ChatChoice(BaseModel):
 
     index: int
     message: AssistantMessage
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["tool_calls"]
     logprobs: ChatLogprobs | None = None
 
 
@@ -154,9 +174,10 @@ class FinishedChoice:
     """A complete response."""
 
     text: str
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["tool_calls"]
     tokens: list[TokenChoice] | None
     """Where the request asks for log-probabilities."""
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,11 +221,27 @@ class AnswerFormat:
         message, in chats.
         """
         role = {"role": "assistant"} if names_role else {}
-        written = {key: {**role, "content": text}} if self.is_chat else {"text": text}
+        message: Values = {**role, "content": text}
+        if finished is not None and finished.tool_calls:
+            is_whole = key == "message"
+            message["content"] = text or None
+            message["tool_calls"] = [
+                written_call(call, None if is_whole else place)
+                for place, call in enumerate(finished.tool_calls)
+            ]
+        written = {key: message} if self.is_chat else {"text": text}
         choice = {"index": index, **written, "finish_reason": finished and finished.finish_reason}
         if finished is not None and finished.tokens is not None:
             choice["logprobs"] = (chat_logprobs if self.is_chat else text_logprobs)(finished.tokens)
         return choice
+
+
+def written_call(call: ToolCall, place: int | None) -> Values:
+    """An entry of `tool_calls`; in a stream it has its place."""
+    name, arguments = call
+    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    index = {} if place is None else {"index": place}
+    return {**index, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
 def chat_logprobs(tokens: Sequence[TokenChoice]) -> Values:

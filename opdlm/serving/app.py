@@ -9,9 +9,11 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, MutableMapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 import opdlm
 from opdlm.errors import OpdlmError
@@ -41,15 +43,21 @@ BODIES: dict[str, type[ModelRequest]] = {
     TOKENIZE: TokenizeRequest,
 }
 CLIENT_CLOSED_REQUEST = 499
+LONGEST_PATH = 80
+"""Characters of a path that logs and errors repeat."""
 REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 """What a client may call its request."""
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""The page loads nothing, and speaks to this server only."""
 
 
 def make_app(server: "Server", cors_origins: Sequence[str] = ()) -> "ASGIApp":
     """The application that answers with `server`. `cors_origins`: web pages that may read its answers."""
     from fastapi import APIRouter, FastAPI, Request
     from fastapi.middleware.cors import CORSMiddleware
-    from fastapi.responses import JSONResponse, PlainTextResponse
 
     app = FastAPI(title="opdlm serve", redoc_url=None, strict_content_type=False)
     router = APIRouter(route_class=checked_route(server))
@@ -69,6 +77,20 @@ def make_app(server: "Server", cors_origins: Sequence[str] = ()) -> "ASGIApp":
         tokens = await asyncio.to_thread(server.tokenize, body)
         return {"count": len(tokens), "max_model_len": server.thread.max_length, "tokens": tokens}
 
+    app.include_router(router)
+    add_information(app, server, errors)
+    add_error_handlers(app)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=[*cors_origins], allow_methods=["*"], allow_headers=["*"]
+        )
+    return counted(app, server)
+
+
+def add_information(app: "FastAPI", server: "Server", errors: Mapping[str, Any]) -> None:
+    """The page, and what GET tells about the server."""
+    from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+
     model = {
         "id": server.name,
         "object": "model",
@@ -76,6 +98,10 @@ def make_app(server: "Server", cors_origins: Sequence[str] = ()) -> "ASGIApp":
         "owned_by": "opdlm",
         "max_model_len": server.thread.max_length,
     }
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Any:
+        return HTMLResponse(chat_page(), headers={"Content-Security-Policy": PAGE_POLICY})
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -99,17 +125,17 @@ def make_app(server: "Server", cors_origins: Sequence[str] = ()) -> "ASGIApp":
     async def metrics() -> Any:
         return PlainTextResponse(server.metrics.text(server.thread))
 
-    app.include_router(router)
-    add_error_handlers(app)
-    if cors_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=[*cors_origins], allow_methods=["*"], allow_headers=["*"]
-        )
-    return counted(app, server)
+
+@cache
+def chat_page() -> str:
+    """The page at `/`."""
+    return Path(__file__).with_name("chat.html").read_text(encoding="utf-8")
 
 
 def counted(app: "ASGIApp", server: "Server") -> "ASGIApp":
-    """The application, with requests counted. Each has an id: the client's `X-Request-Id`, or a new one."""
+    """The application, with requests counted and logged. Each has an id: the client's `X-Request-Id`, or a
+    new one.
+    """
 
     async def call(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -128,8 +154,22 @@ def counted(app: "ASGIApp", server: "Server") -> "ASGIApp":
         try:
             await app(scope, receive, send_with_id)
         finally:
-            path = scope["path"] if scope["path"] in BODIES else "other"
-            server.metrics.count_request(path, status, time.perf_counter() - started)
+            path, seconds = (
+                scope["path"] if scope["path"] in BODIES else "other",
+                time.perf_counter() - started,
+            )
+            server.metrics.count_request(path, status, seconds)
+            if server.request_log is not None:
+                parsed = scope.get("state", {}).get("parsed")
+                line = {
+                    "time": round(time.time(), 3),
+                    "id": request_id.decode(),
+                    "path": scope["path"][:LONGEST_PATH],
+                    "status": status,
+                    "seconds": round(seconds, 4),
+                    **(parsed.log_fields() if parsed is not None else {}),
+                }
+                server.request_log.info(to_json(line).decode())
 
     return call
 
@@ -193,8 +233,8 @@ def add_error_handlers(app: "FastAPI") -> None:
         if isinstance(error, HTTPException):
             return error_response(error.detail, error.status_code, error.headers)
         message = (
-            f"{request.method} {request.url.path[:80]} is not served here: POST {', '.join(BODIES)}, GET "
-            "/v1/models, /health, /version and /metrics are."
+            f"{request.method} {request.url.path[:LONGEST_PATH]} is not served here: "
+            f"POST {', '.join(BODIES)}, GET /, /v1/models, /health, /version and /metrics are."
         )
         return error_response(message, error.status_code, error.headers)
 
@@ -214,6 +254,7 @@ async def respond(server: "Server", body: "ChatRequest | CompletionRequest", req
     from fastapi.responses import Response, StreamingResponse
 
     parsed = await asyncio.to_thread(server.parse, body, asyncio.get_running_loop())
+    request.state.parsed = parsed
     server.submit(parsed)
     if parsed.request.stream:
 

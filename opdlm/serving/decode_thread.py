@@ -15,7 +15,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 
@@ -40,6 +40,20 @@ class QueueFull(Exception):
         self.seconds = seconds
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowStep:
+    """One row after a step."""
+
+    tokens: list[int]
+    """Prompt and response, mask tokens where nothing is known."""
+    num_final: int
+    """How many of the tokens no later step can change."""
+    draft: list[int]
+    """`lossless`: the proposed tokens after the known ones."""
+    num_forwards: int
+    """Forward passes so far."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Job:
     """One response to decode."""
@@ -50,12 +64,14 @@ class Job:
     """What counts is told in `Request.config`."""
     find_end: FindEnd | None = None
     ignore_eos: bool = False
-    on_step: Callable[[list[int]], None] | None = None
-    """Receives the row's tokens after every step, mask tokens where nothing is known."""
+    on_step: Callable[[RowStep], None] | None = None
+    """Called after every step."""
     on_end: Callable[[Rollout | Exception], None]
     """Receives the response, or the error that ended decoding."""
     cancelled: Event
     """Set when the response is no longer wanted: `on_end` is not called. Shared by the jobs of a request."""
+    admitted: list[float] = field(default_factory=list)
+    """When it got a row (`time.perf_counter`); empty before."""
 
 
 class DecodeThread(Thread):
@@ -140,6 +156,7 @@ class DecodeThread(Thread):
         while len(self.running) < self.num_rows and (job := self._next_job()) is not None:
             index = next(self._count)
             self.running[index] = job
+            job.admitted.append(time.perf_counter())
             decoder.waiting.append(Request(index, job.ids, job.seed, job.config, job.ignore_eos))
             if job.find_end is not None:
                 decoder.find_end[index] = job.find_end
@@ -168,7 +185,18 @@ class DecodeThread(Thread):
             self.num_waiting -= num_jobs
 
     def _on_step(self, index_B: Tensor, tokens_BL: Tensor, revealed_BL: Tensor) -> None:
+        assert self._decoder is not None
+        state, mask_token_id = self._decoder.state, self.model.spec.mask_token_id
         for row, index in enumerate(index_B.tolist()):
             on_step = self.running[index].on_step
-            if on_step is not None:
-                on_step(tokens_BL[row].tolist())
+            if on_step is None:
+                continue
+            tokens = tokens_BL[row].tolist()
+            on_step(
+                RowStep(
+                    tokens=tokens,
+                    num_final=min(int(state.final_B[row]), tokens.index(mask_token_id)),
+                    draft=state.draft_BD[row, : int(state.num_draft_B[row])].tolist(),
+                    num_forwards=int(state.num_forwards_B[row]),
+                )
+            )

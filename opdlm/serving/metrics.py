@@ -1,12 +1,15 @@
-"""What the server did since its start, in the text format of Prometheus (`GET /metrics`)."""
+"""What the server did since its start, in the text format of Prometheus (`GET /metrics`); the request log."""
 
 from __future__ import annotations
 
+import logging
+import logging.handlers
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 
 from opdlm.decoding.rollout import Rollout
+from opdlm.errors import ConfigError
 from opdlm.serving.decode_thread import DecodeThread
 
 BOUNDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -62,3 +65,16 @@ class Metrics:
             yield f'request_seconds_bucket{{le="{bound}"}} {total}'
         yield f"request_seconds_sum {self.seconds:.6f}"
         yield f"request_seconds_count {total}"
+
+
+def open_request_log(path: str) -> logging.Logger:
+    """A log whose messages are appended to a file as they are. The file may be moved away to start a new one.
+    ConfigError if it cannot be written.
+    """
+    try:
+        handler = logging.handlers.WatchedFileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"request_log ({path}) cannot be written: {error.strerror}.") from error
+    log = logging.Logger("opdlm.requests")
+    log.addHandler(handler)
+    return log

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from reprlib import Repr
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from transformers import PreTrainedTokenizerBase
@@ -29,8 +29,6 @@ NEUTRAL: dict[str, Sequence[Any]] = {
     "repetition_penalty": [1],
     "length_penalty": [1],
     "best_of": [1],
-    "tool_choice": ["auto", "none"],
-    "parallel_tool_calls": [True, False],
     "skip_special_tokens": [True],
     "spaces_between_special_tokens": [True],
     "add_generation_prompt": [True],
@@ -39,7 +37,20 @@ NEUTRAL: dict[str, Sequence[Any]] = {
 """Values of unsupported keys that ask for what is done anyway; other values of these keys are refused."""
 UNUSED = ("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 """Keys that concern the books of OpenAI's service and change no answer: any value is accepted."""
-USER_TEXT = ("messages", "prompt", "stop")
+SAMPLING = "tokens are sampled with temperature, top_k and top_p, by drafts and AR model alike"
+GRAMMAR = "no grammar constrains what the model writes: ask for the form in the prompt"
+REASONS = {
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "repetition_penalty"), SAMPLING),
+    **dict.fromkeys(("logit_bias", "min_p", "typical_p", "bad_words"), SAMPLING),
+    **dict.fromkeys(("response_format", "guided_json", "guided_regex", "guided_choice"), GRAMMAR),
+    **dict.fromkeys(("guided_grammar", "structured_outputs"), GRAMMAR),
+    "min_tokens": "stop tokens end a response wherever they come, or with ignore_eos nowhere",
+    **dict.fromkeys(("best_of", "use_beam_search", "length_penalty"), "choices are not ranked"),
+    **dict.fromkeys(("audio", "modalities"), "the model writes text"),
+    **dict.fromkeys(("functions", "function_call"), "tools and tool_choice have taken their place"),
+}
+"""Why a key is not supported."""
+USER_TEXT = ("messages", "prompt", "stop", "suffix")
 """Fields whose values error messages do not repeat."""
 
 
@@ -94,6 +105,7 @@ class StreamOptions(StrictModel):
     """What a stream sends beside its text."""
 
     include_usage: bool | None = None
+    include_drafts: bool | None = None
 
 
 class ModelRequest(StrictModel):
@@ -120,13 +132,18 @@ class GenerationRequest(ModelRequest):
     user: str | None = Field(None, description="text")
     stream: bool | None = Field(None, description="true or false")
     stream_options: StreamOptions | None = Field(
-        None, description="an object whose only key, include_usage, is true or false"
+        None, description="an object whose keys, include_usage and include_drafts, are true or false"
     )
 
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def wants_drafts(self) -> bool:
+        """Whether a stream tells after every step what became of each token."""
+        return self.stream_options is not None and bool(self.stream_options.include_drafts)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -152,6 +169,10 @@ class ChatRequest(GenerationRequest):
 
     messages: list[Message] = Field(min_length=1, description=MESSAGES_RULE)
     tools: list[dict[str, Any]] | None = Field(None, description="a list of objects")
+    tool_choice: Literal["auto", "none"] | None = Field(
+        None, description="auto or none, since a call cannot be forced"
+    )
+    parallel_tool_calls: bool | None = Field(None, description="true or false")
     logprobs: bool | None = Field(None, description="true or false")
     top_logprobs: int | None = whole_number(0, MOST_ALTERNATIVES)
     chat_template_kwargs: dict[str, Any] | None = Field(
@@ -191,7 +212,8 @@ class ChatRequest(GenerationRequest):
                 f"continue_final_message ({self.continue_final_message}) must be {is_continued}: a final "
                 "message of the assistant is continued, and no other."
             )
-        conversation = Conversation(prompt=messages, tools=self.tools or None, place="the request")
+        tools = None if self.tool_choice == "none" else self.tools or None
+        conversation = Conversation(prompt=messages, tools=tools, place="the request")
         check_conversation(conversation)
         return conversation
 
@@ -206,9 +228,12 @@ class CompletionRequest(GenerationRequest):
         None, description=f"a whole number from 0 to {MOST_ALTERNATIVES}"
     )
     echo: bool | None = Field(None, description="true or false; not with logprobs")
+    suffix: str | None = Field(None, description="text")
 
     @model_validator(mode="after")
-    def check_echo(self) -> CompletionRequest:
+    def check_combinations(self) -> CompletionRequest:
+        if self.suffix and (self.stop_strings or self.stop_token_ids):
+            raise InvalidRequest("suffix with stop or stop_token_ids: the gap before it is filled in full.")
         if self.echo and self.wants_logprobs:
             raise InvalidRequest(
                 "echo with logprobs: those of a prompt are not computed. Leave one of them out."
@@ -258,6 +283,8 @@ def explain(model: type[ModelRequest], body: Any, location: Sequence[str | int])
         return "the body must be a JSON object."
     key, *inner = location
     field = model.model_fields.get(str(key))
+    if field is None and key in REASONS:
+        return f"{key} ({shorten(body[key])}) is not supported: {REASONS[str(key)]}. Leave it out."
     if field is None:
         return (
             f"{str(key)[:80]} is not supported: leave it out. Known: {', '.join(sorted(model.model_fields))}."

@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import socket
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -45,9 +46,18 @@ from opdlm.serving.answers import (
 from opdlm.serving.app import make_app
 from opdlm.serving.decode_thread import DecodeThread, Job, QueueFull
 from opdlm.serving.http_limits import timed_protocol
-from opdlm.serving.metrics import Metrics
-from opdlm.serving.pending_choice import PendingChoice, Ranking, scored, text_sender, thread_safe
+from opdlm.serving.metrics import Metrics, open_request_log
+from opdlm.serving.pending_choice import (
+    PendingChoice,
+    Progress,
+    Ranking,
+    progress_sender,
+    scored,
+    thread_safe,
+    without_suffix,
+)
 from opdlm.serving.protocol import ChatRequest, CompletionRequest, InvalidRequest, TokenizeRequest
+from opdlm.serving.tool_calls import ToolFormat, tool_format_of
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +77,25 @@ class ParsedRequest:
     choices: list[PendingChoice]
     cancelled: Event
     """Set to stop decoding; choices that are complete are not affected."""
+    tool_format: ToolFormat | None
+    """How tool calls are written, where the response may hold some."""
+    rollouts: list[Rollout] = field(default_factory=list)
+    """The responses that are complete."""
+    parsed_at: float = field(default_factory=time.perf_counter)
 
     @property
     def is_chat(self) -> bool:
         return isinstance(self.request, ChatRequest)
+
+    def log_fields(self) -> Values:
+        """What the request log tells of its decoding."""
+        usage, started = Usage.of(self.rollouts), self.choices[0].job.admitted
+        return {
+            "queue_seconds": round(started[0] - self.parsed_at, 4) if started else None,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "tokens_per_forward": round(usage.completion_tokens / max(1, usage.num_forwards), 3),
+        }
 
 
 @dataclass(frozen=True)
@@ -85,6 +110,8 @@ class Server:
     api_keys: tuple[str, ...] = ()
     """Requests must carry one of these keys. Empty: none."""
     metrics: Metrics = field(default_factory=Metrics)
+    request_log: logging.Logger | None = None
+    """Receives a line of JSON per request."""
 
     def check_key(self, authorization: str) -> None:
         """Raises InvalidRequest (401) unless the header (bytes read as latin-1) carries a key."""
@@ -116,30 +143,41 @@ class Server:
                 f"{self.thread.max_waiting} in a request (--max-waiting)."
             )
         prompts = [self.chat_ids(request)] if isinstance(request, ChatRequest) else self.prompt_ids(request)
-        config = replace(config, max_new_tokens=self.check_lengths(request, prompts))
+        suffix = () if isinstance(request, ChatRequest) else self.suffix_ids(request)
+        config = replace(config, max_new_tokens=self.check_lengths(request, prompts, suffix))
         seed = random.getrandbits(62) if request.seed is None else request.seed
         cancelled, echoes = Event(), self.echoes(request, prompts)
-        ignore_eos, model = bool(request.ignore_eos), self.thread.model
+        model = self.thread.model
+        ignore_eos = bool(request.ignore_eos or suffix)  # a stop token would cut the suffix off
+        gap = (model.spec.mask_token_id,) * config.max_new_tokens if suffix else ()
         spec = replace(model.spec, stop_token_ids=()) if ignore_eos else model.spec
         choices = []
         for place in range(num_prompts * n):
-            ids, events = prompts[place // n], asyncio.Queue[str | Rollout | Exception]()
+            ids, events = prompts[place // n], asyncio.Queue[Progress | Rollout | Exception]()
             response = range(len(ids), len(ids) + config.max_new_tokens)
             stable_prefix = StablePrefix(stops, spec, grid_of(config.mode, spec), response)
             put, alternatives = thread_safe(events.put_nowait, loop), list[Ranking]()
-            num = request.num_alternatives
+            on_end, num = put, request.num_alternatives
+            if suffix:
+                on_end = without_suffix(put, len(gap), suffix)
+            elif num:
+                on_end = scored(put, model, num, alternatives)
             job = Job(
-                ids=tuple(ids),
+                ids=(*ids, *gap, *suffix),
                 seed=seed_of(seed, place),
                 config=config,
                 find_end=stops.find_end if stops.strings or stops.token_ids else None,
-                on_step=text_sender(stable_prefix, put) if request.stream else None,
+                on_step=progress_sender(stable_prefix, put, include_drafts=request.wants_drafts)
+                if request.stream
+                else None,
                 ignore_eos=ignore_eos,
-                on_end=scored(put, model, num, alternatives) if num else put,
+                on_end=on_end,
                 cancelled=cancelled,
             )
             choices.append(PendingChoice(job, stable_prefix, events, alternatives, echoes[place // n]))
-        return ParsedRequest(request=request, choices=choices, cancelled=cancelled)
+        may_call = isinstance(request, ChatRequest) and bool(request.tools) and request.tool_choice != "none"
+        tool_format = self.tool_format if may_call else None
+        return ParsedRequest(request=request, choices=choices, cancelled=cancelled, tool_format=tool_format)
 
     def check_model(self, name: str | None) -> None:
         """Raises InvalidRequest (404) for a model that is not served."""
@@ -174,6 +212,24 @@ class Server:
             raise InvalidRequest("prompt is empty: give some text.")
         return prompts
 
+    def suffix_ids(self, request: CompletionRequest) -> tuple[int, ...]:
+        """Token ids of the text after the gap. Raises InvalidRequest where this server fills no gaps."""
+        if not request.suffix:
+            return ()
+        if self.config.mode in ("ar", "lossless"):
+            raise InvalidRequest(
+                f"suffix: this server decodes in mode {self.config.mode}, which writes from left to right "
+                "and fills no gap before a text; `opdlm serve --mode threshold` does."
+            )
+        if self.thread.model.spec.format == "preserve" and self.config.ar_accept_threshold > 0:
+            raise InvalidRequest(
+                f"suffix: --ar-accept-threshold {self.config.ar_accept_threshold:g} would mask it where the "
+                "AR model rejects a token of the gap; `opdlm serve --ar-accept-threshold 0` fills gaps."
+            )
+        self.check_characters("suffix", len(request.suffix))
+        text = check_text("suffix", request.suffix)
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def tokenize(self, request: TokenizeRequest) -> list[int]:
         """Token ids of one prompt or conversation."""
         self.check_model(request.model)
@@ -202,7 +258,10 @@ class Server:
             )
 
     def check_lengths(
-        self, request: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[int]]
+        self,
+        request: ChatRequest | CompletionRequest,
+        prompts: Sequence[Sequence[int]],
+        suffix: Sequence[int],
     ) -> int:
         """The response tokens at most. Raises InvalidRequest for prompts that do not fit beside them, and for
         token ids that no prompt may have.
@@ -211,11 +270,13 @@ class Server:
         model = self.thread.model
         mask_token_id = model.spec.mask_token_id
         num_ids = min(len(self.tokenizer), vocabulary_rows(model.student))
-        if any(not 0 <= token < num_ids or token == mask_token_id for ids in prompts for token in ids):
+        if any(
+            not 0 <= token < num_ids or token == mask_token_id for ids in (*prompts, suffix) for token in ids
+        ):
             raise InvalidRequest(
                 f"prompt has token ids beyond {num_ids - 1}, or the mask token: remove them."
             )
-        longest = max(len(ids) for ids in prompts)
+        longest = max(len(ids) for ids in prompts) + len(suffix)
         if longest + num_tokens > self.thread.max_length:
             raise InvalidRequest(
                 f"the prompt ({longest} tokens) and {key} ({num_tokens}) exceed the {self.thread.max_length} "
@@ -239,8 +300,16 @@ class Server:
                 retry_after=full.seconds,
             ) from full
 
-    def finished(self, choice: PendingChoice, rollout: Rollout) -> FinishedChoice:
-        """The text of a complete response, and its tokens without the stop token if they are asked for."""
+    @cached_property
+    def tool_format(self) -> ToolFormat | None:
+        """How the family writes tool calls; None if that is not known."""
+        template = self.tokenizer.get_chat_template(tools=[{}]) if self.tokenizer.chat_template else ""
+        return tool_format_of(template)
+
+    def finished(self, parsed: ParsedRequest, choice: PendingChoice, rollout: Rollout) -> FinishedChoice:
+        """The text of a complete response, its tool calls, and its tokens without the stop token if they are
+        asked for.
+        """
         tokens = None
         if choice.job.config.logprobs:
             stops = choice.stable_prefix.stop_token_ids
@@ -250,9 +319,14 @@ class Server:
                 for token, logprob, ranking in zip(rollout.text_ids, rollout.logprobs, rankings, strict=True)
                 if token not in stops
             ]
-        text = choice.echo + choice.stable_prefix.whole(rollout)
+        text = choice.echo + choice.stable_prefix.whole(rollout.text_ids)
         self.metrics.count_response(rollout)
-        return FinishedChoice(text=text, finish_reason=rollout.finish_reason, tokens=tokens)
+        parsed.rollouts.append(rollout)
+        text, calls = parsed.tool_format.split(text) if parsed.tool_format else (text, [])
+        if isinstance(parsed.request, ChatRequest) and parsed.request.parallel_tool_calls is False:
+            calls = calls[:1]
+        reason = "tool_calls" if calls else rollout.finish_reason
+        return FinishedChoice(text=text, finish_reason=reason, tokens=tokens, tool_calls=calls)
 
     def scored_token(self, token: int, logprob: float) -> tuple[str, float]:
         """The text of a token and its log-probability as JSON can hold it."""
@@ -261,31 +335,32 @@ class Server:
     async def answer(self, parsed: ParsedRequest) -> Values:
         """Answer when all choices of a submitted request are complete. Raises what decoding raises."""
         rollouts = [await choice.rollout() for choice in parsed.choices]
-        finished = [self.finished(*pair) for pair in zip(parsed.choices, rollouts, strict=True)]
+        finished = [self.finished(parsed, *pair) for pair in zip(parsed.choices, rollouts, strict=True)]
         return AnswerFormat.new(self.name, is_chat=parsed.is_chat).whole(finished, Usage.of(rollouts))
 
     async def stream(self, parsed: ParsedRequest) -> AsyncIterator[str]:
         """Answer a submitted request with server-sent events, the choices one after the other."""
-        answer, rollouts = AnswerFormat.new(self.name, is_chat=parsed.is_chat), list[Rollout]()
+        answer = AnswerFormat.new(self.name, is_chat=parsed.is_chat)
         for index, choice in enumerate(parsed.choices):
-            num_sent, finished = 0, None
+            num_sent, names_role, finished = 0, True, None
             while finished is None:
-                event = await choice.events.get()
+                event, drafts = await choice.events.get(), None
                 if isinstance(event, Exception):
                     yield sse(error_answer(f"decoding failed: {event}", status=500))
                     return
-                if isinstance(event, str):
-                    text = choice.echo + event
+                if isinstance(event, Progress):
+                    text, drafts = choice.echo + event.text, event.drafts
+                    text = parsed.tool_format.text_before(text) if parsed.tool_format else text
                 else:
-                    rollouts.append(event)
-                    finished = self.finished(choice, event)
+                    finished = self.finished(parsed, choice, event)
                     text = finished.text
-                if len(text) > num_sent or finished is not None:
-                    new, is_first = text[num_sent:], num_sent == 0
-                    yield sse(answer.event([answer.choice(index, new, finished, names_role=is_first)]))
-                    num_sent = len(text)
+                if len(text) > num_sent or finished is not None or drafts is not None:
+                    piece = answer.choice(index, text[num_sent:], finished, names_role=names_role)
+                    extra = {} if drafts is None else {"drafts": drafts}
+                    yield sse(answer.event([piece | extra]))
+                    num_sent, names_role = max(num_sent, len(text)), False
         if parsed.request.wants_usage:
-            yield sse(answer.event([], usage=Usage.of(rollouts)))
+            yield sse(answer.event([], usage=Usage.of(parsed.rollouts)))
         yield "data: [DONE]\n\n"
 
 
@@ -320,11 +395,13 @@ def serve_folder(
     decode: DecodeConfig,
     dtype: str,
     compile: bool,
+    request_log: str | None,
 ) -> None:
     """Serve a folder until Ctrl-C; `opdlm.serve` documents the arguments."""
     for key, value in (("max_rows", max_rows), ("max_waiting", max_waiting)):
         if value < 1:
             raise ConfigError(f"{key} ({value}) must be at least 1.")
+    requests = open_request_log(request_log) if request_log else None
     keys = tuple(api_key or filter(None, [os.environ.get(API_KEY_VARIABLE, "")]))
     for package in ("fastapi", "uvicorn"):
         require_package(package, "serve", "opdlm serve")
@@ -340,15 +417,24 @@ def serve_folder(
     listener = listen(host, port)
     thread = DecodeThread(model, decode, max_rows, max_length, max_waiting)
     thread.start()
-    app = make_app(Server(thread, tokenizer, name or folder, decode, keys), cors_origins)
+    server = Server(thread, tokenizer, name or folder, decode, keys, request_log=requests)
+    app = make_app(server, cors_origins)
     host, port = listener.getsockname()[:2]
     if not keys and not ip_address(host).is_loopback:
         log.warning(f"{host} can be reached from other machines, and anyone may send requests: set --api-key")
-    print(f"serving {name or folder} ({decode.mode}) at http://{host}:{port}/v1, until Ctrl-C", flush=True)
+    print(
+        f"serving {name or folder} ({decode.mode}) at http://{host}:{port}/v1, until Ctrl-C; "
+        f"http://{host}:{port} is a page to chat on",
+        flush=True,
+    )
     import uvicorn
 
     with compiled_decoding(model, compile), suppress(KeyboardInterrupt):  # uvicorn raises it again
-        http = timed_protocol()
-        uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", http=http, timeout_graceful_shutdown=STOP_SECONDS)
-        ).run(sockets=[listener])
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            http=timed_protocol(),
+            ws="none",
+            timeout_graceful_shutdown=STOP_SECONDS,
+        )
+        uvicorn.Server(config).run(sockets=[listener])

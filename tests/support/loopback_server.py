@@ -67,9 +67,9 @@ class Served:
         return stops.cut(stops.text(rollout.text_ids)), rollout.finish_reason
 
 
-def serve(folder: Path, config: DecodeConfig) -> Iterator[Served]:
+def serve(folder: Path, config: DecodeConfig, max_length: int = MAX_LENGTH) -> Iterator[Served]:
     model, tokenizer = load(folder)
-    thread = DecodeThread(model, config, 3, MAX_LENGTH, MAX_WAITING)
+    thread = DecodeThread(model, config, 3, max_length, MAX_WAITING)
     thread.start()
     listener = listen("127.0.0.1", 0)
     app = make_app(Server(thread, tokenizer, "tiny", config))

@@ -83,9 +83,10 @@ WRAPPERS: dict[str, dict[str, Any]] = {
 """Families whose config holds those of a text and a vision part."""
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer(characters: str = CHARACTERS, template: str = TEMPLATE) -> PreTrainedTokenizerFast:
     """One token per character, an eos, a pad and a one-line chat template."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
+    tokens = dict.fromkeys(["<pad>", "<eos>", "<unk>", *characters])
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -94,7 +95,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         pad_token="<pad>",
         unk_token="<unk>",
-        chat_template=TEMPLATE,
+        chat_template=template,
         clean_up_tokenization_spaces=False,
     )
 
