@@ -9,12 +9,21 @@ https://platform.openai.com/docs/api-reference
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from reprlib import Repr
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.data.messages import MESSAGES_RULE, Conversation, Message, check_conversation
@@ -64,6 +73,10 @@ class InvalidRequest(OpdlmError):
         self.status, self.retry_after = status, retry_after
 
 
+TokenIds = Annotated[list[int], FailFast()]
+"""A list that is refused at its first wrong entry: a long one would otherwise hold the server up."""
+
+
 def number(low: float, high: float) -> Any:
     """A field for a number between bounds, both included."""
     return Field(None, ge=low, le=high, description=f"a number from {low:g} to {high:g}")
@@ -82,14 +95,12 @@ class StrictModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def drop_neutral_keys(cls, values: Any) -> Any:
-        """Leave out unknown keys that ask for nothing."""
+        """Leave out unknown keys that ask for nothing, and all but one of the others, which is refused."""
         if not isinstance(values, dict):
             return values
-        return {
-            key: value
-            for key, value in values.items()
-            if key in cls.model_fields or not is_neutral(key, value)
-        }
+        known = {key: value for key, value in values.items() if key in cls.model_fields}
+        unknown = (key for key, value in values.items() if key not in known and not is_neutral(key, value))
+        return known | {key: values[key] for key in itertools.islice(unknown, 1)}
 
 
 def is_neutral(key: str, value: Any) -> bool:
@@ -123,10 +134,12 @@ class GenerationRequest(ModelRequest):
     top_p: float | None = Field(None, gt=0, le=1, description="a number above 0 and at most 1")
     top_k: int | None = whole_number(-1, LARGEST)
     seed: int | None = whole_number(-LARGEST, LARGEST)
-    stop: str | list[Annotated[str, StringConstraints(min_length=1)]] | None = Field(
+    stop: str | Annotated[list[Annotated[str, StringConstraints(min_length=1)]], FailFast()] | None = Field(
         None, description="a text or a list of texts, none of them empty"
     )
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="a list of token ids")
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], FailFast()] | None = Field(
+        None, description="a list of token ids"
+    )
     ignore_eos: bool | None = Field(None, description="true or false")
     n: int | None = whole_number(1, 128)
     user: str | None = Field(None, description="text")
@@ -167,8 +180,8 @@ class GenerationRequest(ModelRequest):
 class ChatRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, description=MESSAGES_RULE)
-    tools: list[dict[str, Any]] | None = Field(None, description="a list of objects")
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1, description=MESSAGES_RULE)
+    tools: Annotated[list[dict[str, Any]], FailFast()] | None = Field(None, description="a list of objects")
     tool_choice: Literal["auto", "none"] | None = Field(
         None, description="auto or none, since a call cannot be forced"
     )
@@ -221,7 +234,7 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
-    prompt: str | list[int] | list[str | list[int]] = Field(
+    prompt: str | TokenIds | Annotated[list[str | TokenIds], FailFast()] = Field(
         description="text, token ids, or a list of texts or of token ids"
     )
     logprobs: bool | Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = Field(
@@ -264,8 +277,10 @@ class TokenizeRequest(ModelRequest):
     """The body of POST /tokenize: `prompt` as in completions, or `messages` as in chats."""
 
     prompt: str | None = Field(None, description="text")
-    messages: list[Message] | None = Field(None, min_length=1, description=MESSAGES_RULE)
-    tools: list[dict[str, Any]] | None = Field(None, description="a list of objects")
+    messages: Annotated[list[Message], FailFast()] | None = Field(
+        None, min_length=1, description=MESSAGES_RULE
+    )
+    tools: Annotated[list[dict[str, Any]], FailFast()] | None = Field(None, description="a list of objects")
 
     def request(self) -> ChatRequest | CompletionRequest:
         """The request whose prompt is to be tokenised."""

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 from loopback_server import CHAT, TEXT, Served
 from malformed_requests import JSON, KINDS, VALID, Case, wrong_http
+from pydantic import ValidationError
+
+from opdlm.serving.protocol import ChatRequest, CompletionRequest
 
 NUM_CASES = 100
 """Of each kind."""
@@ -39,6 +42,25 @@ def test_a_malformed_request_is_refused(lossless: Served, make: Callable[[random
         assert isinstance(error["message"], str) and 10 < len(error["message"]) < 1000, (error, case)
     assert not lossless.thread.running and not lossless.thread.waiting
     assert lossless.post(CHAT, VALID[CHAT])[0] == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": [None] * 10_000},
+        {"prompt": [[]] * 10_000 + [None] * 10_000},
+        {"prompt": [[None] * 10_000]},
+        {"messages": [{"role": "user", "content": [1] * 10_000}]},
+        {"messages": [1] * 10_000, "tools": [1] * 10_000, "stop": [1] * 10_000},
+        {f"key{i}": i + 1 for i in range(10_000)},
+    ],
+)
+def test_a_long_list_is_refused_at_its_first_wrong_entry(fields: dict[str, Any]) -> None:
+    """Otherwise one body would keep all others waiting for seconds."""
+    for model in (ChatRequest, CompletionRequest):
+        with pytest.raises(ValidationError) as refused:
+            model.model_validate(fields)
+        assert refused.value.error_count() < 10
 
 
 def test_bytes_that_are_no_request_are_refused_or_dropped(lossless: Served) -> None:

@@ -10,6 +10,9 @@ import pytest
 from loopback_server import HELLO, serve
 
 from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.decode_state import Request
+from opdlm.decoding.generate import Decoder
+from opdlm.seeds import seed_of
 
 openai = pytest.importorskip("openai")
 ASKED: Any = {"model": "tiny", "messages": HELLO, "seed": 3}
@@ -124,20 +127,25 @@ def test_a_suffix_needs_a_mode_that_fills_gaps(client: Any) -> None:
 
 
 def test_a_gap_before_a_suffix_is_filled(folders: dict[str, Path]) -> None:
-    for served in serve(folders["sdar"], DecodeConfig(mode="threshold", max_new_tokens=20)):
+    config = DecodeConfig(mode="threshold", max_new_tokens=7, logprobs=True)
+    for served in serve(folders["sdar"], config):
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{served.port}/v1", api_key="none", max_retries=0)
-        asked: dict[str, Any] = {"model": "tiny", "prompt": "add 1", "suffix": " 2 = 3", "max_tokens": 7}
+        prompt, suffix = (served.tokenizer(text).input_ids for text in ("add 1", " 2 = 3"))
+        decoder = Decoder(served.model, config, num_rows=1, max_length=64)
+        ids = [*prompt, *[served.model.spec.mask_token_id] * 7, *suffix]
+        decoder.waiting.append(Request(0, ids, seed_of(3, 0), config, ignore_eos=True))
+        while not (done := decoder.step()):
+            pass
+        expected = served.tokenizer.decode(done[0].response_ids[:7], skip_special_tokens=True)
+
+        asked: dict[str, Any] = {"model": "tiny", "prompt": "add 1", "suffix": " 2 = 3", "seed": 3}
         filled = client.completions.create(**asked, logprobs=0)
-        num_around = len(served.tokenizer("add 1 2 = 3").input_ids)
-        assert filled.usage.completion_tokens == 7 and filled.usage.prompt_tokens == num_around
-        assert len(filled.choices[0].text) <= 7 and "=" not in filled.choices[0].text[-3:] + "x"
-        assert len(filled.choices[0].logprobs.tokens) <= 7
+        assert filled.choices[0].text == expected
+        assert filled.usage.completion_tokens == 7
+        assert filled.usage.prompt_tokens == len(prompt) + len(suffix)
         streamed = client.completions.create(**asked, stream=True)
-        assert "".join(event.choices[0].text for event in streamed) == filled.choices[0].text
-        alone = client.completions.create(**asked | {"suffix": " 5 = 8"})
-        echoed = client.completions.create(**asked, echo=True).choices[0].text
-        assert echoed == "add 1" + filled.choices[0].text
-        assert alone.usage.prompt_tokens == num_around
+        assert "".join(event.choices[0].text for event in streamed) == expected
+        assert client.completions.create(**asked, echo=True).choices[0].text == "add 1" + expected
         with pytest.raises(openai.BadRequestError, match="suffix with stop"):
             client.completions.create(**asked, stop="x")
 

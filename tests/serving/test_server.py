@@ -317,9 +317,15 @@ def test_the_command_serves_until_ctrl_c(folders: dict[str, Path]) -> None:
     assert process.returncode == 0 and not errors, errors
 
 
-def test_a_stop_ends_although_a_request_does_not_and_a_public_host_without_a_key_is_warned_of(
+HALF = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{{".encode()
+MANY = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 1000
+"""Their answers fill every buffer of a client that reads nothing."""
+
+
+@pytest.mark.parametrize("sent", [HALF, MANY], ids=["a half-sent request", "a client that never reads"])
+def test_a_stop_always_ends_and_a_public_host_without_a_key_is_warned_of(
     folders: dict[str, Path],
-    capsys: pytest.CaptureFixture[str],
+    sent: bytes,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -328,7 +334,9 @@ def test_a_stop_ends_although_a_request_does_not_and_a_public_host_without_a_key
         port = listener.getsockname()[1]
     received: list[bytes] = []
 
-    def send_half_a_request_and_stop() -> None:
+    stopped = threading.Event()
+
+    def send_and_stop() -> None:
         while True:
             with suppress(ConnectionRefusedError):
                 client = socket.create_connection(("127.0.0.1", port), timeout=60)
@@ -337,17 +345,17 @@ def test_a_stop_ends_although_a_request_does_not_and_a_public_host_without_a_key
         with client:
             client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             received.append(client.recv(100))
-            client.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{{".encode())
-            time.sleep(0.3)
+            client.sendall(sent)
+            time.sleep(1)
             os.kill(os.getpid(), signal.SIGINT)
-            while client.recv(1000):
-                pass
+            assert stopped.wait(60)
 
-    sender = threading.Thread(target=send_half_a_request_and_stop)
+    sender = threading.Thread(target=send_and_stop)
     sender.start()
     started = time.monotonic()
     flags = ["--host", "0.0.0.0", "--port", str(port), "--max-new-tokens", "8"]
     assert main(["serve", str(folders["sdar"]), *flags]) == 0
+    stopped.set()
     sender.join(10)
     assert b" 200 " in received[0] and not sender.is_alive() and time.monotonic() - started < 30
     assert "0.0.0.0 can be reached from other machines" in caplog.text
