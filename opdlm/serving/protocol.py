@@ -15,15 +15,7 @@ from dataclasses import replace
 from reprlib import Repr
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    FailFast,
-    Field,
-    StringConstraints,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.data.messages import MESSAGES_RULE, Conversation, Message, check_conversation
@@ -73,7 +65,7 @@ class InvalidRequest(OpdlmError):
         self.status, self.retry_after = status, retry_after
 
 
-TokenIds = Annotated[list[int], FailFast()]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
 """A list that is refused at its first wrong entry: a long one would otherwise hold the server up."""
 
 
@@ -134,10 +126,10 @@ class GenerationRequest(ModelRequest):
     top_p: float | None = Field(None, gt=0, le=1, description="a number above 0 and at most 1")
     top_k: int | None = whole_number(-1, LARGEST)
     seed: int | None = whole_number(-LARGEST, LARGEST)
-    stop: str | Annotated[list[Annotated[str, StringConstraints(min_length=1)]], FailFast()] | None = Field(
-        None, description="a text or a list of texts, none of them empty"
-    )
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], FailFast()] | None = Field(
+    stop: (
+        str | Annotated[list[Annotated[str, StringConstraints(min_length=1)]], Field(fail_fast=True)] | None
+    ) = Field(None, description="a text or a list of texts, none of them empty")
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)] | None = Field(
         None, description="a list of token ids"
     )
     ignore_eos: bool | None = Field(None, description="true or false")
@@ -180,8 +172,10 @@ class GenerationRequest(ModelRequest):
 class ChatRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], FailFast()] = Field(min_length=1, description=MESSAGES_RULE)
-    tools: Annotated[list[dict[str, Any]], FailFast()] | None = Field(None, description="a list of objects")
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, description=MESSAGES_RULE)
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = Field(
+        None, description="a list of objects"
+    )
     tool_choice: Literal["auto", "none"] | None = Field(
         None, description="auto or none, since a call cannot be forced"
     )
@@ -234,7 +228,7 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
-    prompt: str | TokenIds | Annotated[list[str | TokenIds], FailFast()] = Field(
+    prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(fail_fast=True)] = Field(
         description="text, token ids, or a list of texts or of token ids"
     )
     logprobs: bool | Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = Field(
@@ -277,10 +271,12 @@ class TokenizeRequest(ModelRequest):
     """The body of POST /tokenize: `prompt` as in completions, or `messages` as in chats."""
 
     prompt: str | None = Field(None, description="text")
-    messages: Annotated[list[Message], FailFast()] | None = Field(
+    messages: Annotated[list[Message], Field(fail_fast=True)] | None = Field(
         None, min_length=1, description=MESSAGES_RULE
     )
-    tools: Annotated[list[dict[str, Any]], FailFast()] | None = Field(None, description="a list of objects")
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = Field(
+        None, description="a list of objects"
+    )
 
     def request(self) -> ChatRequest | CompletionRequest:
         """The request whose prompt is to be tokenised."""

@@ -46,6 +46,6 @@ def served_process(
     flags = ["--mode", "lossless", "--max-new-tokens", "30", "--api-key", KEY, "--request-log", str(log)]
     process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    yield ServedProcess(process.stdout.readline().split()[5].removesuffix("/v1,"), log)
+    yield ServedProcess(process.stdout.readline().split()[4].removesuffix("/v1,"), log)
     process.send_signal(signal.SIGTERM)
     process.wait(60)

@@ -42,7 +42,8 @@ def test_a_chat_is_answered_whole_and_as_a_stream(client: Any) -> None:
         client.chat.completions.create(**ASKED, stream=True, stream_options={"include_usage": True})
     )
     assert text_of(events) == whole.choices[0].message.content != ""
-    assert events[-1].usage.model_dump() == whole.usage.model_dump()
+    assert events[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert events[-1].usage.num_forwards > 0
     assert whole.usage.completion_tokens > 0 and whole.choices[0].finish_reason in ("stop", "length")
 
 

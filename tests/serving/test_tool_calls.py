@@ -105,7 +105,7 @@ def calling(tmp_path_factory: pytest.TempPathFactory) -> Any:
     )
     model = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=256)
     ids = encode_prompt(tokenizer, Conversation(prompt=HELLO))
-    labels = [*tokenizer("Yes\n" + CALL).input_ids, tokenizer.eos_token_id]
+    labels = [*tokenizer("yes\n" + CALL).input_ids, tokenizer.eos_token_id]
     batch = torch.tensor([[*ids, *labels]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     while (loss := model(input_ids=batch, labels=batch).loss) > 0.05:
@@ -120,11 +120,11 @@ def calling(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_call_is_answered_whole_and_as_a_stream(calling: Served) -> None:
     body = {"messages": HELLO, "tools": TOOLS}
     choice = calling.post(CHAT, body)[1]["choices"][0]
-    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == "Yes"
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == "yes"
     (call,) = choice["message"]["tool_calls"]
     assert call["type"] == "function" and call["function"] == {"name": "add", "arguments": '{"a": "1"}'}
     *pieces, last = [event["choices"][0] for event in calling.events(CHAT, body)]
-    assert "".join(piece["delta"]["content"] for piece in pieces) == "Yes" and len(pieces) >= 1
+    assert "".join(piece["delta"]["content"] for piece in pieces) == "yes" and len(pieces) >= 1
     assert last["finish_reason"] == "tool_calls" and not last["delta"]["content"]
     (streamed,) = last["delta"]["tool_calls"]
     assert streamed["index"] == 0 and streamed["function"] == call["function"]
@@ -139,7 +139,7 @@ def test_a_call_is_answered_whole_and_as_a_stream(calling: Served) -> None:
 @pytest.mark.parametrize("fields", [{}, {"tools": TOOLS, "tool_choice": "none"}])
 def test_without_tools_a_call_is_text(calling: Served, fields: dict[str, Any]) -> None:
     choice = calling.post(CHAT, {"messages": HELLO, **fields})[1]["choices"][0]
-    assert choice["finish_reason"] == "stop" and choice["message"]["content"] == "Yes\n" + CALL
+    assert choice["finish_reason"] == "stop" and choice["message"]["content"] == "yes\n" + CALL
     assert "tool_calls" not in choice["message"]
 
 

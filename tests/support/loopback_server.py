@@ -12,7 +12,7 @@ from typing import Any
 
 import uvicorn
 
-from opdlm.checkpoints.load import load
+from opdlm.checkpoints.convert import load_decoder
 from opdlm.data.chat_template import encode_prompt
 from opdlm.data.messages import Conversation
 from opdlm.decoding.decode_config import DecodeConfig
@@ -68,7 +68,7 @@ class Served:
 
 
 def serve(folder: Path, config: DecodeConfig, max_length: int = MAX_LENGTH) -> Iterator[Served]:
-    model, tokenizer = load(folder)
+    model, tokenizer = load_decoder(str(folder), "auto")
     thread = DecodeThread(model, config, 3, max_length, MAX_WAITING)
     thread.start()
     listener = listen("127.0.0.1", 0)
