@@ -18,7 +18,7 @@ from pydantic_core import from_json, to_json
 import opdlm
 from opdlm.errors import OpdlmError
 from opdlm.serving.answers import ChatCompletion, ErrorAnswer, TextCompletion, error_answer
-from opdlm.serving.http_limits import read_body
+from opdlm.serving.http_limits import CLIENT_CLOSED_REQUEST, read_body
 from opdlm.serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -42,7 +42,6 @@ BODIES: dict[str, type[ModelRequest]] = {
     COMPLETION: CompletionRequest,
     TOKENIZE: TokenizeRequest,
 }
-CLIENT_CLOSED_REQUEST = 499
 LONGEST_PATH = 80
 """Characters of a path that logs and errors repeat."""
 REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")

@@ -20,6 +20,8 @@ HEADER_SECONDS = 60.0
 """From a new connection, or the end of an answer, to the end of the next request's header."""
 BODY_SECONDS = 60.0
 MAX_BODY_BYTES = 8 * 2**20
+CLIENT_CLOSED_REQUEST = 499
+"""The status, as counted and logged, of a request whose client has left."""
 
 
 def timed_protocol() -> type[H11Protocol]:
@@ -58,7 +60,11 @@ def timed_protocol() -> type[H11Protocol]:
 
 
 async def read_body(request: Request) -> bytes:
-    """The body of a request. Raises InvalidRequest if it is too long (413) or takes too long (408)."""
+    """The body of a request. Raises InvalidRequest if it is too long (413), takes too long (408) or does not
+    come to its end (499).
+    """
+    from starlette.requests import ClientDisconnect
+
     told = request.headers.get("content-length", "")
     num_bytes, parts = 0, list[bytes]()
     try:
@@ -73,6 +79,8 @@ async def read_body(request: Request) -> bytes:
                     parts.append(part)
     except TimeoutError as error:
         raise InvalidRequest(f"the body took more than {BODY_SECONDS:g} s.", status=408) from error
+    except ClientDisconnect as error:
+        raise InvalidRequest("the client has left.", status=CLIENT_CLOSED_REQUEST) from error
     if num_bytes > MAX_BODY_BYTES:
         raise InvalidRequest(f"the body exceeds {MAX_BODY_BYTES} bytes.", status=413)
     return b"".join(parts)

@@ -64,7 +64,13 @@ def test_a_long_list_is_refused_at_its_first_wrong_entry(fields: dict[str, Any])
 
 
 def test_bytes_that_are_no_request_are_refused_or_dropped(lossless: Served) -> None:
-    rng = random.Random(0)
+    def num_failures() -> list[str]:
+        connection = http.client.HTTPConnection("127.0.0.1", lossless.port, timeout=60)
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+        return [line for line in lines if 'status="5' in line]
+
+    rng, before = random.Random(0), num_failures()
     for _ in range(NUM_CASES):
         sent, received = wrong_http(rng), b""
         with socket.create_connection(("127.0.0.1", lossless.port), timeout=10) as client:
@@ -77,7 +83,7 @@ def test_bytes_that_are_no_request_are_refused_or_dropped(lossless: Served) -> N
             sent[:300],
         )
     assert not lossless.thread.running and not lossless.thread.waiting
-    assert lossless.post(CHAT, VALID[CHAT])[0] == 200
+    assert lossless.post(CHAT, VALID[CHAT])[0] == 200 and num_failures() == before
 
 
 @pytest.mark.parametrize(
