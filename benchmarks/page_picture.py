@@ -2,8 +2,8 @@
 
     python benchmarks/page_picture.py runs/tiny/model --out docs/serving.png
 
-The picture is taken once some tokens are accepted and others drafted; nothing is made up. A process that
-serves the folder is started and stopped.
+The response stands still once some tokens are accepted and others drafted; nothing is made up, and the
+numbers above are those of the whole response. A process that serves the folder is started and stopped.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from serve_load import ServedProcess
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
 from browser import open_page
 
-PROMPTS = ("add 47 38", "story Tusel owl hill")
-SIZE = {"width": 720, "height": 460, "deviceScaleFactor": 1.5, "mobile": False}
+SIZE = {"width": 760, "height": 480, "deviceScaleFactor": 1.5, "mobile": False}
 FREEZE = """
     const shown = Response.prototype.show;
     Response.prototype.show = function (drafts) {
@@ -35,18 +34,18 @@ FREEZE = """
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", nargs="?", default="runs/tiny/model")
+    parser.add_argument("--prompt", default="story Tusel owl hill")
     parser.add_argument("--out", type=Path, default=Path("docs/serving.png"))
     options = parser.parse_args()
-    server = ServedProcess.start(options.folder, ["--mode", "lossless", "--max-new-tokens", "120"])
+    name = Path(options.folder).resolve().parent.name
+    flags = ["--mode", "lossless", "--max-new-tokens", "120", "--name", name]
+    server = ServedProcess.start(options.folder, flags)
     try:
         with open_page(f"http://127.0.0.1:{server.port}/") as page:
             page.call("Emulation.setDeviceMetricsOverride", **SIZE)
-            for place, prompt in enumerate(PROMPTS):
-                if place == len(PROMPTS) - 1:
-                    page.run(FREEZE)
-                page.run("document.getElementById('text').focus()")
-                page.type(prompt)
-                page.wait_for("messages.length && !document.getElementById('send').disabled")
+            page.run(FREEZE)
+            page.type(options.prompt)
+            page.wait_for("messages.length === 2")
             picture = page.call("Page.captureScreenshot", format="png")["data"]
     finally:
         server.process.terminate()

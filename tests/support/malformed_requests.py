@@ -62,7 +62,7 @@ WRONG: dict[str, list[Any]] = {
     "logit_bias": [{"5": -100}],
     "min_p": [0.1, "0"],
     "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}, 1, True],
-    "parallel_tool_calls": ["yes", 0, [True]],
+    "parallel_tool_calls": ["yes", 2, [True]],
     "k" * 5000: [1, "x", [[]], math.nan],
     "\x00": [1],
     LONE_SURROGATE: [0, 1],
