@@ -5,11 +5,8 @@
 Prompts, lengths, temperatures, filters, stop strings, streaming and log-probabilities differ from request to
 request. `lost`: not answered with status 200. `wrong`: another text, finish reason or tokens than alone.
 `cost_ratio`: CPU seconds of the server per generated token, mixed, over the mean of the same requests with
-each of the settings alone. `p50`, `p99`: seconds of a request. `memory_mb`: of the server, after each part.
-
-`beside`: short requests one after the other, in turns alone and beside a client that asks too much, as
-ratios of the percentiles. Linux only (/proc). Decodes in float32, where near ties are not decided by the
-rounding that the batch size changes.
+each of the settings alone. `p50`, `p99`: seconds of a request. Linux only (/proc). Decodes in float32, where
+near ties are not decided by the rounding that the batch size changes.
 """
 
 from __future__ import annotations
@@ -18,15 +15,12 @@ import argparse
 import http.client
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,81 +145,14 @@ def is_same(one: Any, other: Any) -> bool:
     return all(a[0] == b[0] and abs(a[1] - b[1]) < 2e-3 for a, b in zip(one[2], other[2], strict=True))
 
 
-def head(path: str, *lines: str) -> bytes:
-    start = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", *lines]
-    return "\r\n".join([*start, "", ""]).encode()
-
-
-def send(port: int, data: bytes, times: int = 1) -> socket.socket:
-    """A connection on which the data was sent, and nothing is read."""
-    client = socket.create_connection(("127.0.0.1", port), timeout=60)
-    with suppress(OSError):  # the server has refused it
-        for _ in range(times):
-            client.sendall(data)
-    return client
-
-
-def request(path: str, body: dict[str, Any]) -> bytes:
-    data = json.dumps(body).encode()
-    return head(path, f"Content-Length: {len(data)}") + data
-
-
-CHUNK = b"100000\r\n" + b" " * 2**20 + b"\r\n"
-MANY = {"prompt": "Tell me about rivers.", "max_tokens": 400, "n": 64, "ignore_eos": True, "stream": True}
-TEXT = "/v1/completions"
-ABUSES: dict[str, Callable[[int], socket.socket]] = {
-    "one request of 64 choices of 400 tokens, never read": lambda port: send(port, request(TEXT, MANY)),
-    "a body of 300 MB in chunks": lambda port: send(
-        port, head(TEXT, "Transfer-Encoding: chunked") + CHUNK, times=300
-    ),
-    "a body of 7 MB that is refused": lambda port: send(port, request(TEXT, {"prompt": [None] * 1_200_000})),
-    "256,000 choices": lambda port: send(port, request(TEXT, MANY | {"prompt": ["a"] * 2000, "n": 128})),
-    "half a request": lambda port: send(port, head(TEXT, "Content-Length: 99") + b"{"),
-}
-
-
-def beside(server: ServedProcess, abuse: Callable[[int], socket.socket], rounds: int = 8) -> dict[str, Any]:
-    """Seconds of short requests beside a client that sends the same every 5 seconds, over those alone."""
-    body = {"messages": [{"role": "user", "content": "add 4 7"}], "max_tokens": 16, "stream": False}
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    num_lost, held = 0, list[socket.socket]()
-    stopped = threading.Event()
-
-    def repeat() -> None:
-        held.append(abuse(server.port))
-        while not stopped.wait(5):
-            held.append(abuse(server.port))
-
-    for _ in range(rounds):
-        for is_beside in (False, True):
-            stopped.clear()
-            client = threading.Thread(target=repeat)
-            if is_beside:
-                client.start()
-                time.sleep(1)
-            outcomes = [server.ask(body) for _ in range(15)]
-            seconds[is_beside] += [outcome.seconds for outcome in outcomes]
-            num_lost += sum(outcome.answer is None for outcome in outcomes)
-            if is_beside:
-                stopped.set()
-                client.join()
-            while held:
-                held.pop().close()
-            server.ask(body)  # what was cancelled has left the batch
-    alone, found = (statistics.quantiles(seconds[key], n=100) for key in (False, True))
-    ratio = {f"p{p}_ratio": round(found[p - 1] / alone[p - 1], 2) for p in (50, 99)}
-    return {**ratio, "lost": num_lost, "memory_mb": round(server.memory_mb())}
-
-
 def measure(server: ServedProcess, num_requests: int, concurrency: int) -> dict[str, Any]:
     mixed = [make_body(i, SETTINGS[i % len(SETTINGS)]) for i in range(num_requests)]
-    started = server.memory_mb()
     server.ask_all(mixed[:concurrency], concurrency)  # warms up
     alone = [server.ask(body) for body in mixed]
-    memory = [started, server.memory_mb()]
+    memory = [server.memory_mb()]
     outcomes, cost = server.ask_all(mixed, concurrency)
     memory.append(server.memory_mb())
-    costs: list[float] = []
+    costs = []
     for settings in SETTINGS:
         costs.append(server.ask_all([make_body(i, settings) for i in range(num_requests)], concurrency)[1])
         memory.append(server.memory_mb())
@@ -251,20 +178,17 @@ def main() -> None:
     parser.add_argument("--mode", default="lossless")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--beside", action="store_true", help="measure `beside` too")
     parser.add_argument("--json")
     options = parser.parse_args()
     server = ServedProcess.start(options.folder, ["--mode", options.mode, "--dtype", "float32"])
     try:
         result = measure(server, options.requests, options.concurrency)
-        if options.beside:
-            result["beside"] = {name: beside(server, abuse) for name, abuse in ABUSES.items()}
     finally:
         server.process.terminate()
         server.process.wait(60)
     print(json.dumps(result, indent=2))
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+        Path(options.json).write_text(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
