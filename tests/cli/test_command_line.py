@@ -94,6 +94,7 @@ def test_a_verb_has_the_flags_and_defaults_of_the_decoding_settings(
         "export": {
             *("max_new_tokens", "batch_size", "logprobs"),
             *("entropy_bound", "ar_accept_threshold", "forward_overhead", "draft_sampling"),
+            "prompt_lookup_num_tokens",
         },
     }.get(verb, set())
     for field in fields(DecodeConfig):

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from opdlm.cli.main import main
-from opdlm.reporting.card import measured_data
+from opdlm.reporting.card import measured_values
 from opdlm.reporting.pages import headline, read_retention
 from opdlm.reporting.tables import print_report
 from opdlm.reporting.verdict import MIN_GAIN, timed_lossless, verdict
@@ -115,7 +115,7 @@ def test_no_headline_or_metric_is_about_a_decoding_that_the_ar_model_corrects() 
     lines = headline(report)
     assert lines[0] == verdict(report)
     assert [line.split(":")[0] for line in lines[1:]] == ["static, alone", "threshold, alone"]
-    metrics = [result.metric_name for result in measured_data("name", report)["eval_results"]]
+    metrics = [name for _, name in measured_values(report)]
     assert metrics[:2] == [
         "tokens per forward (lossless)",
         "speed over the fastest AR decoding (lossless)",
