@@ -9,8 +9,9 @@ Shape suffixes: B rows, L row capacity, S slots, D draft length, C candidates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -20,6 +21,14 @@ from ..modeling.slots import CLEAN, Format, Grid, Slots, clean_visible_until, ma
 from .decode_config import DecodeConfig
 from .rollout import NEVER, Rollout
 from .unmasking import sampling_of
+
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+"""(prompt and response so far `[1, L]`, float32 logits `[1, V]`) -> logits `[1, V]`: as in transformers, but
+without memory of earlier calls, since some are about drafts that are not accepted.
+"""
+Processors = Mapping[int, LogitsProcessor]
+"""By index of the request."""
+NO_PROCESSORS: Processors = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,8 @@ class Request:
     """Its max_new_tokens, temperature, top_k, top_p and logprobs count; the rest is that of the batch."""
     ignore_eos: bool = False
     """Whether stop tokens of the checkpoint do not end the response."""
+    logits_processor: LogitsProcessor | None = None
+    """Changes the AR model's logits, in modes `ar` and `lossless`."""
 
 
 @dataclass(slots=True)
@@ -181,6 +192,21 @@ class DecodeState:
             cache.move(moved_N, free_N)
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name)[order_B])
+
+    def process(self, logits_MV: Tensor, row_M: Tensor, position_M: Tensor, processors: Processors) -> Tensor:
+        """The logits of these positions after the processors of their requests, which read the tokens before
+        each position.
+        """
+        index_M = self.index_B[row_M].tolist()
+        chosen = [place for place, index in enumerate(index_M) if index in processors]
+        if not chosen:
+            return logits_MV
+        processed = []
+        for place in chosen:
+            ids_1L = self.tokens_BL[row_M[place], : position_M[place]][None].to(logits_MV.device)
+            processed.append(processors[index_M[place]](ids_1L, logits_MV[place][None])[0])
+        place_N = torch.tensor(chosen, device=logits_MV.device)
+        return logits_MV.index_copy(0, place_N, torch.stack(processed).to(logits_MV))
 
     def frontier(self, mask_token_id: int) -> Tensor:
         """First unknown position of each row `[B]`."""

@@ -17,7 +17,7 @@ from ..modeling.diffusion_lm import DiffusionLM
 from ..modeling.kv_cache import DecodeCache
 from ..modeling.slots import CLEAN, Format, Grid, Slots, join_slots
 from .decode_config import DecodeConfig
-from .decode_state import DecodeState
+from .decode_state import NO_PROCESSORS, DecodeState, Processors
 from .rollout import NEVER
 from .unmasking import (
     REMASKING,
@@ -32,11 +32,18 @@ from .unmasking import (
 
 
 def denoise_step(
-    model: DiffusionLM, state: DecodeState, cache: DecodeCache, config: DecodeConfig, grid: Grid, fmt: Format
+    model: DiffusionLM,
+    state: DecodeState,
+    cache: DecodeCache,
+    config: DecodeConfig,
+    grid: Grid,
+    fmt: Format,
+    processors: Processors = NO_PROCESSORS,
 ) -> None:
     """Commit the newly known tokens, propose tokens for the block of each row and reveal some of them.
 
     Changes `state` and `cache`. Every row reveals at least one token, unless the AR model rejects one.
+    `processors` are for mode `ar`.
     """
     mask_id = model.spec.mask_token_id
     frontier_B = state.frontier(mask_id)
@@ -70,7 +77,8 @@ def denoise_step(
     logits_MV = slot_logits(model, hidden_BSH, row_M, column_M, is_clean_M)
     step_M = state.num_steps_B[row_M] if config.mode != "ar" else 0  # `ar` shares its noise with `lossless`
     key_M = noise_keys(state.seed_B[row_M], target_M, step_M).to(model.device)
-    ids_M, confidence_M = propose_tokens(logits_MV, state.sampling_B3[row_M], key_M)
+    processed_MV = state.process(logits_MV, row_M, target_M, processors)
+    ids_M, confidence_M = propose_tokens(logits_MV, state.sampling_B3[row_M], key_M, processed_MV)
 
     confidence_BT = torch.zeros(masked_BT.shape)
     confidence_BT[row_M, offset_M] = confidence_M.cpu()

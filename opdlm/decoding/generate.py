@@ -22,7 +22,7 @@ from ..modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from ..modeling.kv_cache import DecodeCache, Packed
 from ..modeling.slots import CLEAN, Format, Grid
 from .decode_config import DecodeConfig, Mode
-from .decode_state import DecodeState, Request
+from .decode_state import DecodeState, LogitsProcessor, Processors, Request
 from .denoise import denoise_step
 from .draft_policy import DraftPolicy, ForwardCost, measure_forward_cost
 from .lossless import NUM_CANDIDATES, lossless_step
@@ -33,6 +33,8 @@ OnStep = Callable[[Tensor, Tensor, Tensor], None]
 FindEnd = Callable[[Sequence[int]], int | None]
 """Response ids -> the number of tokens to keep if the response is complete, else None."""
 Seeds = torch.Generator | Sequence[int] | None
+PROCESSED_MODES = ("ar", "lossless")
+"""Modes in which logits processors act: every token is the AR model's."""
 PREFILL_PAIRS = 2**25
 """Largest number of (slot, key) pairs in the mask of a forward that computes prompts."""
 
@@ -63,6 +65,7 @@ class Decoder:
         self.waiting: deque[Request] = deque()
         self.find_end: dict[int, FindEnd] = {}
         """By index of the request."""
+        self.processors: dict[int, LogitsProcessor] = {}
         self._start = partial(
             DecodeState.start,
             capacity=capacity,
@@ -70,7 +73,7 @@ class Decoder:
             draft_length=longest_draft,
             num_candidates=NUM_CANDIDATES if config.draft_sampling == "rejection" else 0,
         )
-        self._advance = step_of(model, self.cache, config, self.grid, self.format)
+        self._advance = step_of(model, self.cache, config, self.grid, self.format, self.processors)
         self.state = self._start([])
 
     @property
@@ -85,7 +88,9 @@ class Decoder:
         num_joining = min(self.num_rows - len(self.state), len(self.waiting))
         if num_joining:
             first_row = len(self.state)
-            self.state.join(self._start([self.waiting.popleft() for _ in range(num_joining)]))
+            joining = [self.waiting.popleft() for _ in range(num_joining)]
+            self.processors |= {one.index: one.logits_processor for one in joining if one.logits_processor}
+            self.state.join(self._start(joining))
             prefill(self.model, self.state, self.cache, first_row, self.grid, self.format)
         state, finished = self.state, dict[int, Rollout]()
         before_BL = state.tokens_BL.clone() if self.on_step is not None else state.tokens_BL
@@ -97,15 +102,18 @@ class Decoder:
         done_B = collect_finished(state, self.model, self.grid, finished, self.find_end)
         if done_B.any():
             state.keep(~done_B, self.cache)
-        for index in finished:
-            self.find_end.pop(index, None)
+        self._forget(finished)
         return finished
+
+    def _forget(self, indices: Collection[int]) -> None:
+        for index in indices:
+            self.find_end.pop(index, None)
+            self.processors.pop(index, None)
 
     @torch.inference_mode()
     def drop(self, indices: Collection[int]) -> None:
         """Cancel the requests with these indices, active or waiting."""
-        for index in indices:
-            self.find_end.pop(index, None)
+        self._forget(indices)
         self.waiting = deque(request for request in self.waiting if request.index not in indices)
         keep_B = ~torch.isin(self.state.index_B, torch.tensor([*indices], dtype=torch.long))
         self.state.keep(keep_B, self.cache)
@@ -118,18 +126,22 @@ def generate(
     rng: Seeds = None,
     on_step: OnStep | None = None,
     find_end: FindEnd | Sequence[FindEnd] | None = None,
+    logits_processors: Sequence[LogitsProcessor | None] | None = None,
 ) -> list[Rollout]:
     """Decode prompts of at least one token id each; rollouts in the order of the prompts.
 
     A prompt that contains mask ids is a template whose gaps are filled: ValueError in modes that cannot fill
     gaps. `on_step` is called after every step; its `revealed` marks the positions that the step changed.
     `find_end`, one or one per prompt, ends responses, for example at stop strings. `rng` draws the seed of
-    each prompt or lists the seeds; the output is deterministic given the seeds. Every row ends within
-    `DecodeState.max_steps`.
+    each prompt or lists the seeds; the output is deterministic given the seeds. `logits_processors`, one per
+    prompt, change the AR model's logits: ValueError in modes other than `ar` and `lossless`. Every row ends
+    within `DecodeState.max_steps`.
     """
-    requests = make_requests(prompts, rng, config)
+    requests = make_requests(prompts, rng, config, logits_processors)
     if not requests:
         return []
+    if config.mode not in PROCESSED_MODES and any(logits_processors or ()):
+        raise ValueError(f"`mode={config.mode}` takes no logits processors: use ar or lossless.")
     if any(model.spec.mask_token_id in ids for ids in prompts):
         check_can_infill(model, config)
     longest = max(len(ids) for ids in prompts)
@@ -182,13 +194,20 @@ def check_can_infill(model: DiffusionLM, config: DecodeConfig) -> None:
         )
 
 
-def make_requests(prompts: Sequence[Sequence[int]], rng: Seeds, config: DecodeConfig) -> list[Request]:
+def make_requests(
+    prompts: Sequence[Sequence[int]],
+    rng: Seeds,
+    config: DecodeConfig,
+    logits_processors: Sequence[LogitsProcessor | None] | None = None,
+) -> list[Request]:
     """One request per prompt; its index is that of the prompt."""
+    logits_processors = logits_processors or [None] * len(prompts)
     if not isinstance(rng, Sequence):
         device = rng.device if rng is not None else "cpu"
         rng = torch.randint(2**62, (len(prompts),), generator=rng, device=device).tolist()
     return [
-        Request(index, ids, seed, config) for index, (ids, seed) in enumerate(zip(prompts, rng, strict=True))
+        Request(index, ids, seed, config, logits_processor=processor)
+        for index, (ids, seed, processor) in enumerate(zip(prompts, rng, logits_processors, strict=True))
     ]
 
 
@@ -229,7 +248,12 @@ def prefill(
 
 
 def step_of(
-    model: DiffusionLM, cache: DecodeCache, config: DecodeConfig, grid: Grid, fmt: Format
+    model: DiffusionLM,
+    cache: DecodeCache,
+    config: DecodeConfig,
+    grid: Grid,
+    fmt: Format,
+    processors: Processors,
 ) -> Callable[[DecodeState], None]:
     """The function that advances a state by one step of the mode."""
     if config.mode == "lossless":
@@ -239,12 +263,12 @@ def step_of(
         def step(state: DecodeState) -> None:
             started = time.perf_counter()
             is_prefill = bool((state.num_steps_B == 0).any())
-            lossless_step(model, state, cache, config, policy)
+            lossless_step(model, state, cache, config, policy, processors)
             if policy.follows_clock and not is_prefill:
                 policy.settle(time.perf_counter() - started)
 
         return step
-    return lambda state: denoise_step(model, state, cache, config, grid, fmt)
+    return lambda state: denoise_step(model, state, cache, config, grid, fmt, processors)
 
 
 def policy_for(model: DiffusionLM, config: DecodeConfig) -> DraftPolicy:

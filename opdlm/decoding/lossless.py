@@ -28,7 +28,7 @@ from ..modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from ..modeling.kv_cache import DecodeCache, Packed
 from ..modeling.slots import CLEAN
 from .decode_config import DecodeConfig
-from .decode_state import DecodeState
+from .decode_state import NO_PROCESSORS, DecodeState, Processors
 from .draft_policy import DraftPlan, DraftPolicy
 from .prompt_lookup import look_up
 from .rollout import NEVER
@@ -52,7 +52,12 @@ whose probabilities rejection keeps.
 
 
 def lossless_step(
-    model: DiffusionLM, state: DecodeState, cache: DecodeCache, config: DecodeConfig, policy: DraftPolicy
+    model: DiffusionLM,
+    state: DecodeState,
+    cache: DecodeCache,
+    config: DecodeConfig,
+    policy: DraftPolicy,
+    processors: Processors = NO_PROCESSORS,
 ) -> None:
     """Accept the valid prefix of each draft and one more token, and write the next draft into `state`."""
     rejects = config.draft_sampling == "rejection" and bool(is_sampled(state.sampling_B3).any())
@@ -76,10 +81,11 @@ def lossless_step(
     row_M, place_M = (torch.arange(draft_length + 1) <= num_verified_B[:, None]).nonzero(as_tuple=True)
     position_M = frontier_B[row_M] + place_M
     logits_MV = logits_at(model, hidden_NH, torch.tensor(verify_from)[row_M] + place_M, is_clean=True)
+    processed_MV = state.process(logits_MV, row_M, position_M, processors)
     if rejects:
-        chosen_M = accept_or_replace(logits_MV, state, row_M, place_M, position_M, num_verified_B)
+        chosen_M = accept_or_replace(processed_MV, state, row_M, place_M, position_M, num_verified_B)
     else:
-        chosen_M = choose_at(logits_MV, state, row_M, position_M)
+        chosen_M = choose_at(processed_MV, state, row_M, position_M)
     ar_BK = torch.full((len(state), draft_length + 1), mask_id)
     ar_BK[row_M, place_M] = chosen_M.cpu()
     agrees_BD = is_verified_BD & (ar_BK[:, :draft_length] == state.draft_BD)

@@ -164,9 +164,13 @@ def choose_tokens(
     return draw_tokens(scale_logits(logits_MV, sampling_M3), sampling_M3, key_M, ids_MV)
 
 
-def propose_tokens(logits_MV: Tensor, sampling_M3: Tensor, key_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Proposed tokens `[M]` and their confidences `[M]`, from float32 logits that are -inf at banned ids."""
-    ids_M = choose_tokens(logits_MV, sampling_M3, key_M)
+def propose_tokens(
+    logits_MV: Tensor, sampling_M3: Tensor, key_M: Tensor, processed_MV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Proposed tokens `[M]` and their confidences `[M]`, from float32 logits that are -inf at banned ids. The
+    tokens are chosen from `processed_MV` where it is given.
+    """
+    ids_M = choose_tokens(logits_MV if processed_MV is None else processed_MV, sampling_M3, key_M)
     return ids_M, logits_MV.softmax(-1).gather(-1, ids_M[:, None])[:, 0]
 
 
