@@ -79,11 +79,10 @@ def test_greedy_text_is_that_of_transformers_with_the_same_processors() -> None:
             eos_token_id=list(stops),
             pad_token_id=0,
         )
-        output = base.generate(
-            torch.tensor([ids]),
-            settings,
-            logits_processor=LogitsProcessorList([processor] if processor else []),
-        )
+        given = processor or LogitsProcessorList()
+        ids_1P = torch.tensor([ids])
+        mask_1P = torch.ones_like(ids_1P)
+        output = base.generate(ids_1P, settings, logits_processor=given, attention_mask=mask_1P)
         assert ours.text_ids == tuple(output[0, len(ids) :].tolist())
         assert processor is None or ours.num_response >= 8
 
