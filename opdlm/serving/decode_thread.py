@@ -22,7 +22,7 @@ from threading import Event, Lock, Thread
 from torch import Tensor
 
 from opdlm.decoding.decode_config import DecodeConfig
-from opdlm.decoding.decode_state import Request
+from opdlm.decoding.decode_state import LogitsProcessor, Request
 from opdlm.decoding.generate import Decoder, FindEnd
 from opdlm.decoding.rollout import Rollout
 from opdlm.modeling.diffusion_lm import DiffusionLM
@@ -64,6 +64,7 @@ class Job:
     """What counts is told in `Request.config`."""
     find_end: FindEnd | None = None
     ignore_eos: bool = False
+    logits_processor: LogitsProcessor | None = None
     on_step: Callable[[RowStep], None] | None = None
     """Called after every step."""
     on_end: Callable[[Rollout | Exception], None]
@@ -157,7 +158,9 @@ class DecodeThread(Thread):
             index = next(self._count)
             self.running[index] = job
             job.admitted.append(time.perf_counter())
-            decoder.waiting.append(Request(index, job.ids, job.seed, job.config, job.ignore_eos))
+            decoder.waiting.append(
+                Request(index, job.ids, job.seed, job.config, job.ignore_eos, job.logits_processor)
+            )
             if job.find_end is not None:
                 decoder.find_end[index] = job.find_end
         return decoder

@@ -16,7 +16,16 @@ from reprlib import Repr
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
 
 from opdlm.data.messages import MESSAGES_RULE, Conversation, Message, check_conversation
 from opdlm.decoding.decode_config import LIMITS, MOST, DecodeConfig
@@ -24,10 +33,9 @@ from opdlm.errors import OpdlmError
 
 LARGEST = 2**62
 MOST_ALTERNATIVES = 20
+MOST_BIASES = 1024
 NEUTRAL: dict[str, Sequence[Any]] = {
     "response_format": [{"type": "text"}],
-    "logit_bias": [{}],
-    "repetition_penalty": [1],
     "length_penalty": [1],
     "best_of": [1],
     "skip_special_tokens": [True],
@@ -38,14 +46,13 @@ NEUTRAL: dict[str, Sequence[Any]] = {
 """Values of unsupported keys that ask for what is done anyway; other values of these keys are refused."""
 UNUSED = ("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 """Keys that concern the books of OpenAI's service and change no answer: any value is accepted."""
-SAMPLING = "tokens are sampled with temperature, top_k and top_p, by drafts and AR model alike"
+SAMPLING = "tokens are sampled with temperature, top_k, top_p and min_p"
 GRAMMAR = "no grammar constrains what the model writes: ask for the form in the prompt"
 REASONS = {
-    **dict.fromkeys(("presence_penalty", "frequency_penalty", "repetition_penalty"), SAMPLING),
-    **dict.fromkeys(("logit_bias", "min_p", "typical_p", "bad_words"), SAMPLING),
+    "typical_p": SAMPLING,
+    "bad_words": "logit_bias of -100 bans tokens",
     **dict.fromkeys(("response_format", "guided_json", "guided_regex", "guided_choice"), GRAMMAR),
     **dict.fromkeys(("guided_grammar", "structured_outputs"), GRAMMAR),
-    "min_tokens": "stop tokens end a response wherever they come, or with ignore_eos nowhere",
     **dict.fromkeys(("best_of", "use_beam_search", "length_penalty"), "choices are not ranked"),
     **dict.fromkeys(("audio", "modalities"), "the model writes text"),
     **dict.fromkeys(("functions", "function_call"), "tools and tool_choice have taken their place"),
@@ -104,6 +111,19 @@ def is_neutral(key: str, value: Any) -> bool:
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in NEUTRAL[key])
 
 
+class CountPenalty(LogitsProcessor):
+    """OpenAI's penalties of tokens by how often the response has them."""
+
+    def __init__(self, num_prompt: int, presence: float, frequency: float) -> None:
+        self.num_prompt, self.presence, self.frequency = num_prompt, presence, frequency
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        """`[1, L]` and `[1, V]` -> `[1, V]`."""
+        ids, counts = input_ids[0, self.num_prompt :].unique(return_counts=True)
+        penalty = self.frequency * counts.to(scores) + self.presence
+        return scores.index_add(1, ids, -penalty[None])
+
+
 class StreamOptions(StrictModel):
     """What a stream sends beside its text."""
 
@@ -133,6 +153,14 @@ class GenerationRequest(ModelRequest):
         None, description="a list of token ids"
     )
     ignore_eos: bool | None = Field(None, description="true or false")
+    min_tokens: int | None = whole_number(0, LARGEST)
+    min_p: float | None = number(0, 1)
+    presence_penalty: float | None = number(-2, 2)
+    frequency_penalty: float | None = number(-2, 2)
+    repetition_penalty: float | None = Field(None, gt=0, le=100, description="a number above 0, at most 100")
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASES)] | None
+    ) = Field(None, description=f"an object of at most {MOST_BIASES} token ids with numbers from -100 to 100")
     n: int | None = whole_number(1, 128)
     user: str | None = Field(None, description="text")
     stream: bool | None = Field(None, description="true or false")
@@ -153,6 +181,36 @@ class GenerationRequest(ModelRequest):
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return ((self.stop,) if self.stop else ()) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def logits_processor(
+        self, num_prompt: int, num_ids: int, stops: Sequence[int], temperature: float
+    ) -> LogitsProcessorList:
+        """What the request does to the AR model's logits; empty: nothing. `num_prompt`: tokens of the prompt,
+        `num_ids`: size of the vocabulary, `stops`: tokens that end the response.
+        """
+        found = LogitsProcessorList()
+        if self.repetition_penalty not in (None, 1):
+            found.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty or 1)))
+        if self.presence_penalty or self.frequency_penalty:
+            found.append(CountPenalty(num_prompt, self.presence_penalty or 0, self.frequency_penalty or 0))
+        if self.logit_bias:
+            found.append(SequenceBiasLogitsProcessor(self.token_biases(num_ids)))
+        if self.min_tokens and stops:
+            found.append(MinNewTokensLengthLogitsProcessor(num_prompt, self.min_tokens, [*stops]))
+        if self.min_p and temperature:  # before the logits are divided by the temperature
+            found.append(MinPLogitsWarper(self.min_p**temperature))
+        return found
+
+    def token_biases(self, num_ids: int) -> dict[tuple[int, ...], float]:
+        """`logit_bias` by token id. Raises InvalidRequest for a key that is no id."""
+        biases = {}
+        for key, bias in (self.logit_bias or {}).items():
+            if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < num_ids):
+                raise InvalidRequest(
+                    f"logit_bias has the key {key[:20]!r}: keys must be token ids from 0 to {num_ids - 1}."
+                )
+            biases[(int(key),)] = bias
+        return biases
 
     def length_limit(self, default: int) -> tuple[str, int]:
         """The response tokens asked for, and the key that says so."""

@@ -28,7 +28,8 @@ from opdlm.checkpoints.load import check_decode, max_total_tokens, vocabulary_ro
 from opdlm.data.chat_template import encode_prompt, token_ids, unread_keys
 from opdlm.data.rows import check_text
 from opdlm.decoding.decode_config import DecodeConfig
-from opdlm.decoding.generate import grid_of
+from opdlm.decoding.decode_state import LogitsProcessor
+from opdlm.decoding.generate import PROCESSED_MODES, grid_of
 from opdlm.decoding.rollout import Rollout
 from opdlm.decoding.streaming import StablePrefix, StopStrings
 from opdlm.errors import ConfigError, require_package
@@ -171,6 +172,7 @@ class Server:
                 if request.stream
                 else None,
                 ignore_eos=ignore_eos,
+                logits_processor=self.logits_processor(request, ids, stable_prefix, config),
                 on_end=on_end,
                 cancelled=cancelled,
             )
@@ -178,6 +180,25 @@ class Server:
         may_call = isinstance(request, ChatRequest) and bool(request.tools) and request.tool_choice != "none"
         tool_format = self.tool_format if may_call else None
         return ParsedRequest(request=request, choices=choices, cancelled=cancelled, tool_format=tool_format)
+
+    def logits_processor(
+        self,
+        request: ChatRequest | CompletionRequest,
+        ids: Sequence[int],
+        stable_prefix: StablePrefix,
+        config: DecodeConfig,
+    ) -> LogitsProcessor | None:
+        """What the request does to the AR model's logits. Raises InvalidRequest in modes in which it does not
+        choose every token.
+        """
+        stops = sorted(stable_prefix.stop_token_ids)
+        found = request.logits_processor(len(ids), self.num_ids, stops, config.temperature)
+        if found and config.mode not in PROCESSED_MODES:
+            raise InvalidRequest(
+                "penalties, logit_bias, min_p and min_tokens change the AR model's logits, and this server "
+                f"decodes in mode {config.mode}: `opdlm serve --mode lossless` follows them."
+            )
+        return found or None
 
     def check_model(self, name: str | None) -> None:
         """Raises InvalidRequest (404) for a model that is not served."""
@@ -269,13 +290,16 @@ class Server:
         key, num_tokens = request.length_limit(self.config.max_new_tokens)
         model = self.thread.model
         mask_token_id = model.spec.mask_token_id
-        num_ids = min(len(self.tokenizer), vocabulary_rows(model.student))
         if any(
-            not 0 <= token < num_ids or token == mask_token_id for ids in (*prompts, suffix) for token in ids
+            not 0 <= token < self.num_ids or token == mask_token_id
+            for ids in (*prompts, suffix)
+            for token in ids
         ):
             raise InvalidRequest(
-                f"prompt has token ids beyond {num_ids - 1}, or the mask token: remove them."
+                f"prompt has token ids beyond {self.num_ids - 1}, or the mask token: remove them."
             )
+        if (request.min_tokens or 0) > num_tokens:
+            raise InvalidRequest(f"min_tokens ({request.min_tokens}) exceeds {key} ({num_tokens}).")
         longest = max(len(ids) for ids in prompts) + len(suffix)
         if longest + num_tokens > self.thread.max_length:
             raise InvalidRequest(
@@ -299,6 +323,11 @@ class Server:
                 status=429,
                 retry_after=full.seconds,
             ) from full
+
+    @cached_property
+    def num_ids(self) -> int:
+        """Token ids from here on cannot be given."""
+        return min(len(self.tokenizer), vocabulary_rows(self.thread.model.student))
 
     @cached_property
     def tool_format(self) -> ToolFormat | None:

@@ -137,3 +137,54 @@ def test_ignore_eos_decodes_to_the_limit(lossless: Served, monkeypatch: pytest.M
     assert ended["usage"]["completion_tokens"] <= 5 and ended["choices"][0]["finish_reason"] == "stop"
     assert ignored["usage"]["completion_tokens"] == 12 and ignored["choices"][0]["finish_reason"] == "length"
     assert len(ignored["choices"][0]["logprobs"]["tokens"]) == 12
+
+
+def greedy(served: Served, **fields: Any) -> list[str]:
+    """Tokens of a greedy response."""
+    body = {"prompt": "add 1 2", "temperature": 0, "logprobs": 0, "max_tokens": 16, "ignore_eos": True}
+    status, answer = served.post(TEXT, body | fields)
+    assert status == 200, answer
+    return answer["choices"][0]["logprobs"]["tokens"]
+
+
+def test_a_banned_token_is_never_written_and_a_wanted_one_always(lossless: Served) -> None:
+    plain = greedy(lossless)
+    (banned,), (wanted,) = (lossless.tokenizer(token)["input_ids"] for token in (plain[0], plain[3]))
+    assert plain[0] not in greedy(lossless, logit_bias={str(banned): -100})
+    assert greedy(lossless, logit_bias={str(wanted): 100}) == [plain[3]] * 16
+
+
+def test_penalties_are_subtracted_from_the_logits_of_written_tokens(lossless: Served) -> None:
+    """Against a loop over the family's own forward."""
+    fields = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.2, "min_p": 0.5}
+    model, ids = lossless.model, lossless.tokenizer("add 1 2")["input_ids"]
+    num_prompt, banned = len(ids), list(model.spec.banned_token_ids)
+    with torch.no_grad(), model.adapter_off():
+        for _ in range(16):
+            scores_V = model.student(torch.tensor([ids])).logits[0, -1].float()
+            scores_V[banned] = -torch.inf
+            for token in {*ids}:
+                scores_V[token] *= 1 / 1.2 if scores_V[token] > 0 else 1.2
+            for token in {*ids[num_prompt:]}:
+                scores_V[token] -= 0.7 + 0.4 * ids[num_prompt:].count(token)
+            ids.append(int(scores_V.argmax()))
+    found = greedy(lossless, **fields)
+    assert found == [lossless.tokenizer.decode([token]) for token in ids[num_prompt:]]
+    assert found != greedy(lossless)
+
+
+def test_min_p_leaves_likely_tokens_only(lossless: Served) -> None:
+    body = {"prompt": "add 1 2", "temperature": 1.7, "max_tokens": 12, "ignore_eos": True, "seed": 3}
+    texts = [lossless.post(TEXT, body | fields)[1]["choices"][0]["text"] for fields in ({}, {"min_p": 1.0})]
+    greedy_text = lossless.post(TEXT, body | {"temperature": 0})[1]["choices"][0]["text"]
+    assert texts[1] == greedy_text != texts[0]
+
+
+def test_no_stop_token_comes_before_min_tokens(lossless: Served) -> None:
+    (stop,) = lossless.tokenizer(greedy(lossless)[3])["input_ids"]
+    body = {"prompt": "add 1 2", "temperature": 0, "stop_token_ids": [stop], "max_tokens": 16}
+    lengths = [
+        lossless.post(TEXT, body | fields)[1]["usage"]["completion_tokens"]
+        for fields in ({}, {"min_tokens": 9})
+    ]
+    assert lengths[0] <= 4 and lengths[1] >= 9
