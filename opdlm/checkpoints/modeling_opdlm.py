@@ -40,7 +40,7 @@ from ..decoding.decode_config import DecodeConfig
 from ..decoding.decode_state import DecodeState as DecodeState
 from ..decoding.denoise import denoise_step as denoise_step
 from ..decoding.draft_policy import DraftPolicy as DraftPolicy
-from ..decoding.generate import FindEnd, check_settings, generate
+from ..decoding.generate import PROCESSED_MODES, FindEnd, check_settings, generate
 from ..decoding.lossless import lossless_step as lossless_step
 from ..decoding.prompt_lookup import look_up as look_up
 from ..decoding.rollout import Rollout as Rollout
@@ -59,15 +59,20 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "s
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DRAFT_HEAD_FILE = "draft_head.safetensors"
 DECODE_SETTINGS = {field.name for field in fields(DecodeConfig)} - {
-    *("max_new_tokens", "temperature", "top_k", "top_p", "logprobs")
+    *("max_new_tokens", "temperature", "top_k", "top_p", "logprobs", "prompt_lookup_num_tokens")
 }
 """Arguments of `generate` beside those of transformers."""
 HONOURED = DECODE_SETTINGS | {
     *("max_length", "max_new_tokens", "max_time", "stop_strings", "eos_token_id", "pad_token_id"),
     *("bos_token_id", "do_sample", "temperature", "top_k", "top_p", "num_return_sequences"),
-    *("return_dict_in_generate", "transformers_version"),
+    *("return_dict_in_generate", "transformers_version", "prompt_lookup_num_tokens"),
 }
 """Entries of a `GenerationConfig` that decoding follows."""
+PROCESSED = {
+    *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "min_length"),
+    *("min_new_tokens", "suppress_tokens", "begin_suppress_tokens"),
+}
+"""Entries that change the AR model's logits, which `PROCESSED_MODES` follow."""
 REFUSED = (
     *("logits_processor", "prefix_allowed_tokens_fn", "assistant_model", "synced_gpus", "custom_generate"),
     *("negative_prompt_ids", "negative_prompt_attention_mask"),
@@ -302,9 +307,15 @@ class OpdlmForCausalLM(GenerationMixin):
         for key in DECODE_SETTINGS & inputs.keys():
             setattr(merged, key, inputs.pop(key))
         given = {key: value for key, value in inputs.items() if value is not None}
-        refuse(
-            unsupported(merged) | {key: given[key] for key in given.keys() - {"input_ids", "attention_mask"}}
+        followed = (
+            PROCESSED if getattr(merged, "mode", DecodeConfig().mode) in PROCESSED_MODES else set[str]()
         )
+        refuse(
+            {key: value for key, value in unsupported(merged).items() if key not in followed}
+            | {key: given[key] for key in given.keys() - {"input_ids", "attention_mask"}}
+        )
+        # transformers would decode by itself
+        merged._copied_tokens, merged.prompt_lookup_num_tokens = merged.prompt_lookup_num_tokens, None
         return merged, inputs
 
     def _sample(  # type: ignore[override]
@@ -343,7 +354,15 @@ class OpdlmForCausalLM(GenerationMixin):
             token_watcher(row_P, config.max_new_tokens, criteria, streamer) for row_P in input_ids.cpu()
         ]
         watched = bool(criteria) or streamer is not None
-        rollouts = generate(model, prompts, config, find_end=find_end if watched else None)
+        width = input_ids.shape[1]
+        processors = [self._processors_of(generation_config, len(ids), width) for ids in prompts]
+        rollouts = generate(
+            model,
+            prompts,
+            config,
+            find_end=find_end if watched else None,
+            logits_processors=processors,
+        )
         if streamer is not None:
             streamer.end()
         width = max(rollout.num_response for rollout in rollouts)
@@ -352,6 +371,14 @@ class OpdlmForCausalLM(GenerationMixin):
         if generation_config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=sequences)
         return sequences
+
+    def _processors_of(self: Any, generation_config: Any, num_prompt: int, width: int) -> Any:
+        """What the entries of `PROCESSED` do to the logits of a prompt that was padded to `width` tokens."""
+        config = copy.copy(generation_config)
+        config.do_sample = False  # temperature and filters are those of the decode loop
+        if config.min_length:
+            config.min_length = max(0, config.min_length - width + num_prompt)
+        return self._get_logits_processor(config, num_prompt, device=self.device, model_kwargs={})
 
 
 def unsupported(config: GenerationConfig) -> dict[str, Any]:
@@ -378,6 +405,9 @@ def refuse(given: dict[str, Any]) -> None:
 def decode_config(generation: Any, max_new_tokens: int) -> DecodeConfig:
     """The settings of the decode loop in a prepared generation config."""
     settings = {key: getattr(generation, key) for key in DECODE_SETTINGS if hasattr(generation, key)}
+    copied = settings["prompt_lookup_num_tokens"] = generation._copied_tokens
+    if copied and settings.get("mode", DecodeConfig().mode) != "lossless":
+        refuse({"prompt_lookup_num_tokens": copied})
     if generation.do_sample:
         settings["temperature"] = 1.0 if generation.temperature is None else generation.temperature
         settings |= {"top_k": generation.top_k or None, "top_p": generation.top_p}

@@ -366,22 +366,51 @@ def decode_settings(our: Everyday) -> None:
 
 
 @call
+def logits_are_processed_as_by_the_plain_model(our: Everyday) -> None:
+    if not our.preserve:
+        return
+    spec = our.model.diffusion.spec
+    banned, stops = list(spec.banned_token_ids), our.model.generation_config.eos_token_id
+    inputs, changed, written = our.inputs(), 0, our.new_ids(mode="ar")[0]  # padding would be penalised too
+    greedy = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": stops}
+    for options in (
+        {"repetition_penalty": 5.0},
+        {"no_repeat_ngram_size": 1},
+        {"bad_words_ids": [written[:1], written[2:4]]},
+        {"suppress_tokens": written[1:3]},
+        {"min_new_tokens": NEW},
+        {"min_length": 9},
+    ):
+        options = {"suppress_tokens": [], **options}
+        options["suppress_tokens"] = [*options["suppress_tokens"], *banned] or None
+        expected = our.plain.generate(**inputs, **greedy, **options).tolist()
+        for mode in ("lossless", "ar"):
+            assert our.model.generate(**inputs, **greedy, **options, mode=mode).tolist() == expected, options
+        changed += expected != our.model.generate(**inputs, **greedy, mode="ar").tolist()
+    assert changed > 2
+    stopping = {"eos_token_id": written[2], "mode": "lossless"}
+    for row in our.new_ids(*TEXTS[::-1], min_new_tokens=8, **stopping):
+        assert written[2] not in row[:8]
+    assert written[2] in our.new_ids(**stopping)[0][:8]
+    for copied in (0, 3):
+        copies = our.new_ids(*TEXTS, mode="lossless", prompt_lookup_num_tokens=copied)
+        assert copies == our.new_ids(*TEXTS, mode="ar")
+
+
+@call
 def what_cannot_be_honoured_is_refused(our: Everyday) -> None:
     import torch
     from transformers import LogitsProcessorList, MinLengthLogitsProcessor
 
     for options in (
         {"num_beams": 2},
-        {"repetition_penalty": 1.2},
-        {"no_repeat_ngram_size": 2},
-        {"min_new_tokens": 1},
+        {"repetition_penalty": 1.2, "mode": "static"},
+        {"bad_words_ids": [[1]], "mode": "threshold"},
         {"min_p": 0.1, "do_sample": True},
-        {"bad_words_ids": [[1]]},
-        {"suppress_tokens": [1]},
         {"output_scores": True, "return_dict_in_generate": True},
         {"use_cache": False},
         {"cache_implementation": "static"},
-        {"prompt_lookup_num_tokens": 3},
+        {"prompt_lookup_num_tokens": 3, "mode": "static"},
         {"assistant_model": our.plain},
         {"logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(3, 1)])},
         {"prefix_allowed_tokens_fn": lambda *_: [1]},
