@@ -72,7 +72,11 @@ def load_tokenizer(
     path = resolve_path(path)
     check_is_checkpoint(path, needs_weights=needs_weights)
     try:
-        return AutoTokenizer.from_pretrained(**source_of(path, trust_remote_code))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            **source_of(path, trust_remote_code)
+        )
+        tokenizer("a")  # finds values of a wrong type
+        return tokenizer
     except Exception as error:  # what is wrong in tokenizer.json, `tokenizers` raises as Exception itself
         raise DataError(
             f"no tokenizer can be loaded from {path} ({one_line(error)}). Copy the checkpoint's own "
