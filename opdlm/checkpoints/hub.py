@@ -6,7 +6,6 @@ A repository holds the files of the folder and no others, with the manifest by w
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,18 +35,22 @@ REASONS = {
 
 def check_can_push(name: str) -> None:
     """ConfigError for a name that no repository can have, or without a token."""
-    try:
-        validate_repo_id(name)
-        is_name = "/" in name
-    except HFValidationError:
-        is_name = False
-    if not is_name:
+    if not is_repository_name(name):
         raise ConfigError(
             f"the repository ({name}) must be USER/NAME, as in ada/smollm2-diffusion: letters, digits, `-`, "
             "`_` and `.`."
         )
     if get_token() is None:
         raise ConfigError(f"{name} cannot be written without a token of the Hub: {LOG_IN}.")
+
+
+def is_repository_name(name: str) -> bool:
+    """Whether it is USER/NAME in the Hub's characters."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
 
 
 def push_folder(folder: Path, name: str, *, private: bool) -> str:
@@ -93,11 +96,12 @@ def local_folder(name: str) -> str:
 
     DataError for an id that the Hub does not have, or where it cannot be reached.
     """
-    if looks_like_path(name) or name.count("/") != 1:
+    if looks_like_path(name) or not is_repository_name(name):
         return name
     with hub_errors(f"{name} is no folder here and cannot be fetched"):
-        config = json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
-        return snapshot_download(name) if "block_diffusion" in config else name
+        file = Path(hf_hub_download(name, "config.json"))
+        is_converted = b'"block_diffusion"' in file.read_bytes()
+        return snapshot_download(name) if is_converted else name
 
 
 @contextmanager

@@ -60,7 +60,10 @@ MASK_EMBEDDING_FILE = "mask_embedding.safetensors"
 DRAFT_HEAD_FILE = "draft_head.safetensors"
 AR_CLASS = "autoregressive_class"
 """Entry of a converted folder's config.json: the class of its AR model, where the checkpoint brings it."""
-CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
+CONFIG_ERRORS = (
+    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError),
+    StrictDataclassError,
+)
 """What transformers, or the code of a checkpoint, raises where it cannot be used."""
 log = logging.getLogger(__name__)
 
@@ -248,7 +251,7 @@ def new_causal_lm(path: str, dtype: str, shape: Mapping[str, int], seed: int) ->
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype)
             )
-        except (RuntimeError, ZeroDivisionError, *CONFIG_ERRORS) as error:
+        except (RuntimeError, *CONFIG_ERRORS) as error:
             raise ConfigError(f"model.shape ({dict(shape)}) makes no model: {one_line(error)}") from error
     use_faster_linear(model)
     return model.eval()
