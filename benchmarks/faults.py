@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -94,7 +94,7 @@ class Ended:
 class Child:
     """An `opdlm` command in a fork. `before` runs in it first."""
 
-    def __init__(self, folder: Path, arguments: Sequence[str], before: Callable[[], None] | None = None):
+    def __init__(self, folder: Path, arguments: Sequence[str], before: Callable[[], object] | None = None):
         self.files = [folder / f".out-{time.monotonic_ns()}", folder / f".err-{time.monotonic_ns()}"]
         sys.stdout.flush()
         self.pid = os.fork()
@@ -381,7 +381,7 @@ def on_write(folder: Path, act: Callable[[int], object]) -> None:
     sys.addaudithook(hook)
 
 
-def write_no_picture(_: object, path: Path) -> None:
+def write_no_picture(runs: Mapping[str, Sequence[dict[str, float]]], path: Path) -> None:
     path.write_bytes(b"picture")
 
 

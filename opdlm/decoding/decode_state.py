@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from .decode_config import DecodeConfig
 from .rollout import NEVER, Rollout
 from .unmasking import sampling_of
 
-LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+LogitsProcessor = Callable[[Any, Any], Tensor]
 """(prompt and response so far `[1, L]`, float32 logits `[1, V]`) -> logits `[1, V]`: as in transformers, but
 without memory of earlier calls, since some are about drafts that are not accepted.
 """

@@ -197,7 +197,7 @@ def make_decoders(
     if vllm is not None:
         vllm.responses(prompts[:1], plain, [0])
         decoders[VLLM_NAME] = lambda: of(vllm.responses(prompts, plain, range(len(prompts))))
-    named = {mode: replace(plain, mode=mode) for mode in modes}
+    named: dict[str, DecodeConfig] = {mode: replace(plain, mode=mode) for mode in modes}
     if "lossless" in named and named["lossless"].lookup_length > 0:
         named["lossless" + NO_COPIES] = replace(named["lossless"], prompt_lookup_num_tokens=0)
     for name, config in named.items():

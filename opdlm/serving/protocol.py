@@ -201,15 +201,15 @@ class GenerationRequest(ModelRequest):
             found.append(MinPLogitsWarper(self.min_p**temperature))
         return found
 
-    def token_biases(self, num_ids: int) -> dict[tuple[int, ...], float]:
-        """`logit_bias` by token id. Raises InvalidRequest for a key that is no id."""
-        biases = {}
+    def token_biases(self, num_ids: int) -> list[list[list[int] | float]]:
+        """`logit_bias` as transformers takes it. Raises InvalidRequest for a key that is no id."""
+        biases: list[list[list[int] | float]] = []
         for key, bias in (self.logit_bias or {}).items():
             if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < num_ids):
                 raise InvalidRequest(
                     f"logit_bias has the key {key[:20]!r}: keys must be token ids from 0 to {num_ids - 1}."
                 )
-            biases[(int(key),)] = bias
+            biases.append([[int(key)], bias])
         return biases
 
     def length_limit(self, default: int) -> tuple[str, int]:
