@@ -117,7 +117,7 @@ class CountPenalty(LogitsProcessor):
     def __init__(self, num_prompt: int, presence: float, frequency: float) -> None:
         self.num_prompt, self.presence, self.frequency = num_prompt, presence, frequency
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`[1, L]` and `[1, V]` -> `[1, V]`."""
         ids, counts = input_ids[0, self.num_prompt :].unique(return_counts=True)
         penalty = self.frequency * counts.to(scores) + self.presence
