@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from opdlm.evaluation.speed import Speed
     from opdlm.modeling.diffusion_lm import DiffusionLM
+    from opdlm.training.run_folder import RunState
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -572,6 +573,49 @@ def verify(folder: str | Path) -> dict[Path, list[str]]:
         path: [" ".join(damage) for damage in find_damage(path)] if (path / MANIFEST).exists() else missing
         for path in found
     }
+
+
+def runs(folder: str | Path = "runs") -> list[RunState]:
+    """The runs of `convert` and `train` in a folder and up to three levels below it.
+
+    Returns:
+        Of each: its folder, `convert` or `train`, running, finished or stopped, its step, and the seconds
+        that are left at the speed of the last steps.
+
+    Raises:
+        DataError: there is no run.
+
+    Example:
+        >>> [run.folder for run in opdlm.runs() if run.state == "stopped"]
+    """
+    from opdlm.training.run_folder import read_runs
+
+    return read_runs(Path(folder))
+
+
+def resume(run: str | Path, *, overrides: Sequence[str] = (), console: Console | None = None) -> Path:
+    """Continue a run of `convert` or `train` with its own settings.
+
+    Args:
+        run: its output_dir.
+        overrides: settings that may change (docs/runs.md), for example `train.num_steps=200`.
+        console: where progress is printed; None: standard output of the main process.
+
+    Returns:
+        The folder of the model.
+
+    Raises:
+        ConfigError: a setting that may not change, or another command that works in the folder.
+        DataError: there is no run, or its checkpoint or data cannot be used.
+
+    Example:
+        >>> opdlm.resume("runs/tiny", overrides=["train.num_steps=200"])
+    """
+    from opdlm.training.run_folder import CONFIG_FILE, read_run
+
+    folder = Path(run)
+    action = convert if read_run(folder).verb == "convert" else train
+    return action(folder / CONFIG_FILE, output_dir=folder, overrides=overrides, console=console)
 
 
 def convert_settings(

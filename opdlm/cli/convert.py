@@ -1,4 +1,4 @@
-"""`opdlm convert`: an autoregressive checkpoint becomes a diffusion model."""
+"""`opdlm convert`: an autoregressive checkpoint becomes a diffusion model. `opdlm resume`: a run goes on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import opdlm
-from opdlm.cli.flags import Parser, Verbs, add_settings, add_verb, publish, read_settings
+from opdlm.cli.flags import Parser, Verbs, add_overrides, add_settings, add_verb, publish, read_settings
 
 DESCRIPTION = """Turn an autoregressive checkpoint into a block-diffusion model and measure what it kept.
 
@@ -36,6 +36,29 @@ def add_convert_flags(parser: Parser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print parameters, memory, FLOPs, tokens and files, and stop"
     )
+
+
+def add_resume(verbs: Verbs) -> None:
+    add_verb(
+        verbs,
+        "resume",
+        run_resume,
+        add_resume_flags,
+        summary="continue a run of convert or train with its own settings",
+        description="Continue the run in RUN, the output_dir of opdlm convert or train, from its newest "
+        "checkpoint. Settings that may change can be given, such as more steps. `opdlm runs` lists runs.",
+        examples="  opdlm resume runs/tiny\n  opdlm resume runs/tiny train.num_steps=200",
+    )
+
+
+def add_resume_flags(parser: Parser) -> None:
+    parser.add_argument("run_folder", metavar="RUN")
+    add_overrides(parser, "section.key=value")
+
+
+def run_resume(options: argparse.Namespace) -> int:
+    print(f"model: {opdlm.resume(options.run_folder, overrides=options.overrides)}")
+    return 0
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,6 @@
-"""`opdlm eval`: what a converted model kept, and likelihoods of text. `opdlm report`: the curves of a run."""
+"""`opdlm eval`: what a converted model kept, and likelihoods of text. `opdlm runs`: which runs there are.
+`opdlm report`: the curves of a run.
+"""
 
 from __future__ import annotations
 
@@ -94,6 +96,32 @@ def add_text_flags(group: argparse._ArgumentGroup) -> None:
         choices=("same_position", "next_position"),
         help="what masked positions predict, with --text and a plain checkpoint that has a mask token",
     )
+
+
+def add_runs(verbs: Verbs) -> None:
+    add_verb(
+        verbs,
+        "runs",
+        run_runs,
+        add_runs_flags,
+        summary="the runs in a folder, with state, step and time left",
+        description="List the runs of opdlm convert and train in FOLDER and below it. The time left is that "
+        "of the steps, at the speed of the last ones.",
+        examples="  opdlm runs\n  opdlm runs experiments",
+    )
+
+
+def add_runs_flags(parser: Parser) -> None:
+    parser.add_argument("folder", nargs="?", default="runs", metavar="FOLDER", help="default: runs")
+
+
+def run_runs(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from opdlm.reporting.tables import print_table, runs_table
+
+    print_table(runs_table(opdlm.runs(options.folder)), Console())
+    return 0
 
 
 def add_report(verbs: Verbs) -> None:

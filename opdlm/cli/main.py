@@ -23,8 +23,8 @@ from opdlm.environment import quiet_libraries
 from opdlm.errors import ConfigError, OpdlmError
 from opdlm.interrupts import interrupt, on_stop_signals
 
-RESUMED = ("convert", "demo", "train", "rollout", "eval", "study")
-TAKE_OVERRIDES = ("convert", "train", "rollout", "eval", "study")
+RESUMED = ("convert", "resume", "demo", "train", "rollout", "eval", "study")
+TAKE_OVERRIDES = ("convert", "resume", "train", "rollout", "eval", "study")
 TRACEBACK = "OPDLM_TRACEBACK"
 """Environment variable; 1: the traceback of an unexpected error is printed too."""
 OVERRIDE = re.compile(r"--((?:[a-z]\w*\.[\w.-]+)|output[_-]dir)(?:=(.*))?", re.DOTALL)
@@ -135,11 +135,13 @@ def build_parser() -> Parser:
     verbs = parser.add_subparsers(metavar="VERB", dest="verb")
     convert.add_convert(verbs)
     train.add_train(verbs)
+    convert.add_resume(verbs)
     generate.add_generate(verbs)
     generate.add_chat(verbs)
     serve.add_serve(verbs)
     rollout.add_rollout(verbs)
     evaluate.add_eval(verbs)
+    evaluate.add_runs(verbs)
     evaluate.add_report(verbs)
     bench.add_bench(verbs)
     export.add_merge(verbs)

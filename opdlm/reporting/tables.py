@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -14,6 +15,7 @@ from rich.table import Table as TerminalTable
 from rich.text import Text
 
 from opdlm.reporting.verdict import Values, has_answers, is_preserve, verdict
+from opdlm.training.run_folder import RunState
 
 NOTHING = "–"
 
@@ -221,6 +223,28 @@ def speed_table(rows: Sequence[Values]) -> Table:
         ],
         note="× generate: speed over `transformers.generate`. × best AR: over the fastest AR decoding of "
         "this table. = AR: responses equal to those of `transformers.generate`.",
+    )
+
+
+def runs_table(runs: Sequence[RunState]) -> Table:
+    """A row per run."""
+    return Table(
+        title="Runs",
+        head=["run", "by", "state", "step", "left", "loss", "held back"],
+        rows=[
+            [
+                str(run.folder),
+                run.verb,
+                run.state,
+                f"{run.step}/{run.num_steps}",
+                NOTHING if run.seconds_left is None else str(timedelta(seconds=round(run.seconds_left))),
+                f"{run.last['loss']:.4f}" if "loss" in run.last else NOTHING,
+                count(run.last.get("held_back_tokens_per_forward")),
+            ]
+            for run in runs
+        ],
+        note="left: time of the steps. held back: tokens per forward after the last step, if it was "
+        "measured. `opdlm resume RUN` continues a run that is stopped.",
     )
 
 

@@ -1,4 +1,4 @@
-"""The run folder, its owner and its settings: may a command continue the run that `output_dir` holds?"""
+"""The run folder, its owner, its settings and its state: may a command continue the run in `output_dir`?"""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
 from opdlm.config.loader import flat, read_recipe
 from opdlm.config.sections import RunConfig
-from opdlm.errors import ConfigError
+from opdlm.errors import ConfigError, DataError
 from opdlm.files import write_atomic
 from opdlm.training.checkpoint import find_checkpoints
-from opdlm.training.metrics import complete_rows
+from opdlm.training.metrics import complete_rows, read_metrics
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
@@ -34,7 +35,70 @@ FREE_SETTINGS = (
 MAY_GROW = ("train.num_steps",)
 MAY_SHRINK = ("optimizer.learning_rate", "optimizer.max_grad_norm")
 """Settings that affect the weights, and may change in one direction when a run resumes."""
+DEPTH = 3
+"""Levels of folders below the one that is given in which runs are found."""
+RECENT = 10
+"""Steps whose mean time tells how long the rest takes."""
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """What became of a run so far."""
+
+    folder: Path
+    verb: Literal["convert", "train"]
+    state: Literal["running", "finished", "stopped"]
+    step: int
+    num_steps: int
+    seconds_left: float | None
+    """At the speed of the last steps; None: nothing is left, or no step was made."""
+    last: dict[str, Any]
+    """The last line of metrics.jsonl."""
+
+
+def read_runs(folder: Path) -> list[RunState]:
+    """The runs in a folder and below it, by name. DataError if there is none."""
+    patterns = ["/".join([*("*" * depth), CONFIG_FILE]) for depth in range(DEPTH + 1)]
+    found = sorted({file.parent for pattern in patterns for file in folder.glob(pattern)})
+    if not found:
+        raise DataError(f"{folder} holds no run: no {CONFIG_FILE} is there. Name the folder of a run.")
+    return [read_run(run) for run in found]
+
+
+def read_run(folder: Path) -> RunState:
+    """The state of one run. DataError if the folder holds none."""
+    saved = folder / CONFIG_FILE
+    if not saved.is_file():
+        raise DataError(f"{folder} holds no run: there is no {CONFIG_FILE}. `opdlm runs` lists the runs.")
+    settings = read_recipe(saved)
+    rows = read_metrics(folder / "metrics.jsonl")
+    step, num_steps = int(rows[-1]["step"]) if rows else 0, int(settings["train"]["num_steps"])
+    seconds, num_left = [row["seconds"] for row in rows[-RECENT:]], num_steps - step
+    is_finished = step >= num_steps and (folder / "model" / "all_results.json").is_file()
+    return RunState(
+        folder=folder,
+        verb="train" if "objective" in settings else "convert",
+        state="running" if is_owned(folder) else "finished" if is_finished else "stopped",
+        step=step,
+        num_steps=num_steps,
+        seconds_left=num_left * sum(seconds) / len(seconds) if seconds and num_left > 0 else None,
+        last=rows[-1] if rows else {},
+    )
+
+
+def is_owned(folder: Path) -> bool:
+    """Whether a command works in the run folder now."""
+    file = folder / LOCK_FILE
+    if not file.exists():
+        return False
+    try:
+        with FileLock(file, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False  # the folder cannot be written, so no command can own it
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from opdlm.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 VERBS = (
-    *("convert", "train", "generate", "chat", "serve", "rollout", "eval", "report"),
+    *("convert", "train", "resume", "generate", "chat", "serve", "rollout", "eval", "runs", "report"),
     *("bench", "merge", "import", "export", "push", "verify", "study"),
     *("demo", "recipes", "env"),
 )
@@ -331,8 +331,14 @@ def test_every_verb_is_in_the_file_that_the_package_names() -> None:
     assert verbs is not None and tuple(verbs) == VERBS
     files = {name: verb.get_default("run").__module__.rpartition(".")[2] for name, verb in verbs.items()}
     elsewhere = {"chat": "generate", "eval": "evaluate", "report": "evaluate", "merge": "export"}
-    elsewhere |= {"import": "export", "verify": "export", "push": "export", "demo": "main"}
-    elsewhere |= {"recipes": "main", "env": "main"}
+    elsewhere |= {
+        "import": "export",
+        "verify": "export",
+        "push": "export",
+        "demo": "main",
+        "resume": "convert",
+    }
+    elsewhere |= {"recipes": "main", "env": "main", "runs": "evaluate"}
     assert files == {name: elsewhere.get(name, name) for name in VERBS}
 
 

@@ -21,7 +21,7 @@ from opdlm.cli.main import main
 from opdlm.config.sections import seconds_of
 from opdlm.distill import pipeline, trainer
 from opdlm.errors import ConfigError
-from opdlm.training.run_folder import owned, read_changes
+from opdlm.training.run_folder import owned, read_changes, read_run
 
 ROOT = Path(__file__).parents[2]
 TrainStep = Callable[[trainer.Run, int], dict[str, float]]
@@ -337,3 +337,28 @@ def test_a_disk_that_fails_after_a_save_leaves_a_run_that_verify_finds_intact(
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'run' / 'checkpoint-1'}: intact\n"
+
+
+def test_runs_are_listed_and_continued_without_the_long_command(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = interrupted(place, tmp_path / "deep" / "stopped")
+    shutil.copytree(place / "whole", tmp_path / "whole")
+    with owned(tmp_path / "deep" / "busy"):
+        shutil.copy(stopped / "config.yaml", tmp_path / "deep" / "busy")
+        capsys.readouterr()
+        assert main(["runs", str(tmp_path)]) == 0
+        rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "convert" in line]
+    assert [(row[0].split("/")[-1], *row[1:4]) for row in rows] == [
+        ("busy", "convert", "running", "0/4"),
+        ("stopped", "convert", "stopped", "3/4"),
+        ("whole", "convert", "finished", "4/4"),
+    ]
+    assert rows[1][4] != "–" == rows[0][4] == rows[2][4]
+    monkeypatch.chdir(tmp_path)
+    assert main(["resume", "deep/stopped"]) == 0
+    assert_same_run(place / "whole", stopped)
+    assert read_run(stopped).state == "finished"
+    assert main(["resume", "deep/stopped", "optimizer.learning_rate=1"]) == 2
+    assert main(["resume", "nowhere"]) == 2
+    assert "nowhere holds no run" in capsys.readouterr().err
