@@ -58,6 +58,8 @@ from opdlm.training.optimizer import make_optimizer, make_scheduler
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
+BAND, BAND_STEPS = 2.0, 3
+"""A run ends where the losses of so many steps are each so many times the largest of as many first ones."""
 EvalCallback = Callable[[DiffusionLM], dict[str, float]]
 """Evaluates a model, identically on every rank. `eval.patience` compares its `score`; higher is better."""
 
@@ -82,6 +84,8 @@ class Loop:
     """`digest_of` the training data; a run does not resume on other data."""
     scores: list[float] = field(default_factory=list)
     """Scores of the evaluations during training so far."""
+    losses: list[float] = field(default_factory=list)
+    """Of every step so far."""
     scheduler: LambdaLR = field(init=False)
     micro_batch_rows: int = field(init=False)
     """`train.micro_batch_rows`, halved whenever the memory did not suffice."""
@@ -93,12 +97,12 @@ class Loop:
     def progress(self, step: int) -> dict[str, Any]:
         """The `progress.json` of a checkpoint after `step` steps."""
         kept = {"num_updates": self.num_updates, "num_planned": self.num_planned, "totals": self.totals}
-        return kept | {"scores": self.scores, "data_digest": self.data_digest}
+        return kept | {"scores": self.scores, "losses": self.losses, "data_digest": self.data_digest}
 
     def restore(self, progress: dict[str, Any]) -> None:
         """Inverse of `progress`."""
         self.num_updates, self.totals = progress["num_updates"], progress["totals"]
-        self.scores = progress["scores"]
+        self.scores, self.losses = progress["scores"], progress.get("losses", [])
         self.scheduler = make_scheduler(
             self.optimizer, self.config.optimizer, self.num_planned, self.num_updates
         )
@@ -152,6 +156,7 @@ def run_steps(
                 break
             started = time.monotonic()
             metrics = step(number)
+            check_band(loop, metrics["loss"])
             if eval_callback is not None and every and (number + 1) % every == 0:
                 metrics |= measure(loop, eval_callback)
             if is_main:
@@ -301,15 +306,30 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def check_finite(loop: Loop, name: str, value: float) -> None:
     """DataError for NaN or infinity, with the way to go on; no checkpoint is written after it."""
-    if math.isfinite(value):
-        return
+    if not math.isfinite(value):
+        raise DataError(f"the {name} became {value} at update {loop.num_updates + 1}. {way_on(loop)}")
+
+
+def check_band(loop: Loop, loss: float) -> None:
+    """Note the loss of a step. DataError where it has left the band of the first steps and stays outside."""
+    loop.losses.append(loss)
+    first, last = max(loop.losses[:BAND_STEPS]), loop.losses[-BAND_STEPS:]
+    if len(loop.losses) >= 2 * BAND_STEPS and min(last) > BAND * first > 0:
+        raise DataError(
+            f"the loss has risen to {loss:.4g}, more than {BAND:g} times that of the first steps "
+            f"({first:.4g}), for {BAND_STEPS} steps. {way_on(loop)}"
+        )
+
+
+def way_on(loop: Loop) -> str:
+    """What continues a run that went wrong."""
     found = [folder.name for folder in find_checkpoints(Path(loop.config.output_dir))]
     goes_on = "starts again from the beginning"
     if found:
         goes_on = f"continues from {found[-1]}; if that ends here too, delete it to go further back"
-    raise DataError(
-        f"the {name} became {value} at update {loop.num_updates + 1}. Lower optimizer.learning_rate "
-        f"({loop.config.optimizer.learning_rate:g}): the same command then {goes_on}."
+    return (
+        f"Lower optimizer.learning_rate ({loop.config.optimizer.learning_rate:g}): the same command then "
+        f"{goes_on}."
     )
 
 

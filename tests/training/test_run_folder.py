@@ -232,6 +232,37 @@ def test_after_nan_a_lower_learning_rate_continues_from_the_checkpoint(
     assert [change["step"] for change in read_changes(output)] == [2]
 
 
+def with_distorted_weights(train_step: TrainStep) -> TrainStep:
+    """From the fourth step on, adapters far from where they were."""
+
+    def distorted(run: trainer.Run, step: int) -> dict[str, float]:
+        if step >= 3:
+            torch.manual_seed(step)
+            with torch.no_grad():
+                for parameter in run.model.parameters():
+                    if parameter.requires_grad:
+                        parameter.normal_(std=10)
+        return train_step(run, step)
+
+    return distorted
+
+
+def test_a_loss_that_rises_and_stays_ends_the_run_and_the_advice_works(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    longer = ("train.num_steps=8", "train.save_every=3", "optimizer.learning_rate=1e-4")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", with_distorted_weights(trainer.train_step))
+        assert main(command(place, output, *longer)) == 2
+    said = capsys.readouterr().err
+    assert "the loss has risen to" in said and "than 2 times that of the first steps" in said
+    assert "the same command then continues from checkpoint-3" in said and said.count("\n") == 1
+    assert [row["step"] for row in metrics(output)] == [1, 2, 3, 4, 5]
+    assert main(command(place, output, *longer, "optimizer.learning_rate=5e-5")) == 0
+    assert len(metrics(output)) == 8
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_saves_and_ends_even_where_ctrl_c_is_ignored(
     number: signal.Signals, code: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
