@@ -181,7 +181,8 @@ CONTENT_TYPES = ("application/json", "text/plain", "application/json; charset=x"
 VERBS = [
     *words(
         """
-        convert train generate chat serve rollout eval report bench merge import export verify study
+        convert train resume generate chat serve rollout eval runs report bench merge import export push verify
+        study
         """
     ),
     *("recipes", "env", "x", ""),
