@@ -193,16 +193,20 @@ def draft_next(
 
 
 def copy_drafts(state: DecodeState, length: int, policy: DraftPolicy) -> None:
-    """Replace drafts by what followed the last tokens earlier, where the policy expects more of that."""
+    """Replace drafts by what followed the last tokens earlier, where the policy expects more of that. No copy
+    reaches beyond the end of the response.
+    """
     ids_BD, match_B = look_up(state, length)
     column_D = torch.arange(length)
-    match_BD = torch.where(match_B[:, None] > 0, match_B[:, None] + column_D, 0)
+    left_B = state.num_prompt_B + state.limit_B - state.final_B
+    is_copied_BD = (match_B[:, None] > 0) & (column_D < left_B[:, None])
+    match_BD = torch.where(is_copied_BD, match_B[:, None] + column_D, 0)
     state.draft_match_BD.zero_()
     match_BD = torch.cat([match_BD, state.draft_match_BD[:, length:]], 1)
     row_R = torch.tensor(policy.prefers_copy(state, match_BD)).nonzero()[:, 0]
     state.draft_BD[row_R, :length] = ids_BD[row_R]
     state.draft_match_BD[row_R] = match_BD[row_R]
-    state.num_draft_B[row_R] = length
+    state.num_draft_B[row_R] = is_copied_BD[row_R].sum(1)
     if state.candidates_BDC.shape[-1]:  # rejection: a copy has probability 1
         state.candidates_BDC[row_R, :length, 0] = ids_BD[row_R]
         state.candidate_probs_BDC[row_R] = 0

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import make_lm, make_prompts, qwen3
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.decode_state import DecodeState, DecodeStats, Request
@@ -72,6 +73,22 @@ def test_copied_drafts_are_lossless(num_tokens: int, overhead: float | None, tem
     if overhead == 1e6 and temperature == 0:
         without = generate(model, prompts, replace(config, prompt_lookup_num_tokens=0), range(len(prompts)))
         assert DecodeStats.of(rollouts).num_steps < 0.9 * DecodeStats.of(without).num_steps
+
+
+def test_no_draft_reaches_beyond_the_context() -> None:
+    """Two blocks of it are left for drafts; learned positions end there."""
+    torch.manual_seed(2)
+    config = GPT2Config(vocab_size=6, n_positions=48, n_embd=32, n_layer=2, n_head=2)
+    model = make_lm("copy", base=GPT2LMHeadModel(config).eval(), block_size=4)
+    model.spec = replace(model.spec, stop_token_ids=())
+    prompts = [[1, 2, 3, 1, 2, 3, 1, 2, 3, 1]] * 2
+    lossless = DecodeConfig(
+        mode="lossless", max_new_tokens=30, forward_overhead=1e6, prompt_lookup_num_tokens=30
+    )
+    rollouts = generate(model, prompts, lossless)
+    expected = generate(model, prompts, DecodeConfig(mode="ar", max_new_tokens=30))
+    assert [r.text_ids for r in rollouts] == [r.text_ids for r in expected]
+    assert {r.num_response for r in rollouts} == {30}
 
 
 def test_without_a_number_text_is_copied_but_not_in_repeatable_decoding() -> None:
