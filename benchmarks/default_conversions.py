@@ -4,7 +4,8 @@
         --dtypes bfloat16 float32 --out runs/defaults
 
 For each model and precision: held-back tokens per forward while it trained (defaults.png), the numbers
-at the end, and whether every weight and tokenizer file of the result has the SHA-256 of the original's.
+at the end, and whether every weight and tokenizer file of the result has the SHA-256 of the original's. Not
+here: speed, which `opdlm bench` measures on an idle machine.
 Finished runs are read, not repeated.
 """
 
@@ -42,7 +43,6 @@ def convert(model: Path, dtype: str, prompts: str, out: Path) -> dict[str, Any]:
         opdlm.convert(model, data=prompts, output_dir=run, overrides=[f"model.dtype={dtype}"])
     original, result = digests(model), digests(run / "model")
     report = json.loads((run / "model" / "retention.json").read_text())
-    timing = json.loads((run / "model" / "timing.json").read_text())
     rows = read(run, "metrics.jsonl")
     keys = ("common_prefix", "identical_to_teacher", "replaced", "tokens_per_forward")
     return {
@@ -53,7 +53,6 @@ def convert(model: Path, dtype: str, prompts: str, out: Path) -> dict[str, Any]:
         "train_seconds": sum(row["seconds"] for row in rows),
         "curve": curve(rows),
         "modes": {mode["name"]: {key: mode[key] for key in keys} for mode in report["student"]},
-        "speed": timing.get("speed"),
         "files": sorted(original),
         "files_that_differ": [name for name, digest in original.items() if result.get(name) != digest],
     }

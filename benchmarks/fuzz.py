@@ -181,8 +181,8 @@ CONTENT_TYPES = ("application/json", "text/plain", "application/json; charset=x"
 VERBS = [
     *words(
         """
-        convert train resume generate chat serve rollout eval runs report bench merge import export push verify
-        study
+        convert train resume generate chat serve rollout eval runs report bench merge import export push
+        verify study
         """
     ),
     *("recipes", "env", "x", ""),
