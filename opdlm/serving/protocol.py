@@ -340,6 +340,8 @@ class TokenizeRequest(ModelRequest):
         """The request whose prompt is to be tokenised."""
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequest("give either prompt or messages.")
+        if self.prompt is not None and self.tools:
+            raise InvalidRequest("tools are shown with messages, not with a prompt: leave one of them out.")
         if self.prompt is not None:
             return CompletionRequest.model_construct(prompt=self.prompt)
         assert self.messages is not None

@@ -188,3 +188,8 @@ def test_no_stop_token_comes_before_min_tokens(lossless: Served) -> None:
         for fields in ({}, {"min_tokens": 9})
     ]
     assert lengths[0] <= 4 and lengths[1] >= 9
+
+
+def test_tools_beside_a_prompt_to_tokenise_are_not_ignored(lossless: Served) -> None:
+    status, answer = lossless.post("/tokenize", {"prompt": "add 1 2", "tools": [{"type": "function"}]})
+    assert status == 400 and "tools are shown with messages" in answer["error"]["message"]
