@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 from contextlib import nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import opdlm
 from opdlm.cli.flags import Parser, Verbs, add_overrides, add_settings, add_verb, publish, read_settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
 
 DESCRIPTION = """Turn an autoregressive checkpoint into a block-diffusion model and measure what it kept.
 
@@ -57,8 +63,23 @@ def add_resume_flags(parser: Parser) -> None:
 
 
 def run_resume(options: argparse.Namespace) -> int:
-    print(f"model: {opdlm.resume(options.run_folder, overrides=options.overrides)}")
+    from opdlm.api import main_console
+
+    console = main_console()
+    folder = opdlm.resume(options.run_folder, overrides=options.overrides, console=console)
+    show_report(folder, console)
+    console.out(f"\nmodel: {folder}", highlight=False)
     return 0
+
+
+def show_report(folder: Path, console: Console) -> None:
+    """What was measured at the end of a conversion, in the main process of a launch."""
+    from opdlm.reporting.pages import read_retention
+    from opdlm.reporting.tables import print_report
+
+    report = None if console.quiet else read_retention(folder)
+    if report is not None:
+        print_report(report, console)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -76,13 +97,7 @@ def run(options: argparse.Namespace) -> int:
         print(describe(config))
         return 0
     folder = opdlm.convert(config, console=console)
-    if not console.quiet:
-        from opdlm.reporting.pages import read_retention
-        from opdlm.reporting.tables import print_report
-
-        report = read_retention(folder)
-        if report is not None:
-            print_report(report, console)
+    show_report(folder, console)
     console.out(f"\nconverted checkpoint: {folder}")
     mode = "lossless" if config.format.name == "preserve" else "threshold"
     console.out(f"next: opdlm chat {folder} --mode {mode}", highlight=False)
