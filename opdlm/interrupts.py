@@ -10,12 +10,15 @@ from types import FrameType
 from typing import NoReturn
 
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+received: list[int] = []
+"""The signals that `interrupt` has got."""
 
 
 def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
     """Raise KeyboardInterrupt(number). Schedulers may send a signal twice: the second does not disturb the
     cleaning up, but a second Ctrl-C does.
     """
+    received.append(number)
     if number != signal.SIGINT:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt(number)
@@ -37,3 +40,18 @@ def on_stop_signals(handle: Callable[[int, FrameType | None], object]) -> Iterat
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside the block the signals raise KeyboardInterrupt(number), also where a library turns that into an
+    error of its own, as compiled code may.
+    """
+    received.clear()
+    with on_stop_signals(interrupt):
+        try:
+            yield
+        except Exception as error:
+            if received:
+                raise KeyboardInterrupt(received[0]) from error
+            raise

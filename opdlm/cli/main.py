@@ -21,7 +21,7 @@ from opdlm.cli.flags import Parser, Verbs, add_verb, printable, with_flag_names
 from opdlm.config.recipes import bundled_recipes, nearest_recipes, shipped_folder
 from opdlm.environment import quiet_libraries
 from opdlm.errors import ConfigError, OpdlmError
-from opdlm.interrupts import interrupt, on_stop_signals
+from opdlm.interrupts import interruptible
 
 RESUMED = ("convert", "resume", "demo", "train", "rollout", "eval", "study")
 TAKE_OVERRIDES = ("convert", "resume", "train", "rollout", "eval", "study")
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read when torch is first imported
     quiet_libraries()
     try:
-        with on_stop_signals(interrupt):
+        with interruptible():
             from opdlm.checkpoints.folders import trust_remote_code
 
             with trust_remote_code(options.trust_remote_code):

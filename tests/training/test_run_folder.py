@@ -21,6 +21,7 @@ from opdlm.cli.main import main
 from opdlm.config.sections import seconds_of
 from opdlm.distill import pipeline, trainer
 from opdlm.errors import ConfigError
+from opdlm.interrupts import interruptible
 from opdlm.training.run_folder import owned, read_changes, read_run
 
 ROOT = Path(__file__).parents[2]
@@ -393,3 +394,14 @@ def test_runs_are_listed_and_continued_without_the_long_command(
     assert main(["resume", "deep/stopped", "optimizer.learning_rate=1"]) == 2
     assert main(["resume", "nowhere"]) == 2
     assert "nowhere holds no run" in capsys.readouterr().err
+
+
+def test_a_signal_that_a_library_turns_into_an_error_of_its_own_still_stops() -> None:
+    with pytest.raises(KeyboardInterrupt) as stopped, interruptible():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+    assert stopped.value.args == (signal.SIGTERM,)
+    with pytest.raises(ValueError, match="no signal"), interruptible():
+        raise ValueError("no signal came")
