@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import current_thread, main_thread
+from threading import Timer, current_thread, main_thread
 from types import FrameType
 from typing import NoReturn
 
@@ -45,13 +47,26 @@ def on_stop_signals(handle: Callable[[int, FrameType | None], object]) -> Iterat
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Inside the block the signals raise KeyboardInterrupt(number), also where a library turns that into an
-    error of its own, as compiled code may.
+    error of its own, as compiled code may. One that is lost in a callback, which Python only reports, is sent
+    again.
     """
     received.clear()
+    report = sys.unraisablehook
+
+    def send_again(lost: sys.UnraisableHookArgs) -> None:
+        if lost.exc_type is not KeyboardInterrupt or not received:
+            report(lost)
+            return
+        signal.signal(received[-1], interrupt)
+        Timer(0.05, os.kill, (os.getpid(), received[-1])).start()
+
     with on_stop_signals(interrupt):
+        sys.unraisablehook = send_again
         try:
             yield
         except Exception as error:
             if received:
                 raise KeyboardInterrupt(received[0]) from error
             raise
+        finally:
+            sys.unraisablehook = report

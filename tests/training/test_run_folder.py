@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -405,3 +406,15 @@ def test_a_signal_that_a_library_turns_into_an_error_of_its_own_still_stops() ->
     assert stopped.value.args == (signal.SIGTERM,)
     with pytest.raises(ValueError, match="no signal"), interruptible():
         raise ValueError("no signal came")
+
+
+def test_a_signal_that_is_lost_in_a_callback_still_stops(capsys: pytest.CaptureFixture[str]) -> None:
+    class Leaves:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt) as stopped, interruptible():
+        Leaves()
+        time.sleep(10)
+    assert stopped.value.args == (signal.SIGTERM,)
+    assert not capsys.readouterr().err
