@@ -34,7 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 on success, 2 with one sentence on a user's mistake, 1 with one sentence on an error
     of ours, 124 at the end of `train.time_limit`, 128 + N on signal N: 130 on Ctrl-C, 143 on SIGTERM.
     """
-    options = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        print("opdlm: interrupted.", file=sys.stderr)
+        return 128 + signal.SIGINT
     if options.verb is None:
         build_parser().print_help()
         return 0
