@@ -35,7 +35,7 @@ REASONS = {
 
 def check_can_push(name: str) -> None:
     """ConfigError for a name that no repository can have, or without a token."""
-    if not is_repository_name(name):
+    if "/" not in name or not is_repository_name(name):
         raise ConfigError(
             f"the repository ({name}) must be USER/NAME, as in ada/smollm2-diffusion: letters, digits, `-`, "
             "`_` and `.`."
@@ -45,12 +45,12 @@ def check_can_push(name: str) -> None:
 
 
 def is_repository_name(name: str) -> bool:
-    """Whether it is USER/NAME in the Hub's characters."""
+    """Whether it is in the Hub's characters: USER/NAME, or NAME alone as of some old repositories."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return "/" in name
+    return True
 
 
 def push_folder(folder: Path, name: str, *, private: bool) -> str:
