@@ -1,6 +1,6 @@
 """Run `opdlm` from a checkout: `python cli.py convert tiny`."""
 
-from opdlm.cli.main import main
+from opdlm.__main__ import run
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run())

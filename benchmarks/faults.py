@@ -102,7 +102,7 @@ class Child:
             return
         code = 1
         try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the command sets it; ignored in the background
             for number, file in enumerate(self.files, 1):
                 os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY), number)
             if before is not None:
@@ -290,11 +290,12 @@ class Faults:
         run = self.new_run()
         first = self.convert(run)
         time.sleep(rng.uniform(0, 0.7) * self.seconds)
-        second = self.convert(run, seed=rng.randint(0, 1)).wait()
+        seed = rng.randint(0, 1)
+        second = self.convert(run, seed=seed).wait()
         ended = first.wait()
         self.said = ended.err + second.err
         if second.code == 0 and ended.is_refusal:  # the second came first, maybe with the other seed
-            return "refused"
+            return self.judge(second, run) if seed == 0 else "refused"
         if ended.code == 0 and (second.is_refusal or second.code == 0):  # 0: after the first had ended
             return self.judge(ended, run)
         return "traceback" if ended.is_traceback or second.is_traceback else "lost"

@@ -34,20 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 on success, 2 with one sentence on a user's mistake, 1 with one sentence on an error
     of ours, 124 at the end of `train.time_limit`, 128 + N on signal N: 130 on Ctrl-C, 143 on SIGTERM.
     """
-    try:
-        options = parse(sys.argv[1:] if arguments is None else arguments)
-    except KeyboardInterrupt:
-        print("opdlm: interrupted.", file=sys.stderr)
-        return 128 + signal.SIGINT
-    if options.verb is None:
-        build_parser().print_help()
-        return 0
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # libgomp's threads spin for each other; beside a busy core that made decoding 100 times slower
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read when torch is first imported
-    quiet_libraries()
+    options = argparse.Namespace(verb=None)
     try:
         with interruptible():
+            options = parse(sys.argv[1:] if arguments is None else arguments)
+            if options.verb is None:
+                build_parser().print_help()
+                return 0
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            # libgomp's threads spin for each other; beside a busy core that made decoding 100 times slower
+            os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read when torch is first imported
+            quiet_libraries()
             from opdlm.checkpoints.folders import trust_remote_code
 
             with trust_remote_code(options.trust_remote_code):
@@ -70,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"opdlm: {place}.", file=sys.stderr)
         return 2
     except Exception as error:
-        return report_unexpected(error, options.verb)
+        return report_unexpected(error, options.verb or "the command line")
 
 
 def report_unexpected(error: Exception, verb: str) -> int:
