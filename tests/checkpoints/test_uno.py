@@ -1,7 +1,7 @@
 """`opdlm export --to uno` and `opdlm import`: the adapter that SGLang and a proposal for vLLM draft with.
 
-The engines' loop is written out here on plain transformers and PEFT, two forwards a cycle, and must decode
-what transformers' own greedy generation does, with the accepted lengths of our lossless decoding.
+The engines' loop on plain transformers and PEFT (`uno_loop`) must decode what transformers' own greedy
+generation does, with the accepted lengths of our lossless decoding.
 """
 
 from __future__ import annotations
@@ -9,25 +9,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from exact_sampling import chi_square_p_value
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_checkpoints import NUM_TOKENS, tiny_overrides, write_checkpoint, write_data
 from transformers import AutoModelForCausalLM
+from uno_loop import our_loop, uno_cycle, uno_loop
 
 import opdlm
 from opdlm.cli.main import main
 from opdlm.decoding.decode_config import DecodeConfig
-from opdlm.decoding.decode_state import DecodeState, Request
-from opdlm.decoding.draft_policy import DraftPlan, DraftPolicy, ForwardCost
-from opdlm.decoding.lossless import lossless_step
+from opdlm.decoding.generate import generate
 from opdlm.decoding.unmasking import uniform_ids
-from opdlm.modeling.kv_cache import DecodeCache
 
 UNO = ("format.noise=uniform", "format.draft_attention=causal", "loss.objective=draft")
 WIDTH, LENGTH = 4, 24
@@ -47,10 +46,10 @@ def convert(root: Path, name: str, teacher: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Students that the engines can run (`llama`, `qwen3` with rsLoRA), and their export in FAMILY-uno."""
+    """Students that the engines can run (one with rsLoRA), and their export in FAMILY-uno."""
     root = tmp_path_factory.mktemp("uno")
     write_data(root)
-    for family, extra in (("llama", ()), ("qwen3", ("lora.use_rslora=true",))):
+    for family, extra in (("llama", ()), ("qwen3", ("lora.use_rslora=true",)), ("qwen2", ())):
         teacher = write_checkpoint(root / family, family, vocab_size=NUM_TOKENS)
         model = AutoModelForCausalLM.from_pretrained(teacher)
         with torch.no_grad():
@@ -61,54 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def uno_loop(
-    model: PeftModel, prompt: Sequence[int], noise_at: Callable[[int, int], list[int]], length: int
-) -> tuple[list[int], list[int]]:
-    """Greedy decoding as the engines do it: the response, and the accepted drafts of every cycle."""
-    text, accepted = list(prompt), list[int]()
-    while len(text) - len(prompt) < length:
-        with model.disable_adapter():  # row 0 of the draft forward, and the prefix that is in its cache
-            clean = model(input_ids=torch.tensor([text]), use_cache=True)
-        root = int(clean.logits[0, -1].argmax())
-        noise = torch.tensor([noise_at(len(text), WIDTH - 1)])
-        noised = model(input_ids=noise, past_key_values=clean.past_key_values)  # rows 1 .. F - 1
-        drafts = noised.logits[0].argmax(-1).tolist()
-        with model.disable_adapter():
-            verified = model(input_ids=torch.tensor([[*text, root, *drafts]])).logits[0].argmax(-1).tolist()
-        predicted = verified[len(text) :]
-        number = next(
-            (i for i, (a, b) in enumerate(zip(drafts, predicted, strict=False)) if a != b), WIDTH - 1
-        )
-        text += [root, *drafts[:number], predicted[number]]
-        accepted.append(number)
-    return text[len(prompt) :], accepted
-
-
-class TwoForwards(DraftPolicy):
-    """The schedule of the engines: draft without verifying, then verify without drafting."""
-
-    def plan(self, state: DecodeState) -> list[DraftPlan]:
-        (number,) = state.num_draft_B.tolist()
-        return [DraftPlan(number, () if number else (0,), self.draft_length)]
-
-
-def our_loop(folder: Path, prompt: Sequence[int], seed: int, length: int) -> tuple[list[int], list[int]]:
-    """Lossless decoding in that schedule: the response, and the accepted drafts of every second forward."""
-    model, _ = opdlm.load(folder)
-    config = DecodeConfig(mode="lossless", max_new_tokens=length, prompt_lookup_num_tokens=0)
-    state = DecodeState.start([Request(0, prompt, seed, config)], 60, model.spec.mask_token_id, WIDTH - 1)
-    cache, policy = DecodeCache(1, 120, model.device), TwoForwards(WIDTH - 1, ForwardCost.linear(0))
-    accepted = []
-    while int(state.final_B[0]) - len(prompt) < length or int(state.num_draft_B[0]):
-        before = int(state.final_B[0]) or len(prompt)
-        with torch.inference_mode():
-            lossless_step(model, state, cache, config, policy)
-        if not int(state.num_draft_B[0]):
-            accepted.append(int(state.final_B[0]) - before - 1)
-    return state.tokens_BL[0, len(prompt) : int(state.final_B[0])].tolist(), accepted
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2"])
 @torch.no_grad()
 def test_the_engines_loop_decodes_what_the_base_does_and_accepts_what_we_do(family: str, runs: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(runs / family)
@@ -118,8 +70,8 @@ def test_the_engines_loop_decodes_what_the_base_does_and_accepts_what_we_do(fami
     every = list[int]()
     for seed, prompt in enumerate(PROMPTS):
 
-        def noise_at(first: int, number: int, seed: int = seed) -> list[int]:
-            places = torch.arange(first, first + number)
+        def noise_at(first: int, seed: int = seed) -> list[int]:
+            places = torch.arange(first, first + WIDTH - 1)
             return uniform_ids(torch.full_like(places, seed), places, NUM_TOKENS).tolist()
 
         text, accepted = uno_loop(adapted, prompt, noise_at, LENGTH)
@@ -135,6 +87,47 @@ def test_the_engines_loop_decodes_what_the_base_does_and_accepts_what_we_do(fami
         assert (text, accepted) == our_loop(runs / f"{family}-run" / "model", prompt, seed, LENGTH)
         every += accepted
     assert 0 in every and max(every) > 0  # some drafts are accepted, and some are not
+
+
+@torch.no_grad()
+def test_samples_of_the_engines_loop_and_of_ours_follow_the_base_model(runs: Path) -> None:
+    """Three tokens after a prompt, 3,000 times each, against their exact probabilities."""
+    base, temperature = AutoModelForCausalLM.from_pretrained(runs / "llama"), 0.1
+    expected: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        prefixes = list(expected)
+        ids = torch.tensor([[*PROMPTS[0], *prefix] for prefix in prefixes])
+        probs_NV = base(input_ids=ids).logits[:, -1].double().div(temperature).softmax(-1).tolist()
+        expected = {
+            (*prefix, token): expected[prefix] * share
+            for prefix, probs in zip(prefixes, probs_NV, strict=True)
+            for token, share in enumerate(probs)
+        }
+    assert sum(sorted(expected.values())[-50:]) > 0.5
+    adapted = PeftModel.from_pretrained(base, str(runs / "llama-uno")).eval()
+    rng, texts = torch.Generator().manual_seed(3), [list[int]() for _ in range(3000)]
+    num_cycles = 0
+    while short := [text for text in texts if len(text) < 3]:
+        short = [text for text in short if len(text) == len(short[0])]
+        ids = torch.tensor([[*PROMPTS[0], *text] for text in short])
+        noise = torch.randint(NUM_TOKENS, (len(short), WIDTH - 1), generator=rng)
+        for text, tokens in zip(short, uno_cycle(adapted, ids, noise, temperature, rng), strict=True):
+            text += tokens
+        num_cycles += len(short)
+    assert num_cycles < 1.9 * len(texts)  # some drafts were accepted, or each text would take two cycles
+    assert chi_square_p_value([tuple(text[:3]) for text in texts], expected) > 1e-3
+    model, _ = opdlm.load(runs / "llama-run" / "model")
+    model.spec = replace(model.spec, stop_token_ids=())
+    for sampling in ("shared_noise", "rejection"):
+        config = DecodeConfig(
+            mode="lossless",
+            max_new_tokens=3,
+            temperature=temperature,
+            draft_sampling=sampling,
+            forward_overhead=1e6,
+        )
+        found = generate(model, [PROMPTS[0]] * 3000, config, torch.Generator().manual_seed(5))
+        assert chi_square_p_value([rollout.text_ids for rollout in found], expected) > 1e-3, sampling
 
 
 def test_stock_peft_loads_the_folder_in_a_clean_process(runs: Path, tmp_path: Path) -> None:
