@@ -281,6 +281,8 @@ def known_obstacle(model: PreTrainedModel) -> str | None:
     others = sorted({*layer_kinds(model.config)} - {"full_attention", "sliding_attention"})
     if others:
         return f"its {', '.join(others)} layers are neither full nor sliding attention"
+    if model._supports_attention_backend and not model._can_set_attn_implementation():
+        return f"transformers cannot read the source of {type(model).__name__}: define it in a file"
     return None
 
 

@@ -29,7 +29,7 @@ import opdlm
 from opdlm.cli.main import main, parse
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"(?:^<!-- needs (.+) -->\n)?^```(bash|python|diff)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"(?:^<!-- needs ([^\n]+) -->\n)?^```(bash|python|diff)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SMALL = {
     "convert": ["train.num_steps=1", "rollout.prompts_per_step=8", "train.rows_per_update=8"],
     "eval": ["--limit", "1"],
@@ -132,7 +132,8 @@ def run_patched(blocks: list[tuple[str, str]], folder: Path) -> None:
     )
     subprocess.run(["patch", "-p1", "--fuzz=0"], input=changes, text=True, cwd=folder, check=True)
     environment = os.environ | {"PYTHONPATH": str(folder)}
-    subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder, check=True)
+    (folder / "page.py").write_text(code)
+    subprocess.run([sys.executable, "page.py"], env=environment, cwd=folder, check=True)
 
 
 @pytest.mark.parametrize(

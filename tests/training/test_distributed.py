@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import launch
 from rich.console import Console
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
 from tiny_models import make_lm, make_prompts, make_rollout, qwen3
@@ -51,7 +51,6 @@ from opdlm.training.devices import leave_ranks
 from opdlm.training.loop import resume, save
 from opdlm.training.metrics import MetricsLog
 
-ROOT = Path(__file__).parents[2]
 KINDS = ("lora", "sdar")
 FAST = ("lora-ddp", "lora-fsdp", "sdar-fsdp", "draft-ddp", "next-ddp", "text-ddp", "text-fsdp")
 SLOW = ("draft-fsdp", "sdar-ddp")
@@ -191,16 +190,6 @@ def main(root: Path, cases: list[str]) -> None:
     if os.environ["RANK"] == "0":
         (root / "results.json").write_text(json.dumps(results))
     leave_ranks(fresh.accelerator)
-
-
-def launch(program: list[str], *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a program on two processes of one thread."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | variables
-    command = [sys.executable, "-m", *options, *program]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")

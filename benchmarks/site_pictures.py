@@ -1,0 +1,51 @@
+"""Draws four pages of the documentation's site in headless Chromium, quantised to small PNG files.
+
+    make docs && python benchmarks/site_pictures.py --out docs/site_pictures
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
+from browser import open_page
+
+DESKTOP = {"width": 1280, "height": 860, "deviceScaleFactor": 1, "mobile": False}
+PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+PICTURES = {
+    "front": ("index.html", DESKTOP),
+    "concepts": ("concepts.html#slots-and-masks", DESKTOP),
+    "api": ("api.html", DESKTOP),
+    "phone": ("index.html", PHONE),
+}
+NUM_COLORS = 64
+
+
+def picture(url: str, size: dict[str, object]) -> Image.Image:
+    """The visible part of a page."""
+    with open_page(url) as page:
+        page.call("Emulation.setDeviceMetricsOverride", **size)
+        page.run("document.fonts.ready.then(() => new Promise(requestAnimationFrame))")
+        data = page.call("Page.captureScreenshot", format="png")["data"]
+    return Image.open(io.BytesIO(base64.b64decode(data)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("site", nargs="?", type=Path, default=Path("build/site"))
+    parser.add_argument("--out", type=Path, default=Path("docs/site_pictures"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, (path, size) in PICTURES.items():
+        shot = picture(f"{options.site.resolve().as_uri()}/{path}", size).convert("RGB")
+        shot.quantize(NUM_COLORS).save(options.out / f"{name}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()
