@@ -5,7 +5,7 @@ STAMP := .venv/.opdlm-installed
 export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo docs test test-slow test-lowest test-faults test-fuzz test-real test-vllm lint wheel sbom audit clean env
+.PHONY: demo docs test test-slow test-pages test-lowest test-faults test-fuzz test-real test-vllm lint wheel sbom audit clean env
 
 demo: env
 	@$(BIN)/python -m opdlm demo runs/demo
@@ -15,6 +15,10 @@ test: lint
 
 test-slow: env
 	$(BIN)/python -m pytest -m "slow and not gpu and not vllm and not real"
+
+# The commands of every page, with small budgets.
+test-pages: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/docs -m "slow or not slow" -k "not as_written"
 
 # The lowest versions that pyproject.toml allows, in an environment of their own.
 test-lowest:

@@ -1,6 +1,8 @@
 """Draws four pages of the documentation's site in headless Chromium, quantised to small PNG files.
 
     make docs && python benchmarks/site_pictures.py --out docs/site_pictures
+
+The pages are read from the disk; the pictures show what fits on a screen and on a phone.
 """
 
 from __future__ import annotations

@@ -598,7 +598,7 @@ def resume(run: str | Path, *, overrides: Sequence[str] = (), console: Console |
 
     Args:
         run: its output_dir.
-        overrides: settings that may change (docs/runs.md), for example `train.num_steps=200`.
+        overrides: settings that may change (docs/runs.md), for example `train.num_steps=400`.
         console: where progress is printed; None: standard output of the main process.
 
     Returns:
@@ -609,7 +609,7 @@ def resume(run: str | Path, *, overrides: Sequence[str] = (), console: Console |
         DataError: there is no run, or its checkpoint or data cannot be used.
 
     Example:
-        >>> opdlm.resume("runs/tiny", overrides=["train.num_steps=200"])
+        >>> opdlm.resume("runs/tiny", overrides=["train.num_steps=400"])
     """
     from opdlm.training.run_folder import CONFIG_FILE, read_run
 

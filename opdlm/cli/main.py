@@ -182,7 +182,8 @@ def add_recipes(verbs: Verbs) -> None:
         run_recipes,
         add_recipes_flags,
         summary="list bundled recipes, or copy one",
-        description="List the bundled recipes, print one, or copy it to a file of your own.",
+        description="List the bundled recipes and launch files (`accelerate launch --config_file FILE`), "
+        "print one, or copy it to a file of your own.",
         examples="  opdlm recipes\n  opdlm recipes tiny\n  opdlm recipes tiny mine.yaml",
     )
 
@@ -210,8 +211,9 @@ def run_demo(options: argparse.Namespace) -> int:
 
 
 def run_recipes(options: argparse.Namespace) -> int:
-    verbs = {"convert": bundled_recipes(), "train": bundled_recipes("train")}
-    recipes = verbs["convert"] | verbs["train"]
+    folders = {"convert": "", "train": "train", "launch": "accelerate"}
+    verbs = {verb: bundled_recipes(folder) for verb, folder in folders.items()}
+    recipes = verbs["convert"] | verbs["train"] | verbs["launch"]
     if options.name is None:
         width = max(map(len, recipes))
         for verb, found in verbs.items():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from opdlm.config.loader import build_section, flat, read_settings, set_value
 from opdlm.config.rules import check_config
@@ -20,6 +21,7 @@ from opdlm.config.sections import Config, MaskSection
 from opdlm.distill.costs import ModelSizes, measure_sizes
 from opdlm.distill.plan import make_plan
 from opdlm.errors import OpdlmError
+from opdlm.training.devices import join_launch
 from opdlm.training.machine import free_memory
 
 LORA_RATE, LORA_WIDTH = 3e-3, 128
@@ -47,7 +49,10 @@ class Choice:
 
 
 def profile(model_path: str, overrides: Sequence[str]) -> list[Choice]:
-    """The settings that `overrides` leave open, chosen for the checkpoint and this machine."""
+    """The settings that `overrides` leave open, chosen for the checkpoint and this machine. All ranks take
+    those of the first, since the free memory of others differs.
+    """
+    join_launch()
     values = read_settings(None, [f"model.path={model_path}", *overrides])
     given = set(flat(values))
     try:
@@ -60,7 +65,8 @@ def profile(model_path: str, overrides: Sequence[str]) -> list[Choice]:
             if choice.key not in given:
                 set_value(values, choice.key, choice.value)
                 chosen.append(choice)
-    return chosen
+    (of_first_rank,) = broadcast_object_list([chosen])
+    return of_first_rank
 
 
 def objective_choices(config: Config, _: ModelSizes) -> list[Choice]:

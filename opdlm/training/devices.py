@@ -37,8 +37,15 @@ Item = TypeVar("Item")
 
 
 def join_ranks(config: RunConfig) -> PartialState:
-    """Join the process group of the launch. accelerate uses CPU ranks only with `cpu=True`."""
+    """Join the process group of the launch, if its ZeRO stage can run these settings."""
     check_zero(config)
+    return join_launch()
+
+
+def join_launch() -> PartialState:
+    """Join the process group of the launch. accelerate uses CPU ranks only with `cpu=True`, which the first
+    `PartialState` of a process decides.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once; see `deterministic_kernels`
     with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):  # `training.deepspeed` starts the engine
         state = PartialState(cpu=not torch.accelerator.is_available())

@@ -126,6 +126,14 @@ def test_a_row_that_depends_on_the_rows_beside_it_is_refused() -> None:
         make_student(model, tiny_tokenizer(), load_config(None, ["model.path=unused"]))
 
 
+def test_a_class_that_no_file_defines_is_refused_with_the_way_on() -> None:
+    """As one of a notebook: transformers reads a class's source before it sets another attention."""
+    model = tiny_model("llama")
+    model.__class__ = type("Notebook", (type(model),), {"__module__": "no_file"})
+    with pytest.raises(DataError, match="cannot read the source of Notebook: define it in a file"):
+        make_student(model, tiny_tokenizer(), load_config(None, ["model.path=unused"]))
+
+
 @pytest.mark.slow
 def test_the_table_of_the_documentation_is_what_the_families_give() -> None:
     page = table()

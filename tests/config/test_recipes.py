@@ -213,6 +213,13 @@ def test_every_former_name_leads_to_a_recipe_and_a_model() -> None:
         assert all(override.removeprefix("model.path=") in REAL for override in overrides)
 
 
+def test_a_launch_file_is_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    assert "launch  fsdp2 " in capsys.readouterr().out
+    assert main(["recipes", "fsdp2", str(tmp_path / "mine.yaml")]) == 0
+    assert (tmp_path / "mine.yaml").read_text() == bundled_recipes("accelerate")["fsdp2"].read_text()
+
+
 PROMPT, RESPONSE, ROWS = 24, 40, 4
 
 

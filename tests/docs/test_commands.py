@@ -23,20 +23,24 @@ from types import ModuleType
 from urllib.request import urlopen
 
 import pytest
+from processes import launch
 from tiny_checkpoints import convert_both, write_rows
 
 import opdlm
 from opdlm.cli.main import main, parse
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"(?:^<!-- needs ([^\n]+) -->\n)?^```(bash|python|diff)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"(?:^<!-- needs ([^\n]+) -->\n)?^```(bash|python|diff)\n(.*?)^```", re.DOTALL | re.MULTILINE
+)
 SMALL = {
     "convert": ["train.num_steps=1", "rollout.prompts_per_step=8", "train.rows_per_update=8"],
     "eval": ["--limit", "1"],
     "bench": ["--limit", "2", "--repeats", "1", "--batch-sizes", "1", "--max-new-tokens", "8"],
 }
 """What the small run adds to a command, by verb."""
-SMALL_DATA = {"data.self_prompts=4000": "data.self_prompts=8"}
+SMALL_SETTINGS = {"data.self_prompts=4000": "data.self_prompts=8", "train.num_steps=400": "train.num_steps=2"}
+"""What it puts in the place of others."""
 SHOWN = {
     "README.md": "85",
     "quickstart.md": "-> 85",
@@ -60,10 +64,11 @@ PAGES = {
 
 
 def commands_of(block: str) -> list[list[str]]:
-    """Arguments of the commands of a bash block, which are `opdlm` and `pip install` only; of the former."""
+    """The commands of a bash block of a page, without those of pip."""
     lines = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
-    assert all(line[0] == "opdlm" or line[:2] == ["pip", "install"] for line in lines if line), block
-    return [line[1:] for line in lines if line and line[0] == "opdlm"]
+    known = (["opdlm"], ["accelerate", "launch"], ["pip", "install"])
+    assert all(any(line[: len(start)] == start for start in known) for line in lines if line), block
+    return [line for line in lines if line and line[0] != "pip"]
 
 
 def commands_in(name: str) -> list[list[str]]:
@@ -88,14 +93,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_module_cache: No
     write_rows(
         tmp_path / "questions.jsonl", [{"prompt": f"add {i} 7", "answer": f"{i + 7}"} for i in range(8)]
     )
+    write_rows(tmp_path / "held_out.jsonl", [{"text": f"add {i} 7 -> {i + 7}"} for i in range(80)])
     return tmp_path
 
 
 def run(command: list[str], as_written: bool) -> None:
+    start = command.index("opdlm")
+    launcher, command = command[:start], command[start + 1 :]
     if not as_written:
-        command = [SMALL_DATA.get(word, word) for word in command] + SMALL.get(command[0], [])
+        command = [SMALL_SETTINGS.get(word, word) for word in command] + SMALL.get(command[0], [])
         if command[:2] == ["convert", "tiny"]:
             command.append("eval.limit=1")
+    if launcher:
+        launch(["opdlm", *command], "accelerate.commands.launch", *launcher[2:], cwd=Path.cwd())
+        return
     if command[0] == "serve":
         if as_written:  # it takes port 8000; tests/serving start servers every day
             assert_serves(command)
@@ -140,10 +151,13 @@ def run_patched(blocks: list[tuple[str, str]], folder: Path) -> None:
     ("name", "as_written"),
     [
         *(
-            (name, False) if name == "README.md" else pytest.param(name, False, marks=pytest.mark.slow)
+            pytest.param(name, False, id=name, marks=() if name == "README.md" else pytest.mark.slow)
             for name in PAGES
         ),
-        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("README.md", "quickstart.md")),
+        *(
+            pytest.param(name, True, id=f"{name}-as_written", marks=pytest.mark.slow)
+            for name in ("README.md", "quickstart.md")
+        ),
     ],
 )
 def test_the_blocks_of_a_page_run(
@@ -175,13 +189,15 @@ def test_the_blocks_of_a_page_run(
 def test_the_small_run_changes_commands_that_the_pages_have() -> None:
     """A page that no longer has such a command would run in full without a word."""
     words = {word for name in PAGES for command in commands_in(name) for word in command}
-    assert set(SMALL_DATA) <= words and set(SMALL) <= words and set(SHOWN) <= set(PAGES)
+    assert set(SMALL_SETTINGS) <= words and set(SMALL) <= words and set(SHOWN) <= set(PAGES)
 
 
 def test_every_command_of_a_page_parses() -> None:
     """Those that are not run too, where they are of `opdlm`."""
     for page in PAGES.values():
-        for _, language, text in BLOCK.findall(page.read_text()):
+        blocks = BLOCK.findall(page.read_text())
+        assert len(blocks) == len(re.findall(r"^```(?:bash|python|diff)$", page.read_text(), re.MULTILINE))
+        for _, language, text in blocks:
             for line in text.replace("\\\n", " ").splitlines() if language == "bash" else ():
                 if line.startswith("opdlm "):
                     parse(shlex.split(line, comments=True)[1:])
@@ -193,7 +209,7 @@ def test_every_command_of_a_page_parses() -> None:
 
 def test_the_quickstart_names_every_step() -> None:
     commands = commands_in("quickstart.md")
-    assert {"convert", "generate", "chat", "eval", "serve", "report", "env"} == {c[0] for c in commands}
+    assert {"convert", "generate", "chat", "eval", "serve", "report", "env"} == {c[1] for c in commands}
 
 
 def test_every_public_name_is_in_the_page_of_the_api() -> None:
