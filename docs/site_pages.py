@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 import opdlm
 from opdlm.cli.main import build_parser
@@ -29,6 +30,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for place, text in {**pages, "command_line.md": command_line(), "api.md": api()}.items():
         files.append(File.generated(config, place, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> None:
+    """A page that is alone in its tab needs no bar beside it."""
+    if page.parent is None:
+        page.meta["hide"] = ["navigation"]
 
 
 def command_line() -> str:
