@@ -41,7 +41,7 @@ TURNS = (
 )
 SETTINGS = ("train.num_steps=9", "eval.held_back=8")
 """Ten minutes on two cores, with the measurements."""
-TOY_TURNS = ("add 47 38", "copy abc", "reverse stone")
+TOY_TURNS = ("add 47 38", "reverse stone", "story Tusel owl hill")
 
 
 def main(output_dir: str) -> None:

@@ -23,7 +23,7 @@ def main(output_dir: str, num_steps: int = 3) -> None:
     folder = opdlm.convert(config)
 
     model, tokenizer = opdlm.load(folder)
-    prompts = ["add 47 38", "copy abc"]
+    prompts = ["add 47 38", "reverse stone"]
     rollouts = opdlm.generate(model, prompts, tokenizer=tokenizer, mode="threshold", max_new_tokens=40)
     for prompt, rollout in zip(prompts, rollouts, strict=True):
         print(f"{prompt}: {rollout.text!r}, revealed in steps {rollout.unmask_step[: rollout.num_response]}")
