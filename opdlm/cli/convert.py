@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     if config is None:
         return 0
     if options.dry_run:
-        print(describe(config))
+        console.out(describe(config), highlight=False)
         return 0
     folder = opdlm.convert(config, console=console)
     show_report(folder, console)

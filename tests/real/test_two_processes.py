@@ -79,7 +79,5 @@ def test_two_processes_train_a_real_model_as_one(runs: dict[str, Path], other: s
     wanted, weights = weights_of(runs["one"]), weights_of(runs[other])
     assert wanted.keys() == weights.keys()
     gaps = torch.cat([(weights[name] - weight).abs().flatten() for name, weight in wanted.items()])
-    print(f"losses {max(abs(a['loss'] - b['loss']) for a, b in zip(expected, found, strict=True)):.1e}, "
-          f"weights {gaps.max():.1e}, {gaps.gt(1e-5).sum()} of {gaps.numel()} above 1e-5")  # fmt: skip
     assert gaps.max() < 0.05 * expected[0]["learning_rate"]
     assert gaps.gt(1e-5).float().mean() < 1e-4
