@@ -11,6 +11,7 @@ import argparse
 import base64
 import io
 import sys
+from collections.abc import Mapping
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -39,7 +40,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
         pass
 
 
-def picture(url: str, size: dict[str, object]) -> Image.Image:
+def picture(url: str, size: Mapping[str, object]) -> Image.Image:
     """The visible part of a page."""
     with open_page(url) as page:
         page.call("Emulation.setScrollbarsHidden", hidden=True)

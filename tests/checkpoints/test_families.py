@@ -129,7 +129,8 @@ def test_a_row_that_depends_on_the_rows_beside_it_is_refused() -> None:
 def test_a_class_that_no_file_defines_is_refused_with_the_way_on() -> None:
     """As one of a notebook: transformers reads a class's source before it sets another attention."""
     model = tiny_model("llama")
-    model.__class__ = type("Notebook", (type(model),), {"__module__": "no_file"})
+    attributes = {"__module__": "no_file", "_can_set_attn_implementation_cached_value": None}
+    model.__class__ = type("Notebook", (type(model),), attributes)
     with pytest.raises(DataError, match="cannot read the source of Notebook: define it in a file"):
         make_student(model, tiny_tokenizer(), load_config(None, ["model.path=unused"]))
 
