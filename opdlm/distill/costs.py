@@ -223,7 +223,7 @@ def optimizer_memory(config: Config, sizes: ModelSizes) -> dict[str, float]:
     moment = 1 if config.optimizer.name == "adamw8bit" else 4
     found = {"AdamW moments": 2.0 * moment * sizes.trained}
     num_half = (4 * sizes.trained - sizes.trained_bytes) / 2
-    return found | ({"float32 copies of the trained weights": 4 * num_half} if num_half else {})
+    return found | ({"float32 copies of the weights": 4 * num_half} if num_half else {})
 
 
 def rollout_memory(config: Config, sizes: ModelSizes, row: LongestRow) -> dict[str, float]:
@@ -270,7 +270,7 @@ def training_memory(config: Config, sizes: ModelSizes, row: LongestRow) -> dict[
     if config.train.mixed_precision == "bf16" and config.model.dtype == "float32":
         found["bf16 copies of the weights"] = 2.0 * sizes.total
     beyond = 4.0 * sizes.trained - sum(found.values())
-    return found | ({"float32 gradients, beyond these": beyond} if beyond > 0 else {})
+    return found | ({"float32 gradients beyond these": beyond} if beyond > 0 else {})
 
 
 def layer_bytes(config: Config, sizes: ModelSizes, row: LongestRow) -> float:
