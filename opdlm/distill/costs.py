@@ -222,8 +222,8 @@ def optimizer_memory(config: Config, sizes: ModelSizes) -> dict[str, float]:
     """State of the optimiser, in bytes: two moments, and float32 copies of the weights of 2 bytes."""
     moment = 1 if config.optimizer.name == "adamw8bit" else 4
     found = {"AdamW moments": 2.0 * moment * sizes.trained}
-    num_half = (4 * sizes.trained - sizes.trained_bytes) / 2
-    return found | ({"float32 copies of the weights": 4 * num_half} if num_half else {})
+    copies = 2.0 * (4 * sizes.trained - sizes.trained_bytes)  # 4 bytes for each weight of 2
+    return found | ({"float32 copies of the weights": copies} if copies else {})
 
 
 def rollout_memory(config: Config, sizes: ModelSizes, row: LongestRow) -> dict[str, float]:
