@@ -175,7 +175,7 @@ def merge_adapter(peft_model: PeftModel) -> PreTrainedModel:
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    base = peft_model.get_base_model()
+    base: Any = peft_model.get_base_model()
     check_mergeable(base)
     if getattr(base, "hf_quantizer", None) is not None:
         weights, config = get_peft_model_state_dict(peft_model), peft_model.peft_config[ADAPTER]

@@ -37,6 +37,10 @@ class Desk:
         """What `opdlm convert` made with default settings."""
         return self.folder / "runs" / "opdlm" / "model"
 
+    @property
+    def has_template(self) -> bool:
+        return (self.source / "chat_template.jinja").is_file()
+
     def opdlm(
         self, *command: Any, text: str | None = None, status: int = 0
     ) -> subprocess.CompletedProcess[str]:

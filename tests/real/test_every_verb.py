@@ -90,6 +90,9 @@ def test_infill_keeps_the_text_around_the_gap(desk: Any) -> None:
 def test_a_chat_answers_as_generate(desk: Any) -> None:
     common = ("--mode", "lossless", "--max-new-tokens", 16, "--dtype", "float32")
     shown = desk.opdlm("chat", desk.model, *common, text=f"{QUESTION}\n/new\n{QUESTION}\n").stdout
+    if not desk.has_template:
+        assert "need a chat template" in shown
+        return
     (answer,) = desk.answers(desk.model, "--mode", "lossless")
     assert "".join(shown.split()).count("".join(answer["response"].split())) == 2
 
@@ -111,18 +114,21 @@ def served(desk: Any, *options: Any) -> Iterator[str]:
 
 def test_a_server_answers_as_generate(desk: Any) -> None:
     (answer,) = desk.answers(desk.model, "--mode", "lossless")
-    body = {"model": "m", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 16}
+    path, asked = "completions", {"prompt": QUESTION}
+    if desk.has_template:
+        path, asked = "chat/completions", {"messages": [{"role": "user", "content": QUESTION}]}
+    body = {"model": "m", "max_tokens": 16, **asked}
     options = (desk.model, "--mode", "lossless", "--dtype", "float32", "--name", "m")
     with served(desk, *options) as address:
         texts = []
         for stream in (False, True):
             data = json.dumps(body | {"stream": stream}).encode()
-            request = Request(f"{address}/chat/completions", data, {"Content-Type": "application/json"})
+            request = Request(f"{address}/{path}", data, {"Content-Type": "application/json"})
             reply = urlopen(request, timeout=120).read().decode()
             lines = [line[6:] for line in reply.splitlines() if line.startswith("data: {")] or [reply]
             choices = [choice for line in lines for choice in json.loads(line)["choices"]]
-            parts = [choice.get("delta") or choice.get("message") for choice in choices]
-            texts.append("".join((part or {}).get("content") or "" for part in parts))
+            parts = [choice.get("delta") or choice.get("message") or choice for choice in choices]
+            texts.append("".join(part.get("content") or part.get("text") or "" for part in parts))
     assert texts == [answer["response"], answer["response"]]
 
 
@@ -223,16 +229,14 @@ def test_an_adapter_is_exported_and_imported(desk: Any) -> None:
     layout = ("format.noise=uniform", "format.draft_attention=causal", "output_dir=runs/uno")
     desk.opdlm("convert", desk.source, *settings_of(), *layout)
     first = desk.folder / "runs" / "uno" / "model"
-    if "sliding_attention" in json.dumps(
-        json.loads((desk.source / "config.json").read_text())["layer_types"]
-    ):
-        assert (
-            "one cache for all layers" in desk.opdlm("export", first, "uno", "--to", "uno", status=2).stderr
-        )
+    if "sliding_attention" in json.loads((desk.source / "config.json").read_text()).get("layer_types", ()):
+        refused = desk.opdlm("export", first, "uno", "--to", "uno", status=2)
+        assert "one cache for all layers" in refused.stderr
         return
     desk.opdlm("export", first, "uno", "--to", "uno")
     desk.opdlm("import", desk.source, "uno", "imported")
-    answers = [desk.answers(folder, "--mode", "lossless")[0] for folder in (first, "imported")]
+    fixed = ("--mode", "lossless", "--forward-overhead", 32)  # what is drafted depends on no clock
+    answers = [desk.answers(folder, *fixed)[0] for folder in (first, "imported")]
     assert answers[0] == answers[1]
 
 
@@ -250,15 +254,15 @@ def test_sdar_is_exported_for_vllm(desk: Any) -> None:
 
 def test_a_pushed_folder_comes_back(desk: Any, tmp_path: Path) -> None:
     with hub() as server:
-        there = {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
-        there |= {"HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
-        remote = replace(desk, environment=there)
+        environment = {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+        environment |= {"HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+        remote = replace(desk, environment=environment)
         assert "ada/first" in remote.opdlm("push", desk.model, "ada/first").stdout
         files = server.repositories["ada/first"]
         assert files["model.safetensors"] == (desk.model / "model.safetensors").read_bytes()
-        assert remote.answers("ada/first", "--mode", "lossless") == desk.answers(
-            desk.model, "--mode", "lossless"
-        )
+        folders = ((remote, "ada/first"), (desk, desk.model))
+        there, here = (at.answers(folder, "--mode", "lossless")[0]["token_ids"] for at, folder in folders)
+        assert there == here
 
 
 def test_a_study_of_the_model_is_planned(desk: Any) -> None:
