@@ -32,6 +32,7 @@ from opdlm.checkpoints.load import (
     set_embedding_row,
     vocabulary_rows,
 )
+from opdlm.checkpoints.lora import check_mergeable
 from opdlm.config.sections import Config, FormatSection, RunConfig, resolve_path
 from opdlm.errors import DataError
 from opdlm.limits import limited_code
@@ -112,6 +113,8 @@ def check_trainable(model: PreTrainedModel, config: Config) -> None:
             f"model.path ({config.model.path}) holds quantised weights, which cannot be trained: set "
             "lora.enabled=true, or give the checkpoint in full precision."
         )
+    if config.format.name == "sdar" and config.lora.enabled and config.lora.merge:
+        check_mergeable(model)
 
 
 def outside_mask_id(tokenizer: PreTrainedTokenizerBase, section: FormatSection) -> int:

@@ -31,6 +31,7 @@ from opdlm.checkpoints.load import (
     load_causal_lm,
     read_spec,
     set_embedding_row,
+    unpack_when_loaded,
 )
 from opdlm.checkpoints.lora import GATED, merge_adapter
 from opdlm.config.sections import resolve_path
@@ -104,6 +105,7 @@ def write_model(
         tokenizer.save_pretrained(folder)
     values = json.loads((folder / "config.json").read_text())
     values["block_diffusion"] = spec.to_dict()
+    unpack_when_loaded(values.get("quantization_config", {}))
     classes = values.get("auto_map", {})
     if classes.get("AutoModelForCausalLM", AUTO_CLASS) != AUTO_CLASS:
         values[AR_CLASS] = classes["AutoModelForCausalLM"]

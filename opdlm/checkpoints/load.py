@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -130,7 +131,7 @@ def load_causal_lm(
         raise DataError(f"cannot load {path} as a causal language model: {one_line(error)}") from error
     model, found = loaded
     check_weights(path, model, found)
-    if getattr(model, "is_loaded_in_4bit", False):
+    if is_quantized(model):
         make_savable(model)
     if method and not is_quantized(model):
         log.warning(f"{path}: its {method} weights are dequantised to {model.dtype}")
@@ -152,7 +153,8 @@ def check_weights(path: str, model: PreTrainedModel, found: Mapping[str, Any]) -
             f"{tuple(in_model)}. Download or copy the checkpoint again."
         )
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter.to(model.dtype)).all():
+        values = parameter if type(parameter.data) is Tensor else parameter.dequantize()
+        if values.is_floating_point() and not torch.isfinite(values.to(model.dtype)).all():
             raise DataError(
                 f"{path}: weight {name} holds NaN or infinite values; the checkpoint is damaged. Download it "
                 "again."
@@ -169,7 +171,22 @@ def quantization_method(path: str, config: PretrainedConfig) -> str | None:
             f"{path} holds weights quantised by {section['quant_method']}, which transformers cannot read. "
             "Give the checkpoint in full precision."
         )
-    return str(section.get("quant_method", "bitsandbytes"))
+    unpack_when_loaded(section)
+    method = str(section.get("quant_method", "bitsandbytes"))
+    if method in ("gptq", "awq") and find_spec("gptqmodel") is None:  # optimum would fail on a missing name
+        raise DataError(
+            f"{path} holds weights quantised by {method}, which transformers reads with gptqmodel: install "
+            "that, or give the checkpoint in full precision."
+        )
+    return method
+
+
+def unpack_when_loaded(section: dict[str, Any]) -> None:
+    """Let compressed-tensors dequantise while it loads: the first forward of the whole model would do it, and
+    rollouts and updates call its backbone.
+    """
+    if section.get("quant_method") == "compressed-tensors":
+        section["dequantize"] = True
 
 
 def is_quantized(model: PreTrainedModel) -> bool:
@@ -178,12 +195,14 @@ def is_quantized(model: PreTrainedModel) -> bool:
 
 
 def make_savable(model: Any) -> None:
-    """Make a 4-bit model save the weights that were loaded: transformers cannot reverse its conversion of
-    4-bit files, and the packed CPU kernel of bitsandbytes rounds the scales when it unpacks a weight.
+    """Make a quantised model save the weights that were loaded: transformers cannot reverse its conversion of
+    the files, and the packed CPU kernel of bitsandbytes rounds the scales when it unpacks a weight.
     """
+    vars(model).pop("_weight_conversions", None)
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return
     from bitsandbytes.nn import Linear4bit
 
-    vars(model).pop("_weight_conversions", None)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
 
 from opdlm.config.sections import LoraSection
-from opdlm.errors import ConfigError
+from opdlm.errors import ConfigError, DataError
 from opdlm.modeling.gate import Adapted
 
 if TYPE_CHECKING:
@@ -156,14 +157,27 @@ def adapter_delta(layer: Any) -> Callable[[Tensor, Tensor], None]:
     return dora if layer.lora_magnitude_vector else lora
 
 
+def check_mergeable(base: PreTrainedModel) -> None:
+    """DataError for packed weights that transformers cannot unpack, to which no adapter can be added."""
+    quantizer = getattr(base, "hf_quantizer", None)
+    if quantizer is not None and type(quantizer)._dequantize is HfQuantizer._dequantize:
+        method = quantizer.quantization_config.quant_method.value
+        raise DataError(
+            f"the weights of {base.name_or_path}, quantised by {method}, cannot be unpacked by transformers, "
+            "so no adapter can be added to them: leave it apart "
+            "(lora.merge=false), or give the checkpoint in full precision."
+        )
+
+
 def merge_adapter(peft_model: PeftModel) -> PreTrainedModel:
-    """Merge the adapter into the weights of the base, in place, and return it. A 4-bit base is dequantised
-    first, since rounding the sum to 4 bits would lose most of the adapter.
+    """Merge the adapter into the weights of the base, in place, and return it. A quantised base is
+    dequantised first, since rounding the sum to a few bits would lose most of the adapter.
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    base = peft_model.get_base_model()
-    if getattr(base, "is_loaded_in_4bit", False):
+    base: Any = peft_model.get_base_model()
+    check_mergeable(base)
+    if getattr(base, "hf_quantizer", None) is not None:
         weights, config = get_peft_model_state_dict(peft_model), peft_model.peft_config[ADAPTER]
         peft_model = get_peft_model(peft_model.unload().dequantize(), config)
         set_peft_model_state_dict(peft_model, weights)

@@ -126,7 +126,7 @@ def measure_sizes(config: Config) -> ModelSizes:
     has_own_mask = config.lora.enabled or config.format.name == "preserve"
     if has_own_mask and config.format.noise == "mask":
         trained += text.hidden_size
-        trained_bytes += text.hidden_size * table.element_size()
+        trained_bytes += 4 * text.hidden_size
     if config.format.draft_head:
         with torch.device("meta"):
             head_weights = list(DraftHead(text.hidden_size, config.format.draft_head).parameters())
@@ -210,12 +210,20 @@ def weight_element(config: Config) -> int:
 
 def fixed_memory(config: Config, sizes: ModelSizes) -> dict[str, float]:
     """Memory that is held during the whole run, in bytes."""
-    kept = {"weights": float(sizes.weight_bytes), "AdamW moments": 2.0 * sizes.trained_bytes}
+    kept = {"weights": float(sizes.weight_bytes)} | optimizer_memory(config, sizes)
     if config.rollout.asynchronous:
         kept["asynchronous student"] = float(sizes.trained_bytes)
     if config.rollout.engine == "vllm":
         kept["weights in vLLM"] = float(weight_element(config) * sizes.total)
     return kept | ({} if config.train.ema_decay is None else {"weight average": 4.0 * sizes.trained})
+
+
+def optimizer_memory(config: Config, sizes: ModelSizes) -> dict[str, float]:
+    """State of the optimiser, in bytes: two moments, and float32 copies of the weights of 2 bytes."""
+    moment = 1 if config.optimizer.name == "adamw8bit" else 4
+    found = {"AdamW moments": 2.0 * moment * sizes.trained}
+    copies = 2.0 * (4 * sizes.trained - sizes.trained_bytes)  # 4 bytes for each weight of 2
+    return found | ({"float32 copies of the weights": copies} if copies else {})
 
 
 def rollout_memory(config: Config, sizes: ModelSizes, row: LongestRow) -> dict[str, float]:
@@ -246,7 +254,9 @@ def rollout_memory(config: Config, sizes: ModelSizes, row: LongestRow) -> dict[s
 
 
 def training_memory(config: Config, sizes: ModelSizes, row: LongestRow) -> dict[str, float]:
-    """Memory of training, in bytes. Gradients coexist with all other parts."""
+    """Memory of training, in bytes. Gradients coexist with all other parts, their float32 copies for the
+    optimiser with none.
+    """
     rows, a = config.train.micro_batch_rows, weight_element(config)
     teacher = rows * row.length * sizes.hidden * a
     if config.format.name == "preserve":
@@ -259,7 +269,8 @@ def training_memory(config: Config, sizes: ModelSizes, row: LongestRow) -> dict[
     }
     if config.train.mixed_precision == "bf16" and config.model.dtype == "float32":
         found["bf16 copies of the weights"] = 2.0 * sizes.total
-    return found
+    beyond = 4.0 * sizes.trained - sum(found.values())
+    return found | ({"float32 gradients beyond these": beyond} if beyond > 0 else {})
 
 
 def layer_bytes(config: Config, sizes: ModelSizes, row: LongestRow) -> float:

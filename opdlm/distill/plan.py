@@ -24,6 +24,7 @@ from opdlm.distill.costs import (
     kept_bytes,
     longest_row,
     measure_sizes,
+    optimizer_memory,
     response_cap,
     rollout_memory,
     step_flops,
@@ -187,7 +188,7 @@ def file_lines(config: Config, sizes: ModelSizes) -> list[str]:
     """Files that the run writes, and the checkpoint that it would resume from."""
     folder = Path(config.output_dir)
     average = 0 if config.train.ema_decay is None else 4 * sizes.trained
-    checkpoint = 3 * sizes.trained_bytes + average
+    checkpoint = sizes.trained_bytes + sum(optimizer_memory(config, sizes).values()) + average
     model = sizes.weight_bytes if config.format.name == "preserve" else weight_element(config) * sizes.total
     lines = [
         f"{folder / 'config.yaml'}, {folder / 'metrics.jsonl'}",

@@ -81,6 +81,7 @@ class MasterWeights(Optimizer):
         self.inner.param_groups[0]["lr"] = self.param_groups[0]["lr"]
         for parameter, master in zip(self.parameters(), self.masters, strict=True):
             master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None  # both sets of gradients would be the largest memory of a run
         self.inner.step()
         self.inner.zero_grad()
         for parameter, master in zip(self.parameters(), self.masters, strict=True):

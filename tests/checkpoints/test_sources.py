@@ -5,6 +5,8 @@ Each kind converts and loads again, or is refused in one sentence.
 from __future__ import annotations
 
 import json
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from tiny_checkpoints import (
     write_data,
     write_rows,
 )
-from transformers import Qwen2_5_VLConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2_5_VLConfig, TorchAoConfig
 
 import opdlm
 from opdlm.checkpoints.load import context_length, load_causal_lm, load_tokenizer
@@ -141,12 +143,87 @@ def test_an_fp8_checkpoint_is_dequantised_and_keeps_its_files(
     assert next_ids(result) == next_ids(folder, "ar")
 
 
+def without(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(find_spec(package) is not None, reason=f"{package} is here")
+
+
+def quantised(kind: str, folder: Path) -> Path:
+    """A checkpoint as a library packs it; its files are what transformers saves."""
+    plain = write_checkpoint(folder.with_name("plain"), hidden_size=64, intermediate_size=64, head_dim=16)
+    config: Any = BitsAndBytesConfig(load_in_4bit=kind == "4bit", load_in_8bit=kind == "8bit")
+    if kind == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+    AutoModelForCausalLM.from_pretrained(plain, quantization_config=config).save_pretrained(folder)
+    for file in plain.glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "package"), [("4bit", "bitsandbytes"), ("8bit", "bitsandbytes"), ("torchao", "torchao")]
+)
+def test_a_packed_base_is_adapted_and_keeps_its_weights(
+    kind: str, package: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(package)
+    folder = quantised(kind, tmp_path / "packed")
+    assert convert(folder, tmp_path) == 0
+    result = tmp_path / "run" / "model"
+    before, after = (load_file(path / "model.safetensors") for path in (folder, result))
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert next_ids(result, "ar") == next_ids(folder, "ar")
+    capsys.readouterr()
+    status = main(["merge", str(result), str(tmp_path / "merged"), "--full-copy"])
+    if kind == "torchao":
+        assert status == 2 and "cannot be unpacked by transformers" in capsys.readouterr().err
+        assert convert(folder, tmp_path, "format.name=sdar", f"output_dir={tmp_path / 'sdar'}") == 2
+        assert "lora.merge=false" in capsys.readouterr().err
+        return
+    assert status == 0
+    assert next_ids(tmp_path / "merged", "threshold") == next_ids(result, "threshold")
+
+
+def test_compressed_tensors_are_dequantised_and_keep_their_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """8-bit weights, one scale per row. The file would be unpacked by a forward of the whole model only."""
+    pytest.importorskip("compressed_tensors")
+    folder = write_checkpoint(tmp_path / "packed")
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in list(weights.items()):
+        if "_proj" in name:
+            scale = weight.abs().amax(-1, keepdim=True) / 127
+            weights[name] = (weight / scale).round().to(torch.int8)
+            weights[name.replace("weight", "weight_scale")] = scale
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    of_weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    group = {"targets": ["Linear"], "weights": of_weights, "input_activations": None}
+    section = {"config_groups": {"group_0": group}, "ignore": ["lm_head"], "format": "int-quantized"}
+    section |= {"quant_method": "compressed-tensors", "quantization_status": "compressed"}
+    edit(folder, quantization_config=section)
+    assert convert(folder, tmp_path) == 0
+    assert "its compressed-tensors weights are dequantised" in caplog.text
+    result = tmp_path / "run" / "model"
+    assert (result / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert next_ids(result) == next_ids(folder, "ar")
+    stock: Any = AutoModelForCausalLM.from_pretrained(result, trust_remote_code=True)
+    ids = load_tokenizer(str(result))("add 1 2", return_tensors="pt")["input_ids"]
+    found = [stock.generate(ids, max_new_tokens=8, mode=mode).tolist() for mode in ("ar", "lossless")]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("section", "reason"),
     [
-        ({"quant_method": "awq", "bits": 4}, "gptqmodel"),
-        ({"quant_method": "gptq", "bits": 4}, "optimum"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        pytest.param({"quant_method": "awq", "bits": 4}, "gptqmodel", marks=without("gptqmodel")),
+        pytest.param({"quant_method": "gptq", "bits": 4}, "gptqmodel", marks=without("gptqmodel")),
+        pytest.param(
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            "bitsandbytes",
+            marks=without("bitsandbytes"),
+        ),
         ({"quant_method": "fbgemm_fp8"}, "requires a GPU"),
         ({"quant_method": "exl3"}, "quantised by exl3, which transformers cannot read"),
     ],

@@ -140,7 +140,8 @@ def make_lm(
     rng = torch.Generator().manual_seed(1)
     mask_embedding = None
     if kind != "sdar" and spec.noise_vocab_size is None:
-        mask_embedding = torch.randn(hidden_size, generator=rng).to(base.dtype) * 0.25
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        mask_embedding = torch.randn(hidden_size, generator=rng).to(dtype) * 0.25
     if kind == "lora":
         model = assemble(base, spec, lora=LoraSection(r=4, alpha=8), mask_embedding=mask_embedding)
         moved = [p for name, p in model.student.named_parameters() if "lora_B" in name]
