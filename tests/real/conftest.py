@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from real_models import MODELS, QUESTIONS
 
-MODELS = sorted(path.parent for path in Path(os.environ.get("OPDLM_REAL", "/nowhere")).glob("*/config.json"))
-QUESTIONS = [f"What is {a} plus {b}? Explain it in one sentence." for a, b in enumerate(range(40, 72), 3)]
 SHORT = (
     "rollout.prompts_per_step=4",
     "train.rows_per_update=4",

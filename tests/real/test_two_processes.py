@@ -7,21 +7,16 @@ one. Float32, and the smallest model of the folder that OPDLM_REAL names.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from processes import launch
+from real_models import MODELS, QUESTIONS
 from safetensors.torch import load_file
 
 from opdlm.training.checkpoint import find_checkpoints
 
-CHECKPOINTS = sorted(
-    (sum(file.stat().st_size for file in path.parent.iterdir()), path.parent)
-    for path in Path(os.environ.get("OPDLM_REAL", "/nowhere")).glob("*/config.json")
-)
-QUESTIONS = [f"What is {a} plus {b}? Explain it in one sentence." for a, b in enumerate(range(40, 72), 3)]
 SETTINGS = [
     *("model.dtype=float32", "train.num_steps=3", "train.rows_per_update=4", "loss.objective=opd"),
     *("rollout.prompts_per_step=4", "rollout.decode.max_new_tokens=16", "eval.held_back=0"),
@@ -41,13 +36,13 @@ pytestmark = pytest.mark.real
 @pytest.fixture(scope="module", params=KINDS)
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Run folders: of one process, of two, and of two that stopped after a step and one that went on."""
-    if not CHECKPOINTS:
+    if not MODELS:
         pytest.skip("OPDLM_REAL names no folder with checkpoints")
+    smallest = min(MODELS, key=lambda path: sum(file.stat().st_size for file in path.iterdir()))
     root = tmp_path_factory.mktemp(request.param)
     prompts = root / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in QUESTIONS))
-    model = str(CHECKPOINTS[0][1])
-    command = ["opdlm", "convert", model, f"data.path={prompts}", *SETTINGS, *KINDS[request.param]]
+    command = ["opdlm", "convert", str(smallest), f"data.path={prompts}", *SETTINGS, *KINDS[request.param]]
     folders = {name: root / name for name in ("one", "two", "stopped")}
     launch([*command, f"output_dir={folders['one']}"])
     launch([*command, f"output_dir={folders['two']}"], *TWO)
