@@ -6,8 +6,8 @@
 Prompts, lengths, temperatures, filters, stop strings, streaming and log-probabilities differ from request to
 request. `lost`: not answered with status 200. `wrong`: of the first `compared`, another text, finish reason
 or tokens than alone. `cost_ratio`: CPU seconds of the server per generated token, mixed, over the mean of
-parts of the same requests with each of the settings alone. `p50`, `p99`: seconds of a request. `memory_mb`: of
-the server, before, after each tenth of the mixed requests, and after the rest.
+parts of the same requests with each of the settings alone. `p50`, `p99`: seconds of a request. `memory_mb`:
+of the server, before, after each tenth of the mixed requests, and after the rest.
 
 `beside`: seconds of short requests one after the other, in turns alone and beside a client that asks too much
 (ratios of the percentiles). `--over-ar` measures something else: generated tokens per second of a lossless
@@ -265,22 +265,25 @@ def parts(bodies: Sequence[dict[str, Any]], num: int) -> list[Sequence[dict[str,
 
 
 def over_ar(servers: dict[str, ServedProcess], prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """For each concurrency, tokens per second of every mode."""
+    """For each concurrency, tokens per second of every mode, by the clock and by CPU time of the server."""
     rows = []
     for concurrency in LEVELS:
-        bodies = [
-            make_body(i, {"temperature": 0, "max_tokens": 64, "stream": False}, prompts)
-            for i in range(max(12, 2 * concurrency))
-        ]
+        settings = {"temperature": 0, "max_tokens": 64, "stream": False}
+        bodies = [make_body(i, settings, prompts) for i in range(max(8, 2 * concurrency))]
         row: dict[str, Any] = {"concurrency": concurrency, "requests": len(bodies)}
-        answers = []
+        answers = {}
         for mode, server in servers.items():
             server.ask_all(bodies[:concurrency], concurrency)  # warms up
             tokens, started = server.num_tokens(), time.perf_counter()
-            answers.append([outcome.answer for outcome in server.ask_all(bodies, concurrency)[0]])
-            row[mode] = round((server.num_tokens() - tokens) / (time.perf_counter() - started), 1)
+            outcomes, cost = server.ask_all(bodies, concurrency)
+            seconds = time.perf_counter() - started
+            answers[mode] = [outcome.answer for outcome in outcomes]
+            row[mode] = round((server.num_tokens() - tokens) / seconds, 1)
+            row[f"{mode}_by_cpu"] = round(1000 / cost, 1)
         row["ratio"] = round(row["lossless"] / row["ar"], 2)
-        row["different"] = sum(one != other for one, other in zip(*answers, strict=True))
+        row["ratio_by_cpu"] = round(row["lossless_by_cpu"] / row["ar_by_cpu"], 2)
+        row["lost"] = sum(one.count(None) for one in answers.values())
+        row["different"] = sum(one != other for one, other in zip(*answers.values(), strict=True))
         print(row, flush=True)
         rows.append(row)
     return rows
@@ -298,7 +301,9 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     modes = ("lossless", "ar") if options.over_ar else (options.mode,)
-    flags = ["--dtype", "float32", *(["--max-rows", str(max(LEVELS))] if options.over_ar else [])]
+    flags = ["--dtype", "float32"]
+    if options.over_ar:  # the memory of the keys and values is that of all rows at full length
+        flags += ["--max-rows", str(max(LEVELS)), "--max-length", "448"]
     servers = {mode: ServedProcess.start(options.folder, ["--mode", mode, *flags]) for mode in modes}
     try:
         if options.over_ar:

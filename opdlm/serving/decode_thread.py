@@ -1,9 +1,9 @@
 """One thread decodes all requests. A request joins while others run and leaves when it is complete.
 
 All requests share the forward passes; each has its own temperature, filters, seed, stop strings and length.
-A free row goes to the waiting request that holds the fewest rows, of equal ones the oldest, and no request
-holds more than three quarters of the rows: otherwise one request of many responses would keep the others
-waiting until its responses are complete.
+A free row goes to the waiting request that holds the fewest rows, of equal ones the oldest. The second and
+further rows of all requests together are at most half of the rows, less one: large requests leave rows for
+others, and slow them down by a bounded factor, since each row makes a forward longer.
 Results come back through callbacks, which run in this thread.
 """
 
@@ -166,10 +166,13 @@ class DecodeThread(Thread):
         return decoder
 
     def _next_job(self) -> Job | None:
-        """A job of the request that holds the fewest rows; None if each holds its share."""
+        """A job of the request that holds the fewest rows; None if it may hold no more."""
         num_held = Counter(job.cancelled for job in self.running.values())
         jobs = min(self.waiting, key=lambda jobs: num_held[jobs[0].cancelled], default=None)
-        if jobs is None or num_held[jobs[0].cancelled] >= max(1, self.num_rows * 3 // 4):
+        if jobs is None:
+            return None
+        num_further = len(self.running) - len(num_held)
+        if jobs[0].cancelled in num_held and num_further >= self.num_rows // 2 - 1:
             return None
         job = jobs.popleft()
         if not jobs:

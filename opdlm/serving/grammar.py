@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 MOST_SCHEMA = 2**16
 """Characters of a schema. The masks of a longer one would take the time of the other requests."""
 OPTIONS: JsonCompileOptions = {"whitespace_pattern": r" |\n {0,16}", "lenient": False}
-"""Between values stands a space, or a line break and the indentation, so that no model writes spaces for ever.
-No key of a schema is ignored.
+"""Between values stands a space, or a line break and the indentation: no model writes spaces for ever. No key
+of a schema is ignored.
 """
 
 
@@ -78,7 +78,7 @@ class GrammarProcessor(LogitsProcessor):
         return end
 
     def is_followed(self, ids: Sequence[int]) -> bool:
-        """Whether the grammar allows a response: a whole one before a stop token, else the beginning of one."""
+        """Whether the grammar allows a response: before a stop token a whole one, else its beginning."""
         if ids[-1:] and ids[-1] in self.stop_token_ids:
             return self.read([*ids[:-1]]) and self.matcher.is_accepting()
         return self.read([*ids])

@@ -162,7 +162,7 @@ class Server:
             ids, events = prompts[place // n], asyncio.Queue[Progress | Rollout | Exception]()
             response = range(len(ids), len(ids) + config.max_new_tokens)
             stable_prefix = StablePrefix(stops, spec, grid_of(config.mode, spec), response)
-            put, alternatives = thread_safe(events.put_nowait, loop), list[Ranking]()
+            put, alternatives, awaited = thread_safe(events.put_nowait, loop), list[Ranking](), Event()
             on_end, num = put, request.num_alternatives
             if suffix:
                 on_end = without_suffix(put, len(gap), suffix)
@@ -178,7 +178,7 @@ class Server:
                 seed=seed_of(seed, place),
                 config=config,
                 find_end=stops.find_end if stops.strings or stops.token_ids else None,
-                on_step=progress_sender(stable_prefix, put, include_drafts=request.wants_drafts)
+                on_step=progress_sender(stable_prefix, put, awaited, include_drafts=request.wants_drafts)
                 if request.stream
                 else None,
                 ignore_eos=ignore_eos,
@@ -186,7 +186,9 @@ class Server:
                 on_end=on_end,
                 cancelled=cancelled,
             )
-            choices.append(PendingChoice(job, stable_prefix, events, alternatives, echoes[place // n]))
+            choices.append(
+                PendingChoice(job, stable_prefix, events, alternatives, echoes[place // n], awaited)
+            )
         may_call = isinstance(request, ChatRequest) and bool(request.tools) and request.tool_choice != "none"
         tool_format = self.tool_format if may_call else None
         return ParsedRequest(request=request, choices=choices, cancelled=cancelled, tool_format=tool_format)
@@ -217,8 +219,8 @@ class Server:
             return None
         if self.config.mode not in PROCESSED_MODES:
             raise InvalidRequest(
-                "response_format: the grammar restricts the AR model's choice, and this server decodes in mode "
-                f"{self.config.mode}: `opdlm serve --mode lossless` follows it."
+                "response_format: a grammar restricts what the AR model chooses, and this server decodes in "
+                f"mode {self.config.mode}: `opdlm serve --mode lossless` follows it."
             )
         for key in ("ignore_eos", "min_tokens"):
             if getattr(request, key):
@@ -407,6 +409,7 @@ class Server:
         for index, choice in enumerate(parsed.choices):
             num_sent, names_role, finished = 0, True, None
             while finished is None:
+                choice.awaited.set()
                 event, drafts = await choice.events.get(), None
                 if isinstance(event, Exception):
                     yield sse(error_answer(f"decoding failed: {event}", status=500))
