@@ -196,11 +196,14 @@ class DecodeCache:
             ]
         return self._padded[id(mask)]
 
-    def move(self, from_N: Tensor, to_N: Tensor) -> None:
-        """Copy the rows `from_N` to the rows `to_N`."""
+    def move(self, from_N: Tensor, to_N: Tensor, length: int | None = None) -> None:
+        """Copy `length` positions of the rows `from_N` to the rows `to_N`; None: those that the last forward
+        read.
+        """
         for buffers in self.layers.values():
             for buffer in buffers:
-                buffer[to_N, : self._length] = buffer[from_N, : self._length]
+                num = self._length if length is None else length
+                buffer[to_N, :num] = buffer[from_N, :num]
 
 
 def store(

@@ -29,6 +29,8 @@ from opdlm.modeling.diffusion_lm import DiffusionLM
 
 log = logging.getLogger(__name__)
 
+PREFILL_SLOTS = {"cpu": 128}
+"""Prompt tokens that join a step, by device. Longer prompts are computed in parts, between the steps."""
 LONGEST_RETRY = 60
 """Seconds after which a client is told to come back at most."""
 
@@ -144,7 +146,10 @@ class DecodeThread(Thread):
     def _admit(self) -> Decoder:
         """Drop cancelled jobs, and give the free rows to waiting jobs."""
         if self._decoder is None:
-            self._decoder = Decoder(self.model, self.config, self.num_rows, self.max_length, self._on_step)
+            num_slots = PREFILL_SLOTS.get(self.model.device.type, 1024)
+            self._decoder = Decoder(
+                self.model, self.config, self.num_rows, self.max_length, self._on_step, num_slots
+            )
         decoder = self._decoder
         cancelled = [index for index, job in self.running.items() if job.cancelled.is_set()]
         if cancelled:

@@ -154,6 +154,49 @@ def test_prompts_computed_in_parts_give_the_same_responses_in_smaller_forwards(
         assert max(more) == 1
 
 
+@pytest.mark.parametrize("num_slots", [1, 10])
+@pytest.mark.parametrize("mode", ["threshold", "lossless", "ar"])
+@pytest.mark.parametrize(
+    ("kind", "grid"), [("lora", "absolute"), ("copy", "response"), *(("sdar", grid) for grid in GRIDS)]
+)
+def test_a_long_prompt_is_computed_between_the_steps_of_the_others(
+    kind: str, grid: GridKind, mode: Mode, num_slots: int
+) -> None:
+    """Each response is that of its prompt alone, and no step stands still for a prompt."""
+    if kind == "sdar" and mode == "lossless":
+        pytest.skip("sdar has no AR model to verify with")
+    model = make_lm(kind, grid)
+    prompts = make_prompts([3, 38, 1, 39, 37, 4, 33, 2, 40, 5])
+    config = DecodeConfig(mode=mode, max_new_tokens=9, temperature=1.0, forward_overhead=32.0)
+    alone = [generate(model, [ids], config, [seed])[0] for seed, ids in enumerate(prompts)]
+    decoder = engine.Decoder(model, config, 4, 40 + 9, prefill_slots=num_slots)
+    sizes, finished, num_together = list[int](), dict[int, Rollout](), 0
+
+    def run(forward: PackedForward) -> torch.Tensor:
+        sizes.append(int(forward.cache.count_B.max()))
+        return forward.run()
+
+    model.run_packed = run
+    waiting = [Request(seed, ids, seed, config) for seed, ids in enumerate(prompts)]
+    for index in (100, 101):  # they are dropped in the middle of their prompts, or of their responses
+        waiting.insert(3, Request(index, prompts[3], 0, config))
+    num_steps = 0
+    while waiting or decoder.is_busy:
+        decoder.waiting.extend(waiting[:1])
+        del waiting[:1]
+        before = dict(zip(decoder.state.index_B.tolist(), decoder.state.num_steps_B.tolist(), strict=True))
+        num_together += bool(before) and bool(decoder.joining)
+        finished |= decoder.step()
+        after = dict(zip(decoder.state.index_B.tolist(), decoder.state.num_steps_B.tolist(), strict=True))
+        assert all(index in finished or after[index] == before[index] + 1 for index in before)
+        num_steps += 1
+        if num_steps == 6:
+            decoder.drop([100, 101])
+    assert [finished[seed].text_ids for seed in range(len(prompts))] == [one.text_ids for one in alone]
+    assert num_together > 5 and max(sizes) <= 25 + num_slots  # 25: drafts and what they verify
+    assert max(finished) < 100
+
+
 @pytest.mark.parametrize("kind", ["lora", "copy"])
 def test_lossless_output_does_not_depend_on_what_was_planned(
     kind: str, monkeypatch: pytest.MonkeyPatch
