@@ -188,6 +188,9 @@ ABUSES: dict[str, Callable[[int], socket.socket]] = {
     ),
     "a body of 7 MB that is refused": lambda port: send(port, request(TEXT, {"prompt": [None] * 1_200_000})),
     "256,000 choices": lambda port: send(port, request(TEXT, MANY | {"prompt": ["a"] * 2000, "n": 128})),
+    "one request of 64 prompts of 400 tokens": lambda port: send(
+        port, request(TEXT, {"prompt": ["Tell me about rivers. " * 18] * 64, "max_tokens": 16})
+    ),
     "half a request": lambda port: send(port, head(TEXT, "Content-Length: 99") + b"{"),
 }
 

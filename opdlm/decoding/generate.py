@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..modeling.diffusion_lm import DiffusionLM, DiffusionSpec
-from ..modeling.kv_cache import DecodeCache, Packed
+from ..modeling.kv_cache import DecodeCache, Packed, PrefixCache
 from ..modeling.slots import CLEAN, Format, Grid
 from .decode_config import DecodeConfig, Mode
 from .decode_state import DecodeState, LogitsProcessor, Processors, Request
@@ -69,10 +69,12 @@ class Decoder:
         max_length: int,
         on_step: OnStep | None = None,
         prefill_slots: int | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         """`config`: what the requests share (`Request.config`: what they do not). `num_rows`: largest number
         of active rows. `max_length`: largest number of tokens of a prompt and its response together.
         `prefill_slots`: prompt tokens that join a step; longer prompts are computed in parts of half as many.
+        With it, `prefixes` lends what earlier texts have in common with a prompt, in format preserve.
         """
         spec = model.spec
         self.model, self.config, self.num_rows, self.on_step = model, config, num_rows, on_step
@@ -83,7 +85,7 @@ class Decoder:
         self.cache = DecodeCache(num_rows, capacity + num_noised, model.device)
         self.waiting: deque[Request] = deque()
         self.joining: list[Joining] = []
-        self.prefill_slots = prefill_slots
+        self.prefill_slots, self.prefixes = prefill_slots, prefixes if self.format == "preserve" else None
         self.find_end: dict[int, FindEnd] = {}
         """By index of the request."""
         self.processors: dict[int, LogitsProcessor] = {}
@@ -114,6 +116,9 @@ class Decoder:
             for row, request in zip(rows, requests, strict=False):
                 state = self._start([request])
                 end_B = prompt_end(state, self.model.spec, self.grid, self.format)
+                if self.prefixes is not None:
+                    known = self.prefixes.load(request.ids[: int(end_B)], self.cache, row)
+                    state.committed_B = torch.full_like(end_B, known)
                 self.joining.append(Joining(row, state, end_B))
             self._join_in_parts(self.prefill_slots)
         elif requests:
@@ -130,6 +135,9 @@ class Decoder:
         if self.on_step is not None:
             self.on_step(state.index_B, state.tokens_BL, state.tokens_BL != before_BL)
         done_B = collect_finished(state, self.model, self.grid, finished, self.find_end)
+        for row in done_B.nonzero()[:, 0].tolist() if self.prefixes is not None else ():
+            ids = state.tokens_BL[row, : int(state.committed_B[row])].tolist()
+            self.prefixes.save(ids, self.cache, row)
         if done_B.any():
             state.keep(~done_B, self.cache)
         self._forget(finished)

@@ -26,6 +26,7 @@ from opdlm.decoding.decode_state import LogitsProcessor, Request
 from opdlm.decoding.generate import Decoder, FindEnd
 from opdlm.decoding.rollout import Rollout
 from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.modeling.kv_cache import PrefixCache
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,8 @@ class DecodeThread(Thread):
         self.running: dict[int, Job] = {}
         self.num_waiting = self.num_complete = 0
         self.busy_seconds = 0.0
+        self.prefixes = PrefixCache(max(1, num_rows // 4) * max_length)
+        """The memory of a quarter of the rows."""
         self._decoder: Decoder | None = None
         self._count = itertools.count()
         self._lock = Lock()
@@ -148,7 +151,13 @@ class DecodeThread(Thread):
         if self._decoder is None:
             num_slots = PREFILL_SLOTS.get(self.model.device.type, 1024)
             self._decoder = Decoder(
-                self.model, self.config, self.num_rows, self.max_length, self._on_step, num_slots
+                self.model,
+                self.config,
+                self.num_rows,
+                self.max_length,
+                self._on_step,
+                num_slots,
+                self.prefixes,
             )
         decoder = self._decoder
         cancelled = [index for index, job in self.running.items() if job.cancelled.is_set()]

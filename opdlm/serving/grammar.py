@@ -127,7 +127,7 @@ def matcher_of(tokenizer: LLTokenizer, schema: Mapping[str, Any]) -> LLMatcher:
         )
     grammar = LLMatcher.grammar_from_json_schema(text, overrides=OPTIONS)
     matcher = LLMatcher(tokenizer, grammar, log_level=0)
-    if matcher.is_error():
-        reason = " ".join(matcher.get_error().split())
+    if matcher.is_error() or not any(matcher.compute_logit_bias()):
+        reason = " ".join(matcher.get_error().split()) or "no token of the vocabulary begins it"
         raise InvalidRequest(f"response_format has a schema that is not supported: {reason[:400]}.")
     return matcher

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from loopback_server import CHAT, HELLO, MAX_WAITING, TEXT, Served, serve
 
+from opdlm.data.chat_template import encode_prompt
+from opdlm.data.messages import Conversation
 from opdlm.decoding import generate as generate_module
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.rollout import Rollout
@@ -281,6 +283,30 @@ def test_metrics_count_what_was_answered(lossless: Served) -> None:
     counts = [value for name, value in after.items() if name.startswith("opdlm_request_seconds_bucket")]
     assert counts == sorted(counts) and counts[-1] == after["opdlm_request_seconds_count"]
     assert after["opdlm_responses_waiting"] == after["opdlm_responses_running"] == 0
+
+
+def test_the_next_turn_of_a_chat_computes_what_is_new(lossless: Served) -> None:
+    def reused() -> list[int]:
+        return [
+            int(line.split()[1])
+            for line in get(lossless, "/metrics")[1].splitlines()
+            if line.startswith(("opdlm_prefix_hits_total", "opdlm_prefix_tokens_reused_total"))
+        ]
+
+    messages = [{"role": "user", "content": "what is the sum of 17 and 25"}]
+    first = lossless.post(CHAT, {"messages": messages, "max_tokens": 8})[1]
+    answer = first["choices"][0]["message"]
+    before = reused()
+    messages += [answer, {"role": "user", "content": "and of 3"}]
+    second = lossless.post(CHAT, {"messages": messages, "max_tokens": 8})[1]
+    hits, tokens = (after - one for after, one in zip(reused(), before, strict=True))
+    assert hits == 1 and first["usage"]["prompt_tokens"] - 5 <= tokens < second["usage"]["prompt_tokens"]
+    ids = encode_prompt(lossless.tokenizer, Conversation(prompt=messages))
+    (alone,) = generate_module.generate(
+        lossless.model, [ids], replace(lossless.config, max_new_tokens=8), [0]
+    )
+    text = lossless.tokenizer.decode(alone.text_ids, skip_special_tokens=True)
+    assert second["choices"][0]["message"]["content"] == text
 
 
 def test_requests_have_ids(lossless: Served) -> None:

@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from loopback_server import CHAT, HELLO, TEXT, Served, serve
+from pydantic import BaseModel, Field
 from tiny_checkpoints import CHARACTERS, tiny_model, tiny_overrides, tiny_tokenizer, write_data
 
 from opdlm.cli.main import main
@@ -152,9 +153,34 @@ def test_what_no_grammar_can_follow_is_refused(
     assert status == 400 and reason in answer["error"]["message"], answer
 
 
+def test_a_vocabulary_without_braces_is_refused(lossless: Served) -> None:
+    status, answer = lossless.post(CHAT, {"messages": HELLO, "response_format": {"type": "json_object"}})
+    assert status == 400 and "schema that is not supported" in answer["error"]["message"]
+
+
 def test_modes_that_reveal_tokens_in_parallel_refuse_a_grammar(by_mode: dict[Mode, Served]) -> None:
     status, answer = by_mode["threshold"].post(CHAT, body_of(0, 0))
     assert status == 400 and "decodes in mode threshold" in answer["error"]["message"]
+
+
+class Sum(BaseModel):
+    """What the `openai` package makes a schema of."""
+
+    sum: Annotated[int, Field(ge=10, le=99)]
+    word: Literal["abc", "de"]
+
+
+def test_the_openai_package_reads_its_own_models_back(by_mode: dict[Mode, Served]) -> None:
+    openai = pytest.importorskip("openai")
+    url = f"http://127.0.0.1:{by_mode['lossless'].port}/v1"
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    asked: dict[str, Any] = {"model": "tiny", "messages": HELLO, "seed": 3, "temperature": 1}
+    parsed = client.chat.completions.parse(**asked, response_format=Sum).choices[0].message.parsed
+    assert isinstance(parsed, Sum)
+    with client.chat.completions.stream(**asked, response_format=Sum) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == parsed
+    with pytest.raises(openai.BadRequestError, match="Invalid type: obj"):
+        client.chat.completions.create(**asked, **schema_format({"type": "obj"}))
 
 
 def test_without_the_library_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
