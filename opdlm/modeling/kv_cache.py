@@ -212,8 +212,8 @@ MOST_TEXTS = 64
 
 
 class PrefixCache:
-    """Keys and values of the texts of past requests, at most `max_tokens` tokens together. Only for clean slots
-    that see no later token: their keys and values do not depend on what follows.
+    """Keys and values of the texts of past requests, at most `max_tokens` tokens together. Only for clean
+    slots that see no later token: their keys and values do not depend on what follows.
     """
 
     def __init__(self, max_tokens: int) -> None:
