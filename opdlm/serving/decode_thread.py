@@ -2,7 +2,7 @@
 
 All requests share the forward passes; each has its own temperature, filters, seed, stop strings and length.
 A free row goes to the waiting request that holds the fewest rows, of equal ones the oldest. The second and
-further rows of all requests together are at most half of the rows, less one: large requests leave rows for
+further rows of all requests together are at most a third of the rows, less one: large requests leave rows for
 others, and slow them down by a bounded factor, since each row makes a forward longer.
 Results come back through callbacks, which run in this thread.
 """
@@ -186,7 +186,7 @@ class DecodeThread(Thread):
         if jobs is None:
             return None
         num_further = len(self.running) - len(num_held)
-        if jobs[0].cancelled in num_held and num_further >= self.num_rows // 2 - 1:
+        if jobs[0].cancelled in num_held and num_further >= self.num_rows // 3 - 1:
             return None
         job = jobs.popleft()
         if not jobs:

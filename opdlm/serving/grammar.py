@@ -96,7 +96,9 @@ class VocabularyText:
         self.tokens = [b"" if "\ufffd" in text else text.encode() for text in texts]  # no parts of characters
 
     def __call__(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        """Token ids without those of unknown words, which no text may hold."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [token for token in ids if token not in self.special_token_ids]
 
 
 def grammar_tokenizer(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> LLTokenizer:
@@ -112,8 +114,13 @@ def grammar_tokenizer(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequen
     try:
         return from_tokenizer(tokenizer, eos_token=[*stop_token_ids])  # type: ignore[arg-type]
     except ValueError:
-        wrapped = TokenizerWrapper(VocabularyText(tokenizer, stop_token_ids[0]))
-        return LLTokenizer(wrapped, eos_token=[*stop_token_ids])
+        vocabulary = VocabularyText(tokenizer, stop_token_ids[0])
+    missing = [sign for sign in '{}[]",:' if sign.encode() not in vocabulary.tokens]
+    if missing:
+        raise InvalidRequest(
+            f"response_format: the vocabulary has no {' '.join(missing)} to write JSON with."
+        )
+    return LLTokenizer(TokenizerWrapper(vocabulary), eos_token=[*stop_token_ids])
 
 
 def matcher_of(tokenizer: LLTokenizer, schema: Mapping[str, Any]) -> LLMatcher:
@@ -127,7 +134,7 @@ def matcher_of(tokenizer: LLTokenizer, schema: Mapping[str, Any]) -> LLMatcher:
         )
     grammar = LLMatcher.grammar_from_json_schema(text, overrides=OPTIONS)
     matcher = LLMatcher(tokenizer, grammar, log_level=0)
-    if matcher.is_error() or not any(matcher.compute_logit_bias()):
-        reason = " ".join(matcher.get_error().split()) or "no token of the vocabulary begins it"
+    if matcher.is_error():
+        reason = " ".join(matcher.get_error().split())
         raise InvalidRequest(f"response_format has a schema that is not supported: {reason[:400]}.")
     return matcher

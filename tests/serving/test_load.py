@@ -110,16 +110,16 @@ def arrive(thread: DecodeThread, *requests: list[Job]) -> None:
     thread._admit()
 
 
-def test_rows_go_to_the_request_that_holds_the_fewest_and_large_ones_leave_half(idle: DecodeThread) -> None:
-    idle.num_rows, idle.max_waiting = 8, 500
-    large, also_large, *small = (jobs(count, idle.config, []) for count in (7, 6, 1, 1, 1, 1))
+def test_rows_go_to_the_request_that_holds_the_fewest_and_large_ones_leave_most(idle: DecodeThread) -> None:
+    idle.num_rows, idle.max_waiting = 12, 500
+    large, also_large, *small = (jobs(count, idle.config, []) for count in (7, 6, *[1] * 8))
     arrive(idle, large)
     arrive(idle, also_large)
     held = [*large[:4], also_large[0]]
     assert list(idle.running.values()) == held and idle.num_waiting == 8
     arrive(idle, *small)
-    assert list(idle.running.values()) == [*held, *(job for (job,) in small[:3])] and idle.num_waiting == 9
-    for ended, next_one in ((0, small[3][0]), (5, also_large[1]), (6, None), (1, large[4])):
+    assert list(idle.running.values()) == [*held, *(job for (job,) in small[:7])] and idle.num_waiting == 9
+    for ended, next_one in ((0, small[7][0]), (5, also_large[1]), (6, None), (1, large[4])):
         del idle.running[ended]
         before = list(idle.running.values())
         idle._admit()
@@ -131,8 +131,8 @@ def test_rows_go_to_the_request_that_holds_the_fewest_and_large_ones_leave_half(
 
 
 def test_a_short_request_joins_the_next_step_beside_any_number_of_large_ones(idle: DecodeThread) -> None:
-    """Steps are counted, so that no clock decides: each holds at most half of the rows beside a row each."""
-    idle.num_rows, idle.max_waiting = 8, 500
+    """Steps are counted, so that no clock decides: beside a row each, large ones hold less than a third."""
+    idle.num_rows, idle.max_waiting = 12, 500
     long, short = (replace(idle.config, max_new_tokens=num) for num in (80, 4))
     for num_large in range(1, 5):
         idle.submit(jobs(100 // num_large, long, []))
@@ -159,7 +159,7 @@ def test_the_queue_is_bounded_and_what_leaves_it_makes_room(idle: DecodeThread) 
     idle._receive()
     idle._admit()
     idle.submit(jobs(4, idle.config, []))
-    assert idle.num_waiting == 9
+    assert idle.num_waiting == 10
 
 
 def test_a_full_queue_is_told_with_the_time_to_come_back(
