@@ -135,9 +135,10 @@ class Decoder:
         if self.on_step is not None:
             self.on_step(state.index_B, state.tokens_BL, state.tokens_BL != before_BL)
         done_B = collect_finished(state, self.model, self.grid, finished, self.find_end)
-        for row in done_B.nonzero()[:, 0].tolist() if self.prefixes is not None else ():
-            ids = state.tokens_BL[row, : int(state.committed_B[row])].tolist()
-            self.prefixes.save(ids, self.cache, row)
+        if self.prefixes is not None:
+            for row in done_B.nonzero()[:, 0].tolist():
+                ids = state.tokens_BL[row, : int(state.committed_B[row])].tolist()
+                self.prefixes.save(ids, self.cache, row)
         if done_B.any():
             state.keep(~done_B, self.cache)
         self._forget(finished)
