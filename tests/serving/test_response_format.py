@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,7 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def by_mode(folder: Path) -> Iterator[dict[Mode, Served]]:
     modes: tuple[Mode, ...] = ("lossless", "ar", "threshold")
-    servers = [serve(folder, DecodeConfig(mode=mode, max_new_tokens=400), max_length=500) for mode in modes]
+    config = DecodeConfig(max_new_tokens=400, forward_overhead=32.0, prompt_lookup_num_tokens=20)  # no clock
+    servers = [serve(folder, replace(config, mode=mode), max_length=500) for mode in modes]
     yield {mode: next(server) for mode, server in zip(modes, servers, strict=True)}
     for server in servers:
         next(server, None)
