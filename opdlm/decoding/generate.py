@@ -2,8 +2,9 @@
 
 At most `batch_size` rows are active, in a cache that is allocated once. When rows finish, waiting prompts
 join, and their prefill shares the forward pass with the steps of the other rows, unless its mask would be too
-large: then `prefill` computes the prompts before, in parts. The output of a row depends on its prompt and
-seed only, not on the other rows (up to floating-point rounding).
+large: then `prefill` computes the prompts before, in parts. A server computes a long prompt in parts of which
+a step takes one, so that the other rows go on (chunked prefill). The output of a row depends on its prompt
+and seed only, not on the other rows (up to floating-point rounding).
 
 Shape suffixes: B rows, L row capacity.
 """
@@ -13,13 +14,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from ..modeling.diffusion_lm import DiffusionLM, DiffusionSpec
-from ..modeling.kv_cache import DecodeCache, Packed
+from ..modeling.kv_cache import DecodeCache, Packed, PrefixCache
 from ..modeling.slots import CLEAN, Format, Grid
 from .decode_config import DecodeConfig, Mode
 from .decode_state import DecodeState, LogitsProcessor, Processors, Request
@@ -39,6 +42,20 @@ PREFILL_PAIRS = 2**25
 """Largest number of (slot, key) pairs in the mask of a forward that computes prompts."""
 
 
+@dataclass(slots=True)
+class Joining:
+    """A row whose prompt is computed in parts, in a cache row behind the active ones."""
+
+    row: int
+    state: DecodeState
+    end_B: Tensor
+    """Where its prompt ends (`prompt_end`)."""
+
+    @property
+    def num_left(self) -> int:
+        return int(self.end_B - self.state.committed_B)
+
+
 class Decoder:
     """Active rows and waiting requests. `generate` decodes a fixed list of requests; a server adds requests
     while it decodes.
@@ -51,9 +68,13 @@ class Decoder:
         num_rows: int,
         max_length: int,
         on_step: OnStep | None = None,
+        prefill_slots: int | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         """`config`: what the requests share (`Request.config`: what they do not). `num_rows`: largest number
         of active rows. `max_length`: largest number of tokens of a prompt and its response together.
+        `prefill_slots`: prompt tokens that join a step; longer prompts are computed in parts of half as many.
+        With it, `prefixes` lends what earlier texts have in common with a prompt, in format preserve.
         """
         spec = model.spec
         self.model, self.config, self.num_rows, self.on_step = model, config, num_rows, on_step
@@ -63,6 +84,8 @@ class Decoder:
         num_noised = (longest_draft + 1) * spec.block_size
         self.cache = DecodeCache(num_rows, capacity + num_noised, model.device)
         self.waiting: deque[Request] = deque()
+        self.joining: list[Joining] = []
+        self.prefill_slots, self.prefixes = prefill_slots, prefixes if self.format == "preserve" else None
         self.find_end: dict[int, FindEnd] = {}
         """By index of the request."""
         self.processors: dict[int, LogitsProcessor] = {}
@@ -78,20 +101,32 @@ class Decoder:
 
     @property
     def is_busy(self) -> bool:
-        return bool(self.waiting) or len(self.state) > 0
+        return bool(self.waiting or self.joining) or len(self.state) > 0
 
     @torch.inference_mode()
     def step(self) -> dict[int, Rollout]:
         """Add waiting requests to free rows and advance every row by one step. Returns the rollouts that are
         complete now, by index of the request.
         """
-        num_joining = min(self.num_rows - len(self.state), len(self.waiting))
-        if num_joining:
+        free_rows = {*range(len(self.state), self.num_rows)} - {one.row for one in self.joining}
+        requests = [self.waiting.popleft() for _ in range(min(len(free_rows), len(self.waiting)))]
+        self.processors |= {one.index: one.logits_processor for one in requests if one.logits_processor}
+        if self.prefill_slots is not None:
+            rows = sorted(free_rows, reverse=True)
+            for row, request in zip(rows, requests, strict=False):
+                state = self._start([request])
+                end_B = prompt_end(state, self.model.spec, self.grid, self.format)
+                if self.prefixes is not None:
+                    known = self.prefixes.load(request.ids[: int(end_B)], self.cache, row)
+                    state.committed_B = torch.full_like(end_B, known)
+                self.joining.append(Joining(row, state, end_B))
+            self._join_in_parts(self.prefill_slots)
+        elif requests:
             first_row = len(self.state)
-            joining = [self.waiting.popleft() for _ in range(num_joining)]
-            self.processors |= {one.index: one.logits_processor for one in joining if one.logits_processor}
-            self.state.join(self._start(joining))
+            self.state.join(self._start(requests))
             prefill(self.model, self.state, self.cache, first_row, self.grid, self.format)
+        if not len(self.state):
+            return {}
         state, finished = self.state, dict[int, Rollout]()
         before_BL = state.tokens_BL.clone() if self.on_step is not None else state.tokens_BL
         self._advance(state)
@@ -100,10 +135,38 @@ class Decoder:
         if self.on_step is not None:
             self.on_step(state.index_B, state.tokens_BL, state.tokens_BL != before_BL)
         done_B = collect_finished(state, self.model, self.grid, finished, self.find_end)
+        if self.prefixes is not None:
+            for row in done_B.nonzero()[:, 0].tolist():
+                ids = state.tokens_BL[row, : int(state.committed_B[row])].tolist()
+                self.prefixes.save(ids, self.cache, row)
         if done_B.any():
             state.keep(~done_B, self.cache)
         self._forget(finished)
         return finished
+
+    def _join_in_parts(self, num_slots: int) -> None:
+        """Let the shortest prompts join the next step, of at most `num_slots` tokens together, and compute a
+        part of the oldest of the others.
+        """
+        shortest_first = sorted(self.joining, key=lambda one: one.num_left)
+        totals = accumulate(one.num_left for one in shortest_first)
+        for one in [one for one, total in zip(shortest_first, totals, strict=True) if total <= num_slots]:
+            self._activate(one)
+        for one in self.joining[:1]:
+            rows, width = range(one.row, one.row + 1), max(num_slots // 2, self.grid.block_size)
+            compute_part(self.model, one.state, self.cache, rows, one.end_B, width, self.grid, self.format)
+
+    def _activate(self, one: Joining) -> None:
+        """Move a row behind the active ones."""
+        last, first_free = one.row, len(self.state)
+        length = max(int(other.state.committed_B) for other in self.joining)
+        rows_2 = torch.tensor([last, first_free])
+        self.cache.move(rows_2, rows_2.flip(0), length)
+        self.joining.remove(one)
+        for other in self.joining:
+            if other.row == first_free:
+                other.row = last
+        self.state.join(one.state)
 
     def _forget(self, indices: Collection[int]) -> None:
         for index in indices:
@@ -115,6 +178,7 @@ class Decoder:
         """Cancel the requests with these indices, active or waiting."""
         self._forget(indices)
         self.waiting = deque(request for request in self.waiting if request.index not in indices)
+        self.joining = [one for one in self.joining if int(one.state.index_B) not in indices]
         keep_B = ~torch.isin(self.state.index_B, torch.tensor([*indices], dtype=torch.long))
         self.state.keep(keep_B, self.cache)
 
@@ -227,8 +291,7 @@ def prefill(
     """Compute the prompts of the rows from `first_row` on, up to what their first step needs, in forwards of
     at most PREFILL_PAIRS pairs; nothing if the step itself can compute them within that limit.
     """
-    frontier_B = state.frontier(model.spec.mask_token_id)
-    end_B = frontier_B - 1 if fmt == "preserve" else grid.block_start(frontier_B, state.num_prompt_B)
+    end_B = prompt_end(state, model.spec, grid, fmt)
     longest = int(end_B[first_row:].max())
     if (len(state) - first_row) * longest**2 <= PREFILL_PAIRS:
         return
@@ -239,12 +302,33 @@ def prefill(
         last = min(first + num_rows, len(state))
         stop_B = torch.where((row_B >= first) & (row_B < last), end_B, state.committed_B)
         while (state.committed_B < stop_B).any():
-            next_B = grid.block_start(state.committed_B + width, state.num_prompt_B)  # blocks stay whole
-            next_B = torch.minimum(stop_B, next_B)
-            packed, _ = Packed.of(state.span(state.committed_B, next_B, grid, fmt, group=CLEAN))
-            _, num_forwards = model.packed_hidden(packed, last, cache)
-            state.num_forwards_B = state.num_forwards_B + num_forwards * (next_B > state.committed_B)
-            state.committed_B = next_B
+            compute_part(model, state, cache, range(last), stop_B, width, grid, fmt)
+
+
+def prompt_end(state: DecodeState, spec: DiffusionSpec, grid: Grid, fmt: Format) -> Tensor:
+    """The end `[B]` of what is computed of each prompt before the first step."""
+    frontier_B = state.frontier(spec.mask_token_id)
+    return frontier_B - 1 if fmt == "preserve" else grid.block_start(frontier_B, state.num_prompt_B)
+
+
+def compute_part(
+    model: DiffusionLM,
+    state: DecodeState,
+    cache: DecodeCache,
+    rows: range,
+    stop_B: Tensor,
+    width: int,
+    grid: Grid,
+    fmt: Format,
+) -> None:
+    """Compute up to `width` more tokens of each prompt, in the cache rows `rows`."""
+    next_B = grid.block_start(state.committed_B + width, state.num_prompt_B)  # blocks stay whole
+    next_B = torch.minimum(stop_B, next_B)
+    packed, _ = Packed.of(state.span(state.committed_B, next_B, grid, fmt, group=CLEAN))
+    packed = replace(packed, row_N=packed.row_N + rows.start)
+    _, num_forwards = model.packed_hidden(packed, rows.stop, cache)
+    state.num_forwards_B = state.num_forwards_B + num_forwards * (next_B > state.committed_B)
+    state.committed_B = next_B
 
 
 def step_of(

@@ -13,6 +13,7 @@ row, H heads (of keys; queries come in groups G that share them), D head dimensi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -196,11 +197,66 @@ class DecodeCache:
             ]
         return self._padded[id(mask)]
 
-    def move(self, from_N: Tensor, to_N: Tensor) -> None:
-        """Copy the rows `from_N` to the rows `to_N`."""
+    def move(self, from_N: Tensor, to_N: Tensor, length: int | None = None) -> None:
+        """Copy `length` positions of the rows `from_N` to the rows `to_N`; None: those that the last forward
+        read.
+        """
         for buffers in self.layers.values():
             for buffer in buffers:
-                buffer[to_N, : self._length] = buffer[from_N, : self._length]
+                num = self._length if length is None else length
+                buffer[to_N, :num] = buffer[from_N, :num]
+
+
+MOST_TEXTS = 64
+"""How many past requests a `PrefixCache` keeps: each new prompt is compared with all of them."""
+
+
+class PrefixCache:
+    """Keys and values of the texts of past requests, at most `max_tokens` tokens together. Only for clean
+    slots that see no later token: their keys and values do not depend on what follows.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens, self.num_tokens, self.num_hits, self.num_reused = max_tokens, 0, 0, 0
+        self.texts: dict[tuple[int, ...], dict[int, tuple[Tensor, Tensor]]] = {}
+        """By token ids, the latest used last: keys and values of each layer `[tokens, kv heads, D]`."""
+
+    def save(self, ids: Sequence[int], cache: DecodeCache, row: int) -> None:
+        """Keep the text of a row, in place of those that it begins with."""
+        for old in [old for old in self.texts if tuple(ids[: len(old)]) == old]:
+            self._drop(old)
+        self.num_tokens += len(ids)
+        self.texts[tuple(ids)] = {
+            layer: (keys[row, : len(ids)].clone(), values[row, : len(ids)].clone())
+            for layer, (keys, values) in cache.layers.items()
+        }
+        while self.num_tokens > self.max_tokens or len(self.texts) > MOST_TEXTS:
+            self._drop(next(iter(self.texts)))
+
+    def load(self, ids: Sequence[int], cache: DecodeCache, row: int) -> int:
+        """Copy the longest known beginning of `ids` into a row; its number of tokens."""
+        shared = {text: num_shared(ids, text) for text in self.texts} if cache.layers else {}
+        text = max(shared, key=lambda text: shared[text], default=())
+        num = shared.get(text, 0)
+        if num:
+            self.texts[text] = layers = self.texts.pop(text)
+            for layer, stored in layers.items():
+                for buffer, kept in zip(cache.layers[layer], stored, strict=True):
+                    buffer[row, :num] = kept[:num]
+        self.num_hits += num > 0
+        self.num_reused += num
+        return num
+
+    def _drop(self, text: tuple[int, ...]) -> None:
+        del self.texts[text]
+        self.num_tokens -= len(text)
+
+
+def num_shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    return next(
+        (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
 
 
 def store(

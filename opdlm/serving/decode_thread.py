@@ -1,9 +1,9 @@
 """One thread decodes all requests. A request joins while others run and leaves when it is complete.
 
 All requests share the forward passes; each has its own temperature, filters, seed, stop strings and length.
-A free row goes to the waiting request that holds the fewest rows, of equal ones the oldest, and no request
-holds more than three quarters of the rows: otherwise one request of many responses would keep the others
-waiting until its responses are complete.
+A free row goes to the waiting request that holds the fewest rows, of equal ones the oldest. The second and
+further rows of all requests together are at most a third of the rows, less one: large requests leave rows for
+others, and slow them down by a bounded factor, since each row makes a forward longer.
 Results come back through callbacks, which run in this thread.
 """
 
@@ -26,9 +26,12 @@ from opdlm.decoding.decode_state import LogitsProcessor, Request
 from opdlm.decoding.generate import Decoder, FindEnd
 from opdlm.decoding.rollout import Rollout
 from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.modeling.kv_cache import PrefixCache
 
 log = logging.getLogger(__name__)
 
+PREFILL_SLOTS = {"cpu": 128}
+"""Prompt tokens that join a step, by device. Longer prompts are computed in parts, between the steps."""
 LONGEST_RETRY = 60
 """Seconds after which a client is told to come back at most."""
 
@@ -93,6 +96,8 @@ class DecodeThread(Thread):
         self.running: dict[int, Job] = {}
         self.num_waiting = self.num_complete = 0
         self.busy_seconds = 0.0
+        self.prefixes = PrefixCache(max(1, num_rows // 4) * max_length)
+        """The memory of a quarter of the rows."""
         self._decoder: Decoder | None = None
         self._count = itertools.count()
         self._lock = Lock()
@@ -144,7 +149,16 @@ class DecodeThread(Thread):
     def _admit(self) -> Decoder:
         """Drop cancelled jobs, and give the free rows to waiting jobs."""
         if self._decoder is None:
-            self._decoder = Decoder(self.model, self.config, self.num_rows, self.max_length, self._on_step)
+            num_slots = PREFILL_SLOTS.get(self.model.device.type, 1024)
+            self._decoder = Decoder(
+                self.model,
+                self.config,
+                self.num_rows,
+                self.max_length,
+                self._on_step,
+                num_slots,
+                self.prefixes,
+            )
         decoder = self._decoder
         cancelled = [index for index, job in self.running.items() if job.cancelled.is_set()]
         if cancelled:
@@ -166,10 +180,13 @@ class DecodeThread(Thread):
         return decoder
 
     def _next_job(self) -> Job | None:
-        """A job of the request that holds the fewest rows; None if each holds its share."""
+        """A job of the request that holds the fewest rows; None if it may hold no more."""
         num_held = Counter(job.cancelled for job in self.running.values())
         jobs = min(self.waiting, key=lambda jobs: num_held[jobs[0].cancelled], default=None)
-        if jobs is None or num_held[jobs[0].cancelled] >= max(1, self.num_rows * 3 // 4):
+        if jobs is None:
+            return None
+        num_further = len(self.running) - len(num_held)
+        if jobs[0].cancelled in num_held and num_further >= self.num_rows // 3 - 1:
             return None
         job = jobs.popleft()
         if not jobs:

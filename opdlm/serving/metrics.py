@@ -46,10 +46,13 @@ class Metrics:
         gauges = {
             "responses_waiting": thread.num_waiting,
             "responses_running": len(thread.running),
+            "prefix_tokens_kept": thread.prefixes.num_tokens,
             "tokens_per_forward": tokens["generated"] / max(1, tokens["forwards"]),
         }
         counters = {
             "prompt_tokens_total": tokens["prompt"],
+            "prefix_hits_total": thread.prefixes.num_hits,
+            "prefix_tokens_reused_total": thread.prefixes.num_reused,
             "generated_tokens_total": tokens["generated"],
             "row_forwards_total": tokens["forwards"],
             "decoding_seconds_total": thread.busy_seconds,

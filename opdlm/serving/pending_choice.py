@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from threading import Event
 from typing import Any, TypeAlias
 
 import torch
@@ -50,6 +51,8 @@ class PendingChoice:
     """Of each token of the response, where they are asked for."""
     echo: str
     """The prompt, where the answer repeats it."""
+    awaited: Event
+    """Set while a stream waits for progress."""
 
     async def rollout(self) -> Rollout:
         """The response of a job that is not streamed. Raises what decoding raises."""
@@ -156,12 +159,17 @@ class DraftTrace:
 
 
 def progress_sender(
-    prefix: StablePrefix, put: Callable[[Progress], None], *, include_drafts: bool
+    prefix: StablePrefix, put: Callable[[Progress], None], awaited: Event, *, include_drafts: bool
 ) -> Callable[[RowStep], None]:
-    """Sends what is known after each step."""
+    """Sends what is known after a step; without drafts only where that is awaited, since a later text holds
+    the earlier one: a client that does not read costs no time.
+    """
     trace = DraftTrace(prefix, prefix.shown.start) if include_drafts else None
 
     def send(step: RowStep) -> None:
+        if not (include_drafts or awaited.is_set()):
+            return
+        awaited.clear()
         text, rest = prefix.after_step(step.tokens, step.num_final)
         put(Progress(text, None if trace is None else trace.after_step(step, rest)))
 

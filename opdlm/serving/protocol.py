@@ -35,7 +35,6 @@ LARGEST = 2**62
 MOST_ALTERNATIVES = 20
 MOST_BIASES = 1024
 NEUTRAL: dict[str, Sequence[Any]] = {
-    "response_format": [{"type": "text"}],
     "length_penalty": [1],
     "best_of": [1],
     "skip_special_tokens": [True],
@@ -47,11 +46,11 @@ NEUTRAL: dict[str, Sequence[Any]] = {
 UNUSED = ("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 """Keys that concern the books of OpenAI's service and change no answer: any value is accepted."""
 SAMPLING = "tokens are sampled with temperature, top_k, top_p and min_p"
-GRAMMAR = "no grammar constrains what the model writes: ask for the form in the prompt"
+GRAMMAR = "response_format takes a JSON schema, and no other grammar is known"
 REASONS = {
     "typical_p": SAMPLING,
     "bad_words": "logit_bias of -100 bans tokens",
-    **dict.fromkeys(("response_format", "guided_json", "guided_regex", "guided_choice"), GRAMMAR),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice"), GRAMMAR),
     **dict.fromkeys(("guided_grammar", "structured_outputs"), GRAMMAR),
     **dict.fromkeys(("best_of", "use_beam_search", "length_penalty"), "choices are not ranked"),
     **dict.fromkeys(("audio", "modalities"), "the model writes text"),
@@ -97,7 +96,8 @@ class StrictModel(BaseModel):
         """Leave out unknown keys that ask for nothing, and all but one of the others, which is refused."""
         if not isinstance(values, dict):
             return values
-        known = {key: value for key, value in values.items() if key in cls.model_fields}
+        keys = {field.alias or name for name, field in cls.model_fields.items()}
+        known = {key: value for key, value in values.items() if key in keys}
         unknown = (key for key, value in values.items() if key not in known and not is_neutral(key, value))
         return known | {key: values[key] for key in itertools.islice(unknown, 1)}
 
@@ -131,6 +131,28 @@ class StreamOptions(StrictModel):
     include_drafts: bool | None = None
 
 
+class JsonSchema(StrictModel):
+    """The schema of a response. It is always followed, `strict` or not."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(StrictModel):
+    """What a response must be: any text, any JSON object, or JSON that a schema allows."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def check_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("a schema belongs to the type json_schema, and to no other")
+        return self
+
+
 class ModelRequest(StrictModel):
     """The field that all requests share."""
 
@@ -161,6 +183,11 @@ class GenerationRequest(ModelRequest):
     logit_bias: (
         Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASES)] | None
     ) = Field(None, description=f"an object of at most {MOST_BIASES} token ids with numbers from -100 to 100")
+    response_format: ResponseFormat | None = Field(
+        None,
+        description="an object whose type is text, json_object, or json_schema with an object json_schema of "
+        "name and schema",
+    )
     n: int | None = whole_number(1, 128)
     user: str | None = Field(None, description="text")
     stream: bool | None = Field(None, description="true or false")
@@ -181,6 +208,14 @@ class GenerationRequest(ModelRequest):
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return ((self.stop,) if self.stop else ()) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def schema_of_response(self) -> dict[str, Any] | None:
+        """The JSON schema that the response must follow, if any."""
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        return wanted.json_schema.schema_ if wanted.json_schema is not None else {"type": "object"}
 
     def logits_processor(
         self, num_prompt: int, num_ids: int, stops: Sequence[int], temperature: float

@@ -20,15 +20,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from ipaddress import ip_address
 from threading import Event
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from opdlm.checkpoints.convert import load_decoder
 from opdlm.checkpoints.load import check_decode, max_total_tokens, vocabulary_rows
 from opdlm.data.chat_template import encode_prompt, token_ids, unread_keys
 from opdlm.data.rows import check_text
 from opdlm.decoding.decode_config import DecodeConfig
-from opdlm.decoding.decode_state import LogitsProcessor
 from opdlm.decoding.generate import PROCESSED_MODES, grid_of
 from opdlm.decoding.rollout import Rollout
 from opdlm.decoding.streaming import StablePrefix, StopStrings
@@ -46,6 +46,7 @@ from opdlm.serving.answers import (
 )
 from opdlm.serving.app import make_app
 from opdlm.serving.decode_thread import DecodeThread, Job, QueueFull
+from opdlm.serving.grammar import GrammarProcessor, grammar_tokenizer, matcher_of
 from opdlm.serving.http_limits import timed_protocol
 from opdlm.serving.metrics import Metrics, open_request_log
 from opdlm.serving.pending_choice import (
@@ -59,6 +60,9 @@ from opdlm.serving.pending_choice import (
 )
 from opdlm.serving.protocol import ChatRequest, CompletionRequest, InvalidRequest, TokenizeRequest
 from opdlm.serving.tool_calls import ToolFormat, tool_format_of
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +150,7 @@ class Server:
         prompts = [self.chat_ids(request)] if isinstance(request, ChatRequest) else self.prompt_ids(request)
         suffix = () if isinstance(request, ChatRequest) else self.suffix_ids(request)
         config = replace(config, max_new_tokens=self.check_lengths(request, prompts, suffix))
+        grammar = self.grammar(request)
         seed = random.getrandbits(62) if request.seed is None else request.seed
         cancelled, echoes = Event(), self.echoes(request, prompts)
         model = self.thread.model
@@ -157,37 +162,44 @@ class Server:
             ids, events = prompts[place // n], asyncio.Queue[Progress | Rollout | Exception]()
             response = range(len(ids), len(ids) + config.max_new_tokens)
             stable_prefix = StablePrefix(stops, spec, grid_of(config.mode, spec), response)
-            put, alternatives = thread_safe(events.put_nowait, loop), list[Ranking]()
+            put, alternatives, awaited = thread_safe(events.put_nowait, loop), list[Ranking](), Event()
             on_end, num = put, request.num_alternatives
             if suffix:
                 on_end = without_suffix(put, len(gap), suffix)
             elif num:
                 on_end = scored(put, model, num, alternatives)
+            processors = self.logits_processors(request, ids, stable_prefix, config)
+            if grammar is not None:  # before min_p, which counts the likely tokens among the allowed
+                processor = GrammarProcessor(grammar.deep_copy(), len(ids), spec.stop_token_ids)
+                processors.insert(0, processor)
+                on_end = processor.checked(on_end)
             job = Job(
                 ids=(*ids, *gap, *suffix),
                 seed=seed_of(seed, place),
                 config=config,
                 find_end=stops.find_end if stops.strings or stops.token_ids else None,
-                on_step=progress_sender(stable_prefix, put, include_drafts=request.wants_drafts)
+                on_step=progress_sender(stable_prefix, put, awaited, include_drafts=request.wants_drafts)
                 if request.stream
                 else None,
                 ignore_eos=ignore_eos,
-                logits_processor=self.logits_processor(request, ids, stable_prefix, config),
+                logits_processor=processors or None,
                 on_end=on_end,
                 cancelled=cancelled,
             )
-            choices.append(PendingChoice(job, stable_prefix, events, alternatives, echoes[place // n]))
+            choices.append(
+                PendingChoice(job, stable_prefix, events, alternatives, echoes[place // n], awaited)
+            )
         may_call = isinstance(request, ChatRequest) and bool(request.tools) and request.tool_choice != "none"
         tool_format = self.tool_format if may_call else None
         return ParsedRequest(request=request, choices=choices, cancelled=cancelled, tool_format=tool_format)
 
-    def logits_processor(
+    def logits_processors(
         self,
         request: ChatRequest | CompletionRequest,
         ids: Sequence[int],
         stable_prefix: StablePrefix,
         config: DecodeConfig,
-    ) -> LogitsProcessor | None:
+    ) -> LogitsProcessorList:
         """What the request does to the AR model's logits. Raises InvalidRequest in modes in which it does not
         choose every token.
         """
@@ -198,7 +210,31 @@ class Server:
                 "penalties, logit_bias, min_p and min_tokens change the AR model's logits, and this server "
                 f"decodes in mode {config.mode}: `opdlm serve --mode lossless` follows them."
             )
-        return found or None
+        return found
+
+    def grammar(self, request: ChatRequest | CompletionRequest) -> LLMatcher | None:
+        """The grammar that `response_format` asks for. Raises InvalidRequest where it cannot be followed."""
+        schema = request.schema_of_response
+        if schema is None:
+            return None
+        if self.config.mode not in PROCESSED_MODES:
+            raise InvalidRequest(
+                "response_format: a grammar restricts what the AR model chooses, and this server decodes in "
+                f"mode {self.config.mode}: `opdlm serve --mode lossless` follows it."
+            )
+        for key in ("ignore_eos", "min_tokens"):
+            if getattr(request, key):
+                raise InvalidRequest(
+                    f"response_format with {key}: a stop token follows the JSON. Leave it out."
+                )
+        if isinstance(request, ChatRequest) and request.tools and request.tool_choice != "none":
+            raise InvalidRequest("response_format with tools: a call would break the grammar. Leave one out.")
+        return matcher_of(self.grammar_tokenizer, schema)
+
+    @cached_property
+    def grammar_tokenizer(self) -> LLTokenizer:
+        """The tokenizer as the grammars read it."""
+        return grammar_tokenizer(self.tokenizer, self.thread.model.spec.stop_token_ids)
 
     def check_model(self, name: str | None) -> None:
         """Raises InvalidRequest (404) for a model that is not served."""
@@ -373,6 +409,7 @@ class Server:
         for index, choice in enumerate(parsed.choices):
             num_sent, names_role, finished = 0, True, None
             while finished is None:
+                choice.awaited.set()
                 event, drafts = await choice.events.get(), None
                 if isinstance(event, Exception):
                     yield sse(error_answer(f"decoding failed: {event}", status=500))

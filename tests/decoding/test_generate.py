@@ -22,6 +22,7 @@ from opdlm.decoding.generate import generate, make_requests
 from opdlm.decoding.rollout import Rollout
 from opdlm.decoding.unmasking import choose_tokens, choose_within_entropy, noise_keys
 from opdlm.modeling.diffusion_lm import PackedForward
+from opdlm.modeling.kv_cache import DecodeCache, PrefixCache
 from opdlm.modeling.slots import GridKind
 
 LENGTHS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 3, 20]
@@ -152,6 +153,100 @@ def test_prompts_computed_in_parts_give_the_same_responses_in_smaller_forwards(
         assert max(sizes) <= max(pairs // 37, 24) and min(more[2:5]) > 2
     elif mode != "lossless":  # whose plans depend on what was decoded before
         assert max(more) == 1
+
+
+@pytest.mark.parametrize("num_slots", [1, 10])
+@pytest.mark.parametrize("mode", ["threshold", "lossless", "ar"])
+@pytest.mark.parametrize(
+    ("kind", "grid"), [("lora", "absolute"), ("copy", "response"), *(("sdar", grid) for grid in GRIDS)]
+)
+def test_a_long_prompt_is_computed_between_the_steps_of_the_others(
+    kind: str, grid: GridKind, mode: Mode, num_slots: int
+) -> None:
+    """Each response is that of its prompt alone, and no step stands still for a prompt."""
+    if kind == "sdar" and mode == "lossless":
+        pytest.skip("sdar has no AR model to verify with")
+    model = make_lm(kind, grid)
+    prompts = make_prompts([3, 38, 1, 39, 37, 4, 33, 2, 40, 5])
+    config = DecodeConfig(mode=mode, max_new_tokens=9, temperature=1.0, forward_overhead=32.0)
+    alone = [generate(model, [ids], config, [seed])[0] for seed, ids in enumerate(prompts)]
+    decoder = engine.Decoder(model, config, 4, 40 + 9, prefill_slots=num_slots)
+    sizes, finished, num_together = list[int](), dict[int, Rollout](), 0
+
+    def run(forward: PackedForward) -> torch.Tensor:
+        sizes.append(int(forward.cache.count_B.max()))
+        return forward.run()
+
+    model.run_packed = run
+    waiting = [Request(seed, ids, seed, config) for seed, ids in enumerate(prompts)]
+    for index in (100, 101):  # they are dropped in the middle of their prompts, or of their responses
+        waiting.insert(3, Request(index, prompts[3], 0, config))
+    num_steps = 0
+    while waiting or decoder.is_busy:
+        decoder.waiting.extend(waiting[:1])
+        del waiting[:1]
+        before = dict(zip(decoder.state.index_B.tolist(), decoder.state.num_steps_B.tolist(), strict=True))
+        num_together += bool(before) and bool(decoder.joining)
+        finished |= decoder.step()
+        after = dict(zip(decoder.state.index_B.tolist(), decoder.state.num_steps_B.tolist(), strict=True))
+        assert all(index in finished or after[index] == before[index] + 1 for index in before)
+        num_steps += 1
+        if num_steps == 6:
+            decoder.drop([100, 101])
+    assert [finished[seed].text_ids for seed in range(len(prompts))] == [one.text_ids for one in alone]
+    assert num_together > 5 and max(sizes) <= 25 + num_slots  # 25: drafts and what they verify
+    assert max(finished) < 100
+
+
+@pytest.mark.parametrize("mode", ["threshold", "lossless", "ar"])
+@pytest.mark.parametrize("kind", ["lora", "copy"])
+def test_the_turns_of_a_chat_reuse_the_keys_of_earlier_ones(kind: str, mode: Mode) -> None:
+    """Two chats that go on from the responses: each response is that of its prompt alone, though only the new
+    tokens are computed.
+    """
+    model, prefixes = make_lm(kind, "response"), PrefixCache(150)
+    config = DecodeConfig(mode=mode, max_new_tokens=9, temperature=1.0, forward_overhead=32.0)
+    decoder = engine.Decoder(model, config, 3, 100, prefill_slots=12, prefixes=prefixes)
+    chats = [[*ids] for ids in make_prompts([21, 19])]
+    chats[1][:6] = chats[0][:6]
+    num_clean = list[int]()
+
+    def run(forward: PackedForward) -> torch.Tensor:
+        num_clean.append(forward.packed.num_clean)
+        return forward.run()
+
+    model.run_packed = run
+    for turn in range(4):
+        before, reused = [len(ids) for ids in chats], prefixes.num_reused
+        decoder.waiting.extend(Request(i, ids, turn, config) for i, ids in enumerate(chats))
+        num_clean.clear()
+        finished: dict[int, Rollout] = {}
+        while decoder.is_busy:
+            finished |= decoder.step()
+        total = sum(num_clean)
+        for index, ids in enumerate(chats):
+            (alone,) = generate(model, [ids], config, [turn])
+            assert finished[index].text_ids == alone.text_ids
+            ids += [*alone.text_ids[:-1], 3 + turn, 4, 5]
+        if turn:
+            assert prefixes.num_reused - reused > sum(before) - 2 * 12
+            assert total < sum(before) / 2 + 2 * 9 * (8 if mode == "lossless" else 2)
+        assert prefixes.num_tokens == sum(map(len, prefixes.texts)) <= 150
+    assert prefixes.num_hits >= 6
+
+
+def test_no_more_texts_are_kept_than_fit_and_the_oldest_go_first() -> None:
+    prefixes, cache = PrefixCache(10), DecodeCache(2, 8, torch.device("cpu"))
+    keys, values = torch.randn(2, 2, 9, 1, 4).unbind(0)
+    cache.layers[0] = (keys.clone(), values.clone())
+    for ids in ((1, 2), (1, 2, 3), (4, 5, 6, 7), (8, 9)):
+        prefixes.save(ids, cache, 0)
+    assert [*prefixes.texts] == [(1, 2, 3), (4, 5, 6, 7), (8, 9)]
+    assert prefixes.load((1, 2, 9), cache, 1) == 2 and prefixes.load((2,), cache, 1) == 0
+    assert torch.equal(cache.layers[0][0][1, :2], keys[0, :2])
+    assert torch.equal(cache.layers[0][1][1], torch.cat([values[0, :2], values[1, 2:]]))
+    prefixes.save((7, 7), cache, 0)
+    assert [*prefixes.texts] == [(8, 9), (1, 2, 3), (7, 7)] and prefixes.num_tokens == 7
 
 
 @pytest.mark.parametrize("kind", ["lora", "copy"])

@@ -11,12 +11,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from loopback_server import CHAT, HELLO, MAX_WAITING, TEXT, Served, serve
 
+from opdlm.data.chat_template import encode_prompt
+from opdlm.data.messages import Conversation
 from opdlm.decoding import generate as generate_module
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.rollout import Rollout
@@ -100,24 +103,52 @@ def jobs(count: int, config: DecodeConfig, found: list[Any]) -> list[Job]:
     ]
 
 
-def test_rows_go_to_the_request_that_holds_the_fewest_and_none_takes_all(idle: DecodeThread) -> None:
-    large, small, late = (jobs(count, idle.config, []) for count in (6, 2, 1))
-    idle.submit(large)
-    idle._receive()
-    idle._admit()
-    assert list(idle.running.values()) == large[:3] and idle.num_waiting == 3
-    idle.submit(small)
-    idle.submit(late)
-    idle.waiting.extend(idle.arrivals.get() for _ in range(2))
-    for _ in range(2):
-        idle.running.pop(next(iter(idle.running)))
+def arrive(thread: DecodeThread, *requests: list[Job]) -> None:
+    for request in requests:
+        thread.submit(request)
+        thread.waiting.append(thread.arrivals.get())
+    thread._admit()
+
+
+def test_rows_go_to_the_request_that_holds_the_fewest_and_large_ones_leave_most(idle: DecodeThread) -> None:
+    idle.num_rows, idle.max_waiting = 12, 500
+    large, also_large, *small = (jobs(count, idle.config, []) for count in (7, 6, *[1] * 8))
+    arrive(idle, large)
+    arrive(idle, also_large)
+    held = [*large[:4], also_large[0]]
+    assert list(idle.running.values()) == held and idle.num_waiting == 8
+    arrive(idle, *small)
+    assert list(idle.running.values()) == [*held, *(job for (job,) in small[:7])] and idle.num_waiting == 9
+    for ended, next_one in ((0, small[7][0]), (5, also_large[1]), (6, None), (1, large[4])):
+        del idle.running[ended]
+        before = list(idle.running.values())
         idle._admit()
-    running = list(idle.running.values())
-    assert running == [large[2], small[0], late[0], large[3]] and idle.num_waiting == 3
-    large[0].cancelled.set()
+        assert list(idle.running.values())[len(before) :] == [next_one] * (next_one is not None)
+    also_large[0].cancelled.set()
     idle._admit()
-    assert list(idle.running.values()) == [small[0], late[0], small[1]]  # and its waiting jobs are gone
-    assert idle.num_waiting == 0 and not idle.waiting
+    assert not {*idle.running.values()} & {*also_large} and also_large not in idle.waiting
+    assert [*idle.running.values()][-2:] == large[4:6] and idle.num_waiting == 1
+
+
+def test_a_short_request_joins_the_next_step_beside_any_number_of_large_ones(idle: DecodeThread) -> None:
+    """Steps are counted, so that no clock decides: beside a row each, large ones hold less than a third."""
+    idle.num_rows, idle.max_waiting = 12, 500
+    long, short = (replace(idle.config, max_new_tokens=num) for num in (80, 4))
+    for num_large in range(1, 5):
+        idle.submit(jobs(100 // num_large, long, []))
+        found: list[Any] = []
+        for _ in range(6):
+            idle._receive()
+            idle._advance()
+            assert len(idle.running) <= 3 + num_large
+        for _ in range(3):  # one after the other
+            idle.submit(jobs(1, short, found))
+            num_before, num_steps = len(found), 0
+            while len(found) == num_before:
+                idle._receive()
+                idle._advance()
+                num_steps += 1
+            assert found[-1].num_response == 4 and num_steps <= 4
 
 
 def test_the_queue_is_bounded_and_what_leaves_it_makes_room(idle: DecodeThread) -> None:
@@ -128,7 +159,7 @@ def test_the_queue_is_bounded_and_what_leaves_it_makes_room(idle: DecodeThread) 
     idle._receive()
     idle._admit()
     idle.submit(jobs(4, idle.config, []))
-    assert idle.num_waiting == 8
+    assert idle.num_waiting == 10
 
 
 def test_a_full_queue_is_told_with_the_time_to_come_back(
@@ -252,6 +283,30 @@ def test_metrics_count_what_was_answered(lossless: Served) -> None:
     counts = [value for name, value in after.items() if name.startswith("opdlm_request_seconds_bucket")]
     assert counts == sorted(counts) and counts[-1] == after["opdlm_request_seconds_count"]
     assert after["opdlm_responses_waiting"] == after["opdlm_responses_running"] == 0
+
+
+def test_the_next_turn_of_a_chat_computes_what_is_new(lossless: Served) -> None:
+    def reused() -> list[int]:
+        return [
+            int(line.split()[1])
+            for line in get(lossless, "/metrics")[1].splitlines()
+            if line.startswith(("opdlm_prefix_hits_total", "opdlm_prefix_tokens_reused_total"))
+        ]
+
+    messages = [{"role": "user", "content": "what is the sum of 17 and 25"}]
+    first = lossless.post(CHAT, {"messages": messages, "max_tokens": 8})[1]
+    answer = first["choices"][0]["message"]
+    before = reused()
+    messages += [answer, {"role": "user", "content": "and of 3"}]
+    second = lossless.post(CHAT, {"messages": messages, "max_tokens": 8})[1]
+    hits, tokens = (after - one for after, one in zip(reused(), before, strict=True))
+    assert hits == 1 and first["usage"]["prompt_tokens"] - 5 <= tokens < second["usage"]["prompt_tokens"]
+    ids = encode_prompt(lossless.tokenizer, Conversation(prompt=messages))
+    (alone,) = generate_module.generate(
+        lossless.model, [ids], replace(lossless.config, max_new_tokens=8), [0]
+    )
+    text = lossless.tokenizer.decode(alone.text_ids, skip_special_tokens=True)
+    assert second["choices"][0]["message"]["content"] == text
 
 
 def test_requests_have_ids(lossless: Served) -> None:

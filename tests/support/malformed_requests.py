@@ -49,7 +49,7 @@ WRONG: dict[str, list[Any]] = {
     ],
     "continue_final_message": [True, "yes", 1, [True]],
     "echo": ["yes", 1, [True]],
-    "response_format": [{}, {"type": "json_object"}, {"type": LONE_SURROGATE}, "text", 1],
+    "response_format": [{}, {"type": "json_schema"}, {"type": LONE_SURROGATE}, "text", 1],
     "repetition_penalty": [0, -1, 101, True, "1"],
     "skip_special_tokens": [False],
     "presence_penalty": [2.5, -3, "0", [0]],
