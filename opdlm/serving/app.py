@@ -128,7 +128,7 @@ def add_information(app: "FastAPI", server: "Server", errors: Mapping[str, Any])
 @cache
 def chat_page() -> str:
     """The page at `/`."""
-    return Path(__file__).with_name("chat.html").read_text(encoding="utf-8")
+    return (Path(__file__).parents[1] / "templates" / "chat.html").read_text(encoding="utf-8")
 
 
 def counted(app: "ASGIApp", server: "Server") -> "ASGIApp":
