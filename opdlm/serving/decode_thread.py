@@ -19,14 +19,16 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 
+import torch
 from torch import Tensor
 
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.decode_state import LogitsProcessor, Request
+from opdlm.decoding.draft_policy import rows_of_slots
 from opdlm.decoding.generate import Decoder, FindEnd
 from opdlm.decoding.rollout import Rollout
 from opdlm.modeling.diffusion_lm import DiffusionLM
-from opdlm.modeling.kv_cache import PrefixCache
+from opdlm.modeling.kv_cache import DecodeCache, PrefixCache
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +104,15 @@ class DecodeThread(Thread):
         self._count = itertools.count()
         self._lock = Lock()
 
+    @torch.inference_mode()
+    def cache_bytes(self) -> int:
+        """Memory of the keys and values of all rows, and of the texts that are kept for later turns."""
+        small = DecodeCache(1, 2 * self.model.spec.block_size, self.model.device)
+        self.model.packed_hidden(rows_of_slots(1, self.model.spec), 1, small)
+        of_token = sum(buffer[0, 0].nbytes for pair in small.layers.values() for buffer in pair)
+        cache = self._new_decoder().cache
+        return of_token * (cache.num_rows * (cache.capacity + 1) + self.prefixes.max_tokens)
+
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue the jobs of one request; called from other threads. QueueFull if they do not fit."""
         with self._lock:
@@ -146,19 +157,15 @@ class DecodeThread(Thread):
         while not (self.arrivals.empty() and (self.waiting or self.running)):
             self.waiting.append(self.arrivals.get())
 
+    def _new_decoder(self) -> Decoder:
+        num_slots = PREFILL_SLOTS.get(self.model.device.type, 1024)
+        rows = (self.num_rows, self.max_length)
+        return Decoder(self.model, self.config, *rows, self._on_step, num_slots, self.prefixes)
+
     def _admit(self) -> Decoder:
         """Drop cancelled jobs, and give the free rows to waiting jobs."""
         if self._decoder is None:
-            num_slots = PREFILL_SLOTS.get(self.model.device.type, 1024)
-            self._decoder = Decoder(
-                self.model,
-                self.config,
-                self.num_rows,
-                self.max_length,
-                self._on_step,
-                num_slots,
-                self.prefixes,
-            )
+            self._decoder = self._new_decoder()
         decoder = self._decoder
         cancelled = [index for index, job in self.running.items() if job.cancelled.is_set()]
         if cancelled:

@@ -22,6 +22,8 @@ from ipaddress import ip_address
 from threading import Event
 from typing import TYPE_CHECKING
 
+import psutil
+import torch
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from opdlm.checkpoints.convert import load_decoder
@@ -447,6 +449,20 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def check_cache_fits(thread: DecodeThread) -> int:
+    """Bytes of keys and values that the rows take. ConfigError if so many are not free."""
+    device = thread.model.device
+    is_cuda, needed = device.type == "cuda", thread.cache_bytes()
+    free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigError(
+            f"max_rows ({thread.num_rows}) of max_length ({thread.max_length}) tokens need "
+            f"{needed / 2**30:.1f} GiB for keys and values, and {free / 2**30:.1f} GiB are free: lower "
+            "one of the two."
+        )
+    return needed
+
+
 def serve_folder(
     folder: str,
     *,
@@ -480,8 +496,9 @@ def serve_folder(
             f"max_length ({max_length}) must be more than max_new_tokens ({decode.max_new_tokens}) "
             f"and at most {longest}, the model's context less two blocks of drafts."
         )
-    listener = listen(host, port)
     thread = DecodeThread(model, decode, max_rows, max_length, max_waiting)
+    num_bytes = check_cache_fits(thread)
+    listener = listen(host, port)
     thread.start()
     server = Server(thread, tokenizer, name or folder, decode, keys, request_log=requests)
     app = make_app(server, cors_origins)
@@ -490,7 +507,8 @@ def serve_folder(
         log.warning(f"{host} can be reached from other machines, and anyone may send requests: set --api-key")
     print(
         f"serving {name or folder} ({decode.mode}) at http://{host}:{port}/v1, until Ctrl-C; "
-        f"http://{host}:{port} is a page to chat on",
+        f"http://{host}:{port} is a page to chat on; {max_rows} rows of {max_length} tokens take up to "
+        f"{num_bytes / 2**30:.1f} GiB",
         flush=True,
     )
     import uvicorn

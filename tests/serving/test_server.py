@@ -365,6 +365,7 @@ def test_a_stop_always_ends_and_a_public_host_without_a_key_is_warned_of(
     ("flags", "words"),
     [
         (["--max-rows", "0"], "--max-rows (0)"),
+        (["--max-rows", "1000000000", "--max-new-tokens", "8"], "GiB are free: lower one of the two"),
         (["--max-waiting", "0"], "--max-waiting (0)"),
         (["--max-length", "10", "--max-new-tokens", "20"], "--max-length (10)"),
         (["--max-length", "100000"], "--max-length (100000)"),
@@ -378,6 +379,16 @@ def test_wrong_flags_are_one_sentence(
 ) -> None:
     assert main(["serve", str(folders["sdar"]), *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_memory_of_the_rows_is_known_before_they_are_used(lossless: Served) -> None:
+    thread = lossless.thread
+    assert lossless.post(CHAT, {"model": "tiny", "messages": HELLO})[0] == 200
+    assert thread._decoder is not None
+    buffers = [buffer for pair in thread._decoder.cache.layers.values() for buffer in pair]
+    of_token = sum(buffer[0, 0].nbytes for buffer in buffers)
+    in_use = sum(buffer.nbytes for buffer in buffers)
+    assert thread.cache_bytes() == in_use + thread.prefixes.max_tokens * of_token
 
 
 def test_a_port_that_is_taken_is_one_sentence(
