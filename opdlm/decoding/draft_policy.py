@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, takewhile
@@ -78,20 +79,24 @@ class ForwardCost:
         ]
 
     def follow(self, num_slots: int, seconds: float, *, is_plain: bool) -> None:
-        """Let a point, from 16 slots on the nearest of six for each doubling, follow what a step over so many
-        slots took. Where that was plain AR decoding, points that no step has tried go with it: they were
-        measured under the same load. No fewer slots cost more than these, and no more slots less.
+        """Let the point of so many slots follow what a step took; the first step is believed. Where that was
+        plain AR decoding, points that no step has tried go with it: they were measured under the same load.
+        No fewer slots cost more than these, and no more slots less.
         """
-        nearest = num_slots if num_slots <= 16 else round(2 ** (round(6 * math.log2(num_slots)) / 6))
-        change = min(max(seconds / self(num_slots), 1 / LARGEST_CHANGE), LARGEST_CHANGE)
-        factor = 1 + FOLLOW * (change - 1)
-        here = self(nearest) * factor
+        nearest, change = point_of(num_slots), seconds / self(num_slots)
+        if self.has_followed(num_slots):
+            change = 1 + FOLLOW * (min(max(change, 1 / LARGEST_CHANGE), LARGEST_CHANGE) - 1)
+        here = self(nearest) * change
         self.followed.add(nearest)
         for slots, cost in [*self.points.items()]:
-            cost = cost * factor if is_plain and slots not in self.followed else cost
+            cost = cost * change if is_plain and slots not in self.followed else cost
             self.points[slots] = min(cost, here) if slots < nearest else max(cost, here)
         self.points[nearest] = here
         self.update()
+
+    def has_followed(self, num_slots: int) -> bool:
+        """Whether a step over about so many slots has told what it took."""
+        return point_of(num_slots) in self.followed
 
     @classmethod
     def linear(cls, overhead: float) -> ForwardCost:
@@ -101,6 +106,11 @@ class ForwardCost:
     def __call__(self, num_slots: float) -> float:
         place = min(max(bisect_left(self.slots, num_slots), 1), len(self.slopes))
         return self.costs[place - 1] + self.slopes[place - 1] * (num_slots - self.slots[place - 1])
+
+
+def point_of(num_slots: int) -> int:
+    """The number of slots at which a cost is kept: from 16 on the nearest of six for each doubling."""
+    return num_slots if num_slots <= 16 else round(2 ** (round(6 * math.log2(num_slots)) / 6))
 
 
 @torch.inference_mode()
@@ -143,10 +153,17 @@ def rows_of_slots(size: int, spec: DiffusionSpec) -> Packed:
 
 def timed_forward(model: DiffusionLM, cache: DecodeCache, packed: Packed) -> float:
     """Seconds of one forward, with the logits of its clean slots."""
-    started = time.perf_counter()
+    started = clock(model.device)
     hidden_NH, _ = model.packed_hidden(packed, int(packed.row_N.max()) + 1, cache)
     model.logits(hidden_NH[: packed.num_clean]).argmax(-1).tolist()  # waits for the device
-    return time.perf_counter() - started
+    return clock(model.device) - started
+
+
+def clock(device: torch.device) -> float:
+    """Seconds. On a CPU those of this thread, which does its share of every product: other processes, which
+    make it wait, change them little.
+    """
+    return time.thread_time() if device.type == "cpu" else time.perf_counter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +218,7 @@ class DraftPolicy:
         """Of decoding so far, at this number of rows, and at least that of AR decoding."""
         return max(1.0, self.earned / self.spent) * num_rows / self.cost(num_rows)
 
-    def prefix(self, bins: list[int]) -> list[float]:
+    def prefix(self, bins: Sequence[int]) -> list[float]:
         """Probability that the first 0, 1, 2, ... tokens of a draft are accepted."""
         return list(accumulate((self.by_bin[index].share for index in bins), mul, initial=1.0))
 
@@ -215,26 +232,37 @@ class DraftPolicy:
         """What the next forward verifies and drafts. A row in its first step drafts at full length."""
         num_steps = state.num_steps_B.tolist()
         self.num_since_probe += 1
-        is_probe = self.follows_clock and self.num_since_probe > PROBE_FORWARDS
-        if self.num_paused or is_probe:
+        if self.num_paused or self.is_probe(num_steps):
             self.num_since_probe = 0
             return [DraftPlan(0, () if taken else (0,), self.draft_length) for taken in num_steps]
-        rows = [
-            (self.prefix(bins), is_copy(bins)) if taken else None
-            for taken, bins in zip(num_steps, draft_bins(state), strict=True)
+        drafts = [
+            tuple(bins) if taken else None for taken, bins in zip(num_steps, draft_bins(state), strict=True)
         ]
-        rate = self.tokens_per_cost(len(rows))
+        number = Counter(drafts)  # rows with equal drafts have equal plans
+        rows = {bins: None if bins is None else (self.prefix(bins), is_copy(bins)) for bins in number}
+        rate = self.tokens_per_cost(len(drafts))
         survival = self.survival()
-        best, best_worth = [self.plan_row(row, math.inf, 0, 0.0) for row in rows], -math.inf
+        best, best_worth = (
+            {bins: self.plan_row(row, math.inf, 0, 0.0) for bins, row in rows.items()},
+            -math.inf,
+        )
         for price in (math.inf, *sorted({slope * rate for slope in self.cost.slopes})):
             length = max(1, num_leading_above(survival, 2 * price))
             value = 0.0 if price == math.inf else sum(survival[:length]) - price * length
-            plans = [self.plan_row(row, price, length, value) for row in rows]
-            tokens = sum(self.expected_tokens(*pair, value) for pair in zip(plans, rows, strict=True))
-            worth = tokens - rate * self.cost(sum(plan.num_slots for plan in plans))
+            plans = {bins: self.plan_row(row, price, length, value) for bins, row in rows.items()}
+            tokens = sum(number[bins] * self.expected_tokens(plans[bins], rows[bins], value) for bins in rows)
+            num_slots = sum(number[bins] * plan.num_slots for bins, plan in plans.items())
+            worth = tokens - rate * self.cost(num_slots)
             if worth > best_worth:
                 best, best_worth = plans, worth
-        return self.with_retry(best)
+        return self.with_retry([best[bins] for bins in drafts])
+
+    def is_probe(self, num_steps: list[int]) -> bool:
+        """Whether the cost of plain AR decoding must be known better: that of so many rows, which no step has
+        told yet, or again after long.
+        """
+        is_unknown = min(num_steps) > 0 and not self.cost.has_followed(len(num_steps))
+        return self.follows_clock and (is_unknown or self.num_since_probe > PROBE_FORWARDS)
 
     def plan_row(
         self, row: tuple[list[float], bool] | None, price: float, length: int, value: float
@@ -385,7 +413,7 @@ def bins_of(confidence_BD: Tensor, match_BD: Tensor, num_draft_B: Tensor) -> lis
     ]
 
 
-def is_copy(bins: list[int]) -> bool:
+def is_copy(bins: Sequence[int]) -> bool:
     """Whether a draft was copied."""
     return bool(bins) and bins[0] >= NUM_BINS
 

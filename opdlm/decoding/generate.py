@@ -11,7 +11,6 @@ Shape suffixes: B rows, L row capacity.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from ..modeling.slots import CLEAN, Format, Grid
 from .decode_config import DecodeConfig, Mode
 from .decode_state import DecodeState, LogitsProcessor, Processors, Request
 from .denoise import denoise_step
-from .draft_policy import DraftPolicy, ForwardCost, measure_forward_cost
+from .draft_policy import DraftPolicy, ForwardCost, clock, measure_forward_cost
 from .lossless import NUM_CANDIDATES, lossless_step
 from .rollout import FinishReason, Rollout
 
@@ -345,11 +344,11 @@ def step_of(
         policy = policy_for(model, config)
 
         def step(state: DecodeState) -> None:
-            started = time.perf_counter()
+            started = clock(model.device)
             is_prefill = bool((state.num_steps_B == 0).any())
             lossless_step(model, state, cache, config, policy, processors)
             if policy.follows_clock and not is_prefill:
-                policy.settle(time.perf_counter() - started)
+                policy.settle(clock(model.device) - started)
 
         return step
     return lambda state: denoise_step(model, state, cache, config, grid, fmt, processors)

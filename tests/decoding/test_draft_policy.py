@@ -136,6 +136,22 @@ def test_a_wrong_measurement_of_the_machine_comes_right(
         assert found > 0.75 * best_fixed_gain(truth, chances, 1)
 
 
+@pytest.mark.parametrize("drafts", ["never", "sometimes"])
+@pytest.mark.parametrize("machine", ["steep", "step", "line"])
+@pytest.mark.parametrize("believed", [[(1, 1.0), (64, 1.01)], [(1, 9.0), (16, 10.0), (64, 11.0)]])
+def test_the_first_responses_pay_little_for_a_wrong_measurement(
+    believed: list[tuple[float, float]], machine: str, drafts: str
+) -> None:
+    """Sixteen rows: what 64 forwards cost from the first on, over the same tokens by AR decoding."""
+    truth, num_rows = MACHINES[machine], 16
+    run = Simulation(
+        DraftPolicy(LENGTH, ForwardCost(believed), follows_clock=True), DRAFTS[drafts], num_rows, truth
+    )
+    for _ in range(64):
+        run.step()
+    assert run.cost < 1.25 * truth(num_rows) * run.tokens / num_rows
+
+
 class Copies(Simulation):
     """There is always a copy, with a match of two tokens."""
 
