@@ -43,7 +43,7 @@ def test_the_engines_loop_decodes_the_checkpoint_and_accepts_what_we_do(
     folder, adapter = tmp_path / "run" / "model", tmp_path / "uno"
     code = main(["export", str(folder), str(adapter), "--to", "uno"])
     if code:
-        assert code == 2 and "sliding window" in capsys.readouterr().err
+        assert code == 2 and "one cache for all layers" in capsys.readouterr().err
         return
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(adapter)).eval()
