@@ -70,6 +70,8 @@ assert len(found) == 2, found
 DURING_IMPORTS = """
 import os, signal, sys
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may ignore it
+
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == "opdlm.cli.convert":

@@ -93,7 +93,7 @@ def test_every_tiny_recipe_runs_two_steps(
 def test_every_recipe_says_on_its_first_line_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(bundled_recipes()) + len(bundled_recipes("train"))
+    assert len(lines) == sum(len(bundled_recipes(folder)) for folder in ("", "train", "accelerate"))
     assert all(len(line.split(maxsplit=2)[2]) > 20 for line in lines)
 
 

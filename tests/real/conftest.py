@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_models import MODELS, QUESTIONS
+from pretrained import MODELS, QUESTIONS
 
 SHORT = (
     "rollout.prompts_per_step=4",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from real_models import MODELS, QUESTIONS
+from pretrained import MODELS, QUESTIONS
 from transformers import AutoModelForCausalLM
 from uno_loop import our_loop, uno_loop
 

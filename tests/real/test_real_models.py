@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from everyday_calls import run
-from real_models import MODELS
+from pretrained import MODELS
 from transformers import AutoModelForCausalLM
 
 import opdlm

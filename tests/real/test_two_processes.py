@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretrained import MODELS, QUESTIONS
 from processes import launch
-from real_models import MODELS, QUESTIONS
 from safetensors.torch import load_file
 
 from opdlm.training.checkpoint import find_checkpoints
