@@ -508,7 +508,7 @@ def serve_folder(
     print(
         f"serving {name or folder} ({decode.mode}) at http://{host}:{port}/v1, until Ctrl-C; "
         f"http://{host}:{port} is a page to chat on; {max_rows} rows of {max_length} tokens take up to "
-        f"{num_bytes / 2**30:.1f} GiB",
+        f"{num_bytes / 2**20:,.0f} MiB",
         flush=True,
     )
     import uvicorn
