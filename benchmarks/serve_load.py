@@ -9,6 +9,7 @@ or tokens than alone. `cost_ratio`: CPU seconds of the server per generated toke
 parts of the same requests with each of the settings alone. `p50`, `p99`: seconds of a request. `memory_mb`:
 of the server, before, after each tenth of the mixed requests, and after the rest.
 
+`--beside` adds `at_once`: what becomes of 2,000 requests sent in the same moment (the queue takes 1,024), and
 `beside`: seconds of short requests one after the other, in turns alone and beside a client that asks too much
 (ratios of the percentiles). `--over-ar` measures something else: generated tokens per second of a lossless
 server and of one in mode ar, the same greedy requests, by concurrency. Linux only (/proc). Decodes in float32
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -55,6 +57,8 @@ class Outcome:
     answer: Any
     """Text, finish reason and tokens with log-probabilities; None if it was not answered."""
     seconds: float
+    status: int
+    """0: the connection broke."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +106,18 @@ class ServedProcess:
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
     def ask(self, body: dict[str, Any]) -> Outcome:
-        started, answer = time.perf_counter(), None
+        started, answer, status = time.perf_counter(), None, 0
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         try:
             headers = {"Content-Type": "application/json"}
             connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
             response = connection.getresponse()
-            sent = response.read().decode()
-            if response.status == 200:
+            sent, status = response.read().decode(), response.status
+            if status == 200:
                 answer = read_stream(sent) if body["stream"] else read_choice(json.loads(sent)["choices"][0])
         except (OSError, http.client.HTTPException):
-            pass  # lost
-        return Outcome(answer, time.perf_counter() - started)
+            status = 0
+        return Outcome(answer, time.perf_counter() - started, status)
 
     def ask_all(self, bodies: Sequence[dict[str, Any]], concurrency: int) -> tuple[list[Outcome], float]:
         """Every outcome, and CPU seconds of the server per 1,000 generated tokens."""
@@ -261,6 +265,15 @@ def measure(server: ServedProcess, num_requests: int, concurrency: int) -> dict[
     }
 
 
+def at_once(server: ServedProcess, num_requests: int = 2000) -> dict[str, Any]:
+    """Answers by status of requests that are all in flight together, and the longest seconds of any."""
+    bodies = [make_body(i, SETTINGS[i % len(SETTINGS)]) for i in range(num_requests)]
+    outcomes, _ = server.ask_all(bodies, num_requests)
+    statuses = Counter(str(outcome.status) for outcome in outcomes)
+    longest = max(outcome.seconds for outcome in outcomes)
+    return {"requests": num_requests, "statuses": dict(statuses), "longest": round(longest, 1)}
+
+
 def parts(bodies: Sequence[dict[str, Any]], num: int) -> list[Sequence[dict[str, Any]]]:
     """The bodies in `num` parts of about equal size."""
     bounds = [len(bodies) * i // num for i in range(num + 1)]
@@ -298,7 +311,7 @@ def main() -> None:
     parser.add_argument("--mode", default="lossless")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--beside", action="store_true", help="measure `beside` too")
+    parser.add_argument("--beside", action="store_true", help="measure `at_once` and `beside` too")
     parser.add_argument("--over-ar", action="store_true", help="measure the speed over mode ar instead")
     parser.add_argument("--prompts", help="with --over-ar: JSON lines with a key `prompt`")
     parser.add_argument("--json")
@@ -315,6 +328,7 @@ def main() -> None:
         else:
             result = measure(servers[options.mode], options.requests, options.concurrency)
         if options.beside:
+            result["at_once"] = at_once(servers[options.mode])
             result["beside"] = {name: beside(servers[options.mode], abuse) for name, abuse in ABUSES.items()}
     finally:
         for server in servers.values():

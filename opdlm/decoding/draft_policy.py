@@ -229,17 +229,14 @@ class DraftPolicy:
         return list(accumulate((place.share for place in self.by_place), mul))
 
     def plan(self, state: DecodeState) -> list[DraftPlan]:
-        """What the next forward verifies and drafts. A row in its first step drafts at full length."""
-        num_steps = state.num_steps_B.tolist()
+        """What the next forward verifies and drafts."""
         self.num_since_probe += 1
-        if self.num_paused or self.is_probe(num_steps):
+        if self.num_paused or self.is_probe(state.num_steps_B.tolist()):
             self.num_since_probe = 0
-            return [DraftPlan(0, () if taken else (0,), self.draft_length) for taken in num_steps]
-        drafts = [
-            tuple(bins) if taken else None for taken, bins in zip(num_steps, draft_bins(state), strict=True)
-        ]
+            return [DraftPlan(0, (), self.draft_length)] * len(state)
+        drafts = [tuple(bins) for bins in draft_bins(state)]
         number = Counter(drafts)  # rows with equal drafts have equal plans
-        rows = {bins: None if bins is None else (self.prefix(bins), is_copy(bins)) for bins in number}
+        rows = {bins: (self.prefix(bins), is_copy(bins)) for bins in number}
         rate = self.tokens_per_cost(len(drafts))
         survival = self.survival()
         best, best_worth = (
@@ -264,14 +261,10 @@ class DraftPolicy:
         is_unknown = min(num_steps) > 0 and not self.cost.has_followed(len(num_steps))
         return self.follows_clock and (is_unknown or self.num_since_probe > PROBE_FORWARDS)
 
-    def plan_row(
-        self, row: tuple[list[float], bool] | None, price: float, length: int, value: float
-    ) -> DraftPlan:
+    def plan_row(self, row: tuple[list[float], bool], price: float, length: int, value: float) -> DraftPlan:
         """The plan of a row at this price of a slot. `row`: probability that the first i draft tokens are
-        accepted, and whether they were copied; None: it is its first step.
+        accepted, and whether they were copied.
         """
-        if row is None:
-            return DraftPlan(0, (0,), self.draft_length)
         prefix, copies = row
         num_verified = sum(chance > price for chance in prefix[1:])
         if value <= 0:
@@ -290,10 +283,8 @@ class DraftPolicy:
         last = no_copy[copies and num_verified > 0]
         return [*(chance * no_copy[False] for chance in exactly), prefix[num_verified] * last]
 
-    def expected_tokens(self, plan: DraftPlan, row: tuple[list[float], bool] | None, value: float) -> float:
+    def expected_tokens(self, plan: DraftPlan, row: tuple[list[float], bool], value: float) -> float:
         """Accepted tokens of this forward, and of the next draft less the price of verifying it."""
-        if row is None:
-            return 0.0
         prefix, copies = row
         needed = self.needed(prefix, plan.num_verified, copies)
         return sum(prefix[1 : plan.num_verified + 1]) + value * sum(needed[k] for k in plan.groups)
