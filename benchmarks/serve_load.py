@@ -239,12 +239,14 @@ def measure(server: ServedProcess, num_requests: int, concurrency: int) -> dict[
     alone = [server.ask(body) for body in mixed[:compared]]
     outcomes, spent = list[Outcome](), list[float]()
     for part in parts(mixed, 10):
+        print(f"{len(outcomes)} of {num_requests} requests", file=sys.stderr, flush=True)
         found, cost = server.ask_all(part, concurrency)
         outcomes += found
         spent.append(cost)
         memory.append(server.memory_mb())
     costs = []
     for settings in SETTINGS:
+        print(f"{num_requests // len(SETTINGS)} requests with {settings}", file=sys.stderr, flush=True)
         bodies = [make_body(i, settings) for i in range(num_requests // len(SETTINGS))]
         costs.append(server.ask_all(bodies, concurrency)[1])
         memory.append(server.memory_mb())
@@ -329,7 +331,10 @@ def main() -> None:
             result = measure(servers[options.mode], options.requests, options.concurrency)
         if options.beside:
             result["at_once"] = at_once(servers[options.mode])
-            result["beside"] = {name: beside(servers[options.mode], abuse) for name, abuse in ABUSES.items()}
+            result["beside"] = {}
+            for name, abuse in ABUSES.items():
+                print(f"beside {name}", file=sys.stderr, flush=True)
+                result["beside"][name] = beside(servers[options.mode], abuse)
     finally:
         for server in servers.values():
             server.process.terminate()
