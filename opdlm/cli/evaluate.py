@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -133,13 +134,20 @@ def add_report(verbs: Verbs) -> None:
         summary="curves of runs, finished or not",
         description="Draw the curves that a run has logged so far, and what was measured, into "
         "RUN/report.html; those of several runs in the same axes, into FOLDER/report.html.",
-        examples="  opdlm report runs/tiny\n  opdlm report runs/a runs/b --out runs/compared",
+        examples="  opdlm report runs/tiny\n  opdlm report runs/a runs/b --out runs/compared\n"
+        "  opdlm report runs/tiny --watch 10",
     )
 
 
 def add_report_flags(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--out", metavar="FOLDER", help="where the page of several runs is written")
+    parser.add_argument(
+        "--watch",
+        metavar="SECONDS",
+        type=int,
+        help="draw it again every so many seconds until the runs end; the open page reloads itself",
+    )
 
 
 def run_eval(options: argparse.Namespace) -> int:
@@ -274,10 +282,22 @@ def run_text(options: argparse.Namespace, folders: Sequence[Path], overrides: Se
 
 def run_report(options: argparse.Namespace) -> int:
     from opdlm.reporting.pages import write_overlay, write_run_page
+    from opdlm.training.run_folder import is_owned
 
     runs = list(map(Path, options.runs))
     if (len(runs) > 1) != (options.out is not None):
         raise ConfigError("report writes one RUN into its own folder, and several RUNs into --out FOLDER.")
-    page = write_overlay(runs, Path(options.out)) if options.out else write_run_page(runs[0])
+    if options.watch is not None and options.watch < 1:
+        raise ConfigError(f"--watch ({options.watch}) is a number of seconds: give 1 or more.")
+    while True:
+        reload_seconds = options.watch if any(map(is_owned, runs)) else None
+        if options.out:
+            page = write_overlay(runs, Path(options.out), reload_seconds)
+        else:
+            page = write_run_page(runs[0], reload_seconds)
+        if reload_seconds is None:
+            break
+        print(f"report: {page}, drawn again every {reload_seconds} s until the end", flush=True)
+        time.sleep(reload_seconds)
     print(f"report: {page}")
     return 0

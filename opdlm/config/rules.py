@@ -196,6 +196,12 @@ def check_evaluation(config: Config) -> None:
             f"eval.patience ({config.eval.patience}) counts measurements during training, but eval.every is "
             "0: set it to a number of steps."
         )
+    holds_back = config.eval.held_back and not config.eval.path
+    if config.eval.load_best_model_at_end and not (config.eval.every or holds_back):
+        raise ConfigError(
+            "eval.load_best_model_at_end (true) chooses by measurements during training, and there are none: "
+            "set eval.every to a number of steps, or leave eval.path empty and eval.held_back above 0."
+        )
     if any(not 0 <= threshold <= 1 for threshold in config.eval.thresholds):
         raise ConfigError(f"eval.thresholds ({config.eval.thresholds}) must lie between 0 and 1.")
 

@@ -375,7 +375,11 @@ class MeasureSection:
     every: Steps = 0
     """Evaluate every n training steps, into metrics.jsonl; 0 = only at the end."""
     patience: OptionalCount = None
-    """Stop after this many evaluations without improvement; None = never. The result is the last step."""
+    """Stop after this many evaluations without improvement; None = never."""
+    load_best_model_at_end: bool = False
+    """The result is the step that scored best while training, not the last: in a conversion by tokens per
+    forward × retention, in training on text by held-out loss. Its checkpoint is kept.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

@@ -231,6 +231,11 @@ def check_text_config(config: TextConfig) -> None:
         f"eval.patience ({config.eval.patience}) counts measurements during training, but eval.every is 0: "
         "set it to a number of steps.",
     )
+    refuse(
+        config.eval.load_best_model_at_end and not config.eval.every,
+        "eval.load_best_model_at_end (true) chooses by measurements during training, but eval.every is 0: "
+        "set it to a number of steps.",
+    )
 
 
 def check_steps(config: TextConfig) -> None:

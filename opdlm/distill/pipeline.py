@@ -46,7 +46,7 @@ from opdlm.decoding.rollout import Prompt, Rollout
 from opdlm.distill.rollout_file import load_rollouts
 from opdlm.distill.rollouts import check_engine, check_launch
 from opdlm.distill.self_prompts import self_prompts, user_turn
-from opdlm.distill.trainer import train
+from opdlm.distill.trainer import Run, train
 from opdlm.errors import ConfigError, DataError, require_package
 from opdlm.evaluation.evaluate import Outputs, evaluate, score_of
 from opdlm.evaluation.retention import (
@@ -65,14 +65,9 @@ from opdlm.objectives.masking import auto_window, needs_optimal_t, resolve_auto
 from opdlm.reporting.card import model_card
 from opdlm.reporting.pages import DRAFTED, read_retention
 from opdlm.reporting.plots import plot_metrics, plot_signal
-from opdlm.training.checkpoint import (
-    find_checkpoints,
-    load_average,
-    load_weights,
-    trainable_weights,
-)
+from opdlm.training.checkpoint import load_average, load_weights, trainable_weights
 from opdlm.training.devices import check_trackers, is_sharded, join_ranks
-from opdlm.training.loop import EvalCallback
+from opdlm.training.loop import EvalCallback, result_checkpoint
 from opdlm.training.metrics import MetricsLog, read_metrics
 from opdlm.training.run_folder import owned, prepare_output, read_changes, start_date
 
@@ -249,22 +244,16 @@ def run_conversion(config: Config, ranks: PartialState, console: Console, starte
     inputs, held_back = without_held_back(inputs, config)
     describe(inputs, config, console)
     with MetricsLog(output_dir, console, opened=started) as log:
-        eval_callback: EvalCallback | None = None
-        every = config.eval.every
-        if every:
-            eval_callback = RetentionCallback(inputs.tokenizer, inputs.tasks, config.eval)
-        elif held_back:
-            eval_callback, every = DraftingCallback(held_back), max(1, config.train.num_steps // 8)
+        eval_callback, every = measurement_while_training(inputs, held_back, config)
+        if eval_callback and held_back:
             untrained = untrained_score(eval_callback, inputs.student)
         run = train(inputs.student, inputs.prompts, config, log, inputs.recorded, eval_callback, every)
     folder = output_dir / MODEL_FOLDER
-    if held_back and not config.eval.every:
+    if held_back:
         tell_if_nothing_learnt(output_dir, untrained, config, console)
     if ranks.is_main_process:
         with atomic_folder(folder) as partial:
-            write_model(
-                partial, trained_student(run.model, config).eval(), inputs.tokenizer, config.model.path
-            )
+            write_model(partial, trained_student(run, config).eval(), inputs.tokenizer, config.model.path)
             write_record(partial, output_dir, config)
             if held_back:
                 write_prompt_ids(partial / HELD_BACK_FILE, held_back, inputs.tokenizer)
@@ -284,6 +273,17 @@ def tell_if_nothing_learnt(output_dir: Path, untrained: float, config: Config, c
             f"{untrained:.2f} before training. Raise optimizer.learning_rate "
             f"({config.optimizer.learning_rate:g}) or train.num_steps ({config.train.num_steps})."
         )
+
+
+def measurement_while_training(
+    inputs: Inputs, held_back: Sequence[Ids], config: Config
+) -> tuple[EvalCallback | None, int]:
+    """What is measured, if anything, and every how many steps."""
+    if config.eval.every:
+        return RetentionCallback(inputs.tokenizer, inputs.tasks, config.eval), config.eval.every
+    if held_back:
+        return DraftingCallback(held_back), max(1, config.train.num_steps // 8)
+    return None, 0
 
 
 def without_held_back(inputs: Inputs, config: Config) -> tuple[Inputs, list[Ids]]:
@@ -338,15 +338,15 @@ def add_self_prompts(inputs: Inputs, config: Config, output_dir: Path, console: 
     inputs.prompts.extend(replace(p, index=len(inputs.prompts) + p.index, source=source) for p in added)
 
 
-def trained_student(model: DiffusionLM, config: Config) -> DiffusionLM:
-    """The trained model, unsharded; after a sharded run it is rebuilt from the last checkpoint."""
-    if not is_sharded(model):
-        return model
+def trained_student(run: Run, config: Config) -> DiffusionLM:
+    """The trained model, unsharded; after a sharded run it is rebuilt from a checkpoint."""
+    if not is_sharded(run.model):
+        return run.model
     student = load_inputs(config).student
-    last = find_checkpoints(Path(config.output_dir))[-1]
-    load_weights(last, student)
+    result = result_checkpoint(run)
+    load_weights(result, student)
     if config.train.ema_decay is not None:
-        load_average(last, trainable_weights(student))
+        load_average(result, trainable_weights(student))
     return student
 
 

@@ -199,7 +199,7 @@ def train(
     run = start_run(model, prompts, config, recorded)
     run_steps(run, lambda step: train_step(run, step), log, eval_callback, every)
     run.source.close()
-    finish(run)
+    finish(run, log)
     return run
 
 

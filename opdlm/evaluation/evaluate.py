@@ -244,15 +244,12 @@ def student_alone(section: EvalSection) -> EvalSection:
 
 
 def score_of(report: RetentionReport) -> float:
-    """What a student is worth, higher is better; no untrained student gets a good score.
-
-    In `preserve` the tokens per forward of lossless decoding. Where that is not measured, the retention of
-    the worst decoding in which the AR model replaces nothing.
+    """What a student is worth, higher is better: tokens per forward × retention of lossless decoding. Where
+    that is not measured, of the worst decoding in which the AR model replaces nothing.
     """
-    by_name = {mode.name: mode for mode in report.student}
-    if "lossless" in by_name:
-        return by_name["lossless"].tokens_per_forward
-    return min(report.retention(mode) for mode in report.student if mode.replaced is None)
+    modes = [mode for mode in report.student if mode.name == "lossless"]
+    alone = modes or [mode for mode in report.student if mode.replaced is None]
+    return min(mode.tokens_per_forward * report.retention(mode) for mode in alone)
 
 
 def check_modes(spec: DiffusionSpec, tasks: Sequence[Task], section: EvalSection) -> None:

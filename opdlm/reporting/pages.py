@@ -63,6 +63,8 @@ class Page:
     examples: Sequence[Mapping[str, Any]] = ()
     settings: dict[str, str] = field(default_factory=dict)
     """Heading -> text."""
+    reload_seconds: int | None = None
+    """After which a browser loads the page again."""
 
     def html(self) -> str:
         loader = PackageLoader("opdlm")
@@ -180,7 +182,7 @@ def write_comparison(folder: Path, students: Sequence[Values]) -> None:
     page.write(folder)
 
 
-def write_run_page(run: Path) -> Path:
+def write_run_page(run: Path, reload_seconds: int | None = None) -> Path:
     """Write the page of a finished or running run from its `metrics.jsonl`; returns the HTML file."""
     metrics = {str(run): metrics_of(run)}
     report, tables = read_retention(run / "model"), [last_steps_table(metrics)]
@@ -196,18 +198,25 @@ def write_run_page(run: Path) -> Path:
         pictures=pictures,
         tables=tables,
         settings={"Resolved configuration": config.read_text(encoding="utf-8")} if config.is_file() else {},
+        reload_seconds=reload_seconds,
     )
     page.write(run)
     return run / HTML_FILE
 
 
-def write_overlay(runs: Sequence[Path], out: Path) -> Path:
+def write_overlay(runs: Sequence[Path], out: Path, reload_seconds: int | None = None) -> Path:
     """Write one page with the curves of several runs in the same axes; returns the HTML file."""
     metrics = {str(run): metrics_of(run) for run in runs}
     out.mkdir(parents=True, exist_ok=True)
     picture = Picture(out / "training.png", "Training, against the rollout tokens seen")
     plot_metrics(metrics, picture.path)
-    Page(title=f"{len(metrics)} runs", pictures=[picture], tables=[last_steps_table(metrics)]).write(out)
+    page = Page(
+        title=f"{len(metrics)} runs",
+        pictures=[picture],
+        tables=[last_steps_table(metrics)],
+        reload_seconds=reload_seconds,
+    )
+    page.write(out)
     return out / HTML_FILE
 
 

@@ -47,15 +47,11 @@ from opdlm.objectives.masking import auto_window, needs_optimal_t, resolve_auto
 from opdlm.reporting.card import text_card
 from opdlm.reporting.plots import plot_metrics, plot_signal
 from opdlm.text.likelihood import block_bound, causal_nll, md_bound
-from opdlm.text.trainer import in_order, train
-from opdlm.training.checkpoint import (
-    find_checkpoints,
-    load_average,
-    load_weights,
-    trainable_weights,
-)
+from opdlm.text.trainer import TextRun, in_order, train
+from opdlm.training.checkpoint import load_average, load_weights, trainable_weights
 from opdlm.training.devices import check_trackers, is_sharded, join_ranks
 from opdlm.training.dropout import add_output_dropout
+from opdlm.training.loop import result_checkpoint
 from opdlm.training.metrics import MetricsLog, read_metrics
 from opdlm.training.run_folder import owned, prepare_output, read_changes, start_date
 
@@ -100,7 +96,7 @@ def run_training(config: TextConfig, ranks: PartialState, console: Console, star
         run = train(inputs.model, inputs.rows, config, log, eval_callback)
     folder = output_dir / MODEL_FOLDER
     if ranks.is_main_process:
-        model = trained_model(run.model, config).eval()
+        model = trained_model(run, config).eval()
         losses = held_out_loss(inputs)(model) if inputs.held_out else {}
         with atomic_folder(folder) as partial:
             write_result(partial, model, inputs.tokenizer, config)
@@ -282,15 +278,15 @@ def held_out_loss(inputs: TextInputs) -> Callable[[DiffusionLM], dict[str, float
     return measure
 
 
-def trained_model(model: DiffusionLM, config: TextConfig) -> DiffusionLM:
-    """The trained model in one piece; after a sharded run it is rebuilt from the last checkpoint."""
-    if not is_sharded(model):
-        return model
+def trained_model(run: TextRun, config: TextConfig) -> DiffusionLM:
+    """The trained model in one piece; after a sharded run it is rebuilt from a checkpoint."""
+    if not is_sharded(run.model):
+        return run.model
     whole, _ = load_text_model(config)
-    last = find_checkpoints(Path(config.output_dir))[-1]
-    load_weights(last, whole)
+    result = result_checkpoint(run)
+    load_weights(result, whole)
     if config.train.ema_decay is not None:
-        load_average(last, trainable_weights(whole))
+        load_average(result, trainable_weights(whole))
     return whole
 
 

@@ -101,7 +101,7 @@ def train(
     """
     run = start_run(model, rows, config)
     run_steps(run, lambda step: train_step(run, step), log, eval_callback, config.eval.every)
-    finish(run)
+    finish(run, log)
     return run
 
 

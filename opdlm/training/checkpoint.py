@@ -82,26 +82,33 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: dict[str, Any],
     keep: int,
+    best_step: int,
     average: Mapping[str, Tensor],
     *,
     writes: bool = True,
 ) -> None:
-    """Write `checkpoint-{step}` and delete all but the newest `keep`. Every rank must call this, since
-    sharded tensors are gathered; only the one with `writes` writes files.
+    """Write `checkpoint-{step}` and delete all but the newest `keep` and that of `best_step`. Every rank must
+    call this, since sharded tensors are gathered; only the one with `writes` writes files.
     """
     weights = whole_tensors(trainable_weights(model).items(), keep=writes)
     averages = whole_tensors(average.items(), keep=writes)
     moments = whole_tensors(optimizer_tensors(optimizer).items(), keep=writes)
     if not writes:
         return
-    with atomic_folder(output_dir / f"{PREFIX}{step}") as folder:
+    with atomic_folder(checkpoint_of(output_dir, step)) as folder:
         save_file(weights, folder / "trainable.safetensors")
         save_file(moments, folder / "optimizer.safetensors")
         if averages:
             save_file(averages, folder / AVERAGE_FILE)
         (folder / "progress.json").write_text(json.dumps({"step": step} | progress))
+    best = checkpoint_of(output_dir, best_step)
     for old in find_checkpoints(output_dir)[:-keep]:
-        shutil.rmtree(old)
+        if old != best:
+            shutil.rmtree(old)
+
+
+def checkpoint_of(output_dir: Path, step: int) -> Path:
+    return output_dir / f"{PREFIX}{step}"
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:

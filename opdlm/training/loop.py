@@ -32,9 +32,11 @@ from opdlm.objectives.losses import LossOutput
 from opdlm.seeds import Stream, generator_for
 from opdlm.training.activation_checkpointing import checkpoint_layers
 from opdlm.training.checkpoint import (
+    checkpoint_of,
     find_checkpoints,
     load_average,
     load_checkpoint,
+    load_weights,
     save_checkpoint,
     set_aside_damaged,
     trainable_weights,
@@ -44,6 +46,7 @@ from opdlm.training.devices import (
     clip_and_step,
     deterministic_kernels,
     gathered_weights,
+    is_sharded,
     leave_ranks,
     place,
     start_accelerator,
@@ -84,6 +87,9 @@ class Loop:
     """`digest_of` the training data; a run does not resume on other data."""
     scores: list[float] = field(default_factory=list)
     """Scores of the evaluations during training so far."""
+    best_step: int = 0
+    """The step with the best of them, if `eval.load_best_model_at_end`; 0: none."""
+    best_score: float = -math.inf
     losses: list[float] = field(default_factory=list)
     """Of every step so far."""
     scheduler: LambdaLR = field(init=False)
@@ -97,12 +103,14 @@ class Loop:
     def progress(self, step: int) -> dict[str, Any]:
         """The `progress.json` of a checkpoint after `step` steps."""
         kept = {"num_updates": self.num_updates, "num_planned": self.num_planned, "totals": self.totals}
-        return kept | {"scores": self.scores, "losses": self.losses, "data_digest": self.data_digest}
+        kept |= {"scores": self.scores, "losses": self.losses, "data_digest": self.data_digest}
+        return kept | {"best": [self.best_step, self.best_score] if self.best_step else None}
 
     def restore(self, progress: dict[str, Any]) -> None:
         """Inverse of `progress`."""
         self.num_updates, self.totals = progress["num_updates"], progress["totals"]
         self.scores, self.losses = progress["scores"], progress.get("losses", [])
+        self.best_step, self.best_score = progress.get("best") or (0, -math.inf)
         self.scheduler = make_scheduler(
             self.optimizer, self.config.optimizer, self.num_planned, self.num_updates
         )
@@ -158,7 +166,7 @@ def run_steps(
             metrics = step(number)
             check_band(loop, metrics["loss"])
             if eval_callback is not None and every and (number + 1) % every == 0:
-                metrics |= measure(loop, eval_callback)
+                metrics |= measure(loop, eval_callback, number + 1)
             if is_main:
                 log.step(number + 1, metrics)
             loop.accelerator.log(metrics, step=number + 1)
@@ -166,8 +174,9 @@ def run_steps(
             longest_step = max(longest_step, stepped - started)
             is_late = stepped + longest_step + 2 * (longest_save or longest_step) > deadline
             is_last = number + 1 == config.train.num_steps or has_stalled(loop)
+            is_due = (number + 1) % config.train.save_every == 0 or number + 1 == loop.best_step
             num_signals, num_late = sum_over_ranks(loop.accelerator, len(signals), is_late)
-            if (number + 1) % config.train.save_every == 0 or is_last or num_signals or num_late:
+            if is_due or is_last or num_signals or num_late:
                 save(loop, number + 1)
                 longest_save = max(longest_save, time.monotonic() - stepped)
             if num_signals:
@@ -179,10 +188,28 @@ def run_steps(
                 )
 
 
-def finish(loop: Loop) -> None:
-    """Close trackers and the process group, and put the averaged weights, if any, into the model."""
+def finish(loop: Loop, log: MetricsLog) -> None:
+    """Close trackers and the process group, and put the weights of the result into the model, unless it is
+    sharded: those of the best step or the last, averaged if the run averages.
+    """
     leave_ranks(loop.accelerator)
+    if loop.best_step:
+        result = result_checkpoint(loop)
+        log.note(
+            f"the result is {result.name}: its score is the best of {len(loop.scores)} "
+            "(eval.load_best_model_at_end)"
+        )
+        if not is_sharded(loop.model):
+            load_weights(result, loop.model)
+            if loop.average:
+                load_average(result, loop.average)
     use_average(loop.average, loop.model)
+
+
+def result_checkpoint(loop: Loop) -> Path:
+    """The checkpoint of the result: of the best step, if the run looks for it, else the newest."""
+    output_dir = Path(loop.config.output_dir)
+    return checkpoint_of(output_dir, loop.best_step) if loop.best_step else find_checkpoints(output_dir)[-1]
 
 
 @contextmanager
@@ -340,14 +367,17 @@ def equally_many(accelerator: Accelerator, batches: Sequence[list[int]]) -> list
     return [*batches, *[[] for _ in range(num_batches - len(batches))]]
 
 
-def measure(loop: Loop, eval_callback: EvalCallback) -> dict[str, float]:
-    """Evaluate the weights that the run would write now; metrics are means over ranks."""
+def measure(loop: Loop, eval_callback: EvalCallback, step: int) -> dict[str, float]:
+    """Evaluate the weights that the run would write after this step; metrics are means over ranks."""
     started = time.perf_counter()
     with averaged_weights(loop.average, loop.model), gathered_weights(loop.loss):
         found = eval_callback(loop.model)
     sums = sum_over_ranks(loop.accelerator, *found.values())
     metrics = {name: value / loop.accelerator.num_processes for name, value in zip(found, sums, strict=True)}
-    loop.scores.append(metrics.pop("score"))
+    score = metrics.pop("score")
+    if loop.config.eval.load_best_model_at_end and score > loop.best_score:
+        loop.best_step, loop.best_score = step, score
+    loop.scores.append(score)
     return metrics | {"eval_seconds": time.perf_counter() - started}
 
 
@@ -370,6 +400,7 @@ def save(loop: Loop, step: int) -> None:
             loop.optimizer,
             loop.progress(step),
             loop.config.train.save_total_limit,
+            loop.best_step,
             loop.average,
             writes=loop.accelerator.is_main_process,
         )
@@ -402,6 +433,9 @@ def resume(loop: Loop, log: MetricsLog) -> int:
             "continue, or choose another output_dir to start over."
         )
     loop.restore(progress)
+    if loop.best_step and not (best := checkpoint_of(output_dir, loop.best_step)).is_dir():
+        log.note(f"{best.name}, the best so far, is gone: the best step from here on will be the result.")
+        loop.best_step, loop.best_score = 0, -math.inf
     planned = progress.get("num_planned", loop.num_planned)
     if planned != loop.num_planned:
         log.note(

@@ -968,6 +968,14 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: p.convert("eval.patience=3"),
         ("eval.patience (3)", "eval.every is 0"),
     ),
+    "the best of no measurements": (
+        lambda p: p.convert("eval.load_best_model_at_end=true", "eval.held_back=0"),
+        ("eval.load_best_model_at_end (true)", "set eval.every"),
+    ),
+    "a page drawn again every 0 seconds": (
+        lambda p: ["report", str(p.model), "--watch", "0"],
+        ("--watch (0)", "give 1 or more"),
+    ),
     "eval with one likelihood sample": (
         lambda p: ["eval", str(p.root / "sdar" / "model"), "eval.likelihood_samples=1"],
         ("eval.likelihood_samples (1)", "at least 2"),
@@ -1264,6 +1272,10 @@ TRAIN_CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "patience without measuring": (
         ("eval.patience=2", "eval.path={root}/text.jsonl"),
         ("eval.patience (2)", "eval.every is 0"),
+    ),
+    "the best text model of no measurements": (
+        ("eval.load_best_model_at_end=true", "eval.path={root}/text.jsonl"),
+        ("eval.load_best_model_at_end (true)", "eval.every is 0"),
     ),
     "no text": (("data.path=",), ("data.path is empty", "give a .jsonl")),
     "too little text": (("data.sequence_length=100",), ("data.path holds 72 tokens", "shorten the rows")),

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_checkpoints import failing_after_a_save, tiny_overrides, write_checkpoint, write_data, write_rows
 from tiny_models import make_lm
 
@@ -14,6 +16,7 @@ from opdlm.cli.main import main
 from opdlm.config.sections import Config, EvalSection
 from opdlm.decoding.rollout import Prompt
 from opdlm.distill.trainer import start_run
+from opdlm.training.checkpoint import find_checkpoints
 from opdlm.training.loop import has_stalled
 
 TIMES = {
@@ -119,6 +122,34 @@ def test_training_stops_when_retention_does_not_rise_and_stays_stopped(
         assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
         assert (tmp_path / "checkpoint-2").is_dir() and (tmp_path / "model" / "retention.json").is_file()
     assert "no improvement in 1 evaluations (eval.patience): stopped at step 2" in capsys.readouterr().out
+
+
+def test_the_best_step_can_be_the_result(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a learning rate that destroys the student, also after a break and when it is asked for again."""
+    settings = command(
+        root,
+        tmp_path,
+        *("eval.every=1", "eval.load_best_model_at_end=true", "optimizer.learning_rate=1"),
+        *("train.save_total_limit=1", "train.save_every=10", AVERAGED),
+    )
+    with failing_after_a_save(monkeypatch):
+        assert main(settings) == 2
+    for _ in range(2):
+        assert main(settings) == 0
+        scores = json.loads((tmp_path / "checkpoint-4" / "progress.json").read_text())["scores"]
+        best = scores.index(max(scores)) + 1
+        assert best < 4 and {path.name for path in find_checkpoints(tmp_path)} == {
+            f"checkpoint-{best}",
+            "checkpoint-4",
+        }
+        assert f"the result is checkpoint-{best}" in capsys.readouterr().out
+        written, kept = (
+            load_file(tmp_path / name)["mask_embedding"]
+            for name in ("model/mask_embedding.safetensors", f"checkpoint-{best}/average.safetensors")
+        )
+        assert torch.equal(written, kept)
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,8 @@ def test_the_score_is_the_speed_of_lossless_decoding_or_the_worst_that_the_stude
     assert report.student[-1].name == "lossless"
     slower = dataclasses.replace(report, student=report.student[:-1])
     alone = [mode for mode in slower.student if mode.name.endswith(", alone")]
-    assert evaluation.score_of(slower) == min(map(report.retention, alone)) < 1
+    worth = [report.retention(mode) * mode.tokens_per_forward for mode in alone]
+    assert evaluation.score_of(slower) == min(worth)
 
 
 def test_a_killed_evaluation_continues_without_repeating_a_prompt(

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import statistics
+import subprocess
+import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from opdlm.evaluation.evaluate import decode_tasks
 from opdlm.reporting.pages import Page
 from opdlm.reporting.plots import divergence_grid, pareto_front
 from opdlm.reporting.tables import Table, print_table
+from opdlm.training.run_folder import owned
 
 HOSTILE = "<script>alert('x')</script> & <b>|"
 PROMPTS = {"add": [f"add {i} {7 * i}" for i in range(6)], HOSTILE: [f"copy <b{i}>" for i in range(6)]}
@@ -292,6 +297,20 @@ def test_a_run_is_drawn_while_it_runs_and_after(root: Path, tmp_path: Path) -> N
     assert main(["report", str(root / "preserve")]) == 0
     reader = Reader(root / "preserve" / "report.html")
     assert "lossless" in rows_of(reader, "mode") and len(reader.sources) == 3
+
+
+def test_a_watched_page_reloads_until_the_run_ends(root: Path, tmp_path: Path) -> None:
+    shutil.copy(root / "preserve" / "metrics.jsonl", tmp_path)
+    page, reload = tmp_path / "report.html", '<meta http-equiv="refresh" content="1">'
+    with owned(tmp_path):
+        command = [sys.executable, "-m", "opdlm", "report", str(tmp_path), "--watch", "1"]
+        watching = subprocess.Popen(command)
+        for _ in range(600):
+            if page.exists():
+                break
+            time.sleep(0.1)
+        assert reload in page.read_text() and watching.poll() is None
+    assert watching.wait(60) == 0 and reload not in page.read_text()
 
 
 def test_several_runs_are_drawn_into_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

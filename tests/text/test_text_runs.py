@@ -213,6 +213,10 @@ def test_a_run_stops_when_the_held_out_loss_stalls(
     assert "eval.patience" in capsys.readouterr().out
     assert results_of(tmp_path / "run")["heldout_ar_nll"] == pytest.approx(losses[-1], rel=1e-5)
 
+    settings += ["eval.load_best_model_at_end=true"]
+    assert main(command(text, tmp_path / "best", [str(text / "plain" / "model")], *settings)) == 0
+    assert results_of(tmp_path / "best")["heldout_ar_nll"] == pytest.approx(min(losses), rel=1e-5)
+
 
 def test_epochs_auto_share_and_auto_window_are_resolved_and_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -116,7 +116,7 @@ def test_saved_and_loaded_it_continues_bit_for_bit(
     first = Weights(*dtypes)
     optimizer = optimizer_of(first, name)
     run_steps(first, optimizer, range(3))
-    save_checkpoint(tmp_path, 3, first, optimizer, {}, keep=1, average={})
+    save_checkpoint(tmp_path, 3, first, optimizer, {}, keep=1, best_step=0, average={})
     second = Weights(*dtypes)
     optimizer = optimizer_of(second, name)
     assert load_checkpoint(tmp_path / "checkpoint-3", second, optimizer)["step"] == 3
