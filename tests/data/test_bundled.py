@@ -3,10 +3,12 @@
 import json
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_checkpoints import write_checkpoint, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opdlm.checkpoints.convert import make_student
@@ -102,17 +104,42 @@ def test_every_recipe_of_training_on_text_is_valid(name: str) -> None:
     assert load_text_config(bundled_recipes("train")[name]).train.num_steps > 0
 
 
-def test_the_examples_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a file of the repository with arguments; returns what it prints."""
+
     def run(*command: str) -> str:
         monkeypatch.setattr(sys, "argv", [*command])
         capsys.readouterr()
         runpy.run_path(str(ROOT / command[0]), run_name="__main__")
         return capsys.readouterr().out
 
+    return run
+
+
+def test_the_examples_run(tmp_path: Path, run: Callable[..., str]) -> None:
     assert "lossless: retention" in run("examples/train_in_python.py", str(tmp_path / "by_hand"))
     assert main(["convert", "tiny", f"output_dir={tmp_path / 'run'}", *SMALL_RUN]) == 0
     decoded = run("examples/decode_modes.py", str(tmp_path / "run" / "model"), "add 47 38")
     answers = {line.split()[0]: line.split("forwards")[1] for line in decoded.splitlines()}
     assert answers["lossless"] == answers["ar"]
+
+    write_checkpoint(tmp_path / "model")
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"add {i} {i}"} for i in range(16)])
+    where = [str(tmp_path / "model"), str(prompts), str(tmp_path / "draft")]
+    small = ["train.num_steps=1", "train.rows_per_update=2", "rollout.decode.max_new_tokens=8", "lora.r=4"]
+    shown = run("examples/drafter_for_sglang.py", *where, *small)
+    assert f"--uno-lora-path {tmp_path / 'draft' / 'uno'}" in shown
+
+    text = write_rows(tmp_path / "text.jsonl", [{"text": "one and two and three. " * 20}] * 8)
+    where = [str(text), str(text), str(tmp_path / "bytes")]
+    shown = run("examples/dual_from_scratch.py", *where, "train.num_steps=2", "data.sequence_length=32")
+    assert "ar_nll" in shown and "md_bound" in shown
+
+
+@pytest.mark.slow
+def test_the_example_of_four_objectives_runs(tmp_path: Path, run: Callable[..., str]) -> None:
+    shown = run("examples/four_objectives.py", str(tmp_path / "four"), *SMALL_RUN, "train.num_steps=1")
+    rows = [line.split() for line in shown.splitlines() if line.startswith(("opd", "off_policy", "sft"))]
+    assert [row[0] for row in rows] == ["opd", "opd_random", "off_policy", "sft"]
+    assert all(float(row[1]) >= 1 for row in rows)
