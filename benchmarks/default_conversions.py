@@ -17,12 +17,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from real_models import curve, read
+from real_models import curve
 
 import opdlm
 from opdlm.evaluation.retention import versions
 from opdlm.files import write_atomic
 from opdlm.reporting.plots import DPI, new_figure
+from opdlm.training.metrics import read_metrics
 
 WEIGHTS_AND_TOKENIZER = (".safetensors", ".model", ".jinja", ".txt")
 
@@ -43,7 +44,7 @@ def convert(model: Path, dtype: str, prompts: str, out: Path) -> dict[str, Any]:
         opdlm.convert(model, data=prompts, output_dir=run, overrides=[f"model.dtype={dtype}"])
     original, result = digests(model), digests(run / "model")
     report = json.loads((run / "model" / "retention.json").read_text())
-    rows = read(run, "metrics.jsonl")
+    rows = read_metrics(run / "metrics.jsonl")
     keys = ("common_prefix", "identical_to_teacher", "replaced", "tokens_per_forward")
     return {
         "model": model.name,

@@ -23,6 +23,7 @@ from opdlm.decoding.draft_policy import MOST_DRAFTS
 from opdlm.evaluation.retention import versions
 from opdlm.evaluation.speed import LOOKUP_NAME, LOOKUP_TOKENS, NO_COPIES
 from opdlm.files import write_atomic
+from opdlm.training.metrics import read_metrics
 
 Rows = list[dict[str, Any]]
 
@@ -218,7 +219,7 @@ def main() -> None:
         "trained_on": plan.prompts,
         "settings": plan.settings,
         "run": json.loads((run / "model" / "all_results.json").read_text()),
-        "curve": curve(read(run, "metrics.jsonl")),
+        "curve": curve(read_metrics(run / "metrics.jsonl")),
         "questions": asked,
         "speed": json.loads((speed / "bench.json").read_text()),
         "versions": versions(),
