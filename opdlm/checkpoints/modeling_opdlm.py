@@ -183,7 +183,7 @@ class OpdlmForCausalLM(GenerationMixin):
                 "without trust_remote_code for the autoregressive model."
             )
         if options.get("device_map") == "auto" and "max_memory" not in options:
-            options["device_map"] = str(torch.accelerator.current_accelerator() or "cpu")
+            options["device_map"] = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         wants_info = options.pop("output_loading_info", False)
         own_class = getattr(config, "autoregressive_class", None)
         options["trust_remote_code"] = own_class is not None  # as for this class: the user trusts the folder

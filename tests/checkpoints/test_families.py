@@ -88,7 +88,7 @@ def test_adapters_of_a_mixture_of_experts_stay_where_the_gate_is() -> None:
     peft_model = add_lora(tiny_model("qwen3_moe"), section)
     adapted = [name for name, p in peft_model.named_parameters() if p.requires_grad]
     assert adapted and all("self_attn" in name for name in adapted)
-    with pytest.raises(ConfigError, match="expert weights"):
+    with pytest.raises(ConfigError, match=r"expert weights|not found in the base model"):  # peft 0.18
         add_lora(
             tiny_model("qwen3_moe"),
             load_config(None, ["lora.target_modules=[gate_proj,up_proj]"]).lora,
