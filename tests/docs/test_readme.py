@@ -29,6 +29,17 @@ def test_the_toy_drafts_as_its_committed_report_says() -> None:
     assert f"drafts {lossless['tokens_per_forward']:.2f} tokens per forward pass" in README
 
 
+def test_as_many_responses_are_identical_as_the_committed_results_say() -> None:
+    found: dict[str, list[int]] = {"float32": [], "bfloat16": []}
+    for path in (ROOT / "docs" / "results" / "real").glob("identity_*.json"):
+        result = json.loads(path.read_text())
+        assert result["num_prompts"] == 100
+        found[result["dtype"]].append(result["num_identical"])
+    assert found["float32"] == [100, 100, 100] and "100 of 100 responses of each of three" in README
+    counts = sorted(found["bfloat16"])
+    assert "bfloat16 {}, {} and {} of 100".format(*counts) in README
+
+
 def test_the_page_is_short_and_its_links_exist() -> None:
     assert 100 <= len(README.splitlines()) <= 140
     for target in re.findall(r"\]\(([^)]+)\)", README):
