@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tiny_checkpoints import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
@@ -48,6 +51,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon (ALiBi)": ("falcon", {"alibi": True}),
 }
 """Families in another than their default form: (model type, changes of its config)."""
+GIVES_SOFTCAP = Version(transformers.__version__) >= Version("5.21.1")
+"""Whether transformers tells an attention function Gemma 2's softcap; 5.19 does not."""
+NEEDS_SOFTCAP = pytest.mark.skipif(not GIVES_SOFTCAP, reason="Gemma 2 needs transformers 5.21.1")
 EXACT = (
     *(
         "apertus",
@@ -173,7 +179,8 @@ stock transformers, in a batch and alone. Any other family is tried in the same 
 refused with the reason.
 
 A longrope model is exact up to the position where its rotary tables switch
-(`original_max_position_embeddings`); longer texts are refused.
+(`original_max_position_embeddings`); longer texts are refused. Gemma 2 needs transformers 5.21.1; with an
+earlier version it is refused.
 
 | family | result |
 |---|---|
