@@ -4,8 +4,8 @@
     python benchmarks/serve_load.py MODEL --over-ar --prompts MODEL/held_back.jsonl
 
 Prompts, lengths, temperatures, filters, stop strings, streaming and log-probabilities differ from request to
-request. `lost`: not answered with status 200. `wrong`: of the first `compared`, another text, finish reason
-or tokens than alone. `cost_ratio`: CPU seconds of the server per generated token, mixed, over the mean of
+request. `lost`: not answered with status 200. `wrong`: another text, finish reason or
+tokens than alone. `cost_ratio`: CPU seconds of the server per generated token, mixed, over the mean of
 parts of the same requests with each of the settings alone. `p50`, `p99`: seconds of a request. `memory_mb`:
 of the server, before, after each tenth of the mixed requests, and after the rest.
 
@@ -45,7 +45,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.2, "logprobs": True},
 ]
 TOPICS = ("rivers", "chess and its history", "bread", "the moon", "maps, glass and tea")
-MOST_COMPARED = 1000
 LEVELS = (1, 8, 32, 64)
 """Requests in flight of `--over-ar`."""
 
@@ -234,9 +233,10 @@ def beside(server: ServedProcess, abuse: Callable[[int], socket.socket], rounds:
 
 def measure(server: ServedProcess, num_requests: int, concurrency: int) -> dict[str, Any]:
     mixed = [make_body(i, SETTINGS[i % len(SETTINGS)]) for i in range(num_requests)]
-    memory, compared = [server.memory_mb()], min(num_requests, MOST_COMPARED)
+    memory = [server.memory_mb()]
     server.ask_all(mixed[:concurrency], concurrency)  # warms up
-    alone = [server.ask(body) for body in mixed[:compared]]
+    print(f"{num_requests} requests one by one", file=sys.stderr, flush=True)
+    alone = [server.ask(body) for body in mixed]
     outcomes, spent = list[Outcome](), list[float]()
     for part in parts(mixed, 10):
         print(f"{len(outcomes)} of {num_requests} requests", file=sys.stderr, flush=True)
@@ -251,12 +251,11 @@ def measure(server: ServedProcess, num_requests: int, concurrency: int) -> dict[
         costs.append(server.ask_all(bodies, concurrency)[1])
         memory.append(server.memory_mb())
     percentiles = statistics.quantiles([outcome.seconds for outcome in outcomes], n=100)
-    pairs = [pair for pair in zip(outcomes[:compared], alone, strict=True) if pair[0].answer is not None]
+    pairs = [pair for pair in zip(outcomes, alone, strict=True) if pair[0].answer is not None]
     return {
         "requests": num_requests,
         "concurrency": concurrency,
         "lost": sum(outcome.answer is None for outcome in outcomes),
-        "compared": compared,
         "wrong": sum(not is_same(found.answer, expected.answer) for found, expected in pairs),
         "p50": round(percentiles[49], 3),
         "p99": round(percentiles[98], 3),
