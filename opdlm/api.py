@@ -424,13 +424,13 @@ def export(
     """Write a converted folder as an inference engine reads it.
 
     Args:
-        folder: written by `opdlm.convert`: with format.name=sdar, or for `uno` a preserve one.
+        folder: written by `opdlm.convert`: for `sdar` with format.name=sdar, for `uno` a preserve one.
         out: a folder that does not exist yet.
         to: `vllm`: `vllm serve OUT`, where this package is installed too. `sdar`: as SGLang and LMDeploy load
             SDAR checkpoints (Qwen3, absolute grid). `uno`: the adapter, with which SGLang and a proposal for
             vLLM draft beside `folder` (format.noise=uniform and format.draft_attention=causal).
-        config: for `vllm`, how tokens are chosen, which is fixed in the folder; modes static, threshold and
-            left_to_right.
+        config: for `vllm` and a folder with format.name=sdar, how tokens are chosen, which is fixed in `out`;
+            modes static, threshold and left_to_right. A preserve folder is served losslessly.
 
     Returns:
         `out`.
@@ -456,8 +456,8 @@ def export(
     elif to == "uno":
         export_to_uno(Path(folder), Path(out))
     else:
-        config = config or DecodeConfig()
-        check_decode(config, read_spec(folder))
+        if config is not None:
+            check_decode(config, read_spec(folder))
         export_to_vllm(Path(folder), Path(out), config)
     return Path(out)
 

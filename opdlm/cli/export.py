@@ -53,9 +53,10 @@ def add_export(verbs: Verbs) -> None:
         run_export,
         add_export_flags,
         summary="a converted checkpoint as vLLM, SGLang and LMDeploy read it",
-        description="Write the converted folder DIR to OUT. --to vllm (sdar): `vllm serve OUT` finds this "
-        "package's plugin where both are installed; how tokens are chosen is fixed here, as vLLM refuses "
-        "temperature and seed in requests for diffusion models. --to sdar: as SGLang and LMDeploy load SDAR "
+        description="Write the converted folder DIR to OUT. --to vllm: `vllm serve OUT` finds this "
+        "package's plugin where both are installed. A preserve model decodes losslessly; how the tokens of "
+        "an sdar model are chosen is fixed here, as vLLM refuses temperature and seed in requests for "
+        "diffusion models. --to sdar: as SGLang and LMDeploy load SDAR "
         "checkpoints (Qwen3, absolute grid). --to uno (preserve): the adapter, with which SGLang and a "
         "proposal for vLLM draft losslessly; it needs format.noise=uniform and "
         "format.draft_attention=causal.",
@@ -160,7 +161,7 @@ def run_export(options: argparse.Namespace) -> int:
             f"--{given[0].replace('_', '-')} has no effect with --to {options.to}, whose engines decide how "
             "tokens are chosen: leave it out."
         )
-    config = decode_config(options) if options.to == "vllm" else None
+    config = decode_config(options) if given else None
     out = opdlm.export(options.folder, options.out, to=options.to, config=config)
     match options.to:
         case "sdar":

@@ -1,4 +1,4 @@
-"""The blocks that requests denoise in vLLM: their tokens, the slots that predict them, the attention queries.
+"""The blocks that requests denoise in vLLM: their tokens, and the slots that predict them.
 
 On the absolute grid the last P mod b tokens of a prompt lie in the block in which the response starts. They
 are prefilled with the rest of the prompt and then rolled back, so that the first block contains them. Of that
@@ -16,8 +16,6 @@ M masked tokens, N positions with logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,6 @@ from opdlm.decoding.unmasking import (
     sampling_of,
 )
 from opdlm.modeling.diffusion_lm import DiffusionSpec
-from opdlm.modeling.slots import GridKind
 
 
 class BlockStates:
@@ -150,30 +147,3 @@ class BlockStates:
         proposed_DT = ids_DT.index_put((row_M, offset_M), ids_M)
         self.step_RT[place_D] = torch.where(revealed_DT, step_D[:, None], self.step_RT[place_D])
         return torch.where(revealed_DT, proposed_DT, ids_DT)
-
-
-def block_queries(num_tokens: Iterable[int], size: int, grid: GridKind) -> tuple[list[int], list[int]]:
-    """Every block of a request is one query of the attention. Returns requests and ends of the queries.
-
-    The tokens of a request are a whole prompt or one block; on the response grid the first block of a prompt
-    is short.
-    """
-    rows, ends, first = [], [], 0
-    for row, count in enumerate(num_tokens):
-        short = count % size if grid == "response" else 0
-        block_ends = [*range(first + (short or size), first + count, size), first + count]
-        rows += [row] * len(block_ends)
-        ends += block_ends
-        first += count
-    return rows, ends
-
-
-def slot_queries(num_tokens: Iterable[int], num_clean: Iterable[int]) -> tuple[list[int], list[int]]:
-    """`preserve`: every clean slot is one query, and all noised slots of a request are one query."""
-    rows, ends, first = [], [], 0
-    for row, (count, clean) in enumerate(zip(num_tokens, num_clean, strict=True)):
-        query_ends = [*range(first + 1, first + clean + 1), *([first + count] if clean < count else [])]
-        rows += [row] * len(query_ends)
-        ends += query_ends
-        first += count
-    return rows, ends

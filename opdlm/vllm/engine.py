@@ -357,14 +357,19 @@ def check_student(model: DiffusionLM, decode: DecodeConfig, prompts: Sequence[Pr
         )
     if model.spec.format == "sdar":
         return
-    if any(layer.lora_magnitude_vector for layer in adapted_layers_of(model).values()):
-        raise ConfigError("preserve students with lora.use_dora do not run in vLLM: use rollout.engine=own.")
+    check_adapter(model)
     shortest = min((len(prompt.ids) for prompt in prompts), default=model.spec.block_size)
     if model.spec.grid == "absolute" and shortest < model.spec.block_size:
         raise ConfigError(
             f"preserve students run in vLLM on prompts of at least a block ({model.spec.block_size} tokens), "
             f"and the shortest has {shortest}: use format.grid=response, or rollout.engine=own."
         )
+
+
+def check_adapter(model: DiffusionLM) -> None:
+    """ConfigError for a gated adapter that is not plain LoRA."""
+    if any(layer.lora_magnitude_vector for layer in adapted_layers_of(model).values()):
+        raise ConfigError("preserve students with lora.use_dora do not run in vLLM: use our own engine.")
 
 
 def start_student(

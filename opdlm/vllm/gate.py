@@ -43,6 +43,17 @@ class SlotGate:
 
         return forward
 
+    def embed_masks(self, embedding: nn.Module, mask_H: Tensor) -> None:
+        """Replace the embedding of the noised slots, whatever their ids, by that of [MASK]."""
+        plain = embedding.forward
+
+        def forward(ids_N: Tensor) -> Tensor:
+            embedded_NH = plain(ids_N)
+            embedded_NH[self.noised_N] = mask_H.to(embedded_NH.dtype)
+            return embedded_NH
+
+        embedding.forward = forward  # type: ignore[method-assign]
+
     def load(self, adapter: AdapterWeights) -> None:
         """Copy the present weights of the adapter."""
         for name, layer in self.layers.items():

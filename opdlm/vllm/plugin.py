@@ -2,8 +2,9 @@
 
 vLLM schedules a block (its "canvas") as draft tokens. A denoising step accepts none of them, so their keys
 and values are rolled back. A complete block is computed once more and accepted, which commits it. Every block
-of a prompt is one query of the attention, which makes the context block-causal. In `preserve` every clean
-slot is one query, and the adapter acts on the other slots (`gate`).
+of a prompt is one query of the attention, which makes the context block-causal. In `preserve` every noised
+slot is one query (`queries`), and the adapter acts on these slots (`gate`). How `preserve` students are
+served losslessly: `lossless`.
 
 Tokens of a prompt that belong to the first block (`block_state`) are rolled back after the prefill: the
 sampler reports them as rejected. vLLM's worker follows that report; its scheduler ignores it, because it
@@ -23,6 +24,7 @@ import functools
 import importlib
 import logging
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
@@ -35,13 +37,17 @@ from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.errors import ConfigError
 from opdlm.modeling.attention import layer_windows
 from opdlm.modeling.diffusion_lm import DiffusionSpec
-from opdlm.vllm.block_state import BlockStates, block_queries, slot_queries
+from opdlm.vllm.block_state import BlockStates
 from opdlm.vllm.gate import SlotGate
+from opdlm.vllm.lossless import lossless_config_class, lossless_state_class
+from opdlm.vllm.queries import block_queries, query_metadata, slot_queries
 
 VERSION = "0.32.0"
 """The only tested version of vLLM: the interfaces used here are internal and change."""
 FAMILIES = {"qwen3": ("OpdlmQwen3", "Qwen3ForCausalLM"), "llama": ("OpdlmLlama", "LlamaForCausalLM")}
 """model_type -> our architecture, and the class of vLLM that it extends."""
+LOSSLESS = "Lossless"
+"""End of the architectures that decode losslessly."""
 MODES = ("static", "threshold", "left_to_right")
 
 
@@ -56,24 +62,38 @@ def vllm_config_values(config: PretrainedConfig, spec: DiffusionSpec, decode: De
     }
 
 
+def lossless_config_values(config: PretrainedConfig, spec: DiffusionSpec) -> dict[str, Any]:
+    """The same for a `preserve` student that decodes losslessly."""
+    check_loads_in_vllm(config, spec)
+    if spec.block_size == 1 or hasattr(config, "quantization_config"):
+        problem = "block_size 1 drafts nothing" if spec.block_size == 1 else "its weights are quantised"
+        raise ConfigError(f"the preserve student does not run in vLLM: {problem}. Use `opdlm serve`.")
+    architecture = FAMILIES[config.model_type][0] + LOSSLESS
+    return {"architectures": [architecture], "block_diffusion": spec.to_dict()}
+
+
 def check_runs_in_vllm(config: PretrainedConfig, spec: DiffusionSpec, decode: DecodeConfig) -> None:
-    if spec.format == "preserve" and not spec.adapter:
-        raise ConfigError(
-            "preserve students without an adapter do not run in vLLM: they are two sets of weights, and it "
-            "holds one. Use our own engine, or convert with lora.enabled=true."
-        )
+    check_loads_in_vllm(config, spec)
     if spec.format == "preserve" and decode.ar_accept_threshold:
         raise ConfigError(
             f"ar_accept_threshold ({decode.ar_accept_threshold:g}) does not run in vLLM: a committed block "
             "stays. Set it to 0."
+        )
+    if decode.mode not in MODES:
+        raise ConfigError(f"mode {decode.mode} does not run in vLLM: use {', '.join(MODES)}.")
+
+
+def check_loads_in_vllm(config: PretrainedConfig, spec: DiffusionSpec) -> None:
+    if spec.format == "preserve" and not spec.adapter:
+        raise ConfigError(
+            "preserve students without an adapter do not run in vLLM: they are two sets of weights, and it "
+            "holds one. Use our own engine, or convert with lora.enabled=true."
         )
     if config.model_type not in FAMILIES or any(window is not None for window in layer_windows(config)):
         raise ConfigError(
             f"{config.model_type} students do not run in vLLM: its plugin knows {' and '.join(FAMILIES)} "
             "without sliding windows. Use our own engine."
         )
-    if decode.mode not in MODES:
-        raise ConfigError(f"mode {decode.mode} does not run in vLLM: use {', '.join(MODES)}.")
 
 
 class Sampler:
@@ -129,7 +149,6 @@ class Sampler:
 def state_class() -> type:
     """Our model state for vLLM; a function, because importing vLLM is optional."""
     from vllm.model_executor.layers.linear import LinearBase
-    from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
     class BlockDiffusionState(DefaultModelState):
@@ -175,32 +194,24 @@ def state_class() -> type:
             ubatch_idx: int = 0,
         ) -> dict[str, Any]:
             spec, num_tokens = self.block_states.spec, input_batch.num_scheduled_tokens
-            if spec.format == "preserve":
-                num_clean = self.begin_blocks(input_batch)
-                rows, ends = slot_queries(num_tokens, num_clean)
+            is_preserve = spec.format == "preserve"
+            if is_preserve:
+                queries = slot_queries(num_tokens, self.begin_blocks(input_batch))
             else:
-                rows, ends = block_queries(num_tokens, spec.block_size, spec.grid)
-            first_N = torch.tensor([0, *ends], dtype=torch.int32)
-            request_ends = torch.from_numpy(input_batch.query_start_loc_np)[1:]
-            unseen_N = (request_ends[rows] - first_N[1:]).to(self.device)
-            row_N = torch.tensor(rows, device=self.device)
-            return build_attn_metadata(
-                attn_groups=attn_groups,
-                num_reqs=len(row_N),
-                num_tokens=input_batch.num_tokens,
-                query_start_loc_gpu=first_N.to(self.device),
-                query_start_loc_cpu=first_N,
-                max_query_len=int(first_N.diff().max()),
-                seq_lens=input_batch.seq_lens[row_N] - unseen_N,
+                queries = block_queries(num_tokens, spec.block_size, spec.grid)
+            return query_metadata(
+                input_batch,
+                queries,
+                causal=is_preserve,
                 max_seq_len=self.max_model_len,
-                block_tables=[table[row_N] for table in block_tables],
+                attn_groups=attn_groups,
+                block_tables=block_tables,
                 slot_mappings=slot_mappings,
                 kv_cache_config=kv_cache_config,
-                causal=False,
             )
 
         def begin_blocks(self, batch: Any) -> list[int]:
-            """`preserve`: how many slots of each request are clean; the adapter acts on the others.
+            """`preserve`: how many slots of each request are noised; the adapter acts on these.
 
             Writes the token ids of the blocks, because vLLM may schedule a first block as the rest of its
             prompt.
@@ -219,16 +230,16 @@ def state_class() -> type:
             )
             is_noised_DT = offset_T >= num_clean_B[is_whole_B, None]
             self.gate.noised_N = column_DT[is_noised_DT].to(self.device)
-            return num_clean_B.tolist()
+            return (counts - num_clean_B).tolist()
 
     return BlockDiffusionState
 
 
 @functools.cache
-def model_class(architecture: str, base_name: str, module: str) -> type:
+def model_class(architecture: str, base_name: str, module: str, state: Callable[[], type]) -> type:
     """vLLM's class of a model family, with our model state."""
     base: Any = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), base_name)
-    return type(architecture, (base,), {"get_model_state_cls": staticmethod(state_class)})
+    return type(architecture, (base,), {"get_model_state_cls": staticmethod(state)})
 
 
 @functools.cache
@@ -279,7 +290,11 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    for module, (architecture, base_name) in FAMILIES.items():
-        if architecture not in ModelRegistry.get_supported_archs():
-            ModelRegistry.register_model(architecture, model_class(architecture, base_name, module))
-            MODELS_CONFIG_MAP[architecture] = config_class()
+    kinds = (("", state_class, config_class), (LOSSLESS, lossless_state_class, lossless_config_class))
+    for module, (name, base_name) in FAMILIES.items():
+        for suffix, state, config in kinds:
+            architecture = name + suffix
+            if architecture not in ModelRegistry.get_supported_archs():
+                model = model_class(architecture, base_name, module, state)
+                ModelRegistry.register_model(architecture, model)
+                MODELS_CONFIG_MAP[architecture] = config()

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+from opdlm.vllm.engine import prepare_environment
 
 
 class InterpretedDriver:
@@ -28,3 +33,18 @@ def interpreter() -> Iterator[None]:
         backend = triton.backends.Backend(compiler=None, driver=InterpretedDriver)
         patch.setattr(triton.backends, "backends", {"cpu": backend})
         yield
+
+
+@contextmanager
+def running(folder: Path, **options: Any) -> Iterator[Any]:
+    """vLLM's own class on the folder. It finds our plugin by itself; float32 has to be asked for."""
+    prepare_environment()
+    from vllm import LLM
+
+    llm = LLM(
+        str(folder), **{"dtype": "float32", "kv_cache_memory_bytes": 2**24, "max_num_seqs": 4} | options
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()

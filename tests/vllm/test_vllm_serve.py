@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from interpreted_vllm import interpreter as interpreter
+from interpreted_vllm import running
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
 
 from opdlm.checkpoints.load import load, read_spec
@@ -29,7 +30,6 @@ from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
 from opdlm.modeling.slots import GridKind
-from opdlm.vllm.engine import prepare_environment
 
 QUESTIONS = ["", "a", "ab", "add 3 4", "copy xyz", "what is 7 + 12?", "the longest of these prompts: " * 2]
 NEW_TOKENS = 18
@@ -50,21 +50,6 @@ def export(folder: Path, grid: GridKind, *flags: str) -> Path:
     out = folder / "vllm"
     assert main(["export", str(folder / "run" / "model"), str(out), *flags]) == 0
     return out
-
-
-@contextmanager
-def running(folder: Path, **options: Any) -> Iterator[Any]:
-    """vLLM's own class on the folder. It finds our plugin by itself; float32 has to be asked for."""
-    prepare_environment()
-    from vllm import LLM
-
-    llm = LLM(
-        str(folder), **{"dtype": "float32", "kv_cache_memory_bytes": 2**24, "max_num_seqs": 4} | options
-    )
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
 
 
 def own_rollouts(

@@ -18,9 +18,9 @@ from opdlm.decoding.rollout import Prompt
 from opdlm.errors import ConfigError
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.modeling.slots import GridKind
-from opdlm.vllm.block_state import block_queries, slot_queries
 from opdlm.vllm.engine import VllmStudent, check_student, start_student
 from opdlm.vllm.gate import SlotGate
+from opdlm.vllm.queries import block_queries, slot_queries
 
 LENGTHS = [1, 3, 4, 5, 6, 7, 8, 13, 22, 30]  # all remainders of the block size; more prompts than engine rows
 NEW_TOKENS = 14
@@ -56,12 +56,25 @@ def test_students_and_prompts_that_vllm_cannot_run_are_named_beforehand(
 
 
 def test_every_block_of_every_request_is_a_query() -> None:
-    assert block_queries([4, 12, 6, 3], 4, "absolute") == ([0, 1, 1, 1, 2, 2, 3], [4, 8, 12, 16, 20, 22, 25])
-    assert block_queries([4, 7, 3], 4, "response") == ([0, 1, 1, 2], [4, 7, 11, 14])
+    rows, ends, seen = block_queries([4, 12, 6, 3], 4, "absolute")
+    assert (rows, ends) == ([0, 1, 1, 1, 2, 2, 3], [4, 8, 12, 16, 20, 22, 25]) and seen == ends
+    rows, ends, seen = block_queries([4, 7, 3], 4, "response")
+    assert (rows, ends) == ([0, 1, 1, 2], [4, 7, 11, 14]) and seen == ends
 
 
-def test_clean_slots_are_queries_and_the_noised_slots_after_them_are_one() -> None:
-    assert slot_queries([2, 4, 4], [2, 1, 4]) == ([0, 0, 1, 1, 2, 2, 2, 2], [1, 2, 3, 6, 7, 8, 9, 10])
+@pytest.mark.parametrize("counts", [[(2, 0), (4, 3), (4, 0)], [(4, 4), (5, 2), (1, 0), (1, 1)]])
+def test_clean_slots_see_the_past_and_noised_slots_their_whole_group(counts: list[tuple[int, int]]) -> None:
+    """What causal queries let every slot see, against the rule itself."""
+    rows, ends, seen = slot_queries(*zip(*counts, strict=True))
+    found, first = list[tuple[int, int]](), 0
+    for row, end, limit in zip(rows, ends, seen, strict=True):
+        found += [(row, limit - (end - 1 - slot)) for slot in range(first, end)]  # causal: aligned at the end
+        first = end
+    expected, start = list[tuple[int, int]](), 0
+    for row, (count, noised) in enumerate(counts):
+        clean, start = start + count - noised, start + count
+        expected += [(row, slot + 1 if slot < clean else start) for slot in range(start - count, start)]
+    assert found == expected
 
 
 def test_adapters_of_joined_layers_change_noised_slots_only() -> None:
