@@ -33,7 +33,7 @@ from opdlm.decoding.rollout import NEVER, Prompt, Rollout
 from opdlm.errors import ConfigError
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from opdlm.objectives.losses import TopKTargets
-from opdlm.vllm.gate import AdapterWeights
+from opdlm.vllm.gate import ADAPTED, AdapterWeights
 from opdlm.vllm.plugin import VERSION, check_runs_in_vllm, register, vllm_config_values
 
 PAGE_SIZE = 128  # tokens; vLLM's own on CPU, and a multiple of its 16 on CUDA
@@ -367,9 +367,16 @@ def check_student(model: DiffusionLM, decode: DecodeConfig, prompts: Sequence[Pr
 
 
 def check_adapter(model: DiffusionLM) -> None:
-    """ConfigError for a gated adapter that is not plain LoRA."""
-    if any(layer.lora_magnitude_vector for layer in adapted_layers_of(model).values()):
+    """ConfigError for a gated adapter that is not plain LoRA, or of layers that `gate` does not know."""
+    layers = adapted_layers_of(model)
+    if any(layer.lora_magnitude_vector for layer in layers.values()):
         raise ConfigError("preserve students with lora.use_dora do not run in vLLM: use our own engine.")
+    unknown = {name.rpartition(".")[2] for name in layers} - ADAPTED
+    if unknown:
+        raise ConfigError(
+            f"preserve students with an adapter of {min(unknown)} (lora.target_modules) do not run in vLLM: "
+            "use our own engine."
+        )
 
 
 def start_student(

@@ -15,7 +15,7 @@ from opdlm.errors import ConfigError
 from opdlm.files import atomic_folder
 from opdlm.modeling.diffusion_lm import DiffusionSpec
 from opdlm.vllm.engine import adapter_of, check_adapter
-from opdlm.vllm.lossless import DOWN, DRAFTER_FILE, MASK_EMBEDDING, UP
+from opdlm.vllm.lossless import DOWN, DRAFTER_FILE, HEAD, MASK_EMBEDDING, UP
 from opdlm.vllm.plugin import lossless_config_values, vllm_config_values
 
 
@@ -51,9 +51,7 @@ def export_to_vllm(folder: Path, out: Path, decode: DecodeConfig | None) -> None
 
 def export_lossless(folder: Path, out: Path, spec: DiffusionSpec) -> None:
     """Write a `preserve` folder for `lossless`: the files of the AR model, linked where the disk allows it,
-    and beside them the adapter and the embedding of [MASK].
-
-    A draft head stays behind: masks draft without it.
+    and beside them what drafts: adapter, embedding of [MASK], draft head.
     """
     config = AutoConfig.from_pretrained(folder)
     values = lossless_config_values(config, spec)
@@ -65,6 +63,8 @@ def export_lossless(folder: Path, out: Path, spec: DiffusionSpec) -> None:
     tensors |= {name + UP: up for name, (_, up) in adapter.items()}
     if model.mask_embedding is not None:
         tensors[MASK_EMBEDDING] = model.mask_embedding.detach()
+    if model.draft_head is not None:
+        tensors |= {HEAD + name: weight for name, weight in model.draft_head.state_dict().items()}
     with atomic_folder(out) as partial:
         copy_checkpoint(folder, partial)
         config_file = partial / "config.json"

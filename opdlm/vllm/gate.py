@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+ADAPTED = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+"""Layers that may have an adapter."""
 AdapterWeights = Mapping[str, tuple[Tensor, Tensor]]
 """Layer name -> A `[R, I]` and B `[O, R]`; B includes the scale."""
 

@@ -12,10 +12,10 @@ rounding of other batches. It is also what our decoder writes, whose schedule is
 
 vLLM reads the number of draft tokens from its `DiffusionConfig`, since a `SpeculativeConfig` would bring one
 of its own drafters. Without `canvas_length` in config.json it treats the model as autoregressive otherwise.
-Drafts stay in the worker, which needs vLLM's asynchronous scheduler: it schedules them unseen.
+Drafts stay in the worker: vLLM's asynchronous scheduler schedules them unseen, whether or not steps overlap.
 
-Shape suffixes: R rows of vLLM's request table, B requests of a forward, D draft tokens, N positions with
-logits, M some of them, H hidden size, V vocabulary.
+Shape suffixes: R rows of vLLM's request table, B requests of a forward, E those of them that draft, D draft
+tokens, N positions with logits, H hidden size, W width of the draft head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,21 +26,25 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import cached_file
 
 from opdlm.decoding.unmasking import uniform_ids
 from opdlm.modeling.diffusion_lm import DiffusionSpec
+from opdlm.modeling.draft_head import DraftHead
 from opdlm.vllm.gate import SlotGate
 from opdlm.vllm.queries import query_metadata, slot_queries
 
 DRAFTER_FILE = "drafter/drafter.safetensors"
-"""The adapter and the embedding of [MASK] in an exported folder: not beside the weights, all of which vLLM
-loads as those of the AR model.
+"""Adapter, embedding of [MASK] and draft head in an exported folder: not beside the weights, all of which
+vLLM loads as those of the AR model.
 """
-MASK_EMBEDDING, DOWN, UP = "mask_embedding", ".down", ".up"
-"""The names in it: of the embedding, and the ends of those of A and the scaled B of a layer."""
+MASK_EMBEDDING, HEAD, DOWN, UP = "mask_embedding", "draft_head.", ".down", ".up"
+"""The names in it: of the embedding, the beginning of those of the draft head, and the ends of those of A and
+the scaled B of a layer.
+"""
 
 
 class DraftingSampler:
@@ -63,24 +67,41 @@ class DraftingSampler:
         state = self.state
         banned = [token for token in state.spec.banned_token_ids if token < logits_NV.shape[1]]
         logits_NV[:, banned] = -torch.inf
-        draft_RD = self.sampler.req_states.draft_tokens
-        if not batch.num_draft_tokens:
+        likely_N, is_drafting_B = logits_NV.argmax(-1), np.zeros(batch.num_reqs, dtype=bool)
+        if batch.num_draft_tokens:
+            is_drafting_B = state.is_drafting_B
+            # grammars do not know drafts that are scheduled unseen
+            is_invalid_B = is_drafting_B | batch.has_structured_output_reqs
+            is_invalid_N = torch.from_numpy(is_invalid_B.repeat(np.diff(batch.cu_num_logits_np)))
+            output = self.rejection_sampler(logits_NV, batch, None, is_invalid_N.to(state.device))
+        else:
             output = self.sampler(logits_NV, batch)
-            draft_RD[batch.idx_mapping] = self.masks(batch, output.num_rejected)
-            state.has_masks_R[batch.idx_mapping_np] = True
-            return output
-        is_draft_N = torch.from_numpy(state.is_drafting_B.repeat(np.diff(batch.cu_num_logits_np)))
-        is_draft_N = is_draft_N.to(logits_NV.device)
-        # vLLM has no grammar for drafts that it schedules unseen
-        invalid_N = torch.ones_like(is_draft_N) if batch.has_structured_output_reqs else is_draft_N
-        ids_N = logits_NV.argmax(-1)
-        output = self.rejection_sampler(logits_NV, batch, None, invalid_N)
-        draft_RD[batch.idx_mapping] = self.masks(batch, output.num_rejected)
-        is_draft_N &= batch.expanded_local_pos > 0
-        place_M, offset_M = batch.expanded_idx_mapping[is_draft_N], batch.expanded_local_pos[is_draft_N] - 1
-        draft_RD[place_M, offset_M.long()] = ids_N[is_draft_N]
-        state.has_masks_R[batch.idx_mapping_np] = ~state.is_drafting_B
+        draft_BD = self.masks(batch, output.num_rejected)
+        index_E = torch.from_numpy(is_drafting_B.nonzero()[0]).to(state.device)
+        if len(index_E):
+            end_B = batch.cu_num_logits.long()
+            row_ED = end_B[index_E, None] + torch.arange(1, state.spec.block_size, device=state.device)
+            row_ED = row_ED.minimum(end_B[index_E + 1, None] - 1)  # a shorter draft repeats its last mask
+            if state.draft_head is None:
+                draft_BD[index_E] = likely_N[row_ED]
+            else:
+                token_E = output.sampled_token_ids[index_E, 0].long()
+                draft_BD[index_E] = self.with_head(token_E, row_ED, banned)
+        self.sampler.req_states.draft_tokens[batch.idx_mapping] = draft_BD
+        state.has_masks_R[batch.idx_mapping_np] = ~is_drafting_B
         return output
+
+    def with_head(self, token_E: Tensor, row_ED: Tensor, banned: list[int]) -> Tensor:
+        """Drafts `[E, D]` of the draft head, which reads the tokens before each, from `token_E` on."""
+        state, state_EW, drafts = self.state, None, []
+        for row_E in row_ED.unbind(1):
+            embedded_EH = F.embedding(token_E, state.model.model.embed_tokens.weight)
+            state_EW = state.draft_head.advance(embedded_EH, state_EW)
+            logits_EV = state.plain_logits(state.draft_head(state.hidden_NH[row_E], state_EW))
+            logits_EV[:, banned] = -torch.inf
+            token_E = logits_EV.argmax(-1)
+            drafts.append(token_E)
+        return torch.stack(drafts, 1)
 
     def masks(self, batch: Any, num_rejected_B: Tensor) -> Tensor:
         """Ids `[B, D]` of the masks after the next token: uniformly drawn ones, or any for [MASK], whose
@@ -115,8 +136,16 @@ def lossless_state_class() -> type:
             self.gate = SlotGate({name: m for name, m in named if isinstance(m, LinearBase)})
             layers = [name.removesuffix(DOWN) for name in weights if name.endswith(DOWN)]
             self.gate.load({name: (weights[name + DOWN], weights[name + UP]) for name in layers})
+            head = {name[len(HEAD) :]: weights[name] for name in weights if name.startswith(HEAD)}
+            self.draft_head = DraftHead.of(head).to(device) if head else None
+            self.plain_logits, model.compute_logits = model.compute_logits, self.compute_logits
             if MASK_EMBEDDING in weights:
                 self.gate.embed_masks(model.model.embed_tokens, weights[MASK_EMBEDDING].to(device))
+
+        def compute_logits(self, hidden_NH: Tensor) -> Tensor:
+            """Those of the model; the draft head reads the hidden states, too."""
+            self.hidden_NH = hidden_NH
+            return self.plain_logits(hidden_NH)
 
         def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
             return DraftingSampler(self, sampler), None
@@ -136,16 +165,14 @@ def lossless_state_class() -> type:
             for_capture: bool = False,
             ubatch_idx: int = 0,
         ) -> dict[str, Any]:
-            num_tokens_B = input_batch.num_scheduled_tokens
-            num_drafts_B = input_batch.num_draft_tokens_per_req
-            if num_drafts_B is None:
-                num_drafts_B = np.zeros_like(num_tokens_B)
-            self.is_drafting_B = self.has_masks_R[input_batch.idx_mapping_np] & (num_drafts_B > 0)
-            num_noised_B = np.where(self.is_drafting_B, num_drafts_B, 0)
-            is_noised_N = np.arange(num_tokens_B.sum())
-            last_N = input_batch.query_start_loc_np[1 : input_batch.num_reqs + 1].repeat(num_tokens_B)
-            is_noised_N = is_noised_N >= last_N - num_noised_B.repeat(num_tokens_B)
-            self.gate.noised_N = torch.from_numpy(is_noised_N.nonzero()[0]).to(self.device)
+            num_tokens_B, num_noised_B = input_batch.num_scheduled_tokens, np.zeros(input_batch.num_reqs, int)
+            if input_batch.num_draft_tokens:
+                has_masks_B = self.has_masks_R[input_batch.idx_mapping_np]
+                num_noised_B = input_batch.num_draft_tokens_per_req * has_masks_B
+            self.is_drafting_B = num_noised_B > 0
+            ends = zip(num_tokens_B.cumsum(), num_noised_B, strict=True)
+            slots = [slot for end, count in ends for slot in range(end - count, end)]
+            self.gate.noised_N = torch.tensor(slots, dtype=torch.long, device=self.device)
             if self.spec.draft_attention == "causal" or not num_noised_B.any():
                 return super().prepare_attn(
                     input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config
@@ -181,14 +208,14 @@ def lossless_config_class() -> type:
                 "--speculative-config: the student drafts": vllm_config.speculative_config is not None,
                 "--enable-lora: its own adapter is one already": vllm_config.lora_config is not None,
                 "tensor, pipeline or context parallelism": vllm_config.parallel_config.world_size > 1,
-                "--no-async-scheduling: drafts stay in the worker": scheduler.async_scheduling is False,
+                "--scheduler-cls: drafts need vLLM's own": scheduler.scheduler_cls is not None,
             }
             for name, is_given in refused.items():
                 if is_given:
                     raise ValueError(f"preserve students of opdlm do not run with {name}.")
             size = vllm_config.model_config.hf_config.block_diffusion["block_size"]
             vllm_config.diffusion_config = DiffusionConfig(canvas_length=size - 1)
-            scheduler.async_scheduling = True
+            scheduler.scheduler_cls = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
             vllm_config.model_config.enforce_eager = True
 
     return LosslessConfig

@@ -65,9 +65,8 @@ def vllm_config_values(config: PretrainedConfig, spec: DiffusionSpec, decode: De
 def lossless_config_values(config: PretrainedConfig, spec: DiffusionSpec) -> dict[str, Any]:
     """The same for a `preserve` student that decodes losslessly."""
     check_loads_in_vllm(config, spec)
-    if spec.block_size == 1 or hasattr(config, "quantization_config"):
-        problem = "block_size 1 drafts nothing" if spec.block_size == 1 else "its weights are quantised"
-        raise ConfigError(f"the preserve student does not run in vLLM: {problem}. Use `opdlm serve`.")
+    if hasattr(config, "quantization_config"):
+        raise ConfigError("preserve students with quantised weights do not run in vLLM. Use `opdlm serve`.")
     architecture = FAMILIES[config.model_type][0] + LOSSLESS
     return {"architectures": [architecture], "block_diffusion": spec.to_dict()}
 
@@ -84,6 +83,7 @@ def check_runs_in_vllm(config: PretrainedConfig, spec: DiffusionSpec, decode: De
 
 
 def check_loads_in_vllm(config: PretrainedConfig, spec: DiffusionSpec) -> None:
+    """ConfigError for students that the plugin cannot load, however they decode."""
     if spec.format == "preserve" and not spec.adapter:
         raise ConfigError(
             "preserve students without an adapter do not run in vLLM: they are two sets of weights, and it "

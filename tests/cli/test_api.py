@@ -302,8 +302,8 @@ def test_folders_are_exported_and_merged(root: Path, tmp_path: Path) -> None:
         for model in (before, after)
     )
     assert first.text_ids == second.text_ids
-    with pytest.raises(opdlm.ConfigError, match="cannot be exported to vLLM"):
-        opdlm.export(root / "preserve" / "model", tmp_path / "out")
+    with pytest.raises(opdlm.ConfigError, match="each request chooses"):
+        opdlm.export(root / "preserve" / "model", tmp_path / "out", config=opdlm.DecodeConfig())
     with pytest.raises(opdlm.ConfigError, match="config has no effect"):
         opdlm.export(root / "sdar" / "model", tmp_path / "out", to="sdar", config=opdlm.DecodeConfig())
     with pytest.raises(opdlm.DataError, match="does not exist"):

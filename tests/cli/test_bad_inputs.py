@@ -790,9 +790,13 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: ["generate", str(p.root / "sdar" / "model"), "a", "--max-new-tokens", "500"],
         ("--max-new-tokens (500)", "context (128)"),
     ),
-    "export of preserve to vLLM": (
+    "export of preserve to vLLM with a temperature": (
+        lambda p: [*export(p, "preserve", format="preserve"), "--temperature", "0.5"],
+        ("preserve student", "losslessly", "each request chooses", "Leave out"),
+    ),
+    "export of preserve to vLLM without an adapter": (
         lambda p: export(p, "preserve", format="preserve"),
-        ("preserve student", "cannot be exported to vLLM", "format.name=sdar"),
+        ("preserve students without an adapter", "lora.enabled=true"),
     ),
     "export of a family that vLLM's plugin does not know": (
         lambda p: export(p, "gemma", model_type="gemma3_text"),
