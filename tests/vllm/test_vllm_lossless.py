@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exact_sampling import chi_square_p_value, filtered
+from exact_sampling import chi_square_p_value
 from interpreted_vllm import interpreter as interpreter
 from interpreted_vllm import running
 from peft.tuners.lora import LoraLayer
@@ -23,7 +23,7 @@ from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data
 from uno_loop import our_loop
 
 import opdlm
-from opdlm.checkpoints.load import DRAFT_HEAD_FILE, read_spec
+from opdlm.checkpoints.load import DRAFT_HEAD_FILE
 from opdlm.checkpoints.lora import ADAPTER
 from opdlm.cli.main import main
 from opdlm.data.chat_template import encode_prompt
@@ -41,6 +41,8 @@ QUESTIONS = [
     "copy abcabcab",
 ]
 LIMITS = [3, 20, 9, 24, 24, 17]
+TEMPERATURE, FIRST = 2.0, 25
+"""For samples; FIRST is the likeliest token after "add 3 4"."""
 DRAFTS = "loss.objective=draft"
 STUDENTS = {
     "head": (DRAFTS, "format.draft_head=16", "train.num_steps=30"),
@@ -190,70 +192,85 @@ def overlap_steps(patch: pytest.MonkeyPatch) -> None:
 def test_requests_are_served_as_by_the_ar_model_in_vllm(
     students: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sampling parameters that change the AR model's choices, log-probabilities, a grammar, a beginning in the
-    cache, and prompts that are prefilled in chunks.
+    """Sampling parameters that change the AR model's choices, log-probabilities, prompts in chunks, and one
+    whose beginning is in the cache.
     """
     from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
 
-    spec = read_spec(students["head"])
-    grammar = StructuredOutputsParams(regex="[0-9]{4,8} is it")
     plain: dict[str, Any] = {"temperature": 0, "max_tokens": 16}
     params = [
         SamplingParams(**plain, repetition_penalty=1.8, logprobs=3),
         SamplingParams(**plain, logit_bias={12: 4.0, 20: 3.0}),
-        SamplingParams(**plain, min_tokens=14, stop_token_ids=list(spec.stop_token_ids)),
+        SamplingParams(**plain, min_tokens=14),
         SamplingParams(**plain),
-        SamplingParams(**plain, structured_outputs=grammar),
     ]
-    shared = "copy abcdefghij abcdefghij abcdefghij "
-    questions = [*QUESTIONS[:3], *(shared * 4 + text for text in ("one", "two"))]
-    texts, cached = {}, {}
-    record = Record()
+    shared = "copy abcdefghij abcdefghij abcdefghij " * 4
+    questions = [*QUESTIONS[1:4], shared + "two"]
+    record, found = Record(), {}
+    record.watch(monkeypatch)
     for architecture in ("OpdlmQwen3Lossless", "Qwen3ForCausalLM"):
-        if architecture == "OpdlmQwen3Lossless":
-            record.watch(monkeypatch)
         options = {"hf_overrides": {"architectures": [architecture]}, "max_num_batched_tokens": 64}
         with running(exported(students["head"]), **options) as llm:
-            llm.chat(chats(questions[3:4]), SamplingParams(**plain), use_tqdm=False)
+            llm.chat(chats([shared + "one"]), SamplingParams(**plain), use_tqdm=False)
             outputs = llm.chat(chats(questions), params, use_tqdm=False)
-        texts[architecture] = [tuple(output.outputs[0].token_ids) for output in outputs]
-        cached[architecture] = [output.num_cached_tokens for output in outputs]
-        values = [x.logprob for place in outputs[0].outputs[0].logprobs for x in place.values()]
-        texts[architecture].append(values)
-    ours, theirs = texts.values()
-    assert ours[:-1] == theirs[:-1]
-    torch.testing.assert_close(torch.tensor(ours[-1]), torch.tensor(theirs[-1]), atol=1e-3, rtol=1e-3)
-    assert cached["OpdlmQwen3Lossless"] == cached["Qwen3ForCausalLM"] and max(cached["Qwen3ForCausalLM"]) > 99
+        texts = [tuple(output.outputs[0].token_ids) for output in outputs]
+        places = outputs[0].outputs[0].logprobs
+        values = torch.tensor([[places[i][token].logprob] for i, token in enumerate(texts[0])])
+        found[architecture] = texts, outputs[-1].num_cached_tokens, values
+    (texts, cached, values), (ar_texts, ar_cached, ar_values) = found.values()
+    assert texts == ar_texts and cached == ar_cached > 99
+    torch.testing.assert_close(values, ar_values, atol=1e-3, rtol=1e-3)
     assert any(number > 1 for forwards in record.forwards.values() for _, _, number in forwards)
 
 
 @pytest.mark.vllm
-def test_samples_follow_the_ar_model(students: dict[str, Path]) -> None:
+def test_no_draft_is_accepted_beside_a_grammar(
+    students: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter does not run vLLM's kernel for grammars: the forwards only say that one is there."""
+    from vllm import SamplingParams
+
+    call, record = DraftingSampler.__call__, Record()
+
+    def with_grammar(sampler: DraftingSampler, logits: Any, batch: Any) -> Any:
+        batch.has_structured_output_reqs = True
+        return call(sampler, logits, batch)
+
+    monkeypatch.setattr(DraftingSampler, "__call__", with_grammar)
+    record.watch(monkeypatch)
+    with running(exported(students["head"]), max_model_len=128) as llm:
+        (output,) = llm.chat(chats(["add 3 4"]), SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 20
+    assert [number for _, _, number in record.forwards["0"]] == [1] * 20
+
+
+@pytest.mark.vllm
+def test_samples_follow_the_ar_model(students: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward over masks gives the second token, and one that verifies their draft the third."""
     from vllm import SamplingParams
 
+    record = Record()
+    record.watch(monkeypatch)
     source = students["head"]
     model, tokenizer = opdlm.load(source, "float32")
     prompt = encode_prompt(tokenizer, Conversation(prompt="add 3 4"))
     with running(exported(source), max_num_seqs=64) as llm:
-        params = SamplingParams(temperature=1.5, top_k=6, max_tokens=4, n=64, seed=None, ignore_eos=True)
-        ids = {"prompt_token_ids": list(prompt)}
-        samples = [
-            completion.token_ids
-            for output in llm.generate([ids] * 16, params, use_tqdm=False)
-            for completion in output.outputs
-        ]
-    config = DecodeConfig(temperature=1.5, top_k=6)
+        params = SamplingParams(temperature=TEMPERATURE, max_tokens=4, n=64, ignore_eos=True)
+        outputs = llm.generate([{"prompt_token_ids": list(prompt)}] * 4, params, use_tqdm=False)
+    samples = [
+        tuple(c.token_ids)[1:3] for output in outputs for c in output.outputs if c.token_ids[0] == FIRST
+    ]
     expected: dict[tuple[int, ...], float] = {(): 1.0}
-    for _ in range(3):
+    for _ in range(2):
         longer = {}
         for start, share in expected.items():
-            logits_V = predict_ar(model, (*prompt, *start))
-            probs = filtered((logits_V.double() / 1.5).softmax(-1).tolist(), config)
-            longer |= {(*start, token): share * p for token, p in enumerate(probs) if p}
+            logits_V = predict_ar(model, (*prompt, FIRST, *start))
+            probs = (logits_V.double() / TEMPERATURE).softmax(-1).tolist()
+            longer |= {(*start, token): share * p for token, p in enumerate(probs) if share * p > 0.004}
         expected = longer
-    assert chi_square_p_value([tuple(sample[:3]) for sample in samples], expected) > 0.001
+    assert chi_square_p_value(samples, expected) > 0.001
+    accepted = [number > 1 for forwards in record.forwards.values() for _, masks, number in forwards[2:3]]
+    assert 0.02 < sum(accepted) / len(accepted) < 0.98
 
 
 @pytest.mark.vllm
