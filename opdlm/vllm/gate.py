@@ -54,7 +54,7 @@ class SlotGate:
             embedded_NH[self.noised_N] = mask_H.to(embedded_NH.dtype)
             return embedded_NH
 
-        embedding.forward = forward  # type: ignore[method-assign]
+        embedding.forward = forward
 
     def load(self, adapter: AdapterWeights) -> None:
         """Copy the present weights of the adapter."""
