@@ -131,7 +131,8 @@ def lossless_state_class() -> type:
             """Whether the draft tokens of a request are masks."""
             self.is_drafting_B = np.zeros(0, dtype=bool)
             config = self.model_config
-            weights = load_file(cached_file(config.model, DRAFTER_FILE, revision=config.revision))
+            file: Any = cached_file(config.model, DRAFTER_FILE, revision=config.revision)
+            weights = load_file(file)
             named = model.named_modules()
             self.gate = SlotGate({name: m for name, m in named if isinstance(m, LinearBase)})
             layers = [name.removesuffix(DOWN) for name in weights if name.endswith(DOWN)]
