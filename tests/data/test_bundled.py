@@ -118,13 +118,16 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
-def test_the_examples_run(tmp_path: Path, run: Callable[..., str]) -> None:
+@pytest.mark.slow
+def test_the_examples_of_the_bundled_model_run(tmp_path: Path, run: Callable[..., str]) -> None:
     assert "lossless: retention" in run("examples/train_in_python.py", str(tmp_path / "by_hand"))
     assert main(["convert", "tiny", f"output_dir={tmp_path / 'run'}", *SMALL_RUN]) == 0
     decoded = run("examples/decode_modes.py", str(tmp_path / "run" / "model"), "add 47 38")
     answers = {line.split()[0]: line.split("forwards")[1] for line in decoded.splitlines()}
     assert answers["lossless"] == answers["ar"]
 
+
+def test_the_examples_of_a_drafter_and_a_dual_run(tmp_path: Path, run: Callable[..., str]) -> None:
     write_checkpoint(tmp_path / "model")
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"add {i} {i}"} for i in range(16)])
     where = [str(tmp_path / "model"), str(prompts), str(tmp_path / "draft")]

@@ -245,14 +245,23 @@ def test_sdar_is_exported_for_vllm(desk: Any) -> None:
     model = desk.folder / "runs" / "sdar" / "model"
     (answer,) = desk.answers(model)
     assert 0 < len(answer["token_ids"]) <= 16
-    if json.loads((desk.source / "config.json").read_text())["model_type"] in ("llama", "qwen3"):
-        assert "vllm serve" in desk.opdlm("export", model, "vllm").stdout
-        written = json.loads((desk.folder / "vllm" / "config.json").read_text())
-        assert written["block_diffusion"]["format"] == "sdar"
-    else:
-        assert "do not run in vLLM" in desk.opdlm("export", model, "vllm", status=2).stderr
     assert "qwen3 only" in desk.opdlm("export", model, "sdar", "--to", "sdar", status=2).stderr
-    assert "sdar" in desk.opdlm("export", desk.model, "none", status=2).stderr
+    check_export_for_vllm(desk, model, "sdar")
+
+
+def test_preserve_is_exported_for_vllm(desk: Any) -> None:
+    check_export_for_vllm(desk, desk.model, "preserve")
+
+
+def check_export_for_vllm(desk: Any, model: Path, form: str) -> None:
+    out = desk.folder / f"vllm-{form}"
+    if json.loads((desk.source / "config.json").read_text())["model_type"] not in ("llama", "qwen3"):
+        assert "do not run in vLLM" in desk.opdlm("export", model, out, status=2).stderr
+        return
+    assert "vllm serve" in desk.opdlm("export", model, out).stdout
+    written = json.loads((out / "config.json").read_text())
+    assert written["block_diffusion"]["format"] == form
+    assert (out / "drafter").exists() == (form == "preserve")
 
 
 def test_a_pushed_folder_comes_back(desk: Any, tmp_path: Path) -> None:
