@@ -110,7 +110,8 @@ class Loop:
         """Inverse of `progress`."""
         self.num_updates, self.totals = progress["num_updates"], progress["totals"]
         self.scores, self.losses = progress["scores"], progress.get("losses", [])
-        self.best_step, self.best_score = progress.get("best") or (0, -math.inf)
+        if self.config.eval.load_best_model_at_end and progress.get("best"):
+            self.best_step, self.best_score = progress["best"]
         self.scheduler = make_scheduler(
             self.optimizer, self.config.optimizer, self.num_planned, self.num_updates
         )

@@ -150,6 +150,11 @@ def test_the_best_step_can_be_the_result(
             for name in ("model/mask_embedding.safetensors", f"checkpoint-{best}/average.safetensors")
         )
         assert torch.equal(written, kept)
+    assert main([*settings, "eval.load_best_model_at_end=false"]) == 0
+    assert "the result is checkpoint" not in capsys.readouterr().out
+    written = load_file(tmp_path / "model" / "mask_embedding.safetensors")["mask_embedding"]
+    last = load_file(tmp_path / "checkpoint-4" / "average.safetensors")["mask_embedding"]
+    assert torch.equal(written, last)
 
 
 @pytest.mark.parametrize(
