@@ -6,7 +6,8 @@
 For each model and precision: held-back tokens per forward while it trained (defaults.png), the numbers
 at the end, and whether every weight and tokenizer file of the result has the SHA-256 of the original's. Not
 here: speed, which `opdlm bench` measures on an idle machine.
-Finished runs are read, not repeated.
+Finished runs are read, not repeated, and results of other models and precisions stay in the file, so that
+each can be measured on its own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import Any
 from real_models import curve
 
 import opdlm
-from opdlm.evaluation.retention import versions
 from opdlm.files import write_atomic
 from opdlm.reporting.plots import DPI, new_figure
 from opdlm.training.metrics import read_metrics
@@ -54,6 +54,7 @@ def convert(model: Path, dtype: str, prompts: str, out: Path) -> dict[str, Any]:
         "train_seconds": sum(row["seconds"] for row in rows),
         "curve": curve(rows),
         "modes": {mode["name"]: {key: mode[key] for key in keys} for mode in report["student"]},
+        "versions": report["versions"],
         "files": sorted(original),
         "files_that_differ": [name for name, digest in original.items() if result.get(name) != digest],
     }
@@ -86,13 +87,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("docs/results/real"))
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
-    runs = []
+    file = options.results / "defaults.json"
+    known = json.loads(file.read_text())["runs"] if file.is_file() else []
+    runs = {(run["model"], run["dtype"]): run for run in known}
     for model in options.models:
         for dtype in options.dtypes:
-            runs.append(convert(model, dtype, options.prompts, options.out))
-            record = {"runs": runs, "versions": versions()}
-            write_atomic(options.results / "defaults.json", json.dumps(record, indent=1))
-    draw(runs, options.results / "defaults.png")
+            runs[model.name, dtype] = convert(model, dtype, options.prompts, options.out)
+            write_atomic(file, json.dumps({"runs": list(runs.values())}, indent=1))
+    draw(list(runs.values()), options.results / "defaults.png")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def load(
         folder: the folder `model` of a run's output_dir, or the hub id under which it was pushed. Also any
             causal checkpoint (a folder, a hub id or `bundled:teacher`), as the autoregressive model that it
             is: it decodes in mode `ar` only.
-        dtype: precision of the weights in memory; auto: that of the files.
+        dtype: precision of the weights in memory; auto: that of the files, or
+            float32 on a CPU that has no instructions for it.
         device: `cpu`, `cuda:0` and so on; None: this process's GPU, or the CPU where there is none.
         mode: the mode it is wanted for, which is checked before anything is loaded.
 
@@ -312,7 +313,8 @@ def rollout(
         engine: `vllm` decodes the autoregressive model in vLLM; mode `ar` only.
         seed: prompt i draws from (seed, i).
         limit: the first so many prompts; None: all.
-        dtype: precision of the weights in memory; auto: that of the files.
+        dtype: precision of the weights in memory; auto: that of the files, or
+            float32 on a CPU that has no instructions for it.
         compile: decode with torch.compile; our engine only.
         overrides: how the prompts are read, as `data.key=value`.
         console: where progress is printed; None: standard output.
@@ -381,7 +383,8 @@ def serve(
         max_rows: responses decoded at once.
         max_waiting: responses that may wait for a row; further requests get status 429.
         max_length: prompt and response together, in tokens; None: the context, at most 4096.
-        dtype: precision of the weights in memory; auto: that of the files.
+        dtype: precision of the weights in memory; auto: that of the files, or
+            float32 on a CPU that has no instructions for it.
         compile: decode with torch.compile.
         request_log: a file to which a line of JSON is appended per request.
 
@@ -472,7 +475,8 @@ def import_adapter(
         adapter: a folder with adapter_config.json and adapter_model.safetensors.
         out: a folder that does not exist yet.
         block_size: the longest draft and the token before it.
-        dtype: precision of the weights in memory; auto: that of the files.
+        dtype: precision of the weights in memory; auto: that of the files, or
+            float32 on a CPU that has no instructions for it.
 
     Returns:
         `out`, which `opdlm.load`, `bench` and `evaluate` take.

@@ -15,6 +15,9 @@ from opdlm import __version__
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 EXTRAS = ("vllm", "flash-attn", "bitsandbytes", "deepspeed")
 
+LOW_PRECISIONS = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
+"""And torch's own question to oneDNN whether the CPU has instructions for it."""
+
 
 def describe_environment() -> dict[str, str]:
     """Versions and hardware by name, in the order in which they are printed; extras only where installed."""
@@ -40,6 +43,8 @@ def describe_hardware() -> dict[str, str]:
     found = {"cpu": cpu_name(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
     if memory := total_memory():
         found["memory"] = f"{memory / 2**30:.1f} GiB"
+    fast = [dtype for dtype in LOW_PRECISIONS if cpu_multiplies(dtype)]
+    found["cpu precisions"] = ", ".join(["float32", *fast])
     found["onednn"] = "on" if ENABLED else "off (OPDLM_ONEDNN=1 turns it on)"
     if not torch.cuda.is_available():
         return found | {"gpu": "none", "cuda": torch.version.cuda or "not in this build of torch"}
@@ -47,6 +52,17 @@ def describe_hardware() -> dict[str, str]:
         gpu = torch.cuda.get_device_properties(index)
         found[f"gpu {index}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB"
     return found | {"cuda": str(torch.version.cuda)}
+
+
+def cpu_multiplies(dtype: str) -> bool:
+    """Whether this CPU has instructions for matrix products in this precision. Without them a product of 16
+    rows or more takes 5 to 9 times as long as in float32 (docs/lab/cpu.md). True where torch cannot say.
+    """
+    import torch
+
+    if dtype not in LOW_PRECISIONS or not torch.backends.mkldnn.is_available():
+        return True
+    return bool(getattr(torch.ops.mkldnn, LOW_PRECISIONS[dtype])())
 
 
 def cpu_name() -> str:

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,6 +46,7 @@ from opdlm.checkpoints.lora import adapted_layers, add_lora, load_lora
 from opdlm.config.sections import LoraSection, RunConfig, resolve_path
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import check_settings
+from opdlm.environment import cpu_multiplies
 from opdlm.errors import ConfigError, DataError
 from opdlm.modeling.cpu_linear import use_faster_linear
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
@@ -102,13 +104,17 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """An autoregressive checkpoint, optionally in 4-bit NF4; DataError if it is incomplete or not finite.
 
-    dtype: `auto` is the precision of the checkpoint's files.
+    dtype: `auto` is the precision of the checkpoint's files, or float32 (`computing_dtype`).
     """
     path = resolve_path(path)
     check_is_checkpoint(path)
     check_intact(path)
-    options = source_of(path, trust_remote_code) | {"dtype": dtype}
+    options = source_of(path, trust_remote_code)
     options["config"] = config = read_architecture(path, trust_remote_code)
+    stored = stored_dtype(config)
+    if dtype == "auto" and stored:
+        dtype = computing_dtype(stored)
+    options["dtype"] = dtype
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
     if load_in_4bit:
@@ -215,8 +221,28 @@ def with_known_dtype(config: Settings) -> Settings:
     if getattr(config.model, "from_scratch", False):
         return replace(config, model=replace(config.model, dtype="float32"))
     values = read_architecture(config.model.path, config.model.trust_remote_code)
-    found: Any = str(values.dtype or values.get_text_config().dtype or "float32").removeprefix("torch.")
+    found: Any = computing_dtype(stored_dtype(values) or "float32")
     return replace(config, model=replace(config.model, dtype=found))
+
+
+def stored_dtype(config: PretrainedConfig) -> str | None:
+    """The precision of a checkpoint's files, as its config.json says."""
+    found = config.dtype or config.get_text_config().dtype
+    return str(found).removeprefix("torch.") if found else None
+
+
+@cache
+def computing_dtype(stored: str) -> str:
+    """What `auto` means for weights in this precision: that, or float32 where everything runs on a CPU that
+    has no instructions for it. The values of the weights are the same. Says so once.
+    """
+    if torch.accelerator.is_available() or cpu_multiplies(stored):
+        return stored
+    log.warning(
+        f"computing in float32: this CPU has no instructions for {stored}, the checkpoint's precision, and "
+        f"would take several times as long in it (model.dtype={stored} or --dtype {stored} does so)"
+    )
+    return "float32"
 
 
 def read_architecture(path: str, trust_remote_code: bool = False) -> PretrainedConfig:

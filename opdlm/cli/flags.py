@@ -162,7 +162,7 @@ def add_seed(parser: Parser) -> None:
 def add_dtype(parser: Parser, default: str | None = "auto") -> None:
     """And whether code of the checkpoint is run. `default` None: the precision of the run."""
     add_trust(parser)
-    text = "that of the run" if default is None else f"{default}, that of the checkpoint's files"
+    text = "that of the run" if default is None else f"{default}: that of the files, if the processor has it"
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),

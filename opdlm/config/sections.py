@@ -46,8 +46,9 @@ class ModelSection:
     path: str = ""
     """Folder or hub id of the autoregressive checkpoint; `bundled:teacher` is part of the package."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the weights in memory; auto: that of the checkpoint's files. Softmax, losses and the
-    weights of the optimiser (adapter and mask embedding, or a master copy of the student) are always float32.
+    """Precision of the weights in memory; auto: that of the checkpoint's files, or float32 on a CPU that has
+    no instructions for it. Softmax, losses and the weights of the optimiser (adapter and mask embedding, or a
+    master copy of the student) are always float32.
     """
     load_in_4bit: bool = False
     """QLoRA: hold the frozen linear layers in 4 bits (NF4). Needs LoRA and bitsandbytes: 'opdlm[quant]'."""

@@ -18,7 +18,7 @@ from tiny_checkpoints import NUM_TOKENS, tiny_overrides, write_checkpoint, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opdlm
-from opdlm.checkpoints.load import input_embedding, with_known_dtype
+from opdlm.checkpoints.load import computing_dtype, input_embedding, with_known_dtype
 from opdlm.cli.main import main
 from opdlm.config.rules import load_config
 from opdlm.decoding.decode_config import DecodeConfig, Mode
@@ -83,16 +83,27 @@ def test_the_files_of_the_original_are_in_the_folder_byte_for_byte(name: str, ru
     assert after == before
 
 
-def test_a_bfloat16_checkpoint_is_converted_in_bfloat16_and_not_rewritten(tmp_path: Path) -> None:
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="about CPUs")
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_a_bfloat16_checkpoint_is_converted_in_what_the_cpu_multiplies_and_not_rewritten(
+    has_instructions: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("opdlm.checkpoints.load.cpu_multiplies", lambda dtype: has_instructions)
+    computing_dtype.cache_clear()
     write_data(tmp_path)
     source = write_checkpoint(tmp_path / "source", "llama", vocab_size=NUM_TOKENS)
     AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(source)
     assert main(["convert", str(source), *tiny_overrides(source, tmp_path, tmp_path / "run")[1:]]) == 0
+    computing_dtype.cache_clear()
     folder = tmp_path / "run" / "model"
-    assert load_config(tmp_path / "run" / "config.yaml").model.dtype == "bfloat16"
+    used = load_config(tmp_path / "run" / "config.yaml").model.dtype
+    assert used == ("bfloat16" if has_instructions else "float32")
     assert (folder / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    told = [record for record in caplog.records if "has no instructions for bfloat16" in record.message]
+    assert len(told) == (not has_instructions)
     model, _ = opdlm.load(folder)
-    assert model.student.dtype == torch.bfloat16
+    assert model.student.dtype == getattr(torch, used)
     assert model.spec.mask_token_id == NUM_TOKENS == model.student.config.vocab_size
     lora = [p for name, p in model.student.named_parameters() if "lora_" in name]
     assert lora and all(p.dtype == torch.float32 for p in lora)

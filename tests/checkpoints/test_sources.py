@@ -26,7 +26,7 @@ from tiny_checkpoints import (
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2_5_VLConfig, TorchAoConfig
 
 import opdlm
-from opdlm.checkpoints.load import context_length, load_causal_lm, load_tokenizer
+from opdlm.checkpoints.load import computing_dtype, context_length, load_causal_lm, load_tokenizer
 from opdlm.cli.main import main
 
 OWN_CODE = """
@@ -247,7 +247,7 @@ def test_a_sharded_half_precision_checkpoint_keeps_its_files(dtype: str, tmp_pat
     result = tmp_path / "run" / "model"
     for file in folder.glob("model*"):
         assert (result / file.name).read_bytes() == file.read_bytes()
-    assert opdlm.load(result)[0].student.dtype == getattr(torch, dtype)
+    assert opdlm.load(result)[0].student.dtype == getattr(torch, computing_dtype(dtype))
 
 
 def write_own_code(folder: Path) -> Path:
