@@ -16,6 +16,7 @@ from rich.console import Console
 from smollm2 import FetchError, fetch
 
 import opdlm
+from opdlm.environment import cpu_multiplies
 from opdlm.serving.text_generation import Messages
 
 FORMS = (
@@ -39,8 +40,8 @@ TURNS = (
     "Which of them matters most, and why?",
     "Write it as a short note to a friend.",
 )
-SETTINGS = ("train.num_steps=9", "eval.held_back=8")
-"""Ten minutes on two cores, with the measurements."""
+SETTINGS = ("train.num_steps=9", "eval.held_back=4")
+"""Ten minutes on two cores, with the measurements and `prompts_per_step`."""
 TOY_TURNS = ("add 47 38", "reverse stone", "story Tusel owl hill")
 
 
@@ -55,7 +56,8 @@ def main(output_dir: str) -> None:
     prompts = out / "prompts.jsonl"
     texts = [form.format(topic) for topic, form in itertools.product(TOPICS, FORMS)]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    folder = opdlm.convert(model_path, data=prompts, output_dir=out / "smollm2_run", overrides=SETTINGS)
+    settings = [*SETTINGS, f"rollout.prompts_per_step={16 if cpu_multiplies('bfloat16') else 8}"]
+    folder = opdlm.convert(model_path, data=prompts, output_dir=out / "smollm2_run", overrides=settings)
     return talk(folder, TURNS, console, is_chat=True)
 
 

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -75,6 +76,8 @@ LEARNT = 0.05
 """Tokens per forward that a student which has learnt something gains, at least."""
 HELD_BACK_TOKENS, HELD_BACK_TIMED = 64, 4
 """Response tokens of held-back prompts, and how many of them are timed."""
+MOST_MEASUREMENTS = 8
+"""Of held-back prompts while a run trains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +285,7 @@ def measurement_while_training(
     if config.eval.every:
         return RetentionCallback(inputs.tokenizer, inputs.tasks, config.eval), config.eval.every
     if held_back:
-        return DraftingCallback(held_back), max(1, config.train.num_steps // 8)
+        return DraftingCallback(held_back), ceil(config.train.num_steps / MOST_MEASUREMENTS)
     return None, 0
 
 
