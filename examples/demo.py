@@ -41,7 +41,7 @@ TURNS = (
     "Write it as a short note to a friend.",
 )
 SETTINGS = ("train.num_steps=9", "eval.held_back=4")
-"""Ten minutes on two cores, with the measurements and `prompts_per_step`."""
+"""Nine minutes on two cores that have bfloat16, and 14 on older ones, with 8 prompts a step."""
 TOY_TURNS = ("add 47 38", "reverse stone", "story Tusel owl hill")
 
 
