@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-MOST_LINES = 5_000_000
-"""Lines of Python in one block: seconds. A long conversation takes some ten thousand."""
+MOST_LINES = 1_000_000
+"""Lines of Python in one block: a second or two. A long conversation takes some ten thousand."""
 MOST_CHARACTERS = 100_000_000
 """Length of one text, and of all that a template writes; a context of a million tokens is 5 million. An item
 of a list counts as `POINTER`.

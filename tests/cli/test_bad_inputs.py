@@ -1145,7 +1145,7 @@ CASES |= {
         ("rollout", lambda p, model: rollout(p, "--mode", "ar", model=model.name)),
     )
     for what, template, reason in (
-        ("never ends", ENDLESS, "EndlessError (stopped after 5,000,000 lines"),
+        ("never ends", ENDLESS, "EndlessError (stopped after 1,000,000 lines"),
         ("breaks off", "{% break %}", "SyntaxError"),
         ("divides by zero", "{{ 1 / 0 }}", "ZeroDivisionError"),
         ("asks for another", "{% include 'x' %}", "fails, "),

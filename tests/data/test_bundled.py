@@ -80,7 +80,14 @@ def test_ar_mode_equals_transformers_generate_on_the_teacher(teacher_folder: Pat
         assert tuple(output[0, ids.shape[1] :].tolist()) == rollout.text_ids
 
 
-@pytest.mark.parametrize("name", [name for name in bundled_recipes() if name.startswith("tiny")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "tiny" else pytest.mark.slow)
+        for name in bundled_recipes()
+        if name.startswith("tiny")
+    ],
+)
 def test_every_tiny_recipe_runs_two_steps(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

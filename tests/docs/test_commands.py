@@ -147,17 +147,12 @@ def run_patched(blocks: list[tuple[str, str]], folder: Path) -> None:
     subprocess.run([sys.executable, "page.py"], env=environment, cwd=folder, check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "as_written"),
     [
-        *(
-            pytest.param(name, False, id=name, marks=() if name == "README.md" else pytest.mark.slow)
-            for name in PAGES
-        ),
-        *(
-            pytest.param(name, True, id=f"{name}-as_written", marks=pytest.mark.slow)
-            for name in ("README.md", "quickstart.md")
-        ),
+        *(pytest.param(name, False, id=name) for name in PAGES),
+        *(pytest.param(name, True, id=f"{name}-as_written") for name in ("README.md", "quickstart.md")),
     ],
 )
 def test_the_blocks_of_a_page_run(

@@ -143,6 +143,7 @@ def test_the_score_is_the_speed_of_lossless_decoding_or_the_worst_that_the_stude
     assert evaluation.score_of(slower) == min(worth)
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_continues_without_repeating_a_prompt(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
