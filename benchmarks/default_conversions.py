@@ -51,7 +51,6 @@ def convert(model: Path, dtype: str, prompts: str, out: Path) -> dict[str, Any]:
         "dtype": dtype,
         "steps": rows[-1]["step"],
         "rollout_tokens": rows[-1]["rollout_tokens"],
-        "train_seconds": sum(row["seconds"] for row in rows),
         "curve": curve(rows),
         "modes": {mode["name"]: {key: mode[key] for key in keys} for mode in report["student"]},
         "versions": report["versions"],
