@@ -53,7 +53,7 @@ def convert(model: Path, dtype: str, prompts: str, out: Path) -> dict[str, Any]:
         "rollout_tokens": rows[-1]["rollout_tokens"],
         "curve": curve(rows),
         "modes": {mode["name"]: {key: mode[key] for key in keys} for mode in report["student"]},
-        "versions": report["versions"],
+        "versions": report["settings"]["versions"],
         "files": sorted(original),
         "files_that_differ": [name for name, digest in original.items() if result.get(name) != digest],
     }

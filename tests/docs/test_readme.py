@@ -29,6 +29,20 @@ def test_the_toy_drafts_as_its_committed_report_says() -> None:
     assert f"drafts {lossless['tokens_per_forward']:.2f} tokens per forward pass" in README
 
 
+def test_the_header_of_the_demo_says_what_its_committed_report_says() -> None:
+    report = json.loads((ROOT / "docs" / "results" / "tiny" / "retention.json").read_text())
+    modes = {mode["name"]: mode for mode in report["student"]}
+    lines = (ROOT / "recipes" / "tiny.yaml").read_text().splitlines()
+    header = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
+    accuracy = {name: f"{100 * mode['accuracy']:.1f} %" for name, mode in modes.items()}
+    assert f"teacher {100 * report['teacher']['accuracy']:.1f} %" in header
+    assert f"static {accuracy['static, alone']} and threshold {accuracy['threshold, alone']}" in header
+    speed = modes["lossless"]
+    seen, others = speed["tokens_per_forward_seen"], speed["tokens_per_forward_held_out"]
+    assert f"lossless {speed['tokens_per_forward']:.2f} tokens per forward" in header
+    assert f"({seen:.2f} on the skills of the prompt file, {others:.2f} on the others)" in header
+
+
 def test_as_many_responses_are_identical_as_the_committed_results_say() -> None:
     found: dict[str, list[int]] = {"float32": [], "bfloat16": []}
     for path in (ROOT / "docs" / "results" / "real").glob("identity_*.json"):
