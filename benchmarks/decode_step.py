@@ -2,18 +2,19 @@
 
     OMP_NUM_THREADS=1 python benchmarks/decode_step.py MODEL PROMPTS.jsonl --batch-sizes 1 64 --json OUT
 
-Milliseconds a step, split into the forward, the LM head with the draft head, and the rest (policy, packing,
-sampling, bookkeeping). Waits are counted without a GPU: everything that the model computes is a tensor of a
-class that stays with all that is computed from it, and counts what moves to the host or back. `reads` are
-copies to the host, which wait for the device; `hidden reads` are waits that the code does not spell out (an
-`if` on a tensor, `.item()`, an index by a mask); `writes` are copies to the device, which do not wait.
+Milliseconds a step, on a CPU those of one thread, which other processes change little: of the forward, of the
+LM head with the draft head, and of the rest (policy, packing, sampling, bookkeeping).
+
+Waits are counted without a GPU: what the model computes is a tensor of a class that stays with all that is
+computed from it, and counts what moves. `reads` are copies to the host, which wait for the device; `hidden
+reads` are waits that the code does not spell out (an `if` on a tensor, `.item()`, an index by a mask);
+`writes` are copies to the device, which do not wait.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from opdlm.checkpoints.load import load
 from opdlm.data.prompts import load_tasks
 from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.draft_policy import clock
 from opdlm.decoding.generate import Decoder, make_requests
 from opdlm.evaluation.retention import versions
 from opdlm.files import write_atomic
@@ -96,26 +98,25 @@ def replaced(model: DiffusionLM, **methods: Callable[[Any], Any]) -> Iterator[No
             delattr(model, name)
 
 
-def steps(model: DiffusionLM, prompts: list[tuple[int, ...]], config: DecodeConfig) -> Iterator[None]:
-    """One item a step of decoding all prompts together."""
+def steps(model: DiffusionLM, prompts: list[tuple[int, ...]], config: DecodeConfig) -> Iterator[int]:
+    """The tokens of the responses that each step of decoding all prompts together has completed."""
     longest = max(map(len, prompts)) + config.max_new_tokens
     decoder = Decoder(model, config, len(prompts), longest)
     decoder.waiting.extend(make_requests(prompts, range(len(prompts)), config))
     while decoder.is_busy:
-        decoder.step()
-        yield
+        yield sum(rollout.num_response for rollout in decoder.step().values())
 
 
 def time_steps(model: DiffusionLM, prompts: list[tuple[int, ...]], config: DecodeConfig) -> dict[str, float]:
-    """Milliseconds a step, by part."""
+    """Milliseconds a step, by part, and tokens a step."""
     spent: dict[str, float] = defaultdict(float)
 
     def timed(part: str) -> Callable[[Any], Any]:
         def wrap(method: Any) -> Any:
             def call(*args: Any, **kwargs: Any) -> Any:
-                started = time.perf_counter()
+                started = clock(model.device)
                 result = method(*args, **kwargs)
-                spent[part] += time.perf_counter() - started
+                spent[part] += clock(model.device) - started
                 return result
 
             return call
@@ -124,15 +125,16 @@ def time_steps(model: DiffusionLM, prompts: list[tuple[int, ...]], config: Decod
 
     head = timed("heads")
     with replaced(model, packed_hidden=timed("forward"), logits=head, candidate_logits=head):
-        number, started = 0, time.perf_counter()
-        for number, _ in enumerate(steps(model, prompts, config), 1):
+        number, tokens, started = 0, 0, clock(model.device)
+        for number, completed in enumerate(steps(model, prompts, config), 1):
+            tokens += completed
             if number == WARM_UP:
                 spent.clear()
-                started = time.perf_counter()
-        number -= WARM_UP
-        whole = time.perf_counter() - started
+                started = clock(model.device)
+        whole = clock(model.device) - started
     parts = {**spent, "rest": whole - sum(spent.values())}
-    return {name: round(1000 * seconds / number, 3) for name, seconds in parts.items()}
+    measured = {name: round(1000 * seconds / (number - WARM_UP), 3) for name, seconds in parts.items()}
+    return {"tokens": round(tokens / number, 2), **measured}
 
 
 def count_waits(model: DiffusionLM, prompts: list[tuple[int, ...]], config: DecodeConfig) -> dict[str, float]:
