@@ -29,10 +29,11 @@ def test_the_toy_drafts_as_its_committed_report_says() -> None:
     assert f"drafts {lossless['tokens_per_forward']:.2f} tokens per forward pass" in README
 
 
-def test_the_header_of_the_demo_says_what_its_committed_report_says() -> None:
-    report = json.loads((ROOT / "docs" / "results" / "tiny" / "retention.json").read_text())
+@pytest.mark.parametrize("recipe", ["tiny", "tiny_full"])
+def test_the_header_of_a_recipe_says_what_its_committed_report_says(recipe: str) -> None:
+    report = json.loads((ROOT / "docs" / "results" / recipe / "retention.json").read_text())
     modes = {mode["name"]: mode for mode in report["student"]}
-    lines = (ROOT / "recipes" / "tiny.yaml").read_text().splitlines()
+    lines = (ROOT / "recipes" / f"{recipe}.yaml").read_text().splitlines()
     header = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
     accuracy = {name: f"{100 * mode['accuracy']:.1f} %" for name, mode in modes.items()}
     assert f"teacher {100 * report['teacher']['accuracy']:.1f} %" in header
