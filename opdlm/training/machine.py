@@ -18,6 +18,8 @@ PROBE_SECONDS = 1.0
 """Of each of the two measurements."""
 TRAINING_TOKENS = 1024
 """Slots of a training forward in the probe."""
+FEW_TOKENS = 16
+"""Of the first forward, which shows how many a slow machine can do in time."""
 
 
 def free_memory() -> float:
@@ -43,20 +45,29 @@ def measured_speed(config: Config, slots_per_row: int) -> tuple[float, float] | 
     except OpdlmError:
         return None
     layers = model.to(PartialState().device).base_model
-    rows = config.rollout.decode.batch_size
-    return flops_per_second(layers, rows, slots_per_row), flops_per_second(layers, 1, TRAINING_TOKENS)
+    decoding_slots = config.rollout.decode.batch_size * slots_per_row
+    return flops_per_second(layers, decoding_slots), flops_per_second(layers, TRAINING_TOKENS)
 
 
 @torch.inference_mode()
-def flops_per_second(layers: torch.nn.Module, num_rows: int, num_tokens: int) -> float:
-    """Of repeated forwards on `num_rows` x `num_tokens` slots; products with the weights count."""
+def flops_per_second(layers: torch.nn.Module, num_tokens: int) -> float:
+    """Of repeated forwards on a row of `num_tokens`, or of as many as are done in PROBE_SECONDS; products with
+    the weights count.
+    """
     weight = next(p for p in layers.parameters() if p.dim() == 2)
-    embedded = torch.randn(num_rows, num_tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
     counted = sum(p.numel() for p in layers.parameters() if p.dim() == 2) - weight.numel()  # the embedding
-    started, num_forwards = 0.0, -1  # the first forward warms up
-    while num_forwards < 1 or time.perf_counter() - started < PROBE_SECONDS:
-        hidden = layers(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        float(hidden[0, 0, 0])  # waits for a GPU
+
+    def seconds(size: int) -> float:
+        embedded = torch.randn(1, size, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        started = time.perf_counter()
+        float(layers(inputs_embeds=embedded, use_cache=False).last_hidden_state[0, 0, 0])  # waits for a GPU
+        return time.perf_counter() - started
+
+    size = FEW_TOKENS
+    while seconds(size) < PROBE_SECONDS / 4 and size < num_tokens:  # also warms up
+        size = min(2 * size, num_tokens)
+    spent, num_forwards = 0.0, 0
+    while spent < PROBE_SECONDS:
+        spent += seconds(size)
         num_forwards += 1
-        started = started or time.perf_counter()
-    return 2.0 * counted * num_rows * num_tokens * num_forwards / (time.perf_counter() - started)
+    return 2.0 * counted * size * num_forwards / spent
