@@ -40,7 +40,7 @@ TURNS = (
     "Which of them matters most, and why?",
     "Write it as a short note to a friend.",
 )
-SETTINGS = ("train.num_steps=9", "eval.held_back=4")
+SETTINGS = ("train.num_steps=9", "eval.held_back=4", "eval.timed_prompts=2")
 """Nine minutes on two cores that have bfloat16, and 14 on older ones, with 8 prompts a step."""
 TOY_TURNS = ("add 47 38", "reverse stone", "story Tusel owl hill")
 

@@ -32,6 +32,7 @@ from opdlm.files import write_atomic
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from opdlm.reporting.plots import plot_acceptance, plot_bars
 from opdlm.reporting.tables import print_table, speed_table
+from opdlm.training.metrics import PhaseProgress
 from opdlm.vllm.engine import check_vllm, installed_version, is_tested_version
 
 
@@ -82,6 +83,7 @@ def bench_folder(
         on_row=lambda row: console.out(
             f"batch {row.batch_size}: {row.name} {row.tokens_per_second:.0f} tokens/s"
         ),
+        console=console,
     )
     print_table(speed_table([asdict(row) for row in rows]), console)
     acceptance = []
@@ -94,7 +96,10 @@ def bench_folder(
             logprobs=False,
             forward_overhead=MOST_DRAFTS,
         )
-        acceptance = acceptance_by_place(generate(model, ids, most), model.spec.block_size - 1)
+        with PhaseProgress("measure acceptance", len(ids), console) as progress:
+            rollouts = generate(model, ids, most, on_step=progress.on_step)
+            progress.advance(len(ids))
+        acceptance = acceptance_by_place(rollouts, model.spec.block_size - 1)
         shares = ", ".join(f"{100 * share:.0f}" for share in acceptance)
         console.out(f"Draft tokens accepted after those before them, by place in a full draft: {shares} %.")
     if out is not None:

@@ -160,9 +160,7 @@ def measure_folder(
     log = open_log(out, folder, teacher_path, config.model.dtype) if out else None
     report, outputs = measure_model(model, tokenizer, tasks, config.eval, log, console)
     if model.spec.format == "preserve" and config.eval.timed_prompts:
-        with PhaseProgress("time lossless decoding", 1, console) as progress:
-            report["speed"] = measure_lossless_speed(folder, model, tasks, config)
-            progress.advance(1)
+        report["speed"] = measure_lossless_speed(folder, model, tasks, config, console)
     report["settings"] = {
         "student": str(folder),
         "teacher": teacher_path,
@@ -180,7 +178,11 @@ def measure_folder(
 
 
 def measure_lossless_speed(
-    folder: Path, model: DiffusionLM, tasks: Sequence[Task], config: Config
+    folder: Path,
+    model: DiffusionLM,
+    tasks: Sequence[Task],
+    config: Config,
+    console: Console | None,
 ) -> dict[str, Any]:
     """Speed of lossless decoding with the student's drafts beside AR decoding, on `eval.timed_prompts`
     prompts.
@@ -202,6 +204,7 @@ def measure_lossless_speed(
             decode, forward_overhead=None, prompt_lookup_num_tokens=decode.prompt_lookup_num_tokens or 0
         ),
         repeats=NUM_REPEATS,
+        console=console,
     )
     settings = {"prompts": len(prompts), "file": config.eval.path, "repeats": NUM_REPEATS}
     return {"settings": settings, "rows": [asdict(row) for row in rows]}

@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
+from rich.console import Console
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
@@ -31,6 +32,7 @@ from opdlm.decoding.rollout import Rollout
 from opdlm.errors import ConfigError
 from opdlm.modeling.compiled import compiled_decoding
 from opdlm.modeling.diffusion_lm import DiffusionLM
+from opdlm.training.metrics import PhaseProgress
 from opdlm.vllm.engine import VllmTeacher, start_ar_model
 
 AR_NAME = "transformers.generate"
@@ -46,8 +48,9 @@ LOOKUP_TOKENS = (10, COPIED)
 """Lengths of the drafts of prompt lookup: the value in the documentation of transformers, and ours."""
 Item = TypeVar("Item")
 Responses = list[tuple[int, ...]]
-Decoder = Callable[[], tuple[Responses, float | None]]
-"""Decodes all prompts. Returns the responses, and tokens per forward (None if it does not count them)."""
+Prompts = Sequence[Sequence[int]]
+Decoder = Callable[[Prompts], tuple[Responses, float | None]]
+"""Decodes prompts. Returns the responses, and tokens per forward (None if it does not count them)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +79,7 @@ def spread(items: Sequence[Item], num: int) -> list[Item]:
 def hf_responses(
     ar_model: PreTrainedModel,
     model: DiffusionLM,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     config: DecodeConfig,
     **options: Any,
 ) -> Responses:
@@ -114,7 +117,7 @@ def cut_after_stop(ids: Sequence[int], stops: Sequence[int]) -> tuple[int, ...]:
 def measure_speed(
     model: DiffusionLM,
     ar_model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     modes: Sequence[Mode],
     batch_sizes: Sequence[int],
     *,
@@ -124,13 +127,14 @@ def measure_speed(
     vllm_folder: str | None = None,
     speculative: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     on_row: Callable[[Speed], None] = lambda _: None,
+    console: Console | None = None,
 ) -> list[Speed]:
     """One row per batch size and decoder, `transformers.generate` first.
 
     Mode, batch size and sampling of `config` are replaced. `compiles` adds every mode with a compiled
     forward, `vllm_folder` adds vLLM, `speculative` adds speculative decoders of transformers at batch size 1:
-    the options of `generate` by name. `on_row` is called with each row. ConfigError if vLLM cannot run the
-    folder.
+    the options of `generate` by name. `on_row` is called with each row, `console` shows the progress.
+    ConfigError if vLLM cannot run the folder.
     """
     use_flash_attn(ar_model)
     rows = []
@@ -139,11 +143,14 @@ def measure_speed(
             config, batch_size=batch_size, temperature=0.0, top_k=None, top_p=None, logprobs=False
         )
         with running_vllm(vllm_folder, model, prompts, plain) as vllm:
-            decoders = make_decoders(model, ar_model, prompts, modes, plain, compiles, vllm)
+            decoders = make_decoders(model, ar_model, modes, plain, compiles, vllm)
             if batch_size == 1:
                 for name, options in speculative.items():
-                    decoders[name] = partial(speculate, ar_model, model, prompts, plain, options)
-            rows += time_decoders(decoders, batch_size, repeats, on_row)
+                    decoders[name] = partial(speculate, ar_model, model, plain, options)
+            found = time_decoders(decoders, prompts, batch_size, repeats, console)
+        for row in found:
+            on_row(row)
+        rows += found
     return rows
 
 
@@ -158,7 +165,7 @@ def use_flash_attn(ar_model: PreTrainedModel) -> None:
 
 @contextmanager
 def running_vllm(
-    folder: str | None, model: DiffusionLM, prompts: Sequence[Sequence[int]], config: DecodeConfig
+    folder: str | None, model: DiffusionLM, prompts: Prompts, config: DecodeConfig
 ) -> Iterator[VllmTeacher | None]:
     """vLLM with the AR model of the folder and at most `batch_size` rows; None without a folder."""
     if folder is None:
@@ -178,44 +185,41 @@ def running_vllm(
 def make_decoders(
     model: DiffusionLM,
     ar_model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
     modes: Sequence[Mode],
     plain: DecodeConfig,
     compiles: bool,
     vllm: VllmTeacher | None,
 ) -> dict[str, Decoder]:
-    """Decoders by name, warmed up on a batch, since first calls allocate and compile."""
+    """Decoders by name."""
 
     def of(rollouts: list[Rollout]) -> tuple[Responses, float | None]:
         return [rollout.text_ids for rollout in rollouts], DecodeStats.of(rollouts).tokens_per_forward
 
-    def decode(config: DecodeConfig, is_compiled: bool) -> tuple[Responses, float | None]:
+    def decode(prompts: Prompts, config: DecodeConfig, is_compiled: bool) -> tuple[Responses, float | None]:
         with compiled_decoding(model, is_compiled):
             return of(generate(model, prompts, config))
 
-    decoders: dict[str, Decoder] = {AR_NAME: lambda: (hf_responses(ar_model, model, prompts, plain), 1.0)}
+    decoders: dict[str, Decoder] = {
+        AR_NAME: lambda prompts: (hf_responses(ar_model, model, prompts, plain), 1.0)
+    }
     if vllm is not None:
-        vllm.responses(prompts[:1], plain, [0])
-        decoders[VLLM_NAME] = lambda: of(vllm.responses(prompts, plain, range(len(prompts))))
+        decoders[VLLM_NAME] = lambda prompts: of(vllm.responses(prompts, plain, range(len(prompts))))
     named: dict[str, DecodeConfig] = {mode: replace(plain, mode=mode) for mode in modes}
     if "lossless" in named and named["lossless"].lookup_length > 0:
         named["lossless" + NO_COPIES] = replace(named["lossless"], prompt_lookup_num_tokens=0)
     for name, config in named.items():
-        decoders[name] = partial(decode, config, is_compiled=False)
-        generate(model, prompts[:1], config)
+        decoders[name] = partial(decode, config=config, is_compiled=False)
         if compiles:
-            decoders[name + COMPILED] = partial(decode, config, is_compiled=True)
-            with compiled_decoding(model):
-                generate(model, prompts[: plain.batch_size + 1], config)
+            decoders[name + COMPILED] = partial(decode, config=config, is_compiled=True)
     return decoders
 
 
 def speculate(
     ar_model: PreTrainedModel,
     model: DiffusionLM,
-    prompts: Sequence[Sequence[int]],
     plain: DecodeConfig,
     options: Mapping[str, Any],
+    prompts: Prompts,
 ) -> tuple[Responses, float | None]:
     """Speculative decoding of transformers. Forwards of the AR model count, those of an assistant do not."""
     num_forwards = [0]
@@ -229,24 +233,32 @@ def speculate(
 
 
 def time_decoders(
-    decoders: dict[str, Decoder], batch_size: int, repeats: int, on_row: Callable[[Speed], None]
+    decoders: Mapping[str, Decoder],
+    prompts: Prompts,
+    batch_size: int,
+    repeats: int,
+    console: Console | None = None,
 ) -> list[Speed]:
-    """Run every decoder once per repeat, in turn."""
+    """Run every decoder once per repeat, in turn, after a first call, which allocates and compiles."""
     seconds: dict[str, list[float]] = {name: [] for name in decoders}
     responses: dict[str, Responses] = {}
     per_forward: dict[str, float | None] = {}
-    for _ in range(repeats):
+    verb, num_runs = f"time decoding, batch {batch_size}", (1 + repeats) * len(decoders)
+    with PhaseProgress(verb, num_runs, console) as progress:
         for name, decode in decoders.items():
-            started = time.perf_counter()
-            responses[name], per_forward[name] = decode()
-            seconds[name].append(time.perf_counter() - started)
+            decode(prompts[: batch_size + 1 if name.endswith(COMPILED) else 1])
+            progress.advance(1, name)
+        for _ in range(repeats):
+            for name, decode in decoders.items():
+                started = time.perf_counter()
+                responses[name], per_forward[name] = decode(prompts)
+                seconds[name].append(time.perf_counter() - started)
+                progress.advance(1, name)
     num_tokens = {name: sum(map(len, found)) for name, found in responses.items()}
     rates = {name: [num_tokens[name] / one for one in times] for name, times in seconds.items()}
-    rows = []
-    for name in decoders:
-        rows.append(summarise(name, batch_size, rates, seconds[name], responses, per_forward[name]))
-        on_row(rows[-1])
-    return rows
+    return [
+        summarise(name, batch_size, rates, seconds[name], responses, per_forward[name]) for name in decoders
+    ]
 
 
 def summarise(

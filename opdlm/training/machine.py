@@ -51,8 +51,8 @@ def measured_speed(config: Config, slots_per_row: int) -> tuple[float, float] | 
 
 @torch.inference_mode()
 def flops_per_second(layers: torch.nn.Module, num_tokens: int) -> float:
-    """Of repeated forwards on a row of `num_tokens`, or of as many as are done in PROBE_SECONDS; products with
-    the weights count.
+    """Of repeated forwards on a row of `num_tokens`, fewer where these would take long; products with the
+    weights count.
     """
     weight = next(p for p in layers.parameters() if p.dim() == 2)
     counted = sum(p.numel() for p in layers.parameters() if p.dim() == 2) - weight.numel()  # the embedding

@@ -56,7 +56,7 @@ def test_a_log_has_a_line_for_every_phase(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     for phase in (
         *("chosen for this model and machine", "prompts that the model writes 0/24", "step 1/3", "step 3/3"),
-        *("evaluate teacher 0/3", "evaluate lossless 3/3", "time lossless decoding 1/1"),
+        *("evaluate teacher 0/3", "evaluate lossless 3/3", "time decoding, batch 1 9/9"),
         *("Lossless decoding writes", "converted checkpoint:", "next: opdlm chat"),
     ):
         assert phase in run.stdout, (phase, run.stdout)

@@ -21,21 +21,30 @@ from opdlm.reporting.tables import print_table, speed_table
 
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[Speed]:
-    """Three decoders of ten tokens on a clock: 4, 2 and 1 seconds, in the second repeat twice as long."""
+    """Three decoders of ten tokens on a clock: 4, 2 and 1 seconds, in the second repeat twice as long, and
+    long in the call that is not timed.
+    """
     now = [0.0]
     monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
     calls: list[str] = []
 
     def decoder(name: str, seconds: float) -> speed.Decoder:
-        def decode() -> tuple[speed.Responses, float | None]:
-            now[0] += seconds * (2 if calls.count(name) else 1)
+        def decode(prompts: speed.Prompts) -> tuple[speed.Responses, float | None]:
+            assert len(prompts) == (2 if name in calls else 1)
+            now[0] += seconds * (50, 1, 2)[calls.count(name)]
             calls.append(name)
             return [tuple(range(10))], 1.0
 
         return decode
 
     decoders = {name: decoder(name, s) for name, s in (("transformers.generate", 4), ("ar", 2))}
-    return time_decoders(decoders | {"lossless": decoder("lossless", 1)}, 1, 2, lambda _: None)
+    decoders["lossless"] = decoder("lossless", 1)
+    console = Console(file=io.StringIO(), width=80)
+    rows = time_decoders(decoders, [[1], [2]], batch_size=1, repeats=2, console=console)
+    shown = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert shown[0] == "time decoding, batch 1 0/9"
+    assert shown[-1].startswith("time decoding, batch 1 9/9  lossless ")
+    return rows
 
 
 def test_speed_is_told_against_generate_and_against_the_fastest_ar_decoding(rows: list[Speed]) -> None:
