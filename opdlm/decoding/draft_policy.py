@@ -42,6 +42,8 @@ MEASURED_SLOTS = (1, 64, 16, 8, 32, 256, 4, 1024, 2, 12, 24, 48, 96, 128, 192, 3
 """In the order in which they are measured."""
 MEASURE_SECONDS, LEAST_MEASURED = 0.5, 3
 """No further size is measured after so long, once there are so many."""
+SHORT_SECONDS = 0.1
+"""A forward that takes less is timed twice."""
 FOLLOW, LARGEST_CHANGE = 0.25, 2.0
 """Share of the difference by which a cost follows what a step took, and by which factor a step may differ."""
 PROBE_FORWARDS = 256
@@ -127,7 +129,9 @@ def measure_forward_cost(model: DiffusionLM) -> ForwardCost:
     try:
         for size in MEASURED_SLOTS:
             packed = rows_of_slots(size, model.spec)
-            seconds = min(timed_forward(model, cache, packed) for _ in range(2 if points else 3))
+            seconds = timed_forward(model, cache, packed)
+            if not points or seconds < SHORT_SECONDS:  # the first call allocates, a short time is noisy
+                seconds = min(seconds, timed_forward(model, cache, packed))
             points.append((size, seconds))
             is_late = time.perf_counter() - started > MEASURE_SECONDS
             if is_late and len(points) >= LEAST_MEASURED:
