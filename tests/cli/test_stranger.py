@@ -110,4 +110,5 @@ def test_the_demo_leads_a_stranger_to_a_published_model(stranger: Stranger) -> N
     if file := os.environ.get(RESULT):
         seconds = {name: stranger.seconds[name] for name in path}
         result = {"commands": len(path), "seconds": seconds, "cores": os.cpu_count()}
+        result["demo"] = [line for line in talk.splitlines() if line]
         Path(file).write_text(json.dumps(result, indent=1) + "\n")
