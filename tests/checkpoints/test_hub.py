@@ -121,14 +121,20 @@ def test_a_damaged_folder_and_a_hub_out_of_reach_are_told(
     away = StandIn(url="http://127.0.0.1:9")
     pushed = away.command(tmp_path, "-m", "opdlm", "push", str(folder), NAME)
     assert pushed.returncode == 2 and f"{NAME} cannot be written: the Hub cannot be reached" in pushed.stderr
-    loaded = away.command(tmp_path, "-m", "opdlm", "generate", NAME, "add 1 2")
-    assert f"{NAME} is no folder here and cannot be fetched: the Hub cannot be reached" in loaded.stderr
     missing = server.command(tmp_path, "-m", "opdlm", "chat", NAME)
     assert "the Hub answers 404, there is no such repository" in missing.stderr
     (folder / "config.json").write_text("{}")
     pushed = server.command(tmp_path, "-m", "opdlm", "push", str(folder), NAME)
     assert "is not as it was written: config.json has other content" in pushed.stderr
     assert not server.repositories
+
+
+@pytest.mark.slow  # the Hub's client tries for 20 seconds
+def test_a_model_of_a_hub_out_of_reach_is_told(tmp_path: Path) -> None:
+    away = StandIn(url="http://127.0.0.1:9")
+    for name in (NAME, "tiny"):
+        loaded = away.command(tmp_path, "-m", "opdlm", "generate", name, "add 1 2")
+        assert f"{name} is no folder here and cannot be fetched: the Hub cannot be reached" in loaded.stderr
 
 
 @pytest.mark.slow

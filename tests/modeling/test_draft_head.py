@@ -131,6 +131,7 @@ def test_the_text_is_that_of_the_ar_model_with_any_head(overhead: float, tempera
         assert [one.unmask_step for one in found] != [one.unmask_step for one in without]
 
 
+@pytest.mark.usefixtures("own_module_cache")
 def test_a_head_is_trained_saved_and_read_by_both_loaders(tmp_path: Path) -> None:
     teacher = write_checkpoint(tmp_path / "teacher")
     write_data(tmp_path)

@@ -22,7 +22,10 @@ SMALL_RUN = [
 
 
 @pytest.mark.parametrize("recipe", ["tiny", pytest.param("tiny_sdar", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("setting", ["model.dtype=bfloat16", "train.mixed_precision=bf16"])
+@pytest.mark.parametrize(
+    "setting",
+    ["model.dtype=bfloat16", pytest.param("train.mixed_precision=bf16", marks=pytest.mark.slow)],
+)
 def test_a_recipe_converts_in_bfloat16(recipe: str, setting: str, tmp_path: Path) -> None:
     run = [*SMALL_RUN, "optimizer.warmup_steps=0", "train.num_steps=4"]
     run += [] if recipe == "tiny" else ["data.self_prompts=24"]
