@@ -41,7 +41,7 @@ TURNS = (
     "Write it as a short note to a friend.",
 )
 SETTINGS = ("train.num_steps=9", "eval.held_back=4", "eval.timed_prompts=2")
-"""Nine minutes on two cores, with fewer prompts a step on those that have no bfloat16."""
+"""Nine minutes on two cores that have bfloat16, and 14 on older ones, with 8 prompts a step."""
 TOY_TURNS = ("add 47 38", "reverse stone", "story Tusel owl hill")
 
 
@@ -56,7 +56,7 @@ def main(output_dir: str) -> None:
     prompts = out / "prompts.jsonl"
     texts = [form.format(topic) for topic, form in itertools.product(TOPICS, FORMS)]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    settings = [*SETTINGS, f"rollout.prompts_per_step={16 if cpu_multiplies('bfloat16') else 6}"]
+    settings = [*SETTINGS, f"rollout.prompts_per_step={16 if cpu_multiplies('bfloat16') else 8}"]
     folder = opdlm.convert(model_path, data=prompts, output_dir=out / "smollm2_run", overrides=settings)
     return talk(folder, TURNS, console, is_chat=True)
 

@@ -29,6 +29,12 @@ def test_the_toy_drafts_as_its_committed_report_says() -> None:
     assert f"drafts {lossless['tokens_per_forward']:.2f} tokens per forward pass" in README
 
 
+def test_the_demo_answers_as_the_committed_run_did() -> None:
+    shown = json.loads((ROOT / "docs" / "results" / "stranger_avx2.json").read_text())["demo"]
+    end = max(n for n, line in enumerate(shown) if line.startswith("> ")) - 1
+    assert "```\n" + "\n".join(shown[end - 1 : end + 1]) + "\n```" in README
+
+
 @pytest.mark.parametrize("recipe", ["tiny", "tiny_full"])
 def test_the_header_of_a_recipe_says_what_its_committed_report_says(recipe: str) -> None:
     report = json.loads((ROOT / "docs" / "results" / recipe / "retention.json").read_text())
