@@ -1,7 +1,8 @@
-"""Study `conversion`: whether mask windows or an autoregressive term improve conversion at the same budget.
+"""Study `conversion`: which settings convert a checkpoint better at the same budget.
 
-Every variant converts the same checkpoint with the same number of steps and prompts and a few other settings.
-It is compared with its baseline on the same seeds.
+Every variant converts the same checkpoint with a few other settings. It is compared with its baseline on the
+same seeds, by the report at the end. With `run.eval.every` it is also compared by its learning curve: tokens
+per forward after as many response tokens, and after as many minutes, as the shorter of both runs had.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 
@@ -34,7 +36,10 @@ from opdlm.studies.claims import (
     over_seeds,
 )
 from opdlm.studies.grid import Cell, Values, chosen
+from opdlm.training.metrics import read_metrics
 
+COSTS = ("thousand tokens", "minutes")
+"""What a learning curve is drawn over: response tokens, and time of training."""
 Measure = Callable[[Values], float]
 
 
@@ -78,14 +83,26 @@ def conversion_config(values: Values, output_dir: Path) -> Config:
 
 
 def run_cell(settings: Values, folder: Path) -> Values:
-    """Convert. Returns the measures of every mode from the report of the folder."""
+    """Convert. Returns the measures of every mode from the report of the folder, and the learning curve."""
     config = conversion_config(settings["config"], folder / "run")
     model_folder = convert_checkpoint(config, Console(quiet=True))
     report = json.loads((model_folder / "retention.json").read_text())
     results = json.loads((model_folder / "all_results.json").read_text())
     keys = ("accuracy", "common_prefix", "tokens_per_forward")
     modes = {row["name"]: {key: row[key] for key in keys} for row in report["student"]}
-    return {"modes": modes, "rollout_tokens": results["rollout_tokens"]}
+    curve = learning_curve(read_metrics(folder / "run" / "metrics.jsonl"), lossless="lossless" in modes)
+    return {"modes": modes, "rollout_tokens": results["rollout_tokens"], "curve": curve}
+
+
+def learning_curve(metrics: Sequence[Values], *, lossless: bool) -> list[Values]:
+    """Costs and tokens per forward at every measurement of a run; none if `eval.every` was 0."""
+    key = f"tokens_per_forward_{'lossless' if lossless else 'threshold'}"
+    seconds = itertools.accumulate(row["seconds"] for row in metrics)
+    return [
+        {COSTS[0]: row["rollout_tokens"] / 1000, COSTS[1]: spent / 60, "tokens per forward": row[key]}
+        for row, spent in zip(metrics, seconds, strict=True)
+        if key in row
+    ]
 
 
 def measure_of(mode: str, key: str) -> Measure:
@@ -112,15 +129,20 @@ def of_variant(records: Sequence[Values], name: str) -> dict[int, Values]:
 def conclude(records: Sequence[Values], grid: ConversionGrid, _: Path) -> Findings:
     present = [name for name in grid.variants if of_variant(records, name)]
     pairs = [(name, grid.baseline(name)) for name in present if name != grid.baseline(name)]
-    return Findings(
-        tables=[variant_table(records, grid, present)],
-        claims=[
-            is_better(records, name, other, what, measure)
-            for name, other in pairs
-            if other in present
-            for what, measure in measures(next(iter(of_variant(records, name).values()))).items()
-        ],
-    )
+    claims = []
+    for name, other in pairs:
+        runs, others = of_variant(records, name), of_variant(records, other)
+        if others:
+            known = measures(next(iter(runs.values())))
+            claims += [is_better(records, name, other, what, measure) for what, measure in known.items()]
+            claims += [
+                learns_faster(runs, others, name, other, cost) for cost in COSTS if has_curves(records)
+            ]
+    return Findings(tables=[variant_table(records, grid, present)], claims=claims)
+
+
+def has_curves(records: Sequence[Values]) -> bool:
+    return all(record["result"].get("curve") for record in records)
 
 
 def variant_table(records: Sequence[Values], grid: ConversionGrid, names: Sequence[str]) -> Table:
@@ -152,17 +174,54 @@ def is_better(records: Sequence[Values], name: str, other: str, what: str, measu
     return difference_claim(claim, "paired differences (baseline minus variant)", gaps, worth)
 
 
+def learns_faster(
+    runs: dict[int, Values], others: dict[int, Values], name: str, other: str, cost: str
+) -> Claim:
+    """That the runs have more tokens per forward than the others at the largest cost that all reached."""
+    common = min(run["result"]["curve"][-1][cost] for run in (*runs.values(), *others.values()))
+    gaps = differences(others, runs, lambda run: speed_at(run, cost, common))
+    claim = f"{name} drafts better than {other} after {common:.1f} {cost}"
+    return difference_claim(claim, "paired differences (baseline minus variant)", gaps)
+
+
+def speed_at(record: Values, cost: str, value: float) -> float:
+    """Tokens per forward at this cost, on a line between measurements."""
+    return float(np.interp(value, *columns(record, cost)))
+
+
+def columns(record: Values, cost: str) -> tuple[list[float], list[float]]:
+    """A learning curve: costs, and tokens per forward."""
+    curve = record["result"]["curve"]
+    return [point[cost] for point in curve], [point["tokens per forward"] for point in curve]
+
+
 def draw(records: Sequence[Values], grid: ConversionGrid, _: Path, path: Path) -> None:
-    """Accuracy against tokens per forward of threshold decoding, a colour per variant."""
-    figure, axes = new_figure(1, 6.5, 4.5)
-    axis: Any = axes[0][0]
+    """A colour per variant: tokens per forward while training, where that was measured for all runs, else
+    accuracy against tokens per forward of threshold decoding at the end.
+    """
+    costs = COSTS if has_curves(records) else ()
+    figure, axes = new_figure(max(len(costs), 1), 9 if costs else 6.5, 4.5)
     for number, name in enumerate(grid.variants):
-        runs = of_variant(records, name).values()
-        xs = [measure_of("threshold", "tokens_per_forward")(run) for run in runs]
-        ys = [100 * measure_of("threshold", "accuracy")(run) for run in runs]
-        axis.plot(xs, ys, "o", color=f"C{number % 10}", label=name)
-    axis.set_xlabel("tokens per forward, threshold")
-    axis.set_ylabel("exact match, %")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+        runs = list(of_variant(records, name).values())
+        for axis, cost in zip(axes[0], costs, strict=False):
+            draw_curves(axis, runs, cost, f"C{number % 10}", name)
+        if not costs:
+            xs = [measure_of("threshold", "tokens_per_forward")(run) for run in runs]
+            ys = [100 * measure_of("threshold", "accuracy")(run) for run in runs]
+            axes[0][0].plot(xs, ys, "o", color=f"C{number % 10}", label=name)
+    for axis, label in zip(axes[0], costs or ("tokens per forward, threshold",), strict=True):
+        axis.set_xlabel(label)
+        axis.set_ylabel("tokens per forward" if costs else "exact match, %")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
     figure.savefig(path, dpi=DPI)
+
+
+def draw_curves(axis: Any, runs: Sequence[Values], cost: str, color: str, name: str) -> None:
+    """The mean of the runs as a line, and each run thinly behind it."""
+    curves = [columns(run, cost) for run in runs]
+    for xs, ys in curves:
+        axis.plot(xs, ys, color=color, alpha=0.25, linewidth=1)
+    if curves:
+        xs, ys = np.mean(curves, axis=0)
+        axis.plot(xs, ys, "o-", color=color, markersize=3, label=name)

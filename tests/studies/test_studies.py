@@ -46,7 +46,7 @@ def test_every_recipe_of_a_study_is_valid_down_to_its_last_cell(path: Path) -> N
     assert {cell.settings["seed"] for cell in plan.cells} == set(plan.seeds)
     assert json.loads(json.dumps([cell.settings for cell in plan.cells]))
     assert plan.title.startswith("Not run here") == path.stem.endswith("_paper")
-    assert path.stem.startswith(plan.name) or path.stem in ("profile", "profile_real")
+    assert path.stem.startswith(plan.name) or path.stem in ("profile", "profile_real", "drafting")
 
 
 def test_variants_of_conversion_are_compared_with_their_own_baseline() -> None:
@@ -74,6 +74,33 @@ def test_variants_of_conversion_are_compared_with_their_own_baseline() -> None:
     assert found["worse is better than other in static accuracy"] == "does not hold"
     assert found["better is better than plain in threshold tokens per forward"] == "does not hold"
     assert "worse is better than plain in static accuracy" not in found
+
+
+def test_learning_curves_are_compared_at_equal_tokens_and_at_equal_time(tmp_path: Path) -> None:
+    """`slow` needs twice the time of `fast` for the same tokens, from which it learns more."""
+    grid = study_conversion.ConversionGrid(variants={"fast": (), "slow": ()})
+    records = []
+    for (name, gain, minutes), seed in itertools.product((("fast", 0.1, 1), ("slow", 0.15, 2)), SEEDS):
+        metrics = [
+            {"rollout_tokens": 1000.0 * step, "seconds": 60.0 * minutes}
+            | ({} if step % 2 else {"tokens_per_forward_lossless": 1 + gain * step + 0.001 * seed * step})
+            for step in range(1, 9)
+        ]
+        mode = {"accuracy": 0.5, "tokens_per_forward": 1.0}
+        result = {
+            "modes": {"threshold": mode, "lossless": mode},
+            "rollout_tokens": 8000,
+            "curve": study_conversion.learning_curve(metrics, lossless=True),
+        }
+        settings = {"variant": name, "seed": seed}
+        records.append({"settings": settings, "seconds": 60.0, "result": json.loads(json.dumps(result))})
+    found = {p.claim: p for p in study_conversion.conclude(records, grid, Path()).claims}
+    by_tokens = found["slow drafts better than fast after 8.0 thousand tokens"]
+    by_time = found["slow drafts better than fast after 8.0 minutes"]
+    assert (by_tokens.verdict, by_time.verdict) == ("holds", "does not hold")
+    assert by_tokens.evidence.startswith("-0.400") and by_time.evidence.startswith("0.20")
+    study_conversion.draw(records, grid, Path(), tmp_path / "study.png")
+    assert (tmp_path / "study.png").read_bytes().startswith(PNG)
 
 
 def test_a_baseline_that_does_not_exist_is_refused() -> None:
