@@ -13,6 +13,8 @@ that of 8), so no single price is right: the plan of every slope of C is made, a
 one that is worth most is taken. The probabilities come from the confidences of the draft, or the length of
 the match if it was copied (`prompt_lookup`), calibrated on what was accepted. A draft is worth less where a
 copy may take its place.
+
+Where no request waits, a token is worth less in a row that is ahead of the others (`token_values`).
 """
 
 from __future__ import annotations
@@ -186,6 +188,18 @@ class DraftPlan:
         return 1 + self.num_verified + len(self.groups) * self.length
 
 
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What the policy expects of one row."""
+
+    prefix: list[float]
+    """Probability that the first 0, 1, 2, ... tokens of its draft are accepted."""
+    is_copy: bool
+    """Whether the draft was copied."""
+    values: tuple[float, ...]
+    """What its next tokens are worth, as shares of the mean token."""
+
+
 class DraftPolicy:
     """Decides from running averages what a forward contains.
 
@@ -232,31 +246,48 @@ class DraftPolicy:
             after.prior = before.share  # until more is known
         return list(accumulate((place.share for place in self.by_place), mul))
 
-    def plan(self, state: DecodeState) -> list[DraftPlan]:
-        """What the next forward verifies and drafts."""
+    def plan(self, state: DecodeState, *, is_closed: bool = False) -> list[DraftPlan]:
+        """What the next forward verifies and drafts. `is_closed`: no other row will join these."""
         self.num_since_probe += 1
         if self.num_paused or self.is_probe(state.num_steps_B.tolist()):
             self.num_since_probe = 0
             return [DraftPlan(0, (), self.draft_length)] * len(state)
-        drafts = [tuple(bins) for bins in draft_bins(state)]
+        values = [(1.0,) * (state.draft_BD.shape[1] + 1)] * len(state)
+        if is_closed and self.follows_clock:
+            left = (state.num_prompt_B + state.limit_B - state.final_B).tolist()
+            values = self.token_values(left, len(values[0]))
+        drafts = list(zip(map(tuple, draft_bins(state)), values, strict=True))
         number = Counter(drafts)  # rows with equal drafts have equal plans
-        rows = {bins: (self.prefix(bins), is_copy(bins)) for bins in number}
-        rate = self.tokens_per_cost(len(drafts))
-        survival = self.survival()
-        best, best_worth = (
-            {bins: self.plan_row(row, math.inf, 0, 0.0) for bins, row in rows.items()},
-            -math.inf,
-        )
+        rows = {draft: Outlook(self.prefix(draft[0]), is_copy(draft[0]), draft[1]) for draft in number}
+        rate, survival = self.tokens_per_cost(len(drafts)), self.survival()
+        best, best_worth = [DraftPlan(0, (), self.draft_length)] * len(state), -math.inf
         for price in (math.inf, *sorted({slope * rate for slope in self.cost.slopes})):
-            length = max(1, num_leading_above(survival, 2 * price))
-            value = 0.0 if price == math.inf else sum(survival[:length]) - price * length
-            plans = {bins: self.plan_row(row, price, length, value) for bins, row in rows.items()}
-            tokens = sum(number[bins] * self.expected_tokens(plans[bins], rows[bins], value) for bins in rows)
-            num_slots = sum(number[bins] * plan.num_slots for bins, plan in plans.items())
-            worth = tokens - rate * self.cost(num_slots)
+            plans = {draft: self.plan_row(row, price, survival) for draft, row in rows.items()}
+            num_slots = sum(number[draft] * plan.num_slots for draft, (plan, _) in plans.items())
+            worth = sum(number[draft] * tokens for draft, (_, tokens) in plans.items())
+            worth -= rate * self.cost(num_slots)
             if worth > best_worth:
-                best, best_worth = plans, worth
-        return self.with_retry([best[bins] for bins in drafts])
+                best, best_worth = [plans[draft][0] for draft in drafts], worth
+        return self.with_retry(best)
+
+    def token_values(self, left: Sequence[int], number: int) -> list[tuple[float, ...]]:
+        """For each row what its next tokens, `number` of them, are worth, where a token in every row is worth
+        1 each. `left`: tokens that the rows still need at most.
+
+        A batch that no row joins ends with its slowest row. Any token saves what one row adds to a forward.
+        The rest of a forward it saves only if its row is the slowest in the end, which is the less likely the
+        further the row is ahead: by exp(-tokens ahead / spread), a spread of half the root of what is left.
+        """
+        num_rows, longest = len(left), max(left)
+        if num_rows == 1:
+            return [(1.0,) * number]
+        added = min(1.0, num_rows * (1 - self.cost(num_rows - 1) / self.cost(num_rows)))
+        spread = math.sqrt(longest) / 2
+        ahead = [round(2 * (longest - one) / spread) / 2 for one in left]  # so that rows share plans
+        rest = (1 - added) * num_rows / sum(math.exp(-one) for one in ahead)
+        return [
+            tuple(added + rest * math.exp(-one - place / spread) for place in range(number)) for one in ahead
+        ]
 
     def is_probe(self, num_steps: list[int]) -> bool:
         """Whether the cost of plain AR decoding must be known better: that of so many rows, which no step has
@@ -265,18 +296,21 @@ class DraftPolicy:
         is_unknown = min(num_steps) > 0 and not self.cost.has_followed(len(num_steps))
         return self.follows_clock and (is_unknown or self.num_since_probe > PROBE_FORWARDS)
 
-    def plan_row(self, row: tuple[list[float], bool], price: float, length: int, value: float) -> DraftPlan:
-        """The plan of a row at this price of a slot. `row`: probability that the first i draft tokens are
-        accepted, and whether they were copied.
+    def plan_row(self, row: Outlook, price: float, survival: list[float]) -> tuple[DraftPlan, float]:
+        """The plan of a row at this price of a slot, and what its accepted tokens and those of the next draft
+        are worth, less the price of verifying these.
         """
-        prefix, copies = row
-        num_verified = sum(chance > price for chance in prefix[1:])
-        if value <= 0:
-            return DraftPlan(num_verified, (), length)
-        needed = enumerate(self.needed(prefix, num_verified, copies))
-        return DraftPlan(
-            num_verified, tuple(k for k, chance in needed if chance * value > price * length), length
-        )
+        worths = list(takewhile(lambda worth: worth > price, map(mul, row.prefix[1:], row.values)))
+        num_verified = len(worths)
+        value = row.values[num_verified // 2]  # of a token after about those that are accepted now
+        next_worths = [chance * value for chance in survival]
+        length = max(1, num_leading_above(next_worths, 2 * price))
+        gain = sum(next_worths[:length]) - price * length
+        if gain <= 0:
+            return DraftPlan(num_verified, (), length), sum(worths)
+        needed = self.needed(row.prefix, num_verified, row.is_copy)
+        groups = tuple(k for k, chance in enumerate(needed) if chance * gain > price * length)
+        return DraftPlan(num_verified, groups, length), sum(worths) + gain * sum(needed[k] for k in groups)
 
     def needed(self, prefix: list[float], num_verified: int, copies: bool) -> list[float]:
         """Probability of every number of accepted tokens, from none to `num_verified`, without a copy as the
@@ -286,12 +320,6 @@ class DraftPolicy:
         no_copy = {goes_on: 1 - frequency.share for goes_on, frequency in self.copied.items()}
         last = no_copy[copies and num_verified > 0]
         return [*(chance * no_copy[False] for chance in exactly), prefix[num_verified] * last]
-
-    def expected_tokens(self, plan: DraftPlan, row: tuple[list[float], bool], value: float) -> float:
-        """Accepted tokens of this forward, and of the next draft less the price of verifying it."""
-        prefix, copies = row
-        needed = self.needed(prefix, plan.num_verified, copies)
-        return sum(prefix[1 : plan.num_verified + 1]) + value * sum(needed[k] for k in plan.groups)
 
     def with_retry(self, plans: list[DraftPlan]) -> list[DraftPlan]:
         """The plans, or one draft of one token more if there was none for long."""

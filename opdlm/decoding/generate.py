@@ -95,12 +95,18 @@ class Decoder:
             draft_length=longest_draft,
             num_candidates=NUM_CANDIDATES if config.draft_sampling == "rejection" else 0,
         )
-        self._advance = step_of(model, self.cache, config, self.grid, self.format, self.processors)
+        self._advance = step_of(
+            model, self.cache, config, self.grid, self.format, self.processors, self.is_closed
+        )
         self.state = self._start([])
 
     @property
     def is_busy(self) -> bool:
         return bool(self.waiting or self.joining) or len(self.state) > 0
+
+    def is_closed(self) -> bool:
+        """Whether no request waits. In a server one may always come."""
+        return self.prefill_slots is None and not self.waiting
 
     @torch.inference_mode()
     def step(self) -> dict[int, Rollout]:
@@ -337,6 +343,7 @@ def step_of(
     grid: Grid,
     fmt: Format,
     processors: Processors,
+    is_closed: Callable[[], bool],
 ) -> Callable[[DecodeState], None]:
     """The function that advances a state by one step of the mode."""
     if config.mode == "lossless":
@@ -346,7 +353,7 @@ def step_of(
         def step(state: DecodeState) -> None:
             started = clock(model.device)
             is_prefill = bool((state.num_steps_B == 0).any())
-            lossless_step(model, state, cache, config, policy, processors)
+            lossless_step(model, state, cache, config, policy, processors, is_closed=is_closed())
             if policy.follows_clock and not is_prefill:
                 policy.settle(clock(model.device) - started)
 

@@ -58,12 +58,16 @@ def lossless_step(
     config: DecodeConfig,
     policy: DraftPolicy,
     processors: Processors = NO_PROCESSORS,
+    *,
+    is_closed: bool = False,
 ) -> None:
-    """Accept the valid prefix of each draft and one more token, and write the next draft into `state`."""
+    """Accept the valid prefix of each draft and one more token, and write the next draft into `state`.
+    `is_closed`: no other row will join.
+    """
     rejects = config.draft_sampling == "rejection" and bool(is_sampled(state.sampling_B3).any())
     mask_id, draft_length = model.spec.mask_token_id, state.draft_BD.shape[1]
     frontier_B = state.frontier(mask_id)
-    plans = policy.plan(state)
+    plans = policy.plan(state, is_closed=is_closed)
     num_verified_B = torch.tensor([plan.num_verified for plan in plans])
     column_D = torch.arange(draft_length)
     is_verified_BD = column_D < num_verified_B[:, None]

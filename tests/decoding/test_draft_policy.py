@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from itertools import takewhile
+from statistics import mean
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tiny_models import make_lm
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.decode_state import DecodeState, Request
 from opdlm.decoding.draft_policy import DraftPlan, DraftPolicy, ForwardCost, measure_forward_cost
+from opdlm.modeling.kv_cache import DecodeCache
 
 LENGTH = 7
 FLAT = ForwardCost([(1, 1.0), (1000, 1.01)])
@@ -172,6 +174,59 @@ def test_copies_pay_or_cost_nothing(chances: list[float], least: float, machine:
     assert gain > least - 0.02
     if machine == "flat" and chances[0]:
         assert gain > 4
+
+
+ONE_CORE = ForwardCost([(1, 67.0), (4, 82.0), (8, 98.0), (16, 152.0), (32, 265.0), (64, 493.0)])
+"""Milliseconds of a forward of SmolLM2-135M in float32."""
+CLOSED_TOKENS, LONGEST_COPY = 64, 20
+
+
+def cost_of_a_closed_batch(policy: DraftPolicy, num_rows: int, dice: random.Random) -> float:
+    """Rows that start together and end after as many tokens. The text of some repeats itself for a while:
+    there copies have long matches and are mostly accepted. Other copies and drafts hardly ever are.
+    """
+    requests = [Request(i, [1], 0, DecodeConfig(max_new_tokens=CLOSED_TOKENS)) for i in range(num_rows)]
+    state = DecodeState.start(requests, 2, 0, LONGEST_COPY)
+    state.final_B += 1
+    cache = DecodeCache(num_rows, 1, torch.device("cpu"))
+    repeats, is_good, cost = [False] * num_rows, dict.fromkeys(range(num_rows), False), 0.0
+    while len(state):
+        plans, rows = policy.plan(state, is_closed=True), state.index_B.tolist()
+        accepted = []
+        for row, plan in zip(rows, plans, strict=True):
+            tries = (dice.random() < (0.93 if is_good[row] else 0.3) for _ in range(plan.num_verified))
+            accepted.append(len(list(takewhile(bool, tries))))
+        policy.learn(state, plans, accepted, 1)
+        spent = ONE_CORE(sum(plan.num_slots for plan in plans))
+        policy.settle(spent * dice.uniform(0.95, 1.05))
+        cost += spent
+        for row in rows:
+            repeats[row] = dice.random() < (0.85 if repeats[row] else 0.03)
+        match_B = torch.tensor(
+            [dice.randint(3, 8) if repeats[row] else dice.choice([0, 0, 1, 2]) for row in rows]
+        )
+        match_BD = torch.where(match_B[:, None] > 0, match_B[:, None] + torch.arange(LONGEST_COPY), 0)
+        drafted = [plan.length * (a in plan.groups) for plan, a in zip(plans, accepted, strict=True)]
+        state.num_draft_B = torch.tensor(drafted)
+        state.draft_confidence_BD[:], state.draft_match_BD[:] = 0.3, 0
+        is_copy_B = torch.tensor(policy.prefers_copy(state, match_BD))
+        state.draft_match_BD[is_copy_B] = match_BD[is_copy_B]
+        state.num_draft_B[is_copy_B] = LONGEST_COPY
+        is_good |= {
+            row: repeats[row] and copies for row, copies in zip(rows, is_copy_B.tolist(), strict=True)
+        }
+        state.num_steps_B += 1
+        state.final_B += torch.tensor(accepted) + 1
+        state.keep(state.final_B <= CLOSED_TOKENS, cache)
+    return cost
+
+
+@pytest.mark.parametrize("num_rows", [8, 16])
+def test_a_batch_that_nothing_joins_is_not_slower_than_ar_decoding(num_rows: int) -> None:
+    """A row that copies ends early, and then the others alone pay for their forwards."""
+    policy = DraftPolicy(LENGTH, ForwardCost([(1, 67.0), (16, 152.0), (64, 493.0)]), follows_clock=True)
+    costs = [cost_of_a_closed_batch(policy, num_rows, random.Random(seed)) for seed in range(28)]
+    assert CLOSED_TOKENS * ONE_CORE(num_rows) / mean(costs[4:]) > 0.97
 
 
 def test_drafting_starts_again_when_drafts_become_good() -> None:
