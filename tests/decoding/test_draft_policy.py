@@ -79,7 +79,7 @@ class FixedPolicy(DraftPolicy):
 
     fixed: DraftPlan
 
-    def plan(self, state: DecodeState) -> list[DraftPlan]:
+    def plan(self, state: DecodeState, *, is_closed: bool = False) -> list[DraftPlan]:
         return [
             DraftPlan(min(self.fixed.num_verified, n), self.fixed.groups, self.fixed.length)
             for n in state.num_draft_B.tolist()

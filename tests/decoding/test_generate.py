@@ -258,7 +258,7 @@ def test_lossless_output_does_not_depend_on_what_was_planned(
     config = DecodeConfig(mode="lossless", max_new_tokens=12, batch_size=5, temperature=1.0)
     dice = random.Random(0)
 
-    def random_plan(policy: DraftPolicy, state: DecodeState) -> list[DraftPlan]:
+    def random_plan(policy: DraftPolicy, state: DecodeState, *, is_closed: bool) -> list[DraftPlan]:
         plans = []
         for num_draft in state.num_draft_B.tolist():
             num_verified = dice.randint(0, num_draft)

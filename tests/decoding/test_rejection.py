@@ -87,7 +87,7 @@ def test_what_is_verified_depends_on_no_drawn_token_so_that_any_policy_is_exact(
     model = small_lm(has_head=has_head)
     confidences = list[float]()
 
-    def plan(policy: DraftPolicy, state: DecodeState) -> list[DraftPlan]:
+    def plan(policy: DraftPolicy, state: DecodeState, *, is_closed: bool) -> list[DraftPlan]:
         plans = []
         for row, num_draft in enumerate(state.num_draft_B.tolist()):
             confidence_D = state.draft_confidence_BD[row, :num_draft]

@@ -72,7 +72,7 @@ def uno_loop(
 class TwoForwards(DraftPolicy):
     """The schedule of the engines: draft without verifying, then verify without drafting."""
 
-    def plan(self, state: DecodeState) -> list[DraftPlan]:
+    def plan(self, state: DecodeState, *, is_closed: bool = False) -> list[DraftPlan]:
         (number,) = state.num_draft_B.tolist()
         return [DraftPlan(number, () if number else (0,), self.draft_length)]
 
