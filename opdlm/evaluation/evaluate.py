@@ -83,6 +83,10 @@ class ModeReport:
     """Share of the teacher's tokens before the first difference, averaged over responses."""
     replaced: float | None
     """Share of response tokens that the AR model put in place of the student's; None where it cannot."""
+    from_ar: float | None = None
+    """Share of response tokens that the AR model wrote: these, and those that were the first unknown token
+    when they were revealed. None but for denoising modes of `preserve`.
+    """
     tokens_per_forward: float
     tokens_per_forward_seen: float
     tokens_per_forward_held_out: float
@@ -327,6 +331,7 @@ def report_mode(
         identical_to_teacher_interval=wilson(same, len(tasks)),
         common_prefix=sum(common_prefix(ours, theirs) for ours, theirs in both) / len(tasks),
         replaced=share_replaced(output.rollouts) if is_replacing else None,
+        from_ar=share_from_ar(output.rollouts) if name.partition(",")[0] in DENOISING_MODES else None,
         tokens_per_forward=stats["all"].tokens_per_forward,
         tokens_per_forward_seen=stats["seen"].tokens_per_forward,
         tokens_per_forward_held_out=stats["held_out"].tokens_per_forward,
@@ -380,6 +385,11 @@ def common_prefix(ours: Rollout, theirs: Rollout) -> float:
 def share_replaced(rollouts: Sequence[Rollout]) -> float:
     """Share of the response tokens that the AR model put in place of the student's."""
     return sum(r.num_replaced for r in rollouts) / sum(r.num_response for r in rollouts)
+
+
+def share_from_ar(rollouts: Sequence[Rollout]) -> float | None:
+    """Share of the response tokens that the AR model wrote; None where none is its, as in format sdar."""
+    return sum(r.num_from_ar for r in rollouts) / sum(r.num_response for r in rollouts) or None
 
 
 def repetition(rollout: Rollout) -> float:

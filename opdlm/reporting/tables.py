@@ -90,6 +90,8 @@ def place_of(mode: Values) -> int:
 
 REPLACED_NOTE = (
     "replaced: share of tokens that the AR model put in place of the student's; `alone`: it replaced none. "
+    "by AR: share that it wrote in all, as it also predicts the first unknown token; where that is nearly "
+    "all, agreement with it says nothing. "
     "`lossless` is the AR model's text by construction, so only its speed says what was learnt. It drafts "
     "less here than where its speed was measured, if more rows are decoded at once."
 )
@@ -101,18 +103,19 @@ def summary_table(report: Values) -> Table:
         [
             mode["name"],
             *[percent(mode.get(key)) for key in ("accuracy", "retention", "identical_to_teacher")],
-            *[percent(mode.get(key)) for key in ("common_prefix", "replaced")],
+            *[percent(mode.get(key)) for key in ("common_prefix", "replaced", "from_ar")],
             count(mode["tokens_per_forward"]),
         ]
         for mode in all_modes(report)
     ]
     note = "" if has_answers(report) else "Without answers the teacher's responses are the reference. "
-    note += "prefix: share of the teacher's tokens before the first difference."
+    note += "equal: share of responses equal to the teacher's; prefix: share of its tokens before the first "
+    note += "difference."
     if is_preserve(report):
         note = f"{note} {REPLACED_NOTE}"
     return Table(
         title=f"Retention on {report['teacher']['num_prompts']} prompts",
-        head=["decoding", "accuracy", "retained", "= teacher", "prefix", "replaced", "tok/fwd"],
+        head=["decoding", "accuracy", "kept", "equal", "prefix", "replaced", "by AR", "tok/fwd"],
         rows=rows,
         note=note,
     )
@@ -128,7 +131,8 @@ def retention_table(report: Values) -> Table:
                 mode["name"],
                 *[percent(mode[key]) for key in ("accuracy", "accuracy_seen", "accuracy_held_out")],
                 with_interval(mode["retention"], interval),
-                *[percent(mode.get(key)) for key in ("identical_to_teacher", "common_prefix", "replaced")],
+                *[percent(mode.get(key)) for key in ("identical_to_teacher", "common_prefix")],
+                *[percent(mode.get(key)) for key in ("replaced", "from_ar")],
                 *[count(mode[f"tokens_per_forward{group}"]) for group in ("", "_seen", "_held_out")],
                 speed(report, mode["name"]),
             ]
@@ -140,7 +144,7 @@ def retention_table(report: Values) -> Table:
         title="Retention",
         head=[
             *("mode", "accuracy", "seen", "held out", "retention", "= teacher", "prefix", "replaced"),
-            *("tok/fwd", "seen", "held out", "tok/s"),
+            *("by AR", "tok/fwd", "seen", "held out", "tok/s"),
         ],
         rows=rows,
         note=f"{report['teacher']['num_prompts']} prompts, {how}; accuracy is the mean over skills of exact "

@@ -81,8 +81,10 @@ def student_part(report: Values) -> str:
     if not decodings:
         return f"{who} was not measured"
     mode = max(decodings, key=lambda mode: float(mode["tokens_per_forward"]))
-    how = f"({mode['name'].split(',')[0]}, {mode['tokens_per_forward']:.2f} tokens per forward)"
-    return f"{who} {kept(report, mode)} {how}"
+    how = f"{mode['name'].split(',')[0]}, {mode['tokens_per_forward']:.2f} tokens per forward"
+    if from_ar := mode.get("from_ar"):
+        how += f", {whole_percent(from_ar)} of the tokens the AR model's"
+    return f"{who} {kept(report, mode)} ({how})"
 
 
 def kept(report: Values, mode: Values) -> str:

@@ -195,6 +195,28 @@ def test_the_tokens_that_the_ar_model_replaced_are_counted(
         assert not any(rollout.num_replaced for rollout in generate(model, prompts, other))
 
 
+@pytest.mark.parametrize("mode", ["static", "threshold", "left_to_right"])
+def test_the_tokens_that_the_ar_model_wrote_are_counted(mode: Mode) -> None:
+    """A token is the AR model's if it was the first unknown one: all before it had been revealed earlier."""
+    model = make_lm("lora", base=qwen3(vocabulary=6), block_size=4)
+    prompts = make_prompts([1 + i % 9 for i in range(24)], vocabulary=6)
+    config = DecodeConfig(mode=mode, max_new_tokens=14, confidence_threshold=0.2, ar_accept_threshold=0.0)
+    rollouts = generate(model, prompts, config)
+    teacher = generate(model, prompts, replace(config, mode="ar"))
+    for rollout in rollouts:
+        steps = rollout.unmask_step[: rollout.num_response]
+        assert rollout.num_from_ar == sum(all(s < step for s in steps[:i]) for i, step in enumerate(steps))
+    shares = [rollout.num_from_ar / rollout.num_response for rollout in rollouts]
+    same = [ours.text_ids == theirs.text_ids for ours, theirs in zip(rollouts, teacher, strict=True)]
+    if mode == "left_to_right":  # one token a step: nothing is the student's
+        assert set(shares) == {1.0} and all(same)
+    else:
+        assert 0 < min(shares) < max(shares) and not all(same)
+    corrected = generate(model, prompts, replace(config, ar_accept_threshold=0.3))
+    assert all(one.num_from_ar >= one.num_replaced for one in corrected)
+    assert not any(one.num_from_ar for one in generate(model, prompts, replace(config, mode="lossless")))
+
+
 def test_a_rollout_of_an_earlier_version_is_read() -> None:
     (rollout,) = generate(make_lm("lora"), make_prompts([3]), DecodeConfig(max_new_tokens=4))
     assert Rollout.from_dict(json.loads(json.dumps(rollout.to_dict()))) == rollout

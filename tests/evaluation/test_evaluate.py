@@ -111,6 +111,11 @@ def test_scores_are_what_the_raw_generations_say(folder: Path, tmp_path: Path) -
         replaced = sum(x["num_replaced"] for x in mine)
         assert row["replaced"] == (replaced / tokens if row["name"] in ("static", "threshold") else None)
         assert bool(replaced) == bool(row["replaced"])
+        from_ar = sum(x["num_from_ar"] for x in mine)
+        assert row["from_ar"] == (
+            from_ar / tokens if row["name"].startswith(("static", "threshold")) else None
+        )
+        assert from_ar >= replaced
         assert set(row["against_teacher"]) == {"all", "seen", "held_out"}
         assert row["against_teacher"]["all"]["difference"] == pytest.approx(
             row["accuracy"] - report["teacher"]["accuracy"]
@@ -205,10 +210,10 @@ def test_the_log_tells_checkpoints_decodings_and_prompts_apart(tmp_path: Path) -
 
 
 def test_responses_of_an_earlier_version_are_decoded_again(tmp_path: Path) -> None:
-    """It did not count the tokens that the AR model replaced."""
+    """It did not count the tokens that the AR model wrote."""
     rollout = {"prompt_ids": [1], "response_ids": [2], "unmask_step": [1], "num_response": 1}
     record = rollout | {"finish_reason": "length", "seconds": 1.0}
-    lines = [{"key": "old"} | record, {"key": "new", "num_replaced": 0} | record]
+    lines = [{"key": "old"} | record, {"key": "new", "num_from_ar": 0} | record]
     path = write_rows(tmp_path / "generations.jsonl", lines)
     assert set(GenerationLog(path, "one").finished) == {"new"}
 

@@ -27,7 +27,9 @@ UNTRAINED = [
 ]
 
 
-def mode_row(name: str, per_forward: float, share: float, replaced: float | None = None) -> dict[str, Any]:
+def mode_row(
+    name: str, per_forward: float, share: float, replaced: float | None = None, from_ar: float | None = None
+) -> dict[str, Any]:
     return {
         "name": name,
         "accuracy": share,
@@ -37,6 +39,7 @@ def mode_row(name: str, per_forward: float, share: float, replaced: float | None
         "common_prefix": share / 4,
         "tokens_per_forward": per_forward,
         "replaced": replaced,
+        "from_ar": from_ar,
         "num_prompts": 100,
     }
 
@@ -51,10 +54,10 @@ def report_of(per_forward: float, ratio: float | None, alone: float = 0.12, **ch
         },
         "teacher": mode_row("teacher", 1.0, 1.0),
         "student": [
-            mode_row("static", 0.8, 1.0, 0.06),
-            mode_row("static, alone", 0.95, 0.5),
-            mode_row("threshold", 1.2, 1.0, 0.29),
-            mode_row("threshold, alone", 2.4, alone),
+            mode_row("static", 0.8, 1.0, 0.06, 1.0),
+            mode_row("static, alone", 0.95, 0.5, None, 0.9),
+            mode_row("threshold", 1.2, 1.0, 0.29, 0.8),
+            mode_row("threshold, alone", 2.4, alone, None, 0.46),
             mode_row("lossless", 1.4, 1.0),
         ],
         "num_answered": 100,
@@ -83,7 +86,8 @@ def test_the_verdict_begins_with_the_speed_of_lossless_decoding(
     sentence = verdict(report_of(per_forward, ratio))
     assert sentence.startswith("Lossless decoding writes ") and said in sentence
     assert sentence.endswith(
-        "the student alone keeps 12 % of the teacher's accuracy (threshold, 2.40 tokens per forward)."
+        "the student alone keeps 12 % of the teacher's accuracy (threshold, 2.40 tokens per forward, 46 % of "
+        "the tokens the AR model's)."
     )
 
 
@@ -133,7 +137,10 @@ def test_the_terminal_shows_narrow_tables_and_the_verdict_last() -> None:
     print_report(report_of(1.02, 0.8), console)
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     assert max(map(len, lines)) <= 80
-    for name, cells in {"threshold": "29.0 %     1.20", "threshold, alone": "–     2.40"}.items():
+    for name, cells in {
+        "threshold": "29.0 %   80.0 %     1.20",
+        "threshold, alone": "–   46.0 %     2.40",
+    }.items():
         assert [line for line in lines if line.startswith(f" {name} ") and line.endswith(cells)]
     text = " ".join(" ".join(lines).split())
     assert text.index("Lossless decoding speed") < text.index("Retention on 100 prompts")
