@@ -91,9 +91,9 @@ def place_of(mode: Values) -> int:
 REPLACED_NOTE = (
     "replaced: share of tokens that the AR model put in place of the student's; `alone`: it replaced none. "
     "by AR: share that it wrote in all, as it also predicts the first unknown token; where that is nearly "
-    "all, agreement with it says nothing. "
-    "`lossless` is the AR model's text by construction, so only its speed says what was learnt. It drafts "
-    "less here than where its speed was measured, if more rows are decoded at once."
+    "all, agreement with it says nothing. `lossless` is the AR model's text by construction, so only its "
+    "speed says what was learnt. It drafts less here than where its speed was measured, if more rows are "
+    "decoded at once."
 )
 
 
@@ -102,20 +102,19 @@ def summary_table(report: Values) -> Table:
     rows = [
         [
             mode["name"],
-            *[percent(mode.get(key)) for key in ("accuracy", "retention", "identical_to_teacher")],
-            *[percent(mode.get(key)) for key in ("common_prefix", "replaced", "from_ar")],
+            *[percent(mode.get(key)) for key in ("accuracy", "identical_to_teacher", "common_prefix")],
+            *[percent(mode.get(key)) for key in ("replaced", "from_ar")],
             count(mode["tokens_per_forward"]),
         ]
         for mode in all_modes(report)
     ]
     note = "" if has_answers(report) else "Without answers the teacher's responses are the reference. "
-    note += "equal: share of responses equal to the teacher's; prefix: share of its tokens before the first "
-    note += "difference."
+    note += "prefix: share of the teacher's tokens before the first difference."
     if is_preserve(report):
         note = f"{note} {REPLACED_NOTE}"
     return Table(
         title=f"Retention on {report['teacher']['num_prompts']} prompts",
-        head=["decoding", "accuracy", "kept", "equal", "prefix", "replaced", "by AR", "tok/fwd"],
+        head=["decoding", "accuracy", "= teacher", "prefix", "replaced", "by AR", "tok/fwd"],
         rows=rows,
         note=note,
     )
