@@ -254,8 +254,8 @@ class DraftPolicy:
             return [DraftPlan(0, (), self.draft_length)] * len(state)
         values = [(1.0,) * (state.draft_BD.shape[1] + 1)] * len(state)
         if is_closed and self.follows_clock:
-            left = (state.num_prompt_B + state.limit_B - state.final_B).tolist()
-            values = self.token_values(left, len(values[0]))
+            left_B = state.limit_B - (state.final_B - state.num_prompt_B).clamp(min=0)
+            values = self.token_values(left_B.tolist(), len(values[0]))
         drafts = list(zip(map(tuple, draft_bins(state)), values, strict=True))
         number = Counter(drafts)  # rows with equal drafts have equal plans
         rows = {draft: Outlook(self.prefix(draft[0]), is_copy(draft[0]), draft[1]) for draft in number}
