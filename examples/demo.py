@@ -40,8 +40,9 @@ TURNS = (
     "Which of them matters most, and why?",
     "Write it as a short note to a friend.",
 )
-SETTINGS = ("train.num_steps=9", "eval.held_back=4", "eval.timed_prompts=2")
-"""Nine minutes on two cores that have bfloat16, and 14 on older ones, with 8 prompts a step."""
+SETTINGS = ("train.num_steps=9", "eval.held_back=4", "eval.timed_prompts=1")
+SMALL_STEPS = ("rollout.prompts_per_step=8", "rollout.decode.max_new_tokens=96")
+"""For CPUs without bfloat16, where 16 prompts of 128 tokens a step take a quarter of an hour."""
 TOY_TURNS = ("add 47 38", "reverse stone", "story Tusel owl hill")
 
 
@@ -56,7 +57,7 @@ def main(output_dir: str) -> None:
     prompts = out / "prompts.jsonl"
     texts = [form.format(topic) for topic, form in itertools.product(TOPICS, FORMS)]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    settings = [*SETTINGS, f"rollout.prompts_per_step={16 if cpu_multiplies('bfloat16') else 8}"]
+    settings = [*SETTINGS, *(() if cpu_multiplies("bfloat16") else SMALL_STEPS)]
     folder = opdlm.convert(model_path, data=prompts, output_dir=out / "smollm2_run", overrides=settings)
     return talk(folder, TURNS, console, is_chat=True)
 

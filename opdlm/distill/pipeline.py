@@ -68,7 +68,7 @@ from opdlm.reporting.plots import plot_metrics, plot_signal
 from opdlm.training.checkpoint import load_average, load_weights, trainable_weights
 from opdlm.training.devices import check_trackers, is_sharded, join_ranks
 from opdlm.training.loop import EvalCallback, result_checkpoint
-from opdlm.training.metrics import MetricsLog, read_metrics
+from opdlm.training.metrics import Doing, MetricsLog, PhaseProgress, read_metrics
 from opdlm.training.run_folder import owned, prepare_output, read_changes, start_date
 
 LEARNT = 0.05
@@ -104,6 +104,7 @@ class RetentionCallback:
     tokenizer: PreTrainedTokenizerBase
     tasks: Sequence[Task]
     section: EvalSection
+    doing: Doing | None = None
     teacher: Outputs | None = None
 
     def __post_init__(self) -> None:
@@ -112,18 +113,14 @@ class RetentionCallback:
 
     def __call__(self, model: DiffusionLM) -> dict[str, float]:
         """Metrics; `score` and `retention` are those of the worst mode."""
-        report, outputs = evaluate(model, self.tokenizer, self.tasks, self.section, teacher=self.teacher)
+        report, outputs = evaluate(
+            model, self.tokenizer, self.tasks, self.section, teacher=self.teacher, doing=self.doing
+        )
         self.teacher = outputs["teacher"]
         rows = {mode.name.replace(", ", "_"): mode for mode in report.student}
         retained = {f"retention_{name}": report.retention(mode) for name, mode in rows.items()}
         speeds = {f"tokens_per_forward_{name}": mode.tokens_per_forward for name, mode in rows.items()}
         return {"score": score_of(report), "retention": min(retained.values())} | retained | speeds
-
-
-def untrained_score(callback: EvalCallback, student: DiffusionLM) -> float:
-    """The score before training, also of a run that resumes later; on several devices what it usually is."""
-    state = PartialState()
-    return callback(student.to(state.device).eval())["score"] if state.num_processes == 1 else 1.0
 
 
 @dataclass(slots=True)
@@ -133,12 +130,28 @@ class DraftingCallback:
     """
 
     prompts: Sequence[Ids]
+    doing: Doing | None = None
 
     def __call__(self, model: DiffusionLM) -> dict[str, float]:
         mode: Mode = "lossless" if model.spec.format == "preserve" else "threshold"
         decode = DecodeConfig(mode=mode, max_new_tokens=32, batch_size=4, forward_overhead=HELD_BACK_OVERHEAD)
-        speed = DecodeStats.of(generate(model, self.prompts[:4], decode)).tokens_per_forward
+        prompts = self.prompts[:4]
+        with PhaseProgress("measure", len(prompts), None, self.doing) as progress:
+            rollouts = generate(model, prompts, decode, on_step=progress.on_step)
+        speed = DecodeStats.of(rollouts).tokens_per_forward
         return {"score": speed, DRAFTED: speed}
+
+
+def untrained_score(held_back: Sequence[Ids], student: DiffusionLM, console: Console) -> float:
+    """The score before training, also of a run that resumes later; on several devices what it usually is."""
+    state = PartialState()
+    if state.num_processes > 1:
+        return 1.0
+    with PhaseProgress("measure before training", 1, console) as progress:
+        measure = DraftingCallback(held_back, lambda what: progress.show(0, what))
+        score = measure(student.to(state.device).eval())["score"]
+        progress.advance(1)
+    return score
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -250,9 +263,9 @@ def run_conversion(config: Config, ranks: PartialState, console: Console, starte
     inputs, held_back = without_held_back(inputs, config)
     describe(inputs, config, console)
     with MetricsLog(output_dir, console, opened=started) as log:
-        eval_callback, every = measurement_while_training(inputs, held_back, config)
-        if eval_callback and held_back:
-            untrained = untrained_score(eval_callback, inputs.student)
+        eval_callback, every = measurement_while_training(inputs, held_back, config, log.doing)
+        if held_back:
+            untrained = untrained_score(held_back, inputs.student, console)
         run = train(inputs.student, inputs.prompts, config, log, inputs.recorded, eval_callback, every)
     folder = output_dir / MODEL_FOLDER
     if held_back:
@@ -282,13 +295,13 @@ def tell_if_nothing_learnt(output_dir: Path, untrained: float, config: Config, c
 
 
 def measurement_while_training(
-    inputs: Inputs, held_back: Sequence[Ids], config: Config
+    inputs: Inputs, held_back: Sequence[Ids], config: Config, doing: Doing
 ) -> tuple[EvalCallback | None, int]:
     """What is measured, if anything, and every how many steps."""
     if config.eval.every:
-        return RetentionCallback(inputs.tokenizer, inputs.tasks, config.eval), config.eval.every
+        return RetentionCallback(inputs.tokenizer, inputs.tasks, config.eval, doing), config.eval.every
     if held_back:
-        return DraftingCallback(held_back), ceil(config.train.num_steps / MOST_MEASUREMENTS)
+        return DraftingCallback(held_back, doing), ceil(config.train.num_steps / MOST_MEASUREMENTS)
     return None, 0
 
 

@@ -32,6 +32,7 @@ from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.seeds import seed_of
 from opdlm.training.deepspeed import zero_stage
 from opdlm.training.devices import gather_items, gathered_weights, is_fsdp_launch
+from opdlm.training.metrics import Doing, PhaseProgress
 from opdlm.vllm.engine import (
     VllmStudent,
     VllmTeacher,
@@ -155,13 +156,17 @@ class RolloutSource:
     tokens_per_second: float = 0.0
     """Of the newest rollouts: tokens of all ranks divided by the seconds of this rank."""
 
-    def rollouts_at(self, step: int) -> list[Rollout]:
+    def rollouts_at(self, step: int, doing: Doing | None = None) -> list[Rollout]:
         """The rollouts of all prompts of step `step` (0-based) by the present weights, on every rank."""
         if self.recorded is not None:
             return self.recorded.at(step)
         self.prepare_vllm(step)
-        with gathered_weights(self.loss):
-            decoded = self.decode_share(step, self.model)
+        num_prompts = len(self.prompts.at(step))
+        with (
+            gathered_weights(self.loss),
+            PhaseProgress("write responses", num_prompts, None, doing) as progress,
+        ):
+            decoded = self.decode_share(step, self.model, progress.on_step)
         return self.gather(decoded)
 
     @contextmanager

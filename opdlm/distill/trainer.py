@@ -240,7 +240,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     """Step `step` (0-based): decode rollouts, then update for `epochs_per_rollout` epochs; its metrics."""
     config, started = run.config, time.perf_counter()
     run.model.spec = replace(run.model.spec, block_size=block_size_at(config.format, step))
-    rollouts = run.pool.get(step) or run.source.rollouts_at(step)  # in the pool if asynchronous
+    rollouts = run.pool.get(step) or run.source.rollouts_at(step, run.doing)  # in the pool if asynchronous
     waited = time.perf_counter() - started
     schedule = config.loss.divergence_schedule
     run.student_loss.divergence_name = scheduled(schedule, step, config.loss.divergence)

@@ -35,7 +35,7 @@ from opdlm.evaluation.intervals import Interval, PairedComparison, compare_paire
 from opdlm.evaluation.scoring import is_right, is_right_flexibly
 from opdlm.files import write_atomic
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
-from opdlm.training.metrics import PhaseProgress
+from opdlm.training.metrics import Doing, PhaseProgress
 
 NGRAM_LENGTH = 4
 """Length of the n-grams that measure repetition."""
@@ -148,11 +148,12 @@ def decode_tasks(
     name: str = "",
     seed: int = 0,
     console: Console | None = None,
+    doing: Doing | None = None,
 ) -> Outputs:
     """Responses to all tasks, in batches of prompts of similar length; those in the log are decoded once.
 
     `name`, and `seed` at a temperature above 0, are part of a response's key in the log. `console` shows the
-    progress.
+    progress, or `doing` is told of it.
     """
     is_alone = mode in DENOISING_MODES and not section.decode.ar_accept_threshold
     label = name or (f"{mode}{ALONE}" if is_alone else mode)
@@ -161,7 +162,7 @@ def decode_tasks(
     done = dict(log.finished) if log else {}
     order = sorted(range(len(tasks)), key=lambda i: (tasks[i].held_out, len(tasks[i].prompt.ids)))
     missing = [i for i in order if keys[i] not in done]
-    with PhaseProgress(f"evaluate {label}", len(tasks), console) as progress:
+    with PhaseProgress(f"evaluate {label}", len(tasks), console, doing) as progress:
         progress.skip(len(tasks) - len(missing))
         for first in range(0, len(order), config.batch_size):
             chosen = [i for i in order[first : first + config.batch_size] if keys[i] not in done]
@@ -204,6 +205,7 @@ def evaluate(
     seed: int = 0,
     teacher: Outputs | None = None,
     console: Console | None = None,
+    doing: Doing | None = None,
 ) -> tuple[RetentionReport, dict[str, Outputs]]:
     """The retention report, and the outputs by mode. `teacher`: its outputs in mode `ar`, if decoded already.
 
@@ -211,18 +213,22 @@ def evaluate(
     """
     check_modes(model.spec, tasks, section)
     if teacher is None:
-        teacher = decode_tasks(model.teacher_decoder(), tasks, "ar", section, log, "teacher", seed, console)
+        teacher = decode_tasks(
+            model.teacher_decoder(), tasks, "ar", section, log, "teacher", seed, console, doing
+        )
     outputs = {"teacher": teacher}
     replacing = set()
     for mode in section.modes or default_modes(model):
         if mode == "ar" and model.spec.format == "preserve":
             outputs[mode] = teacher
             continue
-        outputs[mode] = decode_tasks(model, tasks, mode, section, log, seed=seed, console=console)
+        outputs[mode] = decode_tasks(
+            model, tasks, mode, section, log, seed=seed, console=console, doing=doing
+        )
         if can_replace(model.spec, mode, section):
             replacing.add(mode)
             outputs[mode + ALONE] = decode_tasks(
-                model, tasks, mode, student_alone(section), log, seed=seed, console=console
+                model, tasks, mode, student_alone(section), log, seed=seed, console=console, doing=doing
             )
     reports = {
         name: report_mode(name, output, teacher, tasks, tokenizer, name in replacing)

@@ -56,7 +56,7 @@ from opdlm.training.devices import (
 )
 from opdlm.training.dropout import training_dropout
 from opdlm.training.ema import Average, averaged_weights, start_average, update_average, use_average
-from opdlm.training.metrics import MetricsLog
+from opdlm.training.metrics import Doing, MetricsLog
 from opdlm.training.optimizer import make_optimizer, make_scheduler
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,8 @@ class Loop:
     best_score: float = -math.inf
     losses: list[float] = field(default_factory=list)
     """Of every step so far."""
+    doing: Doing = field(default=lambda _: None)
+    """Is told what a step is at."""
     scheduler: LambdaLR = field(init=False)
     micro_batch_rows: int = field(init=False)
     """`train.micro_batch_rows`, halved whenever the memory did not suffice."""
@@ -151,6 +153,7 @@ def run_steps(
     """
     config, is_main = loop.config, loop.accelerator.is_main_process
     first_step = resume(loop, log)
+    loop.doing = log.doing
     if is_main:
         log.start(config.train.num_steps, first_step)
     deadline = log.opened + (seconds_of(config.train.time_limit) or math.inf)
@@ -267,6 +270,8 @@ def update_weights(
     dropout_seed = generator_for(config.train.seed, Stream.DROPOUT + loop.num_updates, rank).initial_seed()
     with deterministic_kernels(loop.accelerator.device), training_dropout(loop.model, dropout_seed):
         for number, (batch, weights_M) in enumerate(batches):
+            part = f", part {number + 1} of {num_batches}" if num_batches > 1 else ""
+            loop.doing(f"update {loop.num_updates + 1}/{loop.num_planned}{part}")
             with without_sync(loop.loss, is_last=number == num_batches - 1), loop.accelerator.autocast():
                 output: LossOutput = loop.loss(batch, weights_M)
                 loop.accelerator.backward(output.loss)

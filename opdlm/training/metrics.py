@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ from opdlm.decoding.rollout import Rollout
 
 LINE_SECONDS = 10.0
 """Time between lines of progress where no terminal shows a bar."""
+STEP_LINE_SECONDS = 30.0
+"""The same inside a training step."""
+Doing = Callable[[str], None]
+"""Is told what a long step is at."""
 SHOWN = {
     "loss": "loss {:.4f}",
     "tokens_per_forward": "{:.2f} tok/fwd",
@@ -50,17 +54,18 @@ def progress_line(verb: str, console: Console) -> Progress:
 
 class PhaseProgress:
     """Progress of a phase before or after training. On a terminal a moving bar; elsewhere a line at the
-    start, at the end, and every `LINE_SECONDS`.
+    start, at the end, and every `LINE_SECONDS`. Inside a step of training `doing` is told instead.
     """
 
-    def __init__(self, verb: str, total: int, console: Console | None) -> None:
-        self.verb, self.total = verb, total
+    def __init__(self, verb: str, total: int, console: Console | None, doing: Doing | None = None) -> None:
+        self.verb, self.total, self.doing = verb, total, doing
         self.console = console or Console(quiet=True)
         self.progress = progress_line(verb, self.console)
 
     def __enter__(self) -> PhaseProgress:
         self.started = self.told = time.monotonic()
         self.first = self.done = self.num_tokens = 0
+        self.seen: set[int] = set()
         self.task = self.progress.add_task("", total=self.total, status="")
         self.progress.start()
         self.tell()
@@ -77,24 +82,31 @@ class PhaseProgress:
     def advance(self, num: int, status: str = "") -> None:
         """Count `num` more as done."""
         self.done = min(self.total, self.done + num)
-        self.progress.update(self.task, completed=self.done, status=status)
-        is_done = num > 0 and self.done >= self.total
-        if is_done or time.monotonic() - self.told > LINE_SECONDS:
-            self.tell(status)
+        self.seen.clear()
+        self.show(self.done, status, is_last=num > 0 and self.done >= self.total)
 
-    def on_step(self, _index_B: Tensor, _tokens_BL: Tensor, revealed_BL: Tensor) -> None:
-        """Callback of `generate` after every decoding step: a sign of life inside a batch."""
+    def on_step(self, index_B: Tensor, _tokens_BL: Tensor, revealed_BL: Tensor) -> None:
+        """Callback of `generate` after every decoding step: counts the responses of a batch as they end."""
         self.num_tokens += int(revealed_BL.sum())
-        self.advance(0, f"{self.num_tokens} tokens")
+        self.seen.update(index_B.tolist())
+        ended = self.done + len(self.seen) - len(index_B)
+        self.show(min(self.total, ended), f"{self.num_tokens} tokens")
 
-    def tell(self, status: str = "") -> None:
+    def show(self, done: int, status: str, *, is_last: bool = False) -> None:
+        self.progress.update(self.task, completed=done, status=status)
+        if self.doing is not None:
+            self.doing(f"{self.verb} {done}/{self.total}  {status}".rstrip())
+        if is_last or time.monotonic() - self.told > LINE_SECONDS:
+            self.tell(done, status)
+
+    def tell(self, done: int = 0, status: str = "") -> None:
         self.told = time.monotonic()
         if self.console.is_terminal:
             return
         seconds = self.told - self.started
-        left = seconds / max(1, self.done - self.first) * max(0, self.total - self.done)
-        times = f"  {seconds:.0f} s, {left:.0f} s left" if self.done > self.first else ""
-        self.console.out(f"{self.verb} {self.done}/{self.total}  {status}{times}".rstrip())
+        left = seconds / max(1, done - self.first) * max(0, self.total - done)
+        times = f"  {seconds:.0f} s, {left:.0f} s left" if done > self.first else ""
+        self.console.out(f"{self.verb} {done}/{self.total}  {status}{times}".rstrip())
 
 
 class MetricsLog:
@@ -108,6 +120,7 @@ class MetricsLog:
         """The time from which `train.time_limit` counts."""
         self.console = console
         self.progress = progress_line(verb, console)
+        self.task: TaskID | None = None
         self.latest: dict[str, float] = {}
         """Last known values of the metrics, since some are not measured in every step."""
 
@@ -124,7 +137,9 @@ class MetricsLog:
         with self.path.open("ab+") as file:
             if file.tell() and not self.path.read_bytes().endswith(b"\n"):  # cut off by a kill
                 file.write(b"\n")
-        self.num_steps, self.first_step, self.started = num_steps, first_step, time.monotonic()
+        self.num_steps, self.first_step = num_steps, first_step
+        self.started = self.told = time.monotonic()
+        self.done, self.status = first_step, ""
         self.task = self.progress.add_task("", total=num_steps, completed=first_step, status="")
         self.progress.start()
         if first_step:
@@ -134,19 +149,35 @@ class MetricsLog:
         """Print a message above the progress line."""
         self.console.out(text)
 
+    def doing(self, what: str) -> None:
+        """Show what the present step is at: on a terminal at once, elsewhere every `STEP_LINE_SECONDS`. Only
+        the log that was started shows anything: that of the first rank.
+        """
+        if self.task is None:
+            return
+        self.progress.update(self.task, status=f"{what}  {self.status}")
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self.told > STEP_LINE_SECONDS:
+            self.told = now
+            self.console.out(f"step {self.done + 1}/{self.num_steps}  {what}")
+
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of step `step` (counted from 1) and show the progress."""
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.latest |= metrics
-        status = "  ".join(text.format(self.latest[key]) for key, text in SHOWN.items() if key in self.latest)
-        self.progress.update(self.task, completed=step, status=status)
+        shown = [text.format(self.latest[key]) for key, text in SHOWN.items() if key in self.latest]
+        self.done, self.status, self.told = step, "  ".join(shown), time.monotonic()
+        assert self.task is not None, "start comes first"
+        self.progress.update(self.task, completed=step, status=self.status)
         if not self.console.is_terminal and (
             step % max(1, self.num_steps // 20) == 0 or step == self.num_steps
         ):
             seconds = time.monotonic() - self.started
             left = seconds / (step - self.first_step) * (self.num_steps - step)
-            self.console.out(f"step {step}/{self.num_steps}  {status}  {seconds:.0f} s, {left:.0f} s left")
+            self.console.out(
+                f"step {step}/{self.num_steps}  {self.status}  {seconds:.0f} s, {left:.0f} s left"
+            )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

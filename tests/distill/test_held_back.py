@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from opdlm.cli.main import main
 from opdlm.data.prompts import hold_back
 from opdlm.distill.trainer import StudentLoss
 from opdlm.errors import DataError
+from opdlm.training import metrics
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=80), st.integers(1, 20))
@@ -45,15 +47,19 @@ def settings(root: Path, output: Path, *overrides: str) -> list[str]:
 
 
 def test_a_conversion_ends_with_numbers_on_prompts_that_it_kept_from_training(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
+    monkeypatch.setattr(metrics, "STEP_LINE_SECONDS", 0.0)
     assert (
         main(["convert", str(root / "teacher"), *settings(root, run, "optimizer.learning_rate=1e-12")]) == 0
     )
     printed = capsys.readouterr().out
     assert "21 prompts (21 distinct)" in printed
     assert "This run learnt nothing" in printed and "before training" in printed
+    for what in ("write responses", "update 1/", "measure"):
+        assert re.search(rf"^step 1/\d+  {what}", printed, re.MULTILINE), printed
+    assert "measure before training 1/1" in printed
     assert "nothing was gained" in printed and f"next: opdlm chat {run / 'model'}" in printed
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(row["held_back_tokens_per_forward"] > 0 for row in rows)
