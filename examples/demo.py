@@ -42,7 +42,7 @@ TURNS = (
 )
 SETTINGS = ("train.num_steps=9", "eval.held_back=4", "eval.timed_prompts=1")
 SMALL_STEPS = ("rollout.prompts_per_step=8", "rollout.decode.max_new_tokens=96")
-"""For CPUs without bfloat16, where 16 prompts of 128 tokens a step take a quarter of an hour."""
+"""For CPUs without bfloat16, which are slower."""
 TOY_TURNS = ("add 47 38", "reverse stone", "story Tusel owl hill")
 
 
