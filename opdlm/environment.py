@@ -9,8 +9,12 @@ import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opdlm import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 EXTRAS = ("vllm", "flash-attn", "bitsandbytes", "deepspeed")
@@ -52,6 +56,16 @@ def describe_hardware() -> dict[str, str]:
         gpu = torch.cuda.get_device_properties(index)
         found[f"gpu {index}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB"
     return found | {"cuda": str(torch.version.cuda)}
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that the device can still give; imports torch."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(psutil.virtual_memory().available)
 
 
 def cpu_multiplies(dtype: str) -> bool:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
+from accelerate import PartialState
+
 from opdlm.checkpoints.load import load_tokenizer, with_known_dtype
 from opdlm.config.schedules import (
     block_size_at,
@@ -32,9 +34,10 @@ from opdlm.distill.costs import (
     weight_element,
 )
 from opdlm.distill.self_prompts import SELF_PROMPTS_FILE
+from opdlm.environment import free_memory
 from opdlm.training.checkpoint import find_checkpoints
 from opdlm.training.devices import check_trackers
-from opdlm.training.machine import free_memory, measured_speed
+from opdlm.training.machine import measured_speed
 
 GIB = 2**30
 
@@ -93,7 +96,7 @@ def describe_plan(plan: ConversionPlan, prompts: Sequence[Prompt] = ()) -> str:
     mean_prompt = sum(len(prompt.ids) for prompt in prompts) // len(prompts) if prompts else None
     counts = count_prompts(prompts, replace(config.data, self_prompts=0))
     without, with_checkpointing = (f"{x / GIB:.2f} GiB" for x in plan.activations)
-    free = free_memory()
+    free = free_memory(PartialState().device)
     flops = "  ".join(f"{name} {value:.2e}" for name, value in plan.step_flops.items())
     lines = [
         f"{config.model.path}: {sizes.family}, {sizes.total / 1e6:,.1f} M parameters, "

@@ -20,9 +20,9 @@ from opdlm.config.schedules import num_updates_of
 from opdlm.config.sections import Config, MaskSection
 from opdlm.distill.costs import ModelSizes, measure_sizes
 from opdlm.distill.plan import make_plan
+from opdlm.environment import free_memory
 from opdlm.errors import OpdlmError
 from opdlm.training.devices import join_launch
-from opdlm.training.machine import free_memory
 
 LORA_RATE, LORA_WIDTH = 3e-3, 128
 """Peak learning rate of an adapter, at this hidden size."""
@@ -124,7 +124,7 @@ def optimizer_choices(config: Config, sizes: ModelSizes) -> list[Choice]:
 def memory_choices(config: Config, sizes: ModelSizes) -> list[Choice]:
     """The largest micro-batch whose estimate fits, with recomputed activations where one row needs them."""
     check_config(config)
-    free, rows = free_memory(), config.train.rows_per_update
+    free, rows = free_memory(PartialState().device), config.train.rows_per_update
     options = [(n, False) for n in (rows, rows // 2, rows // 4) if n]
     options += [(n, True) for n in (rows // 4, 1) if n]
     for micro, recomputes in options:

@@ -22,8 +22,6 @@ from ipaddress import ip_address
 from threading import Event
 from typing import TYPE_CHECKING
 
-import psutil
-import torch
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from opdlm.checkpoints.convert import load_decoder
@@ -34,6 +32,7 @@ from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import PROCESSED_MODES, grid_of
 from opdlm.decoding.rollout import Rollout
 from opdlm.decoding.streaming import StablePrefix, StopStrings
+from opdlm.environment import free_memory
 from opdlm.errors import ConfigError, require_package
 from opdlm.modeling.compiled import compiled_decoding
 from opdlm.seeds import seed_of
@@ -451,9 +450,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def check_cache_fits(thread: DecodeThread) -> int:
     """Bytes of keys and values that the rows take. ConfigError if so many are not free."""
-    device = thread.model.device
-    is_cuda, needed = device.type == "cuda", thread.cache_bytes()
-    free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
+    needed, free = thread.cache_bytes(), free_memory(thread.model.device)
     if needed > free:
         raise ConfigError(
             f"max_rows ({thread.num_rows}) of max_length ({thread.max_length}) tokens need "

@@ -1,11 +1,10 @@
-"""What this machine can do: free memory, and the speed of a model of the same shape, measured in seconds."""
+"""How fast this machine computes a model of the same shape, measured in seconds."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
-import psutil
 import torch
 from accelerate import PartialState
 
@@ -20,14 +19,6 @@ TRAINING_TOKENS = 1024
 """Slots of a training forward in the probe."""
 FEW_TOKENS = 16
 """Of the first forward, which shows how many a slow machine can do in time."""
-
-
-def free_memory() -> float:
-    """Bytes that this process's device can still give."""
-    device = PartialState().device
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return float(psutil.virtual_memory().available)
 
 
 def measured_speed(config: Config, slots_per_row: int) -> tuple[float, float] | None:

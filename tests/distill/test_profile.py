@@ -48,7 +48,7 @@ def test_little_memory_gives_smaller_micro_batches_and_then_recomputed_activatio
 ) -> None:
     rows = []
     for free in (1e12, 3e6, 1.0):
-        monkeypatch.setattr(profile_module, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(profile_module, "free_memory", lambda _, free=free: free)
         chosen = values_of(model)
         rows.append((chosen["train.micro_batch_rows"], chosen["train.gradient_checkpointing"]))
     assert rows[0] == (8, False) and rows[-1] == (1, True)
