@@ -85,7 +85,7 @@ def conversion_config(values: Values, output_dir: Path) -> Config:
 def run_cell(settings: Values, folder: Path) -> Values:
     """Convert. Returns the measures of every mode from the report of the folder, and the learning curve."""
     config = conversion_config(settings["config"], folder / "run")
-    model_folder = convert_checkpoint(config, Console(quiet=True))
+    model_folder = convert_checkpoint(config, Console(highlight=False))
     report = json.loads((model_folder / "retention.json").read_text())
     results = json.loads((model_folder / "all_results.json").read_text())
     keys = ("accuracy", "common_prefix", "tokens_per_forward")

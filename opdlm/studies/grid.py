@@ -29,7 +29,7 @@ from rich.console import Console
 from opdlm.config.loader import plain
 from opdlm.errors import ConfigError
 from opdlm.files import write_atomic
-from opdlm.training.metrics import progress_line
+from opdlm.training.metrics import STEP_LINE_SECONDS, progress_line
 
 Values = dict[str, Any]
 RunCell = Callable[[Values, Path], Values]
@@ -44,6 +44,8 @@ ENVIRONMENT = {
 """Environment of the processes: one thread each; glibc keeps freed memory, because new memory is slow on some
 virtual machines (docs/lab/cpu.md)."""
 LOG_FILE = "log.txt"
+TAIL_BYTES = 4096
+"""Of a log, where its last line is looked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,8 +137,12 @@ def run_processes(
                     cell = queue.pop(0)
                     process = start_process(cell, run_cell, out)
                     running[process.sentinel] = cell, process
-                progress.update(task, status=", ".join(cell.name for cell, _ in running.values()))
-                for sentinel in connection.wait(list(running)):
+                at = [f"{cell.name}: {last_line(cell, out) or 'starting'}" for cell, _ in running.values()]
+                progress.update(task, status="; ".join(at))
+                ended = connection.wait(list(running), 1.0 if console.is_terminal else STEP_LINE_SECONDS)
+                if not ended and not console.is_terminal:
+                    console.out("\n".join(at))
+                for sentinel in ended:
                     cell, process = running.pop(sentinel)
                     process.join()
                     if error := error_of(cell, process, out):
@@ -220,11 +226,19 @@ def error_of(cell: Cell, process: BaseProcess, out: Path) -> str:
     if process.exitcode == 0:
         return ""
     log = work_folder(cell, out) / LOG_FILE
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
     if process.exitcode is not None and process.exitcode < 0:
         return f"ended by signal {-process.exitcode} (9: perhaps out of memory), see {log}"
-    last = next((line for line in reversed(lines) if line.strip()), f"exit code {process.exitcode}")
-    return f"{last} (see {log})"
+    return f"{last_line(cell, out) or f'exit code {process.exitcode}'} (see {log})"
+
+
+def last_line(cell: Cell, out: Path) -> str:
+    """What the cell printed last, as a terminal would show it; empty if nothing."""
+    try:
+        tail = (work_folder(cell, out) / LOG_FILE).read_bytes()[-TAIL_BYTES:]
+    except FileNotFoundError:
+        return ""
+    lines = tail.decode(errors="replace").replace("\r", "\n").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def of_window(records: Sequence[Values], window: Sequence[float]) -> dict[int, Values]:

@@ -74,7 +74,7 @@ def prepare_text(out: Path) -> None:
 def run_text(settings: Values, folder: Path) -> Values:
     """Train one cell. Returns the held-out losses at the end and during training."""
     config = text_config(settings["config"], folder.parent.parent / "data", folder / "run")
-    model_folder = train_text(config, Console(quiet=True))
+    model_folder = train_text(config, Console(highlight=False))
     rows = read_metrics(folder / "run" / "metrics.jsonl")
     keys = ("step", "epoch", AR, MD)
     curve = [{key: row[key] for key in keys if key in row} for row in rows if AR in row or MD in row]

@@ -102,7 +102,7 @@ def prepare(grid: SftGrid, base: Values, out: Path) -> None:
 def run_cell(settings: Values, folder: Path) -> Values:
     """Convert. Returns the bound, and the accuracy of every mode, from the report of the folder."""
     config = sft_config(settings["config"], folder.parent.parent / "data", folder / "run")
-    report = json.loads((convert_checkpoint(config, Console(quiet=True)) / "retention.json").read_text())
+    report = json.loads((convert_checkpoint(config, Console(highlight=False)) / "retention.json").read_text())
     modes = {row["name"]: {"accuracy": row["accuracy"]} for row in report["student"]}
     return {"bound": report["likelihood"]["student_bound_per_token"], "modes": modes}
 

@@ -14,6 +14,7 @@ from grid_cells import cells, fit, fit_or_fail
 from rich.console import Console
 
 from opdlm.errors import ConfigError
+from opdlm.studies import grid as grid_module
 from opdlm.studies.grid import Cell, GridResult, environment, num_cores, run_grid
 
 CELLS = Path(__file__).parents[1] / "support" / "grid_cells.py"
@@ -75,6 +76,12 @@ def test_a_failing_cell_says_why_and_loses_no_other(tmp_path: Path) -> None:
     assert "signal 9" in result.errors["killed"]
     assert "singular failed: ValueError: the matrix is singular" in text
     assert "Traceback" in (tmp_path / "work" / "singular" / "log.txt").read_text()
+
+
+def test_a_long_cell_shows_what_it_printed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid_module, "STEP_LINE_SECONDS", 0.2)
+    _, text = run(cells(1, says="step 1/9\rstep 2/9", seconds=1.0), tmp_path)
+    assert "rate0: step 2/9" in text.splitlines()
 
 
 def test_what_an_unfinished_cell_has_written_is_there_when_it_runs_again(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ def fit(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Fit y = 2x by gradient descent from 0: after n steps the error is (1 - rate * mean(x^2))^n."""
     import torch
 
+    if "says" in settings:
+        print(settings["says"], flush=True)
     time.sleep(settings.get("seconds", 0))
     x = torch.arange(4, dtype=torch.float64)
     weight = torch.zeros((), dtype=torch.float64, requires_grad=True)
