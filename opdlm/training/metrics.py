@@ -228,7 +228,7 @@ class DecodingProgress:
     def begin(self, now: float) -> TaskID:
         """Start the timer at the first decoding step, so that loading is not counted."""
         if self.task is None:
-            self.first_done, self.started = self.done, now
+            self.first_done, self.started, self.told = self.done, now, now
             self.task = self.progress.add_task("", total=self.num_prompts, completed=self.done, status="")
             self.progress.start()
         return self.task
@@ -240,6 +240,8 @@ class DecodingProgress:
         self.num_tokens += int(revealed_BL.sum())
         finished = self.done + len(self.seen) - len(index_B)
         self.progress.update(task, completed=finished, status=f"{self.tokens_per_second:.0f} tok/s")
+        if time.monotonic() - self.told > LINE_SECONDS:
+            self.tell(finished)
 
     def on_piece(self, rollouts: Sequence[Rollout], seconds: float) -> None:
         """Callback after a chunk was saved; `seconds` is 0 if an earlier run had saved it."""
@@ -249,10 +251,16 @@ class DecodingProgress:
             self.num_tokens += sum(rollout.num_response for rollout in rollouts)
         self.done += len(rollouts)
         self.seen.clear()
-        if seconds and not self.console.is_terminal:
-            spent = time.monotonic() - self.started
-            left = spent / (self.done - self.first_done) * (self.num_prompts - self.done)
-            self.console.out(
-                f"rollout {self.done}/{self.num_prompts}  {self.tokens_per_second:.0f} tok/s  "
-                f"{spent:.0f} s, {left:.0f} s left"
-            )
+        if seconds:
+            self.tell(self.done)
+
+    def tell(self, finished: int) -> None:
+        """Print a line where no terminal shows a bar."""
+        self.told = time.monotonic()
+        if self.console.is_terminal:
+            return
+        spent, ended = self.told - self.started, finished - self.first_done
+        times = (
+            f"  {spent:.0f} s, {spent / ended * (self.num_prompts - finished):.0f} s left" if ended else ""
+        )
+        self.console.out(f"rollout {finished}/{self.num_prompts}  {self.tokens_per_second:.0f} tok/s{times}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from opdlm.distill import rollouts as rollout_sources
 from opdlm.distill.rollout_file import COLUMNS, RolloutFile, log_path_of, write_rollouts
 from opdlm.objectives.mask_theory import ngram_signal_weights, optimal_t
 from opdlm.seeds import seed_of
+from opdlm.training import metrics as progress
 
 ROOT = Path(__file__).parents[2]
 NUM_PROMPTS = 12
@@ -156,6 +158,17 @@ def test_a_killed_command_continues_to_the_same_bytes(
     assert main(rollout(place, out)) == 0
     assert decoded == [4, 4, 4]  # the piece that was cut is decoded as it was: beside the same prompts
     assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_log_counts_responses_inside_a_piece(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    assert main(rollout(place, tmp_path / "r.parquet", "--mode", "ar")) == 0
+    counted = [
+        int(number) for number in re.findall(r"^rollout (\d+)/12 ", capsys.readouterr().out, re.MULTILINE)
+    ]
+    assert counted == sorted(counted) and {0, 1, 4, 11, 12} <= set(counted)
 
 
 def test_another_model_does_not_continue_a_file(
