@@ -97,7 +97,7 @@ def method_choices(config: Config, _: ModelSizes) -> list[Choice]:
 
 
 def size_choices(_: Config, sizes: ModelSizes) -> list[Choice]:
-    """How much a CPU does: on one core about half an hour with 135 M parameters, one to two hours with 630 M."""
+    """How much one core does: about half an hour with 135 M parameters, one to two hours with 630 M."""
     if PartialState().device.type != "cpu":
         return []
     steps = min(CPU_MOST_STEPS, max(1, round(CPU_STEPS * (CPU_PARAMETERS / sizes.total) ** 0.5)))
