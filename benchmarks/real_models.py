@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import opdlm
-from opdlm.decoding.decode_config import DecodeConfig
+from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.draft_policy import MOST_DRAFTS
 from opdlm.evaluation.retention import versions
 from opdlm.evaluation.speed import LOOKUP_NAME, LOOKUP_TOKENS, NO_COPIES
@@ -34,7 +34,7 @@ MBPP_STEP = 5
 CAP, CAP_UNSCORED = 256, 128
 """Tokens of a response: to questions with tests, and to those that are only compared with the original."""
 NUM_UNSCORED = 24
-"""Of each file."""
+"""Of each file; and of questions with tests, those that are decoded in the fewest forwards as well."""
 BENCH_BATCHES, BENCH_TOKENS = (1, 8), 64
 
 
@@ -104,26 +104,37 @@ def write_rows(path: Path, rows: Rows) -> str:
 
 
 def evaluate(folder: Path, questions: Rows, path: Path, out: Path, batch_size: int) -> dict[str, Any]:
-    """The report on the questions: nothing replaced by the AR model in static and threshold."""
+    """The report on the questions: nothing replaced by the AR model in static and threshold. Where a response
+    is scored, and long, only some are decoded losslessly in the fewest forwards.
+    """
     has_tests = "answer" in questions[0]
+    common = [
+        *(["eval.scoring=code", "eval.run_code=true"] if has_tests else []),
+        "eval.agreement=false",
+        "eval.timed_prompts=0",
+        "eval.decode.ar_accept_threshold=0",
+        f"eval.decode.max_new_tokens={CAP if has_tests else CAP_UNSCORED}",
+        f"eval.decode.batch_size={batch_size}",
+    ]
+    fewest = f"eval.decode.forward_overhead={MOST_DRAFTS}"
+    all_modes: tuple[Mode, ...] = ("static", "threshold", "lossless")
+    if not has_tests:
+        modes = report_of(folder, questions, path, out, all_modes, [*common, fewest])
+        return {"scored": False, "modes": modes}
+    modes = report_of(folder, questions, path, out, all_modes, common)
+    some, place = questions[:: len(questions) // NUM_UNSCORED][:NUM_UNSCORED], path.with_suffix(".some.jsonl")
+    lossless = report_of(folder, some, place, out / "fewest_forwards", ("lossless",), [*common, fewest])[-1]
+    return {"scored": True, "modes": modes, "fewest_forwards": lossless}
+
+
+def report_of(
+    folder: Path, questions: Rows, path: Path, out: Path, modes: tuple[Mode, ...], overrides: list[str]
+) -> Rows:
+    """The decodings of a report, the teacher's first."""
     if not (out / "retention.json").exists():
-        opdlm.evaluate(
-            folder,
-            data=write_rows(path, questions),
-            modes=("static", "threshold", "lossless"),
-            out=out,
-            overrides=[
-                *(["eval.scoring=code", "eval.run_code=true"] if has_tests else []),
-                "eval.agreement=false",
-                "eval.timed_prompts=0",
-                "eval.decode.ar_accept_threshold=0",
-                f"eval.decode.max_new_tokens={CAP if has_tests else CAP_UNSCORED}",
-                f"eval.decode.batch_size={batch_size}",
-                f"eval.decode.forward_overhead={MOST_DRAFTS}",
-            ],
-        )
+        opdlm.evaluate(folder, data=write_rows(path, questions), modes=modes, out=out, overrides=overrides)
     report: dict[str, Any] = json.loads((out / "retention.json").read_text())
-    return {"scored": has_tests, "modes": [report["teacher"], *report["student"]]}
+    return [report["teacher"], *report["student"]]
 
 
 def curve(metrics: Rows) -> Rows:
@@ -146,7 +157,11 @@ def table(result: dict[str, Any]) -> str:
         asked = [result["questions"][name] for name in names]
         modes = [one["modes"][number] for one in asked]
         cells = [score(mode, one["scored"]) for mode, one in zip(modes, asked, strict=True)]
-        cells += [tokens_of(mode) for mode in modes]
+        is_lossless = modes[0]["name"] == "lossless"
+        cells += [
+            tokens_of(one.get("fewest_forwards", mode) if is_lossless else mode)
+            for mode, one in zip(modes, asked, strict=True)
+        ]
         name = "ar" if number == 0 else mode["name"].partition(",")[0]
         timed = "lossless" + NO_COPIES if name == "lossless" else name
         cells += [speed_of(speed.get((timed, size))) for size in BENCH_BATCHES]
