@@ -92,8 +92,8 @@ REPLACED_NOTE = (
     "replaced: share of tokens that the AR model put in place of the student's; `alone`: it replaced none. "
     "by AR: share that it wrote in all, as it also predicts the first unknown token; where that is nearly "
     "all, agreement with it says nothing. `lossless` is the AR model's text by construction, so only its "
-    "speed says what was learnt. It drafts less here than where its speed was measured, if more rows are "
-    "decoded at once."
+    "speed says what was learnt. How much it drafts depends on the rows decoded at once and on "
+    "eval.decode.forward_overhead."
 )
 
 
