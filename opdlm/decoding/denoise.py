@@ -84,7 +84,7 @@ def denoise_step(
     confidence_BT[row_M, offset_M] = confidence_M.cpu()
     revealed_BT = choose_positions(state, masked_BT, confidence_BT, logits_MV, config)
     reveal(state, (row_M, offset_M, target_M), ids_M.cpu(), confidence_BT, revealed_BT)
-    if model.spec.format == "preserve":
+    if model.spec.format == "preserve" and config.mode != "ar":
         state.is_from_ar_BL[row_M, target_M] = is_first_M  # counts once the token is revealed
     is_block_done_B = (revealed_BT == masked_BT).all(1)
     state.block_step_B = torch.where(is_block_done_B, 0, state.block_step_B + 1)

@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
@@ -77,6 +78,14 @@ class Rollout:
             if name in values
         }
         return cls(**known)
+
+
+def num_first_unknown(steps: Sequence[int]) -> int:
+    """How many tokens were the first unknown one when they were revealed, from the steps that revealed them:
+    those before which all had been revealed earlier. In `preserve` the AR model predicts them.
+    """
+    latest_before = accumulate(steps, max, initial=-1)
+    return sum(step > latest for step, latest in zip(steps, latest_before, strict=False))
 
 
 def digest_of(sequences: Iterable[Sequence[int]]) -> str:

@@ -45,8 +45,12 @@ COLUMNS = pa.schema(
         "logprobs": pa.list_(pa.float32()),
         "num_forwards": pa.int32(),
         "num_steps": pa.int32(),
+        "num_replaced": pa.int32(),
+        "num_from_ar": pa.int32(),
     }
 )
+COUNTS = ("num_replaced", "num_from_ar")
+"""Columns that files of earlier versions lack, and that count as 0 there."""
 RECORD = b"opdlm"
 """Key of the settings in the metadata."""
 TRAJECTORY_MODES = ("static", "threshold", "entropy", "left_to_right")
@@ -140,11 +144,14 @@ def read_table(path: Path, key: str) -> pa.Table:
     try:
         file = pq.ParquetFile(path)
         missing = [name for name in COLUMNS.names if name not in file.schema_arrow.names]
-        if missing:
+        if set(missing) - set(COUNTS):
             raise DataError(
                 f"{key} ({path}) has no column {', '.join(missing)}: give a file written by opdlm rollout."
             )
-        table = file.read(columns=COLUMNS.names).select(COLUMNS.names)
+        table = file.read(columns=[name for name in COLUMNS.names if name not in missing])
+        for name in missing:
+            table = table.append_column(name, pa.repeat(pa.scalar(0, pa.int32()), table.num_rows))
+        table = table.select(COLUMNS.names)
         return table.cast(COLUMNS.with_metadata(table.schema.metadata)).combine_chunks()
     except FileNotFoundError as error:
         raise DataError(f"{key} ({path}) does not exist. Write it with opdlm rollout.") from error

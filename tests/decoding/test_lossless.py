@@ -18,7 +18,7 @@ from opdlm.decoding.decode_state import DecodeState, DecodeStats, Request
 from opdlm.decoding.draft_policy import DraftPolicy, ForwardCost
 from opdlm.decoding.generate import check_settings, generate
 from opdlm.decoding.lossless import lossless_step
-from opdlm.decoding.rollout import Rollout
+from opdlm.decoding.rollout import Rollout, num_first_unknown
 from opdlm.decoding.unmasking import uniform_ids
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.modeling.kv_cache import DecodeCache
@@ -206,6 +206,7 @@ def test_the_tokens_that_the_ar_model_wrote_are_counted(mode: Mode) -> None:
     for rollout in rollouts:
         steps = rollout.unmask_step[: rollout.num_response]
         assert rollout.num_from_ar == sum(all(s < step for s in steps[:i]) for i, step in enumerate(steps))
+        assert rollout.num_from_ar == num_first_unknown(steps)
     shares = [rollout.num_from_ar / rollout.num_response for rollout in rollouts]
     same = [ours.text_ids == theirs.text_ids for ours, theirs in zip(rollouts, teacher, strict=True)]
     if mode == "left_to_right":  # one token a step: nothing is the student's
@@ -214,7 +215,8 @@ def test_the_tokens_that_the_ar_model_wrote_are_counted(mode: Mode) -> None:
         assert 0 < min(shares) < max(shares) and not all(same)
     corrected = generate(model, prompts, replace(config, ar_accept_threshold=0.3))
     assert all(one.num_from_ar >= one.num_replaced for one in corrected)
-    assert not any(one.num_from_ar for one in generate(model, prompts, replace(config, mode="lossless")))
+    for other in ("lossless", "ar"):  # all of their text is the AR model's
+        assert not any(one.num_from_ar for one in generate(model, prompts, replace(config, mode=other)))
 
 
 def test_a_rollout_of_an_earlier_version_is_read() -> None:

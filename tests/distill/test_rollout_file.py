@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def test_the_file_holds_what_generate_returns_for_seeds_of_their_own(
         for one in generate(model, [prompts[i] for i in piece], config, [seed_of(3, i) for i in piece])
     ]
     assert file[:] == expected
+    assert (mode == "threshold") == any(one.num_from_ar for one in expected)
     assert [row["response"] for row in rows] == [
         tokenizer.decode(list(one.text_ids), skip_special_tokens=True) for one in expected
     ]
@@ -158,6 +160,15 @@ def test_a_killed_command_continues_to_the_same_bytes(
     assert main(rollout(place, out)) == 0
     assert decoded == [4, 4, 4]  # the piece that was cut is decoded as it was: beside the same prompts
     assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_file_of_an_earlier_version_has_no_counts(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.parquet"
+    assert main(rollout(place, out, *MODES["threshold"])) == 0
+    whole, table = RolloutFile(out)[:], pyarrow.parquet.read_table(out)
+    pyarrow.parquet.write_table(table.drop_columns(["num_replaced", "num_from_ar"]), out)
+    assert any(one.num_from_ar for one in whole)
+    assert RolloutFile(out)[:] == [replace(one, num_from_ar=0) for one in whole]
 
 
 def test_a_log_counts_responses_inside_a_piece(
