@@ -90,8 +90,6 @@ class DecodeState:
     logprob_BL: Tensor
     is_replaced_BL: Tensor
     """Whether the AR model put the token in place of the student's."""
-    is_from_ar_BL: Tensor
-    """Whether the AR model wrote the token in a denoising mode: by replacing, or as the first unknown one."""
     num_prompt_B: Tensor
     limit_B: Tensor
     """Largest number of response tokens."""
@@ -152,7 +150,6 @@ class DecodeState:
             unmask_step_BL=unmask_step_BL,
             logprob_BL=torch.zeros(num_rows, capacity),
             is_replaced_BL=torch.zeros(num_rows, capacity, dtype=torch.bool),
-            is_from_ar_BL=torch.zeros(num_rows, capacity, dtype=torch.bool),
             num_prompt_B=torch.tensor(num_prompt, dtype=torch.long),
             limit_B=torch.tensor(limits, dtype=torch.long),
             seed_B=torch.tensor([request.seed for request in requests], dtype=torch.long),

@@ -84,8 +84,6 @@ def denoise_step(
     confidence_BT[row_M, offset_M] = confidence_M.cpu()
     revealed_BT = choose_positions(state, masked_BT, confidence_BT, logits_MV, config)
     reveal(state, (row_M, offset_M, target_M), ids_M.cpu(), confidence_BT, revealed_BT)
-    if model.spec.format == "preserve" and config.mode != "ar":
-        state.is_from_ar_BL[row_M, target_M] = is_first_M  # counts once the token is revealed
     is_block_done_B = (revealed_BT == masked_BT).all(1)
     state.block_step_B = torch.where(is_block_done_B, 0, state.block_step_B + 1)
     final_B = frontier_B + 1 if can_reject else state.frontier(mask_id)
@@ -187,7 +185,7 @@ def reject_unlikely(
     state.tokens_BL = state.tokens_BL.masked_fill(masked_BL, mask_id)
     state.unmask_step_BL = state.unmask_step_BL.masked_fill(masked_BL, NEVER)
     state.tokens_BL[row_N, position_N] = ids_N.cpu()
-    state.is_replaced_BL[row_N, position_N] = state.is_from_ar_BL[row_N, position_N] = True
+    state.is_replaced_BL[row_N, position_N] = True
     state.unmask_step_BL[row_N, position_N] = state.num_steps_B[row_N]
     state.logprob_BL[row_N, position_N] = ar_NV.log_softmax(-1).gather(-1, ids_N[:, None])[:, 0].cpu()
     state.committed_B = torch.where(rejected_B, first_B, state.committed_B)

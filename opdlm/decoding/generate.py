@@ -424,5 +424,4 @@ def make_rollout(
         num_forwards=int(state.num_forwards_B[row]),
         num_steps=int(state.num_steps_B[row]),
         num_replaced=int(state.is_replaced_BL[row, num_prompt:last].sum()),
-        num_from_ar=int(state.is_from_ar_BL[row, num_prompt:last].sum()),
     )

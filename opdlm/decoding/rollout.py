@@ -48,10 +48,6 @@ class Rollout:
     """Denoising steps of the decoding."""
     num_replaced: int = 0
     """Tokens of the response that the AR model put in place of the student's (`ar_accept_threshold`)."""
-    num_from_ar: int = 0
-    """Tokens of the response that the AR model wrote in a denoising mode of `preserve`: these, and those that
-    were the first unknown token when they were revealed.
-    """
     text: str = ""
     """The response as text, where `opdlm.generate` was given a tokenizer: without special tokens, cut before
     a stop string; with `infill` the filled prompt.

@@ -46,10 +46,9 @@ COLUMNS = pa.schema(
         "num_forwards": pa.int32(),
         "num_steps": pa.int32(),
         "num_replaced": pa.int32(),
-        "num_from_ar": pa.int32(),
     }
 )
-COUNTS = ("num_replaced", "num_from_ar")
+COUNTS = ("num_replaced",)
 """Columns that files of earlier versions lack, and that count as 0 there."""
 RECORD = b"opdlm"
 """Key of the settings in the metadata."""

@@ -28,13 +28,14 @@ from opdlm.data.prompts import Task
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.generate import generate
-from opdlm.decoding.rollout import Rollout
+from opdlm.decoding.rollout import Rollout, num_first_unknown
 from opdlm.errors import ConfigError, DataError
 from opdlm.evaluation.generation_log import Generation, GenerationLog
 from opdlm.evaluation.intervals import Interval, PairedComparison, compare_paired, mean_of_shares, wilson
 from opdlm.evaluation.scoring import is_right, is_right_flexibly
 from opdlm.files import write_atomic
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
+from opdlm.modeling.slots import Format
 from opdlm.training.metrics import Doing, PhaseProgress
 
 NGRAM_LENGTH = 4
@@ -231,7 +232,9 @@ def evaluate(
                 model, tasks, mode, student_alone(section), log, seed=seed, console=console, doing=doing
             )
     reports = {
-        name: report_mode(name, output, teacher, tasks, tokenizer, name in replacing)
+        name: report_mode(
+            name, output, teacher, tasks, tokenizer, is_replacing=name in replacing, fmt=model.spec.format
+        )
         for name, output in outputs.items()
     }
     report = RetentionReport(
@@ -294,10 +297,12 @@ def report_mode(
     teacher: Outputs,
     tasks: Sequence[Task],
     tokenizer: PreTrainedTokenizerBase,
+    *,
     is_replacing: bool = False,
+    fmt: Format = "sdar",
 ) -> ModeReport:
     """Metrics of the outputs of one mode; `teacher`: the reference outputs of the same tasks; `is_replacing`:
-    whether the AR model could replace tokens.
+    whether the AR model could replace tokens; `fmt`: the student's format.
     """
     texts = [response_text(rollout, tokenizer) for rollout in output.rollouts]
     references = [response_text(rollout, tokenizer) for rollout in teacher.rollouts]
@@ -337,7 +342,9 @@ def report_mode(
         identical_to_teacher_interval=wilson(same, len(tasks)),
         common_prefix=sum(common_prefix(ours, theirs) for ours, theirs in both) / len(tasks),
         replaced=share_replaced(output.rollouts) if is_replacing else None,
-        from_ar=share_from_ar(output.rollouts) if name.partition(",")[0] in DENOISING_MODES else None,
+        from_ar=share_first_unknown(output.rollouts)
+        if fmt == "preserve" and name.removesuffix(ALONE) in DENOISING_MODES
+        else None,
         tokens_per_forward=stats["all"].tokens_per_forward,
         tokens_per_forward_seen=stats["seen"].tokens_per_forward,
         tokens_per_forward_held_out=stats["held_out"].tokens_per_forward,
@@ -393,9 +400,12 @@ def share_replaced(rollouts: Sequence[Rollout]) -> float:
     return sum(r.num_replaced for r in rollouts) / sum(r.num_response for r in rollouts)
 
 
-def share_from_ar(rollouts: Sequence[Rollout]) -> float | None:
-    """Share of the response tokens that the AR model wrote; None where none is its, as in format sdar."""
-    return sum(r.num_from_ar for r in rollouts) / sum(r.num_response for r in rollouts) or None
+def share_first_unknown(rollouts: Sequence[Rollout]) -> float:
+    """Share of the response tokens that were the first unknown one when they were revealed. In `preserve` the
+    AR model wrote these, those that it replaced among them.
+    """
+    num_first = sum(num_first_unknown(r.unmask_step[: r.num_response]) for r in rollouts)
+    return num_first / sum(r.num_response for r in rollouts)
 
 
 def repetition(rollout: Rollout) -> float:

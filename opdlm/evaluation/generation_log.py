@@ -58,7 +58,7 @@ class GenerationLog:
 
 def read_finished(path: Path) -> dict[str, Generation]:
     """Complete lines by key. A truncated last line is removed from the file; lines of earlier versions, which
-    did not count the AR model's tokens, are not read.
+    did not count replaced tokens, are not read.
     """
     if not path.is_file():
         return {}
@@ -67,7 +67,7 @@ def read_finished(path: Path) -> dict[str, Generation]:
     if len(whole) < len(content):
         os.truncate(path, len(whole))
     records = [json.loads(line) for line in whole.splitlines()]
-    return {r["key"]: Generation.from_record(r) for r in records if {"key", "num_from_ar"} <= r.keys()}
+    return {r["key"]: Generation.from_record(r) for r in records if {"key", "num_replaced"} <= r.keys()}
 
 
 def fingerprint(folder: str) -> str:

@@ -265,7 +265,10 @@ def trade_off(
     for threshold in section.thresholds:
         at = replace(section, decode=replace(section.decode, confidence_threshold=threshold))
         output = decode_tasks(model, tasks, "threshold", at, log, console=console)
-        points[threshold] = (report_mode("threshold", output, teacher, tasks, tokenizer), output)
+        points[threshold] = (
+            report_mode("threshold", output, teacher, tasks, tokenizer, fmt=model.spec.format),
+            output,
+        )
     return points
 
 

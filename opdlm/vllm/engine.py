@@ -29,7 +29,7 @@ from opdlm.checkpoints.load import MASK_EMBEDDING_FILE
 from opdlm.checkpoints.lora import ADAPTER
 from opdlm.config.sections import resolve_path
 from opdlm.decoding.decode_config import DecodeConfig
-from opdlm.decoding.rollout import NEVER, Prompt, Rollout, num_first_unknown
+from opdlm.decoding.rollout import NEVER, Prompt, Rollout
 from opdlm.errors import ConfigError
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from opdlm.objectives.losses import TopKTargets
@@ -294,9 +294,6 @@ class VllmStudent(VllmEngine):
             finish_reason="stop" if stops else "length",
             num_forwards=1 + max(step for _, step in response) + num_commits,
             num_steps=last_step,
-            num_from_ar=num_first_unknown([step for _, step in response[:num_response]])
-            if self.spec.format == "preserve"
-            else 0,
         )
 
 

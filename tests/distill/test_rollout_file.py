@@ -94,7 +94,6 @@ def test_the_file_holds_what_generate_returns_for_seeds_of_their_own(
         for one in generate(model, [prompts[i] for i in piece], config, [seed_of(3, i) for i in piece])
     ]
     assert file[:] == expected
-    assert (mode == "threshold") == any(one.num_from_ar for one in expected)
     assert [row["response"] for row in rows] == [
         tokenizer.decode(list(one.text_ids), skip_special_tokens=True) for one in expected
     ]
@@ -166,9 +165,8 @@ def test_a_file_of_an_earlier_version_has_no_counts(place: Path, tmp_path: Path)
     out = tmp_path / "r.parquet"
     assert main(rollout(place, out, *MODES["threshold"])) == 0
     whole, table = RolloutFile(out)[:], pyarrow.parquet.read_table(out)
-    pyarrow.parquet.write_table(table.drop_columns(["num_replaced", "num_from_ar"]), out)
-    assert any(one.num_from_ar for one in whole)
-    assert RolloutFile(out)[:] == [replace(one, num_from_ar=0) for one in whole]
+    pyarrow.parquet.write_table(table.drop_columns(["num_replaced"]), out)
+    assert RolloutFile(out)[:] == [replace(one, num_replaced=0) for one in whole]
 
 
 def test_a_log_counts_responses_inside_a_piece(

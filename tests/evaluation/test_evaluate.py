@@ -111,7 +111,8 @@ def test_scores_are_what_the_raw_generations_say(folder: Path, tmp_path: Path) -
         replaced = sum(x["num_replaced"] for x in mine)
         assert row["replaced"] == (replaced / tokens if row["name"] in ("static", "threshold") else None)
         assert bool(replaced) == bool(row["replaced"])
-        from_ar = sum(x["num_from_ar"] for x in mine)
+        steps = [x["unmask_step"][: x["num_response"]] for x in mine]
+        from_ar = sum(all(s < step for s in x[:i]) for x in steps for i, step in enumerate(x))
         assert row["from_ar"] == (
             from_ar / tokens if row["name"].startswith(("static", "threshold")) else None
         )
@@ -210,10 +211,10 @@ def test_the_log_tells_checkpoints_decodings_and_prompts_apart(tmp_path: Path) -
 
 
 def test_responses_of_an_earlier_version_are_decoded_again(tmp_path: Path) -> None:
-    """It did not count the tokens that the AR model wrote."""
+    """It did not count the tokens that the AR model replaced."""
     rollout = {"prompt_ids": [1], "response_ids": [2], "unmask_step": [1], "num_response": 1}
     record = rollout | {"finish_reason": "length", "seconds": 1.0}
-    lines = [{"key": "old"} | record, {"key": "new", "num_from_ar": 0} | record]
+    lines = [{"key": "old"} | record, {"key": "new", "num_replaced": 0} | record]
     path = write_rows(tmp_path / "generations.jsonl", lines)
     assert set(GenerationLog(path, "one").finished) == {"new"}
 
