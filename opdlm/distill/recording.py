@@ -29,7 +29,7 @@ from opdlm.evaluation.generation_log import fingerprint
 from opdlm.modeling.compiled import compiled_decoding
 from opdlm.modeling.diffusion_lm import DiffusionSpec
 from opdlm.seeds import seed_of
-from opdlm.training.metrics import DecodingProgress
+from opdlm.training.metrics import PhaseProgress
 from opdlm.vllm.engine import check_vllm, start_ar_model
 
 BATCHES_PER_PIECE = 4
@@ -75,12 +75,15 @@ def record_rollouts(
         console.out(f"{out} is finished already: {len(prompts)} rollouts")
         return out
     vllm = start_ar_model(model_path, model, ids, config) if engine == "vllm" else None
-    with compiled_decoding(model, compiles), DecodingProgress(len(prompts), console) as progress:
+    with compiled_decoding(model, compiles), PhaseProgress("rollout", len(prompts), console) as progress:
 
         def decode(piece: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Rollout]:
             if vllm is not None:
                 return vllm.responses(piece, config, seeds)
             return generate(model, piece, config, seeds, progress.on_step)
+
+        def on_piece(rollouts: Sequence[Rollout], seconds: float) -> None:
+            (progress.advance if seconds else progress.skip)(len(rollouts))
 
         rollouts = decode_resumably(
             out,
@@ -89,7 +92,7 @@ def record_rollouts(
             decode,
             settings,
             piece_size=BATCHES_PER_PIECE * config.batch_size,
-            on_piece=progress.on_piece,
+            on_piece=on_piece,
         )
     texts = [
         conversation_of(*rows[prompt.index], column=section.prompt_column).last_text for prompt in prompts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor
-
-from opdlm.decoding.rollout import Rollout
 
 LINE_SECONDS = 10.0
 """Time between lines of progress where no terminal shows a bar."""
@@ -53,8 +51,8 @@ def progress_line(verb: str, console: Console) -> Progress:
 
 
 class PhaseProgress:
-    """Progress of a phase before or after training. On a terminal a moving bar; elsewhere a line at the
-    start, at the end, and every `LINE_SECONDS`. Inside a step of training `doing` is told instead.
+    """Progress of a phase outside training. On a terminal a moving bar; elsewhere a line at the start, at
+    the end, and every `LINE_SECONDS`. Inside a step of training `doing` is told instead.
     """
 
     def __init__(self, verb: str, total: int, console: Console | None, doing: Doing | None = None) -> None:
@@ -83,14 +81,20 @@ class PhaseProgress:
         """Count `num` more as done."""
         self.done = min(self.total, self.done + num)
         self.seen.clear()
-        self.show(self.done, status, is_last=num > 0 and self.done >= self.total)
+        self.show(self.done, status or self.counted, is_last=num > 0 and self.done >= self.total)
 
     def on_step(self, index_B: Tensor, _tokens_BL: Tensor, revealed_BL: Tensor) -> None:
         """Callback of `generate` after every decoding step: counts the responses of a batch as they end."""
         self.num_tokens += int(revealed_BL.sum())
         self.seen.update(index_B.tolist())
         ended = self.done + len(self.seen) - len(index_B)
-        self.show(min(self.total, ended), f"{self.num_tokens} tokens")
+        self.show(min(self.total, ended), self.counted)
+
+    @property
+    def counted(self) -> str:
+        """Decoded tokens, and their speed."""
+        speed = self.num_tokens / max(1e-9, time.monotonic() - self.started)
+        return f"{self.num_tokens} tokens, {speed:.0f} tok/s" if self.num_tokens else ""
 
     def show(self, done: int, status: str, *, is_last: bool = False) -> None:
         self.progress.update(self.task, completed=done, status=status)
@@ -106,7 +110,7 @@ class PhaseProgress:
         seconds = self.told - self.started
         left = seconds / max(1, done - self.first) * max(0, self.total - done)
         times = f"  {seconds:.0f} s, {left:.0f} s left" if done > self.first else ""
-        self.console.out(f"{self.verb} {done}/{self.total}  {status}{times}".rstrip())
+        self.console.out(f"{self.verb} {done}/{self.total}" + f"  {status}".rstrip() + times)
 
 
 class MetricsLog:
@@ -203,64 +207,3 @@ def complete_rows(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
-
-
-class DecodingProgress:
-    """Progress of `opdlm rollout`: finished prompts, tokens per second, remaining time."""
-
-    def __init__(self, num_prompts: int, console: Console) -> None:
-        self.num_prompts, self.console = num_prompts, console
-        self.done = self.num_tokens = 0
-        self.seen: set[int] = set()
-        self.progress = progress_line("rollout", console)
-        self.task: TaskID | None = None
-
-    def __enter__(self) -> DecodingProgress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.num_tokens / max(1e-9, time.monotonic() - self.started)
-
-    def begin(self, now: float) -> TaskID:
-        """Start the timer at the first decoding step, so that loading is not counted."""
-        if self.task is None:
-            self.first_done, self.started, self.told = self.done, now, now
-            self.task = self.progress.add_task("", total=self.num_prompts, completed=self.done, status="")
-            self.progress.start()
-        return self.task
-
-    def on_step(self, index_B: Tensor, tokens_BL: Tensor, revealed_BL: Tensor) -> None:
-        """Callback of `generate` after every decoding step."""
-        task = self.begin(time.monotonic())
-        self.seen.update(index_B.tolist())
-        self.num_tokens += int(revealed_BL.sum())
-        finished = self.done + len(self.seen) - len(index_B)
-        self.progress.update(task, completed=finished, status=f"{self.tokens_per_second:.0f} tok/s")
-        if time.monotonic() - self.told > LINE_SECONDS:
-            self.tell(finished)
-
-    def on_piece(self, rollouts: Sequence[Rollout], seconds: float) -> None:
-        """Callback after a chunk was saved; `seconds` is 0 if an earlier run had saved it."""
-        if seconds and self.task is None:  # an engine that reports no steps
-            self.begin(time.monotonic() - seconds)
-        if not self.seen and seconds:
-            self.num_tokens += sum(rollout.num_response for rollout in rollouts)
-        self.done += len(rollouts)
-        self.seen.clear()
-        if seconds:
-            self.tell(self.done)
-
-    def tell(self, finished: int) -> None:
-        """Print a line where no terminal shows a bar."""
-        self.told = time.monotonic()
-        if self.console.is_terminal:
-            return
-        spent, ended = self.told - self.started, finished - self.first_done
-        times = (
-            f"  {spent:.0f} s, {spent / ended * (self.num_prompts - finished):.0f} s left" if ended else ""
-        )
-        self.console.out(f"rollout {finished}/{self.num_prompts}  {self.tokens_per_second:.0f} tok/s{times}")
