@@ -7,6 +7,7 @@ size 576. A full copy of the weights moves much further at the same rate, and ge
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,7 +61,7 @@ def profile(model_path: str, overrides: Sequence[str]) -> list[Choice]:
     except OpdlmError:  # nothing that can be converted: the run says why
         return []
     chosen: list[Choice] = []
-    for choose in (objective_choices, method_choices, size_choices, optimizer_choices, memory_choices):
+    for choose in CHOOSERS:
         for choice in choose(build_section(Config, values), sizes):
             if choice.key not in given:
                 set_value(values, choice.key, choice.value)
@@ -96,17 +97,27 @@ def method_choices(config: Config, _: ModelSizes) -> list[Choice]:
     return chosen
 
 
-def size_choices(_: Config, sizes: ModelSizes) -> list[Choice]:
+def size_choices(config: Config, sizes: ModelSizes) -> list[Choice]:
     """How much one core does: about half an hour with 135 M parameters, one to two hours with 630 M."""
     if PartialState().device.type != "cpu":
         return []
     steps = min(CPU_MOST_STEPS, max(1, round(CPU_STEPS * (CPU_PARAMETERS / sizes.total) ** 0.5)))
+    rows = config.train.rows_per_update
     return [
         Choice(key="train.num_steps", value=steps, reason=f"{sizes.total / 1e6:,.0f} M parameters on a CPU"),
-        Choice(key="rollout.prompts_per_step", value=16, reason="the same"),
+        Choice(key="rollout.prompts_per_step", value=math.ceil(16 / rows) * rows, reason="the same"),
         Choice(key="rollout.decode.max_new_tokens", value=128, reason="the same"),
         Choice(key="rollout.decode.batch_size", value=16, reason="rows decoded at once"),
     ]
+
+
+def row_choices(config: Config, _: ModelSizes) -> list[Choice]:
+    """Rows of an update that divide the prompts of a step."""
+    prompts, rows = config.rollout.prompts_per_step, config.train.rows_per_update
+    if prompts % rows == 0:
+        return []
+    reason = f"divides {prompts} prompts a step"
+    return [Choice(key="train.rows_per_update", value=math.gcd(prompts, rows), reason=reason)]
 
 
 def optimizer_choices(config: Config, sizes: ModelSizes) -> list[Choice]:
@@ -137,6 +148,17 @@ def memory_choices(config: Config, sizes: ModelSizes) -> list[Choice]:
         Choice(key="train.micro_batch_rows", value=micro, reason=reason),
         Choice(key="train.gradient_checkpointing", value=recomputes, reason="the same"),
     ]
+
+
+CHOOSERS = (
+    objective_choices,
+    method_choices,
+    size_choices,
+    row_choices,
+    optimizer_choices,
+    memory_choices,
+)
+"""In this order: each knows what those before it chose."""
 
 
 def describe_profile(chosen: Sequence[Choice]) -> str:

@@ -43,6 +43,21 @@ def test_what_a_user_gives_is_not_chosen_and_the_rest_follows_it(model: Path) ->
     assert config.format.mask_init == "noise"
 
 
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ("rollout.prompts_per_step=4", {"train.rows_per_update": 4}),
+        ("rollout.prompts_per_step=12", {"train.rows_per_update": 4}),
+        ("train.rows_per_update=24", {"rollout.prompts_per_step": 24}),
+        ("train.rows_per_update=6", {"rollout.prompts_per_step": 18}),
+    ],
+)
+def test_updates_divide_the_prompts_of_a_step(model: Path, given: str, chosen: dict[str, int]) -> None:
+    overrides = [given, f"data.path={model.parent / 'prompts.jsonl'}"]
+    assert chosen.items() <= values_of(model, *overrides).items()
+    convert_settings(str(model), overrides)  # no ConfigError
+
+
 def test_little_memory_gives_smaller_micro_batches_and_then_recomputed_activations(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
