@@ -25,15 +25,12 @@ from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Prompt, Rollout, digest_of
 from opdlm.distill.rollout_file import decode_resumably, is_finished, write_rollouts
 from opdlm.errors import ConfigError
-from opdlm.evaluation.generation_log import fingerprint
+from opdlm.evaluation.generation_log import BATCHES_PER_PIECE, fingerprint
 from opdlm.modeling.compiled import compiled_decoding
 from opdlm.modeling.diffusion_lm import DiffusionSpec
 from opdlm.seeds import seed_of
 from opdlm.training.metrics import PhaseProgress
 from opdlm.vllm.engine import check_vllm, start_ar_model
-
-BATCHES_PER_PIECE = 4
-"""So many batches are kept on disk at a time: a finished row of a piece is replaced by the next prompt."""
 
 
 def record_rollouts(

@@ -30,7 +30,7 @@ from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout, num_first_unknown
 from opdlm.errors import ConfigError, DataError
-from opdlm.evaluation.generation_log import Generation, GenerationLog
+from opdlm.evaluation.generation_log import BATCHES_PER_PIECE, Generation, GenerationLog
 from opdlm.evaluation.intervals import Interval, PairedComparison, compare_paired, mean_of_shares, wilson
 from opdlm.evaluation.scoring import is_right, is_right_flexibly
 from opdlm.files import write_atomic
@@ -151,7 +151,7 @@ def decode_tasks(
     console: Console | None = None,
     doing: Doing | None = None,
 ) -> Outputs:
-    """Responses to all tasks, in batches of prompts of similar length; those in the log are decoded once.
+    """Responses to all tasks, in pieces of prompts of similar length; those in the log are decoded once.
 
     `name`, and `seed` at a temperature above 0, are part of a response's key in the log. `console` shows the
     progress, or `doing` is told of it.
@@ -163,17 +163,18 @@ def decode_tasks(
     done = dict(log.finished) if log else {}
     order = sorted(range(len(tasks)), key=lambda i: (tasks[i].held_out, len(tasks[i].prompt.ids)))
     missing = [i for i in order if keys[i] not in done]
+    size = BATCHES_PER_PIECE * config.batch_size
     with PhaseProgress(f"evaluate {label}", len(tasks), console, doing) as progress:
         progress.skip(len(tasks) - len(missing))
-        for first in range(0, len(order), config.batch_size):
-            chosen = [i for i in order[first : first + config.batch_size] if keys[i] not in done]
+        for first in range(0, len(order), size):
+            chosen = [i for i in order[first : first + size] if keys[i] not in done]
             prompts = [tasks[i].prompt.ids for i in chosen]
             started = time.perf_counter()
-            batch = generate(
+            piece = generate(
                 model, prompts, config, [prompt_seed(seed, ids) for ids in prompts], progress.on_step
             )
             seconds = (time.perf_counter() - started) / max(1, len(chosen))
-            fresh = {keys[i]: Generation(r, seconds) for i, r in zip(chosen, batch, strict=True)}
+            fresh = {keys[i]: Generation(r, seconds) for i, r in zip(chosen, piece, strict=True)}
             if log and fresh:
                 log.add(fresh)
             done |= fresh

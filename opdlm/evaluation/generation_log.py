@@ -1,4 +1,4 @@
-"""A log of responses, written after every batch, from which an interrupted evaluation resumes.
+"""A log of responses, written after every piece, from which an interrupted evaluation resumes.
 
 Append-only JSON lines. The key of a line is a hash of everything that determines the response (checkpoint,
 decode settings, prompt), so a response is reused exactly if these are unchanged. A truncated last line is
@@ -17,10 +17,15 @@ from typing import Any
 
 from opdlm.decoding.rollout import Rollout
 
+BATCHES_PER_PIECE = 4
+"""So many batches are decoded, and then logged, together: the next prompt takes the row of a finished one.
+What is interrupted is decoded again beside the same prompts, since others may change its rounding.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One response, and the time of its batch divided by the number of its prompts, in seconds."""
+    """One response, and the time of its piece divided by the number of its prompts, in seconds."""
 
     rollout: Rollout
     seconds: float
@@ -47,7 +52,7 @@ class GenerationLog:
         return hashlib.sha256(described.encode()).hexdigest()[:32]
 
     def add(self, generations: dict[str, Generation]) -> None:
-        """Append a batch in one write and flush it to the disk."""
+        """Append a piece in one write and flush it to the disk."""
         lines = [json.dumps({"key": key} | g.to_record()) + "\n" for key, g in generations.items()]
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))

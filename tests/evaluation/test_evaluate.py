@@ -149,6 +149,29 @@ def test_the_score_is_the_speed_of_lossless_decoding_or_the_worst_that_the_stude
     assert evaluation.score_of(slower) == min(worth)
 
 
+def test_an_interrupted_piece_is_decoded_again_beside_the_same_prompts(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of four batches, here of one prompt; Ctrl-C in the second."""
+    settings = ["eval.modes=static", "eval.decode.ar_accept_threshold=0"]
+    assert main(eval_command(folder, tmp_path / "whole", *settings)) == 0
+    pieces: list[int] = []
+    generate = evaluation.generate
+
+    def interrupted(model: Any, prompts: Any, *rest: Any) -> Any:
+        pieces.append(len(prompts))
+        if len(pieces) == 2:
+            raise KeyboardInterrupt
+        return generate(model, prompts, *rest)
+
+    monkeypatch.setattr(evaluation, "generate", interrupted)
+    assert main(eval_command(folder, tmp_path / "cut", *settings)) == 130
+    assert len(read_lines(tmp_path / "cut")) == 4
+    assert main(eval_command(folder, tmp_path / "cut", *settings)) == 0
+    assert [size for size in pieces if size] == [4, 4, 4, 4, 4, 4, 4]
+    assert without_timing(read_lines(tmp_path / "cut")) == without_timing(read_lines(tmp_path / "whole"))
+
+
 @pytest.mark.slow
 def test_a_killed_evaluation_continues_without_repeating_a_prompt(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
