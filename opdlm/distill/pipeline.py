@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
@@ -57,7 +58,7 @@ from opdlm.evaluation.retention import (
     measure_folder,
     versions,
 )
-from opdlm.files import atomic_folder, write_atomic, write_manifest
+from opdlm.files import atomic_folder, find_damage, write_atomic, write_manifest
 from opdlm.modeling.attention import choose_backend, unsupported_reason
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.objectives.mask_theory import ngram_signal_weights, optimal_t
@@ -71,6 +72,8 @@ from opdlm.training.loop import EvalCallback, result_checkpoint
 from opdlm.training.metrics import Doing, MetricsLog, PhaseProgress, read_metrics
 from opdlm.training.run_folder import owned, prepare_output, read_changes, start_date
 
+CARD_FILE = "README.md"
+"""Of a result folder, written last."""
 LEARNT = 0.05
 """Tokens per forward that a student which has learnt something gains, at least."""
 HELD_BACK_TOKENS, HELD_BACK_TIMED = 64, 4
@@ -251,6 +254,10 @@ def run_conversion(config: Config, ranks: PartialState, console: Console, starte
         window = auto_window(optimal_t(weights), config.masking.auto_width)
         config = replace(config, masking=resolve_auto(config.masking, optimal_t(weights)))
     output_dir = prepare_output(config, writes=ranks.is_main_process)
+    folder = output_dir / MODEL_FOLDER
+    if (folder / CARD_FILE).is_file() and is_written(folder, output_dir, config):
+        console.out(f"{folder} is finished: nothing is trained or measured again")
+        return folder
     if weights and ranks.is_main_process:
         plot_signal(weights, window, output_dir / "mask_window.png")
         console.out(
@@ -267,20 +274,29 @@ def run_conversion(config: Config, ranks: PartialState, console: Console, starte
         if held_back:
             untrained = untrained_score(held_back, inputs.student, console)
         run = train(inputs.student, inputs.prompts, config, log, inputs.recorded, eval_callback, every)
-    folder = output_dir / MODEL_FOLDER
     if held_back:
         tell_if_nothing_learnt(output_dir, untrained, config, console)
     if ranks.is_main_process:
+        write_result(run, inputs, held_back, config, console)
+    return folder
+
+
+def write_result(
+    run: Run, inputs: Inputs, held_back: Sequence[Ids], config: Config, console: Console
+) -> None:
+    """Write the folder of the converted model, measure it, and describe both in its card."""
+    output_dir = Path(config.output_dir)
+    folder = output_dir / MODEL_FOLDER
+    if not is_written(folder, output_dir, config):  # else the measurement was interrupted, and goes on
         with atomic_folder(folder) as partial:
             write_model(partial, trained_student(run, config).eval(), inputs.tokenizer, config.model.path)
             write_record(partial, output_dir, config)
             if held_back:
                 write_prompt_ids(partial / HELD_BACK_FILE, held_back, inputs.tokenizer)
-        if inputs.tasks or held_back:
-            measure_folder(folder, measured_config(folder, config), folder, console=console)
-        write_card(folder, config)
-        write_manifest(folder)
-    return folder
+    if inputs.tasks or held_back:
+        measure_folder(folder, measured_config(folder, config), folder, console=console)
+    write_card(folder, config)
+    write_manifest(folder)
 
 
 def tell_if_nothing_learnt(output_dir: Path, untrained: float, config: Config, console: Console) -> None:
@@ -387,18 +403,32 @@ def describe(inputs: Inputs, config: Config, console: Console) -> None:
     )
 
 
-def write_record(folder: Path, output_dir: Path, config: Config) -> None:
-    """Write settings, versions and training curves of the run beside the weights."""
-    (folder / CONFIG_COPY).write_text(config.to_yaml())
+def run_results(output_dir: Path) -> dict[str, Any]:
+    """Time, versions and last metrics of the run, and which settings changed on its way."""
     metrics = read_metrics(output_dir / "metrics.jsonl")
     seconds = sum(row["seconds"] for row in metrics)  # over all parts of a resumed run
     results = {"train_seconds": round(seconds, 1), "versions": versions(), **(metrics[-1] if metrics else {})}
-    results["changed_settings"] = read_changes(output_dir)
-    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2))
-    plot_metrics({"": metrics}, folder / "training.png")
+    return results | {"changed_settings": read_changes(output_dir)}
+
+
+def write_record(folder: Path, output_dir: Path, config: Config) -> None:
+    """Write settings, results and training curves of the run beside the weights."""
+    (folder / CONFIG_COPY).write_text(config.to_yaml())
+    (folder / RESULTS_FILE).write_text(json.dumps(run_results(output_dir), indent=2))
+    plot_metrics({"": read_metrics(output_dir / "metrics.jsonl")}, folder / "training.png")
+
+
+def is_written(folder: Path, output_dir: Path, config: Config) -> bool:
+    """Whether the folder holds the undamaged result of the run as it stands: its weights are not written
+    again then, and a log of responses beside them stays of use.
+    """
+    copy, results = folder / CONFIG_COPY, folder / RESULTS_FILE
+    if not (copy.is_file() and results.is_file()) or copy.read_text() != config.to_yaml():
+        return False
+    return json.loads(results.read_text()) == run_results(output_dir) and not find_damage(folder)
 
 
 def write_card(folder: Path, config: Config) -> None:
     """Write the model card, README.md."""
     results = json.loads((folder / RESULTS_FILE).read_text())
-    write_atomic(folder / "README.md", model_card(config, results, read_retention(folder)))
+    write_atomic(folder / CARD_FILE, model_card(config, results, read_retention(folder)))

@@ -19,6 +19,8 @@ from opdlm.cli.main import main
 from opdlm.data.prompts import hold_back
 from opdlm.distill.trainer import StudentLoss
 from opdlm.errors import DataError
+from opdlm.evaluation import evaluate as evaluation
+from opdlm.files import find_damage
 from opdlm.training import metrics
 
 
@@ -68,6 +70,43 @@ def test_a_conversion_ends_with_numbers_on_prompts_that_it_kept_from_training(
     report = opdlm.evaluate(run / "model", modes=["lossless"])
     assert report["teacher"]["num_prompts"] == 3
     assert report["student"][0]["identical_to_teacher"] == 1.0
+
+
+def test_a_finished_conversion_is_not_measured_again_and_an_interrupted_measurement_goes_on(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the second of the responses of three modes; then the command, twice."""
+    command = ["convert", str(root / "teacher"), *settings(root, tmp_path / "run")]
+    decoded: list[int] = []
+    generate = evaluation.generate
+
+    def interrupted(model: Any, prompts: Any, *rest: Any) -> Any:
+        decoded.append(len(prompts))
+        if prompts and sum(map(bool, decoded)) == 2:
+            raise KeyboardInterrupt
+        return generate(model, prompts, *rest)
+
+    monkeypatch.setattr(evaluation, "generate", interrupted)
+    assert main(command) == 130
+    folder = tmp_path / "run" / "model"
+    adapter, card = folder / "adapter" / "adapter_model.safetensors", folder / "README.md"
+    written = adapter.stat().st_mtime_ns
+    assert adapter.is_file() and not card.exists()
+    assert main(command) == 0
+    assert [number for number in decoded if number] == [3, 3, 3, 3, 3]
+    assert adapter.stat().st_mtime_ns == written
+    report, first = (folder / "retention.json").read_bytes(), capsys.readouterr().out
+    assert main(command) == 0
+    second = capsys.readouterr().out
+    assert len([number for number in decoded if number]) == 5
+    assert (folder / "retention.json").read_bytes() == report
+    assert f"{folder} is finished" in second and "evaluate" not in second
+    assert first.splitlines()[-3:] == second.splitlines()[-3:]  # what was found, and what comes next
+    assert main([*command, "train.num_steps=9"]) == 0  # more steps: another result
+    assert adapter.stat().st_mtime_ns > written and len([number for number in decoded if number]) > 5
+    adapter.write_bytes(adapter.read_bytes()[:-1])
+    assert main([*command, "train.num_steps=9"]) == 0  # damaged: written again
+    assert not find_damage(folder)
 
 
 def test_an_update_without_enough_memory_is_repeated_with_smaller_micro_batches(
