@@ -177,7 +177,7 @@ def evaluate(
             generations.jsonl; an interrupted measurement continues there.
         dtype: precision of the weights in memory; None: that of the run.
         overrides: other settings of the measurement as `eval.key=value`.
-        console: where progress is printed; None: nowhere.
+        console: where progress is printed; None: standard output of the main process.
 
     Returns:
         The report as plain values: `teacher` and every mode of `student` (accuracy, by_skill, retention,
@@ -211,7 +211,7 @@ def evaluate(
         config,
         None if out is None else Path(out),
         None if teacher is None else str(teacher),
-        console,
+        console or main_console(),
     )
 
 

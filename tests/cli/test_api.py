@@ -218,7 +218,10 @@ def test_training_on_text_gives_a_folder_that_loads(root: Path, tmp_path: Path) 
 
 def test_an_evaluation_is_what_the_verb_writes(root: Path, tmp_path: Path) -> None:
     folder, data = root / "preserve" / "model", root / "eval.jsonl"
-    report = opdlm.evaluate(folder, data=data, modes=["lossless"], limit=1)
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        report = opdlm.evaluate(folder, data=data, modes=["lossless"], limit=1)
+    assert "evaluate lossless" in told.getvalue()
     assert [mode["name"] for mode in report["student"]] == ["lossless"]
     command = ["eval", str(folder), f"eval.path={data}", "--modes", "lossless", "--limit", "1"]
     with contextlib.redirect_stdout(io.StringIO()):
