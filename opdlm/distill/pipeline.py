@@ -66,7 +66,12 @@ from opdlm.objectives.masking import auto_window, needs_optimal_t, resolve_auto
 from opdlm.reporting.card import model_card
 from opdlm.reporting.pages import DRAFTED, read_retention
 from opdlm.reporting.plots import plot_metrics, plot_signal
-from opdlm.training.checkpoint import load_average, load_weights, trainable_weights
+from opdlm.training.checkpoint import (
+    find_checkpoints,
+    load_average,
+    load_weights,
+    trainable_weights,
+)
 from opdlm.training.devices import check_trackers, is_sharded, join_ranks
 from opdlm.training.loop import EvalCallback, result_checkpoint
 from opdlm.training.metrics import Doing, MetricsLog, PhaseProgress, read_metrics
@@ -254,10 +259,6 @@ def run_conversion(config: Config, ranks: PartialState, console: Console, starte
         window = auto_window(optimal_t(weights), config.masking.auto_width)
         config = replace(config, masking=resolve_auto(config.masking, optimal_t(weights)))
     output_dir = prepare_output(config, writes=ranks.is_main_process)
-    folder = output_dir / MODEL_FOLDER
-    if (folder / CARD_FILE).is_file() and is_written(folder, output_dir, config):
-        console.out(f"{folder} is finished: nothing is trained or measured again")
-        return folder
     if weights and ranks.is_main_process:
         plot_signal(weights, window, output_dir / "mask_window.png")
         console.out(
@@ -269,11 +270,16 @@ def run_conversion(config: Config, ranks: PartialState, console: Console, starte
             add_self_prompts(inputs, config, output_dir, console)
     inputs, held_back = without_held_back(inputs, config)
     describe(inputs, config, console)
+    folder = output_dir / MODEL_FOLDER
+    finished = is_finished(folder, output_dir, config)
     with MetricsLog(output_dir, console, opened=started) as log:
         eval_callback, every = measurement_while_training(inputs, held_back, config, log.doing)
-        if held_back:
+        if held_back and not finished:
             untrained = untrained_score(held_back, inputs.student, console)
         run = train(inputs.student, inputs.prompts, config, log, inputs.recorded, eval_callback, every)
+    if finished:
+        console.out(f"{folder} is finished: nothing was trained or measured again")
+        return folder
     if held_back:
         tell_if_nothing_learnt(output_dir, untrained, config, console)
     if ranks.is_main_process:
@@ -426,6 +432,12 @@ def is_written(folder: Path, output_dir: Path, config: Config) -> bool:
     if not (copy.is_file() and results.is_file()) or copy.read_text() != config.to_yaml():
         return False
     return json.loads(results.read_text()) == run_results(output_dir) and not find_damage(folder)
+
+
+def is_finished(folder: Path, output_dir: Path, config: Config) -> bool:
+    """Whether an earlier run has made all steps, and has written, measured and described their result."""
+    is_trained = config.train.resume_from_checkpoint and bool(find_checkpoints(output_dir))
+    return is_trained and (folder / CARD_FILE).is_file() and is_written(folder, output_dir, config)
 
 
 def write_card(folder: Path, config: Config) -> None:
