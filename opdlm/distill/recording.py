@@ -75,9 +75,11 @@ def record_rollouts(
     with compiled_decoding(model, compiles), PhaseProgress("rollout", len(prompts), console) as progress:
 
         def decode(piece: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Rollout]:
-            if vllm is not None:
-                return vllm.responses(piece, config, seeds)
-            return generate(model, piece, config, seeds, progress.on_step)
+            if vllm is None:
+                return generate(model, piece, config, seeds, progress.on_step)
+            responses = vllm.responses(piece, config, seeds)
+            progress.num_tokens += sum(one.num_response for one in responses)
+            return responses
 
         def on_piece(rollouts: Sequence[Rollout], seconds: float) -> None:
             (progress.advance if seconds else progress.skip)(len(rollouts))
