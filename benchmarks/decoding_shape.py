@@ -33,7 +33,7 @@ from opdlm.checkpoints.load import assemble
 from opdlm.config.sections import LoraSection
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import generate
-from opdlm.distill.pipeline import versions
+from opdlm.evaluation.retention import versions
 from opdlm.evaluation.speed import hf_responses
 from opdlm.modeling.cpu_linear import use_faster_linear
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec

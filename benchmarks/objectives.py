@@ -19,9 +19,10 @@ import torch
 
 from opdlm.config.rules import load_config
 from opdlm.config.sections import Config
-from opdlm.distill.pipeline import Inputs, load_inputs, versions
+from opdlm.distill.pipeline import Inputs, load_inputs
 from opdlm.distill.trainer import start_run, train_step
 from opdlm.evaluation.evaluate import evaluate
+from opdlm.evaluation.retention import versions
 from opdlm.reporting.plots import new_figure
 
 OBJECTIVES = ("sft", "off_policy", "opd_random", "opd")

@@ -27,8 +27,9 @@ import torch
 from rich.console import Console
 
 from opdlm.config.rules import load_config
-from opdlm.distill.pipeline import convert_checkpoint, versions
+from opdlm.distill.pipeline import convert_checkpoint
 from opdlm.environment import quiet_libraries
+from opdlm.evaluation.retention import versions
 from opdlm.files import write_atomic
 from opdlm.reporting.plots import new_figure
 

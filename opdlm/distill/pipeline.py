@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
@@ -56,7 +55,7 @@ from opdlm.evaluation.retention import (
     RESULTS_FILE,
     load_eval_tasks,
     measure_folder,
-    versions,
+    run_results,
 )
 from opdlm.files import atomic_folder, find_damage, write_atomic, write_manifest
 from opdlm.modeling.attention import choose_backend, unsupported_reason
@@ -75,7 +74,7 @@ from opdlm.training.checkpoint import (
 from opdlm.training.devices import check_trackers, is_sharded, join_ranks
 from opdlm.training.loop import EvalCallback, result_checkpoint
 from opdlm.training.metrics import Doing, MetricsLog, PhaseProgress, read_metrics
-from opdlm.training.run_folder import owned, prepare_output, read_changes, start_date
+from opdlm.training.run_folder import owned, prepare_output, start_date
 
 CARD_FILE = "README.md"
 """Of a result folder, written last."""
@@ -271,7 +270,8 @@ def run_conversion(config: Config, ranks: PartialState, console: Console, starte
     inputs, held_back = without_held_back(inputs, config)
     describe(inputs, config, console)
     folder = output_dir / MODEL_FOLDER
-    finished = is_finished(folder, output_dir, config)
+    with console.status(Text(f"checking {folder}")):
+        finished = is_finished(folder, output_dir, config)
     with MetricsLog(output_dir, console, opened=started) as log:
         eval_callback, every = measurement_while_training(inputs, held_back, config, log.doing)
         if held_back and not finished:
@@ -409,14 +409,6 @@ def describe(inputs: Inputs, config: Config, console: Console) -> None:
     )
 
 
-def run_results(output_dir: Path) -> dict[str, Any]:
-    """Time, versions and last metrics of the run, and which settings changed on its way."""
-    metrics = read_metrics(output_dir / "metrics.jsonl")
-    seconds = sum(row["seconds"] for row in metrics)  # over all parts of a resumed run
-    results = {"train_seconds": round(seconds, 1), "versions": versions(), **(metrics[-1] if metrics else {})}
-    return results | {"changed_settings": read_changes(output_dir)}
-
-
 def write_record(folder: Path, output_dir: Path, config: Config) -> None:
     """Write settings, results and training curves of the run beside the weights."""
     (folder / CONFIG_COPY).write_text(config.to_yaml())
@@ -426,12 +418,13 @@ def write_record(folder: Path, output_dir: Path, config: Config) -> None:
 
 def is_written(folder: Path, output_dir: Path, config: Config) -> bool:
     """Whether the folder holds the undamaged result of the run as it stands: its weights are not written
-    again then, and a log of responses beside them stays of use.
+    again then, and a log of responses beside them stays of use. Versions and threads of today do not count.
     """
     copy, results = folder / CONFIG_COPY, folder / RESULTS_FILE
     if not (copy.is_file() and results.is_file()) or copy.read_text() != config.to_yaml():
         return False
-    return json.loads(results.read_text()) == run_results(output_dir) and not find_damage(folder)
+    written, now = json.loads(results.read_text()), run_results(output_dir)
+    return written == now | {"versions": written.get("versions")} and not find_damage(folder)
 
 
 def is_finished(folder: Path, output_dir: Path, config: Config) -> bool:

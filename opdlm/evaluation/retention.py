@@ -46,7 +46,8 @@ from opdlm.evaluation.speed import measure_speed, spread
 from opdlm.files import MANIFEST, write_manifest
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.reporting.pages import write_comparison, write_retention
-from opdlm.training.metrics import PhaseProgress
+from opdlm.training.metrics import PhaseProgress, read_metrics
+from opdlm.training.run_folder import read_changes
 
 MODEL_FOLDER = "model"
 HELD_BACK_FILE = "held_back.jsonl"
@@ -69,6 +70,14 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "threads": str(torch.get_num_threads()),
     }
+
+
+def run_results(output_dir: Path) -> dict[str, Any]:
+    """Time, versions and last metrics of a run, and which settings changed on its way."""
+    metrics = read_metrics(output_dir / "metrics.jsonl")
+    seconds = sum(row["seconds"] for row in metrics)  # over all parts of a resumed run
+    results = {"train_seconds": round(seconds, 1), "versions": versions(), **(metrics[-1] if metrics else {})}
+    return results | {"changed_settings": read_changes(output_dir)}
 
 
 def read_config_of(folder: Path) -> Config:

@@ -38,7 +38,7 @@ from opdlm.checkpoints.lora import merge_adapter
 from opdlm.config.text import TEXT_CONFIG_COPY, TextConfig
 from opdlm.data.documents import PackedDataset, RowBatch, TextRow, keep_tokens, load_documents
 from opdlm.errors import ConfigError, DataError, require_package
-from opdlm.evaluation.retention import MODEL_FOLDER, RESULTS_FILE, versions
+from opdlm.evaluation.retention import MODEL_FOLDER, RESULTS_FILE, run_results
 from opdlm.files import atomic_folder
 from opdlm.modeling.attention import unsupported_reason
 from opdlm.modeling.diffusion_lm import DiffusionLM
@@ -53,7 +53,7 @@ from opdlm.training.devices import check_trackers, is_sharded, join_ranks
 from opdlm.training.dropout import add_output_dropout
 from opdlm.training.loop import result_checkpoint
 from opdlm.training.metrics import MetricsLog, read_metrics
-from opdlm.training.run_folder import owned, prepare_output, read_changes, start_date
+from opdlm.training.run_folder import owned, prepare_output, start_date
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,10 +312,7 @@ def write_result(
 def write_record(folder: Path, output_dir: Path, config: TextConfig, losses: dict[str, float]) -> None:
     """Write settings, versions, losses and curves of the run beside the weights."""
     (folder / TEXT_CONFIG_COPY).write_text(config.to_yaml())
-    metrics = read_metrics(output_dir / "metrics.jsonl")
-    seconds = sum(row["seconds"] for row in metrics)
-    results = {"train_seconds": round(seconds, 1), "versions": versions(), **(metrics[-1] if metrics else {})}
-    results |= losses | {"changed_settings": read_changes(output_dir)}
+    results = run_results(output_dir) | losses
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2))
     (folder / "README.md").write_text(text_card(config, results))
-    plot_metrics({"": metrics}, folder / "training.png")
+    plot_metrics({"": read_metrics(output_dir / "metrics.jsonl")}, folder / "training.png")
