@@ -15,6 +15,7 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from opdlm.data.prompts import Scoring
 
-STATED_CHOICE = re.compile(r"answer(?: is|:)?\s*\(?\**([A-Z])\b", re.IGNORECASE)
+STATED_CHOICE = re.compile(r"(?i:answer(?: is:?|:))\s*\(?\**([A-J])\b")
 ANY_CHOICE = re.compile(r"\b([A-HJ])\b")
 
 STRICT_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")
@@ -34,7 +35,11 @@ NO_NUMBER = "[invalid]"
 NEXT_QUESTION = "Question:"
 """Text from here on is ignored: the model has started another question after its answer."""
 
+RUN = "import runpy; runpy.run_path({program!r}, run_name='program'); raise SystemExit({code})"
+"""As in the harness of HumanEval the program is not `__main__`; its own exit is no success."""
 FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+FIRST_CODE, NUM_CODES = 10, 100
+"""Exit codes, one of which is drawn for the end of the tests, so that no program can name it."""
 MAX_FILE_BYTES = 2**20
 BWRAP = (
     *("--unshare-all", "--die-with-parent", "--new-session", "--ro-bind", "/", "/"),
@@ -61,9 +66,9 @@ def is_right(response: str, answer: str, scoring: Scoring) -> bool:
 
 
 def chosen_letter(response: str) -> str:
-    """The letter after `answer is`, else the first standalone letter A to J but I, else empty."""
+    """The capital after `answer is` or `answer:`, else the first standalone capital A to J but I, else empty."""
     found = STATED_CHOICE.findall(response) or ANY_CHOICE.findall(response)
-    return found[0].upper() if found else ""
+    return found[0] if found else ""
 
 
 def is_right_flexibly(response: str, answer: str) -> bool:
@@ -102,8 +107,8 @@ def code_of(response: str) -> str:
 
 
 def passes(response: str, tests: str, *, seconds: int = 10, megabytes: int = 512) -> bool:
-    """Whether the response's code, followed by the tests, exits without an error within `seconds` of CPU time
-    and of wall-clock time and `megabytes` of memory.
+    """Whether the response's code, followed by the tests, runs to the end of the tests without an error,
+    within `seconds` of CPU time and of wall-clock time and `megabytes` of memory.
 
     The process is Python in isolated mode, in an empty folder, with an empty environment, inside `sandbox`.
     Without that this limits accidents, not malicious code: run unknown models in a container. It requires
@@ -111,6 +116,8 @@ def passes(response: str, tests: str, *, seconds: int = 10, megabytes: int = 512
     """
 
     import resource  # POSIX only
+
+    end = FIRST_CODE + secrets.randbelow(NUM_CODES)
 
     def limit() -> None:
         os.setsid()
@@ -122,7 +129,7 @@ def passes(response: str, tests: str, *, seconds: int = 10, megabytes: int = 512
         program = Path(folder) / "program.py"
         program.write_text(f"{code_of(response)}\n\n{tests}\n", encoding="utf-8")
         process = subprocess.Popen(
-            [*sandbox(folder), sys.executable, "-I", str(program)],
+            [*sandbox(folder), sys.executable, "-I", "-c", RUN.format(program=str(program), code=end)],
             cwd=folder,
             env={},
             stdin=subprocess.DEVNULL,
@@ -131,7 +138,7 @@ def passes(response: str, tests: str, *, seconds: int = 10, megabytes: int = 512
             preexec_fn=limit,
         )
         try:
-            return process.wait(seconds) == 0
+            return process.wait(seconds) == end
         except subprocess.TimeoutExpired:
             return False
         finally:

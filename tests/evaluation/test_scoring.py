@@ -105,6 +105,9 @@ def test_mathematics_is_compared_as_mathematics(response: str, answer: str, righ
         ("B", "B"),
         ("The answer is (C), not A.", "C"),
         ("Answer: D", "D"),
+        ("the answer is **B**", "B"),
+        ("The answer is a prism, so C.", "C"),
+        ("The answer I choose is B", "B"),
         ("I think A because B is wrong", "A"),
         ("none of them", ""),
     ],
@@ -127,6 +130,10 @@ TESTS = "assert add(2, 3) == 5"
         ("x = bytearray(2**31)\ndef add(a, b): return a + b", False),
         ("open('big', 'wb').write(bytes(2**21))\ndef add(a, b): return a + b", False),
         ("import os\nos.environ['HOME']\ndef add(a, b): return a + b", False),
+        ("def add(a, b): return 0\nraise SystemExit", False),
+        ("def add(a, b): return 0\nimport os\nos._exit(0)", False),
+        ("def add(a, b): return a + b\nif __name__ == '__main__':\n    exit(input())", True),
+        ("from __future__ import annotations\ndef add(a, b): return a + b", True),
     ],
 )
 def test_code_is_right_if_it_passes_the_tests_within_the_limits(response: str, right: bool) -> None:
