@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from opdlm.config.text import TextSection
 from opdlm.data.chat_template import encode_prompt, token_ids, with_date
 from opdlm.data.messages import PROMPT_COLUMNS, conversation_of, read_messages
-from opdlm.data.rows import Row, check_text, read_rows
+from opdlm.data.rows import Row, check_text, evenly_spaced, read_rows
 from opdlm.errors import DataError
 from opdlm.seeds import Stream, generator_for
 
@@ -197,8 +197,7 @@ class PackedDataset:
 
     def evenly(self, limit: int) -> list[TextRow]:
         """At most `limit` rows of the first epoch, evenly spaced."""
-        num = min(limit, self.per_epoch)
-        return [self.at(i * self.per_epoch // num) for i in range(num)]
+        return [self.at(number) for number in evenly_spaced(range(self.per_epoch), limit)]
 
     def _cut(self, rng: torch.Generator) -> Iterator[TextRow]:
         """The rows of one epoch."""

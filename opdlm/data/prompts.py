@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -22,14 +22,13 @@ from transformers import PreTrainedTokenizerBase
 from opdlm.config.sections import DataSection, SourceSection
 from opdlm.data.chat_template import encode_prompt, unread_keys, with_date
 from opdlm.data.messages import Conversation, conversation_of
-from opdlm.data.rows import Row, read_rows
+from opdlm.data.rows import Item, Row, evenly_spaced, read_rows
 from opdlm.decoding.rollout import Prompt
 from opdlm.errors import DataError
 from opdlm.files import write_atomic
 
 Scoring = Literal["exact", "gsm8k", "math", "choice", "code"]
 """How responses are scored: `eval.scoring`, implemented in `evaluation.scoring`."""
-Item = TypeVar("Item")
 Ids = tuple[int, ...]
 log = logging.getLogger(__name__)
 
@@ -258,7 +257,7 @@ def hold_back(
     """
     distinct = list(dict.fromkeys(map(ids_of, items)))
     count = min(number, len(distinct) // 8)
-    chosen = [distinct[i * len(distinct) // count] for i in range(count)] if count else distinct[:number]
+    chosen = evenly_spaced(distinct, count) if count else distinct[:number]
     held_back = set(chosen) if count else set()
     return [item for item in items if ids_of(item) not in held_back], chosen
 

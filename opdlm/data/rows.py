@@ -7,9 +7,9 @@ other line separators are valid inside JSON texts. What cannot be read is a Data
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic_core import from_json
 
@@ -18,7 +18,14 @@ from opdlm.config.sections import resolve_path
 from opdlm.errors import DataError
 
 Row = dict[str, Any]
+Item = TypeVar("Item")
 COMPRESSED = (".gz", ".zst")
+
+
+def evenly_spaced(items: Sequence[Item], num: int) -> list[Item]:
+    """`num` of the items, or all if there are fewer, the first among them."""
+    num = min(num, len(items))
+    return [items[i * len(items) // num] for i in range(num)]
 
 
 def read_rows(path: str, split: str = "train", config: str = "") -> list[tuple[str, Row]]:

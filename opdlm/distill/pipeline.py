@@ -39,6 +39,7 @@ from opdlm.data.prompts import (
     weighted_sources,
     write_prompt_ids,
 )
+from opdlm.data.rows import evenly_spaced
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.generate import generate
@@ -115,8 +116,7 @@ class RetentionCallback:
     teacher: Outputs | None = None
 
     def __post_init__(self) -> None:
-        num = min(self.section.subset, len(self.tasks))
-        self.tasks = [self.tasks[i * len(self.tasks) // num] for i in range(num)]  # evenly spaced
+        self.tasks = evenly_spaced(self.tasks, self.section.subset)
 
     def __call__(self, model: DiffusionLM) -> dict[str, float]:
         """Metrics; `score` and `retention` are those of the worst mode."""

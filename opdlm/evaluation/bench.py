@@ -21,13 +21,14 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlm.checkpoints.load import check_decode, check_fits, load, load_causal_lm, load_tokenizer
 from opdlm.data.prompts import load_tasks
+from opdlm.data.rows import evenly_spaced
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.draft_policy import MOST_DRAFTS
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
 from opdlm.errors import ConfigError
 from opdlm.evaluation.retention import eval_config, versions
-from opdlm.evaluation.speed import ASSISTED_NAME, LOOKUP_NAME, LOOKUP_TOKENS, Speed, measure_speed, spread
+from opdlm.evaluation.speed import ASSISTED_NAME, LOOKUP_NAME, LOOKUP_TOKENS, Speed, measure_speed
 from opdlm.files import write_atomic
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from opdlm.reporting.plots import plot_acceptance, plot_bars
@@ -65,7 +66,7 @@ def bench_folder(
     if not path:
         raise ConfigError("the run had no evaluation set: `prompts` must name a JSONL file.")
     tasks = load_tasks(path, tokenizer, model.spec.mask_token_id, limit=None)
-    ids = spread([task.prompt.ids for task in tasks], limit)
+    ids = evenly_spaced([task.prompt.ids for task in tasks], limit)
     check_fits(model, ids, config.max_new_tokens, "max_new_tokens")
     ar_model = load_causal_lm(str(folder))
     ar_model.to(model.device)  # type: ignore[arg-type]

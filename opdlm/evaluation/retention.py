@@ -27,6 +27,7 @@ from opdlm.config.loader import apply_override, build_section
 from opdlm.config.rules import check_config, load_config
 from opdlm.config.sections import CONFIG_COPY, Config, EvalSection, resolve_path
 from opdlm.data.prompts import Task, load_tasks
+from opdlm.data.rows import evenly_spaced
 from opdlm.errors import ConfigError, DataError, require_package
 from opdlm.evaluation.evaluate import (
     ModeReport,
@@ -42,7 +43,7 @@ from opdlm.evaluation.evaluate import (
 )
 from opdlm.evaluation.generation_log import GenerationLog, fingerprint
 from opdlm.evaluation.likelihood import agreement_report, likelihood_report
-from opdlm.evaluation.speed import measure_speed, spread
+from opdlm.evaluation.speed import measure_speed
 from opdlm.files import MANIFEST, write_manifest
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.reporting.pages import write_comparison, write_retention
@@ -201,7 +202,7 @@ def measure_lossless_speed(
     """
     ar_model = load_causal_lm(str(folder), config.model.dtype)
     ar_model.to(model.device)  # type: ignore[arg-type]
-    prompts = [task.prompt.ids for task in spread(tasks, config.eval.timed_prompts)]
+    prompts = [task.prompt.ids for task in evenly_spaced(tasks, config.eval.timed_prompts)]
     decode = config.eval.decode
     rows = measure_speed(
         model,

@@ -66,7 +66,7 @@ def is_right(response: str, answer: str, scoring: Scoring) -> bool:
 
 
 def chosen_letter(response: str) -> str:
-    """The capital after `answer is` or `answer:`, else the first standalone capital A to J but I, else empty."""
+    """The capital after `answer is` or `answer:`, else the first lone one of A to J but I, else empty."""
     found = STATED_CHOICE.findall(response) or ANY_CHOICE.findall(response)
     return found[0] if found else ""
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -46,7 +46,6 @@ AR_DECODERS = (AR_NAME, VLLM_NAME, "ar", "ar" + COMPILED)
 LOOKUP_NAME, ASSISTED_NAME = "prompt lookup", "assisted generation"
 LOOKUP_TOKENS = (10, COPIED)
 """Lengths of the drafts of prompt lookup: the value in the documentation of transformers, and ours."""
-Item = TypeVar("Item")
 Responses = list[tuple[int, ...]]
 Prompts = Sequence[Sequence[int]]
 Decoder = Callable[[Prompts], tuple[Responses, float | None]]
@@ -69,11 +68,6 @@ class Speed:
     """Share of responses equal to those of `transformers.generate`."""
     seconds: tuple[float, ...]
     """Of each repeat."""
-
-
-def spread(items: Sequence[Item], num: int) -> list[Item]:
-    """Up to `num` of the items, evenly spaced."""
-    return list(items[:: max(1, len(items) // num)][:num])
 
 
 def hf_responses(

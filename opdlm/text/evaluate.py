@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opdlm.data.documents import PackedDataset, load_documents
-from opdlm.data.rows import read_rows
+from opdlm.data.rows import evenly_spaced, read_rows
 from opdlm.errors import ConfigError, DataError
 from opdlm.evaluation.retention import student_names, versions
 from opdlm.reporting.tables import NOTHING, Table, percent, with_interval
@@ -101,8 +101,7 @@ def nats_values(nats: RowNats) -> Values:
 def measure_questions(model: LikelihoodModel, metrics: Sequence[str], path: str, limit: int | None) -> Values:
     """How well every metric ranks the options."""
     rows = read_rows(path)
-    num = min(limit or len(rows), len(rows))
-    chosen = [rows[i * len(rows) // num] for i in range(num)]
+    chosen = evenly_spaced(rows, limit or len(rows))
     mask_token_id = model.diffusion_lm.spec.mask_token_id
     questions = read_questions(chosen, model.tokenizer, mask_token_id, model.context_length)
     return {"metrics": {name: asdict(rank_options(model.scores[name], questions)) for name in metrics}}

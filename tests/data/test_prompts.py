@@ -24,6 +24,7 @@ from opdlm.data.prompts import (
     load_tasks,
     weighted_sources,
 )
+from opdlm.data.rows import evenly_spaced
 from opdlm.decoding.rollout import Prompt
 from opdlm.errors import DataError
 
@@ -225,3 +226,9 @@ def test_thinking_is_switched_through_the_chat_template(
         prompts = load_prompts(DataSection(path=str(path), enable_thinking=value), tokenizer, MASK)
         texts[value] = tokenizer.decode(list(prompts[0].ids))
     assert texts == {None: "add 47 38", True: "add 47 38", False: "add 47 38=>"}
+
+
+def test_prompts_are_evenly_spaced() -> None:
+    assert evenly_spaced(range(40), 4) == [0, 10, 20, 30]
+    assert evenly_spaced(range(24), 16) == [i * 3 // 2 for i in range(16)]
+    assert evenly_spaced(range(3), 16) == [0, 1, 2] and evenly_spaced([], 4) == []

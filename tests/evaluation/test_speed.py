@@ -15,7 +15,7 @@ from rich.console import Console
 from opdlm.decoding.rollout import Rollout
 from opdlm.evaluation import speed
 from opdlm.evaluation.bench import acceptance_by_place, write_speed
-from opdlm.evaluation.speed import Speed, spread, time_decoders
+from opdlm.evaluation.speed import Speed, time_decoders
 from opdlm.reporting.tables import print_table, speed_table
 
 
@@ -78,11 +78,6 @@ def test_bars_are_ratios_from_zero(
     assert axis.get_yscale() == "linear" and axis.get_ylim()[0] == 0
     assert [bar.get_height() for bar in axis.patches] == [0.5, 1.0, 2.0]
     assert json.loads((tmp_path / "bench.json").read_text())["rows"][2]["over_fastest_ar"] == 2.0
-
-
-def test_prompts_are_evenly_spaced() -> None:
-    assert spread(range(40), 4) == [0, 10, 20, 30]
-    assert spread(range(3), 16) == [0, 1, 2]
 
 
 def test_acceptance_counts_a_place_where_all_before_it_were_accepted() -> None:
