@@ -164,8 +164,11 @@ def run_eval(options: argparse.Namespace) -> int:
         return run_text(options, folders, overrides)
     if options.metrics or options.num_rates is not None or options.prediction:
         raise ConfigError("--metrics, --num-rates and --prediction belong to --text: give the file.")
-    if not options.tasks and (options.include_path or options.num_fewshot is not None):
-        raise ConfigError("--include-path and --num-fewshot belong to --tasks: give the names of the tasks.")
+    for_tasks = (options.include_path, options.num_fewshot is not None, options.chat_template)
+    if not options.tasks and any(for_tasks):
+        raise ConfigError(
+            "--include-path, --num-fewshot and --chat-template belong to --tasks: name the tasks."
+        )
     from rich.console import Console
 
     from opdlm.checkpoints.folders import check_is_converted
@@ -229,9 +232,12 @@ def run_tasks(options: argparse.Namespace, folders: Sequence[Path], overrides: S
     """Tasks of lm-evaluation-harness in every mode."""
     if len(folders) > 1:
         raise ConfigError("--tasks measures one DIR: run it for each of them.")
-    from opdlm.evaluation.lm_eval import evaluate_tasks
+    if options.teacher:
+        raise ConfigError("--teacher has no effect with --tasks: leave it out.")
+    from opdlm.evaluation.lm_eval import check_overrides, evaluate_tasks
     from opdlm.evaluation.retention import eval_config
 
+    check_overrides(overrides)
     results = evaluate_tasks(
         folders[0],
         eval_config(folders[0], overrides),

@@ -27,7 +27,7 @@ from opdlm.decoding.draft_policy import MOST_DRAFTS
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
 from opdlm.errors import ConfigError
-from opdlm.evaluation.retention import eval_config, versions
+from opdlm.evaluation.retention import recorded_eval, versions
 from opdlm.evaluation.speed import ASSISTED_NAME, LOOKUP_NAME, LOOKUP_TOKENS, Speed, measure_speed
 from opdlm.files import write_atomic
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
@@ -62,10 +62,18 @@ def bench_folder(
     modes = modes or default_modes(model.spec)
     for mode in modes:
         check_decode(replace(config, mode=mode), model.spec)
-    path = prompts or eval_config(folder, []).eval.path
+    run = recorded_eval(folder)
+    path = prompts or run.eval.path
     if not path:
         raise ConfigError("the run had no evaluation set: `prompts` must name a JSONL file.")
-    tasks = load_tasks(path, tokenizer, model.spec.mask_token_id, limit=None)
+    tasks = load_tasks(
+        path,
+        tokenizer,
+        model.spec.mask_token_id,
+        enable_thinking=run.data.enable_thinking,
+        date=run.data.date,
+        scoring="exact" if prompts else run.eval.scoring,
+    )
     ids = evenly_spaced([task.prompt.ids for task in tasks], limit)
     check_fits(model, ids, config.max_new_tokens, "max_new_tokens")
     ar_model = load_causal_lm(str(folder))

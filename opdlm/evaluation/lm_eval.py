@@ -2,8 +2,9 @@
 
 `ar` and `lossless` score text with the AR model's exact likelihood, `static` and `threshold` with the
 diffusion bound (`likelihood.nll_bound`); in these modes a continuation is greedy if decoding returns it.
-Tokenisation, truncation, chat templates, batching and stop strings are those of the harness's Hugging Face
-class, so scores are comparable with `lm_eval --model hf`. Needs the extra `eval`. The harness's own command,
+Tokenisation, chat templates, batching and stop strings are those of the harness's Hugging Face class, so
+scores are comparable with `lm_eval --model hf`. So is the truncation of long contexts from the left; in
+`static` and `threshold` two blocks less fit. Needs the extra `eval`. The harness's own command,
 with this model registered:
 
     python -m opdlm.evaluation.lm_eval run --model opdlm --model_args pretrained=DIR,mode=threshold
@@ -14,19 +15,21 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
-from opdlm.checkpoints.load import check_decode, load, read_spec
+from opdlm.checkpoints.load import check_decode, load, max_total_tokens, read_spec
 from opdlm.config.sections import Config
 from opdlm.decoding.decode_config import DecodeConfig, Mode
 from opdlm.decoding.generate import generate
 from opdlm.errors import ConfigError
 from opdlm.evaluation.likelihood import nll_bound
+from opdlm.files import write_atomic
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.modeling.slots import clean_slots
 from opdlm.objectives.states import text_to_rollout
@@ -34,6 +37,12 @@ from opdlm.seeds import generator_for
 
 MODES: tuple[Mode, ...] = ("ar", "static", "threshold", "lossless")
 SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "attention_mask"}
+DEFAULT_SAMPLES = 16
+"""Pairs of orders in a likelihood bound."""
+FROM_TASKS = ("mode", "max_new_tokens", "temperature", "top_k", "top_p", "logprobs")
+"""Decode settings that are the task's, or have no meaning for it."""
+READ = ("modes", "limit", "likelihood_samples")
+"""Settings `eval.NAME` that a run of tasks reads, beside those of decoding."""
 
 
 @functools.cache
@@ -57,12 +66,15 @@ def harness_class() -> type:
             dtype: str = "auto",
             confidence_threshold: float | None = None,
             ar_accept_threshold: float | None = None,
-            likelihood_samples: int = 16,
+            likelihood_samples: int = DEFAULT_SAMPLES,
             seed: int = 0,
+            decode: DecodeConfig | None = None,
             **options: Any,
         ) -> None:
-            self.diffusion, tokenizer = load(pretrained, dtype)
-            self.decoding = mode_settings(self.diffusion, mode, confidence_threshold, ar_accept_threshold)
+            self.diffusion, tokenizer = load(pretrained, dtype, str(PartialState().device))
+            self.decoding = mode_settings(
+                self.diffusion, mode, decode or DecodeConfig(), confidence_threshold, ar_accept_threshold
+            )
             self.likelihood_samples, self.seed = likelihood_samples, seed
             super().__init__(
                 pretrained=self.diffusion.student, tokenizer=tokenizer, batch_size=batch_size, **options
@@ -98,9 +110,11 @@ def harness_class() -> type:
 
         def _bounds(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
             """(lower bound on the log-likelihood, whether decoding returns the continuation) of each pair."""
+            longest = max(len(text) for _, text in pairs)
+            room = max_total_tokens(self.diffusion) - longest
+            pairs = [(context[-int(max(1, min(room, len(context)))) :], text) for context, text in pairs]
             rows = [text_to_rollout(context, text, self.diffusion.spec) for context, text in pairs]
             bound = nll_bound(self.diffusion, rows, self.likelihood_samples, self.seed)
-            longest = max(len(text) for _, text in pairs)
             decoding = replace(self.decoding, max_new_tokens=longest)
             decoded = generate(self.diffusion, [context for context, _ in pairs], decoding)
             greedy = [
@@ -112,9 +126,15 @@ def harness_class() -> type:
 
 
 def mode_settings(
-    model: DiffusionLM, mode: Mode, confidence_threshold: float | None, ar_accept_threshold: float | None
+    model: DiffusionLM,
+    mode: Mode,
+    decode: DecodeConfig,
+    confidence_threshold: float | None,
+    ar_accept_threshold: float | None,
 ) -> DecodeConfig:
-    """Decode settings of one mode. ConfigError if the mode or the checkpoint does not use one of them."""
+    """`decode` in one mode, with the given thresholds. ConfigError if the mode or the checkpoint does not use
+    one of these.
+    """
     if mode not in MODES:
         raise ConfigError(f"mode ({mode}) must be one of {', '.join(MODES)}.")
     if model.spec.format == "sdar" and mode in ("ar", "lossless"):
@@ -130,7 +150,7 @@ def mode_settings(
         raise ConfigError(
             "ar_accept_threshold only acts in modes static and threshold of preserve: leave it out."
         )
-    config = DecodeConfig(mode=mode, **chosen)
+    config = replace(decode, mode=mode, **chosen)
     check_decode(config, model.spec)
     return config
 
@@ -161,9 +181,11 @@ def run_tasks(
     modes: Sequence[Mode],
     *,
     include_path: str | None = None,
+    model_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Results of the harness: {mode: {task: {metric: value}}}. `options` are passed to `simple_evaluate`.
+    """Results of the harness: {mode: {task: {metric: value}}}. `model_options` are arguments of its model,
+    `options` are passed to `simple_evaluate`.
 
     ConfigError if lm_eval or a task is missing.
     """
@@ -171,7 +193,6 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    batch_size = options.pop("batch_size", 1)
     manager = TaskManager(include_path=include_path)
     known = set(manager.all_tasks)
     missing = [task for task in tasks if task not in known]
@@ -181,7 +202,7 @@ def run_tasks(
         )
     results: dict[str, Any] = {}
     for mode in modes:
-        model = model_class(pretrained=folder, mode=mode, batch_size=batch_size)
+        model = model_class(pretrained=folder, mode=mode, **(model_options or {}))
         evaluated = simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, **options)
         assert evaluated is not None  # None on other ranks only
         results[mode] = evaluated["results"]
@@ -199,28 +220,41 @@ def evaluate_tasks(
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Results per mode of a converted folder (`run_tasks`), in the modes of `eval.modes` or all that the
-    format has; written to lm_eval.json in `out`.
+    format has; written to lm_eval.json in `out`, with the settings that acted.
     """
     modes: tuple[Mode, ...] = config.eval.modes
     if not modes:
         spec = read_spec(folder)
         modes = ("ar",) if spec.format == "preserve" else ()
         modes = (*modes, "static", "threshold") if spec.can_denoise else modes
+    decode = config.eval.decode
+    samples = {"likelihood_samples": config.eval.likelihood_samples or DEFAULT_SAMPLES}
+    asked: dict[str, Any] = {"num_fewshot": num_fewshot, "apply_chat_template": chat_template}
+    asked |= {"limit": config.eval.limit}
     results = run_tasks(
         str(folder),
         tasks,
         modes,
         include_path=include_path,
-        num_fewshot=num_fewshot,
-        apply_chat_template=chat_template,
-        limit=config.eval.limit,
-        batch_size=config.eval.decode.batch_size,
+        model_options={"batch_size": decode.batch_size, "decode": decode} | samples,
+        **asked,
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        record = {"folder": str(folder), "eval": config.to_dict()["eval"], "results": results}
-        (out / "lm_eval.json").write_text(json.dumps(record, indent=2, default=str))
+        acted = {name: value for name, value in asdict(decode).items() if name not in FROM_TASKS}
+        settings = asked | samples | {"modes": modes, "decode": acted}
+        record = {"folder": str(folder), "settings": settings, "results": results}
+        write_atomic(out / "lm_eval.json", json.dumps(record, indent=2, default=str))
     return results
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """ConfigError for an override of a setting that tasks do not read."""
+    decoding = {field.name for field in fields(DecodeConfig)} - set(FROM_TASKS)
+    read = {f"eval.{name}" for name in READ} | {f"eval.decode.{name}" for name in decoding}
+    for name in (override.partition("=")[0] for override in overrides):
+        if name not in read:
+            raise ConfigError(f"{name} has no effect with --tasks: leave it out. Tasks bring their own.")
 
 
 def main() -> None:

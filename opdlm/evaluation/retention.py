@@ -89,12 +89,21 @@ def read_config_of(folder: Path) -> Config:
     return load_config(path)
 
 
-def eval_config(folder: Path, overrides: Sequence[str]) -> Config:
-    """The settings of the run that made the folder, with other `eval.*` keys."""
+def recorded_eval(folder: Path) -> Config:
+    """The settings of the run that made the folder, with the held-back prompts where `eval.path` was empty.
+    Its permission to run code is not taken over: folders come from elsewhere too.
+    """
     record = read_config_of(folder)
+    path, held_back = record.eval.path, folder / HELD_BACK_FILE
+    if not path and held_back.is_file():
+        path = str(held_back)
+    return replace(record, eval=replace(record.eval, path=path, run_code=False))
+
+
+def eval_config(folder: Path, overrides: Sequence[str]) -> Config:
+    """`recorded_eval` with other `eval.*` keys."""
+    record = recorded_eval(folder)
     values = {"eval": record.to_dict()["eval"]}
-    if not record.eval.path and (folder / HELD_BACK_FILE).is_file():
-        values["eval"]["path"] = str(folder / HELD_BACK_FILE)
     for override in overrides:
         if not override.startswith("eval."):
             raise ConfigError(f"{override}: only eval.* keys matter here, for example eval.limit=10.")

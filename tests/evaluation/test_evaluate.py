@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tiny_checkpoints import tiny_overrides, write_checkpoint, write_data, write_rows
 
 from opdlm.checkpoints.load import load
 from opdlm.cli.main import main
+from opdlm.config.sections import CONFIG_COPY
 from opdlm.evaluation import evaluate as evaluation
 from opdlm.evaluation.generation_log import GenerationLog
 from opdlm.evaluation.retention import eval_config, load_eval_tasks
@@ -277,3 +280,47 @@ def test_tasks_without_the_harness_say_what_to_install(
     monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
     assert main(["eval", str(folder), "--tasks", "gsm8k"]) == 2
     assert "pip install 'opdlm[eval]'" in capsys.readouterr().err
+
+
+def with_settings_of(folder: Path, copy: Path, **settings: Any) -> Path:
+    """A copy of a converted folder whose run had other `eval.*` settings."""
+    shutil.copytree(folder, copy)
+    record = yaml.safe_load((copy / CONFIG_COPY).read_text())
+    record["eval"] |= settings
+    (copy / CONFIG_COPY).write_text(yaml.safe_dump(record))
+    (copy / "manifest.json").unlink()
+    return copy
+
+
+def test_a_folder_cannot_allow_itself_to_run_code(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write_rows(tmp_path / "code.jsonl", [{"prompt": "add 1 2", "answer": "assert True"}]))
+    other = with_settings_of(folder, tmp_path / "copy", scoring="code", run_code=True, path=path)
+    assert main(["eval", str(other)]) == 2
+    assert "set eval.run_code=true if you want that" in capsys.readouterr().err
+    assert main(["eval", str(other), "eval.run_code=true", "--modes", "static", "--max-new-tokens", "4"]) == 0
+
+
+def test_bench_reads_the_questions_of_the_run_as_the_run_did(folder: Path, tmp_path: Path) -> None:
+    path = str(write_rows(tmp_path / "gsm.jsonl", [{"question": "add 1 2", "answer": "#### 3"}]))
+    other = with_settings_of(folder, tmp_path / "copy", scoring="gsm8k", path=path)
+    short = ["--modes", "static", "--batch-sizes", "1", "--repeats", "1", "--max-new-tokens", "4"]
+    assert main(["bench", str(other), *short, "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "bench.json").read_text())["settings"]["file"] == path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "gsm8k", "--temperature", "1"], "eval.decode.temperature has no effect with --tasks"),
+        (["--tasks", "gsm8k", "--seeds", "3"], "eval.seeds has no effect with --tasks"),
+        (["--tasks", "gsm8k", "--teacher", "other"], "--teacher has no effect with --tasks"),
+        (["--chat-template"], "--include-path, --num-fewshot and --chat-template belong to --tasks"),
+    ],
+)
+def test_what_tasks_do_not_read_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["eval", str(folder), *arguments]) == 2
+    assert message in capsys.readouterr().err

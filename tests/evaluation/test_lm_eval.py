@@ -91,7 +91,7 @@ def test_the_teachers_scores_are_those_of_lm_eval_hf_to_the_last_digit(place: Pa
         TASKS,
         ["ar", "lossless"],
         include_path=str(place / "tasks"),
-        batch_size=batch_size,
+        model_options={"batch_size": batch_size},
         **options,
     )
     for task in TASKS:
