@@ -17,6 +17,7 @@ pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from opdlm.checkpoints.load import max_total_tokens
 from opdlm.cli.main import main
 from opdlm.config.sections import resolve_path
 from opdlm.data.rows import read_json
@@ -136,10 +137,28 @@ def test_settings_that_cannot_act_are_refused(place: Path) -> None:
         harness.run_tasks(folder, ["nothing"], ["ar"])
 
 
+def test_decode_settings_act_in_every_mode_that_reads_them(place: Path) -> None:
+    decode = DecodeConfig(confidence_threshold=0.5, ar_accept_threshold=0.3, temperature=1.0)
+    model = harness.harness_class()(str(place / "run" / "model"), mode="threshold", decode=decode)
+    assert (model.decoding.confidence_threshold, model.decoding.ar_accept_threshold) == (0.5, 0.3)
+    assert harness.with_sampling(model.decoding, {}, 8).temperature == 0
+
+
+def test_a_context_that_does_not_fit_is_cut_from_the_left(place: Path) -> None:
+    model = harness.harness_class()(str(place / "run" / "model"), mode="static", batch_size=1)
+    room = int(max_total_tokens(model.diffusion)) - 2
+    long = [5 + i % 7 for i in range(room + 40)]
+    scores = [model._loglikelihood_tokens([(("", ""), ids, [9, 10])]) for ids in (long, long[-room:])]
+    assert scores[0] == scores[1]
+
+
 def test_the_command_writes_the_harness_results(place: Path, tmp_path: Path) -> None:
     overrides = ["eval.modes=static", "eval.limit=3", "eval.decode.batch_size=4"]
+    overrides += ["eval.decode.denoising_steps=2"]
     options = ["--tasks", ",".join(TASKS), "--include-path", str(place / "tasks"), "--out", str(tmp_path)]
     assert main(["eval", str(place / "run" / "model"), *overrides, *options]) == 0
     results = json.loads((tmp_path / "lm_eval.json").read_text())
     assert set(results["results"]) == {"static"}
+    assert results["settings"]["decode"]["denoising_steps"] == 2
+    assert "temperature" not in results["settings"]["decode"]
     assert set(results["results"]["static"]) == set(TASKS)
