@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from functools import cache
 
-from opdlm.config.sections import Config, FormatSection, RolloutSection, Selection, scheduled
+from opdlm.config.sections import Config, FormatSection, RolloutSection, RunConfig, Selection, scheduled
 
 FROM_TEACHER = ("off_policy", "sft", "draft")
 """Objectives that train on the teacher's responses."""
@@ -41,6 +41,17 @@ def selection_at(config: Config, step: int) -> Selection:
     if config.loss.objective != "opd" or is_from_teacher(config, step):
         return "random_mask"
     return scheduled(config.states.selection_schedule, step, config.states.selection)
+
+
+def last_change(config: RunConfig, step: int) -> int:
+    """The last step, up to `step`, at which losses before and after are of different kinds."""
+    if step < config.masking.ramp_steps:
+        return step
+    starts = [config.masking.ramp_steps, *dict(config.masking.schedule)]
+    if isinstance(config, Config):
+        starts += [config.rollout.warm_start_steps, *dict(config.format.block_growth)]
+        starts += [*dict(config.states.selection_schedule), *dict(config.loss.divergence_schedule)]
+    return max(start for start in [0, *starts] if start <= step)
 
 
 def first_reused_step(config: Config, step: int) -> int:

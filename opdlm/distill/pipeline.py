@@ -370,6 +370,7 @@ def signal_weights(inputs: Inputs, config: Config) -> tuple[float, ...]:
 def add_self_prompts(inputs: Inputs, config: Config, output_dir: Path, console: Console) -> None:
     """Add prompts sampled from the model, without evaluation prompts, to those of `data.path`."""
     evaluated = {task.text for task in inputs.tasks}
+    inputs.student.to(PartialState().device)
     added = self_prompts(inputs.student, inputs.tokenizer, config, output_dir, evaluated, console)
     check_fits(
         inputs.student, [p.ids for p in added], config.rollout.decode.max_new_tokens, "data.max_prompt_tokens"

@@ -33,11 +33,11 @@ from opdlm.distill.costs import (
     training_memory,
     weight_element,
 )
-from opdlm.distill.self_prompts import SELF_PROMPTS_FILE
 from opdlm.environment import free_memory
 from opdlm.training.checkpoint import find_checkpoints
 from opdlm.training.devices import check_trackers
 from opdlm.training.machine import measured_speed
+from opdlm.training.run_folder import SELF_PROMPTS_FILE
 
 GIB = 2**30
 

@@ -8,7 +8,7 @@ size 576. A full copy of the weights moves much further at the same rate, and ge
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from opdlm.config.loader import build_section, flat, read_settings, set_value
 from opdlm.config.rules import check_config
 from opdlm.config.schedules import num_updates_of
-from opdlm.config.sections import Config, MaskSection
+from opdlm.config.sections import Config, MaskSection, TrainSection
 from opdlm.distill.costs import ModelSizes, measure_sizes
 from opdlm.distill.plan import make_plan
 from opdlm.environment import free_memory
@@ -66,6 +66,7 @@ def profile(model_path: str, overrides: Sequence[str]) -> list[Choice]:
             if choice.key not in given:
                 set_value(values, choice.key, choice.value)
                 chosen.append(choice)
+    chosen += memory_choices(build_section(Config, values), sizes, given)
     (of_first_rank,) = broadcast_object_list([chosen])
     return of_first_rank
 
@@ -132,22 +133,33 @@ def optimizer_choices(config: Config, sizes: ModelSizes) -> list[Choice]:
     ]
 
 
-def memory_choices(config: Config, sizes: ModelSizes) -> list[Choice]:
-    """The largest micro-batch whose estimate fits, with recomputed activations where one row needs them."""
+def memory_choices(config: Config, sizes: ModelSizes, given: Collection[str]) -> list[Choice]:
+    """The largest micro-batch whose estimate fits, with recomputed activations where one row needs them; what
+    the user gave stays.
+    """
     check_config(config)
-    free, rows = free_memory(PartialState().device), config.train.rows_per_update
-    options = [(n, False) for n in (rows, rows // 2, rows // 4) if n]
-    options += [(n, True) for n in (rows // 4, 1) if n]
-    for micro, recomputes in options:
+    free = free_memory(PartialState().device)
+    for micro, recomputes in memory_options(config.train, given):
         train = replace(config.train, micro_batch_rows=micro, gradient_checkpointing=recomputes)
         peak = make_plan(replace(config, train=train), sizes).peak
         if peak <= MEMORY_SHARE * free:
             break
     reason = f"estimate {peak / 2**30:.1f} of {free / 2**30:.1f} GiB free"
-    return [
-        Choice(key="train.micro_batch_rows", value=micro, reason=reason),
-        Choice(key="train.gradient_checkpointing", value=recomputes, reason="the same"),
-    ]
+    fitting = {"train.micro_batch_rows": micro, "train.gradient_checkpointing": recomputes}
+    return [Choice(key=key, value=value, reason=reason) for key, value in fitting.items() if key not in given]
+
+
+def memory_options(train: TrainSection, given: Collection[str]) -> list[tuple[int, bool]]:
+    """Rows of a micro-batch and whether activations are recomputed, the fastest first."""
+    rows = train.rows_per_update
+    halves = [n for n in (rows, rows // 2, rows // 4) if n]
+    options = [*((n, False) for n in halves), (halves[-1], True), (1, True)]
+    if "train.gradient_checkpointing" in given:
+        options = [(n, train.gradient_checkpointing) for n in (*halves, 1)]
+    if "train.micro_batch_rows" in given:
+        both = dict.fromkeys(recomputes for _, recomputes in options)
+        options = [(train.micro_batch_rows, recomputes) for recomputes in both]
+    return options
 
 
 CHOOSERS = (
@@ -156,7 +168,6 @@ CHOOSERS = (
     size_choices,
     row_choices,
     optimizer_choices,
-    memory_choices,
 )
 """In this order: each knows what those before it chose."""
 

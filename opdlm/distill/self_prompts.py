@@ -28,9 +28,8 @@ from opdlm.files import write_atomic
 from opdlm.modeling.diffusion_lm import DiffusionLM
 from opdlm.seeds import generator_for
 from opdlm.training.metrics import PhaseProgress, complete_rows
+from opdlm.training.run_folder import PARTIAL_PROMPTS_FILE, SELF_PROMPTS_FILE
 
-SELF_PROMPTS_FILE = "self_prompts.jsonl"
-PARTIAL_FILE = "self_prompts.partial.jsonl"
 PLACEHOLDER = "PLACEHOLDER"
 DRAWS_PER_PROMPT = 20
 """Samples per requested prompt, after which the search is given up."""
@@ -72,7 +71,7 @@ def self_prompts(
     """
     path = folder / SELF_PROMPTS_FILE
     if not path.is_file():
-        partial = folder / PARTIAL_FILE
+        partial = folder / PARTIAL_PROMPTS_FILE
         texts = write_prompts(model, tokenizer, config, excluded, partial, console)
         lines = (json.dumps({"prompt": text}, ensure_ascii=False) for text in texts)
         write_atomic(path, "".join(f"{line}\n" for line in lines))

@@ -169,7 +169,7 @@ def block_batch(
             weights.append(weight[versions])
     if not states:  # only prompts: the forward still runs, on any masks, without targets
         row = TextRow(rows[0].ids_R, torch.zeros_like(rows[0].start_R), rows[0].ids_R < 0)
-        return block_batch([row], spec, rates, rngs, complementary=complementary).without_targets()
+        return block_batch([row], spec, rates, rngs[:1], complementary=complementary).without_targets()
     packed = pack_states(states)
     row_M, column_M = packed.is_supervised_BS.nonzero(as_tuple=True)
     place_M = packed.slots.start_BS[row_M, column_M] + packed.target_BS[row_M, column_M]

@@ -17,6 +17,7 @@ from opdlm.data.documents import PackedDataset, load_documents
 from opdlm.data.rows import evenly_spaced, read_rows
 from opdlm.errors import ConfigError, DataError
 from opdlm.evaluation.retention import student_names, versions
+from opdlm.files import write_atomic
 from opdlm.reporting.tables import NOTHING, Table, percent, with_interval
 from opdlm.text.likelihood import RowNats
 from opdlm.text.likelihood_models import METRICS, LikelihoodModel, LikelihoodOptions, load_likelihood_model
@@ -57,7 +58,7 @@ def evaluate_text(
         out.mkdir(parents=True, exist_ok=True)
         settings = {"path": path, "limit": limit, **asdict(options)}
         result = {"settings": settings, "versions": versions(), "models": models}
-        (out / RESULT_FILE).write_text(json.dumps(result, indent=2))
+        write_atomic(out / RESULT_FILE, json.dumps(result, indent=2))
     return options_table(models) if is_questions else nats_table(models)
 
 
@@ -81,10 +82,17 @@ def check_arguments(metrics: Sequence[str], limit: int | None, options: Likeliho
 
 
 def measure_rows(model: LikelihoodModel, metrics: Sequence[str], path: str, limit: int | None) -> Values:
-    """Nats of rows of the text, which is cut as in the training of the model."""
+    """Nats of rows of the text, which is cut as in the training of the model. DataError if all of them hold
+    parts of prompts only.
+    """
     section = replace(model.data, path=path)
     documents = load_documents(section, model.tokenizer, model.diffusion_lm.spec.mask_token_id, "--text")
     rows = PackedDataset(documents, section, 0, "--text").evenly(limit or DEFAULT_ROWS)
+    if all(bool(row.is_given_R.all()) for row in rows):
+        raise DataError(
+            f"--text ({path}): the {len(rows)} rows that are measured hold prompts and no responses. Give a "
+            f"larger --limit, or a larger data.sequence_length ({model.data.sequence_length})."
+        )
     found = {name: nats_values(model.scores[name](rows, 0)) for name in metrics}
     return {"metrics": found, "num_rows": len(rows), "sequence_length": model.data.sequence_length}
 

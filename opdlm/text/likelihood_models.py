@@ -259,7 +259,7 @@ def over_pieces(
     nats, tokens, errors = list[Tensor](), list[int](), list[Tensor]()
     for row in rows:
         parts = list(pieces(row, model.spec))
-        nats_P, error_P = measure(parts)
+        nats_P, error_P = measure(parts) if parts else (torch.zeros(0), torch.zeros(0))
         nats.append(nats_P.double().sum())
         errors.append(error_P.double().square().sum().sqrt())
         tokens.append(sum(part.num_response for part in parts))

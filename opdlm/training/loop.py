@@ -7,6 +7,7 @@ micro-batches nor on the number of ranks. Not here: models, data, losses.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -14,7 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -24,7 +25,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from opdlm.config.sections import RunConfig, seconds_of
+from opdlm.config.schedules import last_change
+from opdlm.config.sections import MeasureSection, RunConfig, seconds_of
 from opdlm.errors import DataError, TimeLimitReached
 from opdlm.interrupts import on_stop_signals
 from opdlm.modeling.diffusion_lm import DiffusionLM
@@ -106,13 +108,22 @@ class Loop:
         """The `progress.json` of a checkpoint after `step` steps."""
         kept = {"num_updates": self.num_updates, "num_planned": self.num_planned, "totals": self.totals}
         kept |= {"scores": self.scores, "losses": self.losses, "data_digest": self.data_digest}
+        kept |= {"measured_by": self.measured_by()}
         return kept | {"best": [self.best_step, self.best_score] if self.best_step else None}
 
+    def measured_by(self) -> dict[str, Any]:
+        """The settings on which a score depends, as JSON holds them."""
+        when = {field.name for field in fields(MeasureSection)}
+        section: dict[str, Any] = json.loads(json.dumps(self.config.to_dict()["eval"]))
+        return {name: value for name, value in section.items() if name not in when}
+
     def restore(self, progress: dict[str, Any]) -> None:
-        """Inverse of `progress`."""
+        """Inverse of `progress`, without the scores of measurements by other settings."""
         self.num_updates, self.totals = progress["num_updates"], progress["totals"]
-        self.scores, self.losses = progress["scores"], progress.get("losses", [])
-        if self.config.eval.load_best_model_at_end and progress.get("best"):
+        self.losses = progress.get("losses", [])
+        is_comparable = progress.get("measured_by", self.measured_by()) == self.measured_by()
+        self.scores = progress["scores"] if is_comparable else []
+        if is_comparable and self.config.eval.load_best_model_at_end and progress.get("best"):
             self.best_step, self.best_score = progress["best"]
         self.scheduler = make_scheduler(
             self.optimizer, self.config.optimizer, self.num_planned, self.num_updates
@@ -344,10 +355,13 @@ def check_finite(loop: Loop, name: str, value: float) -> None:
 
 
 def check_band(loop: Loop, loss: float) -> None:
-    """Note the loss of a step. DataError where it has left the band of the first steps and stays outside."""
+    """Note the loss of a step. DataError where it has left the band of the first steps and stays outside;
+    schedules begin a new band.
+    """
     loop.losses.append(loss)
-    first, last = max(loop.losses[:BAND_STEPS]), loop.losses[-BAND_STEPS:]
-    if len(loop.losses) >= 2 * BAND_STEPS and min(last) > BAND * first > 0:
+    losses = loop.losses[last_change(loop.config, len(loop.losses) - 1) :]
+    first, last = max(losses[:BAND_STEPS]), losses[-BAND_STEPS:]
+    if len(losses) >= 2 * BAND_STEPS and min(last) > BAND * first > 0:
         raise DataError(
             f"the loss has risen to {loss:.4g}, more than {BAND:g} times that of the first steps "
             f"({first:.4g}), for {BAND_STEPS} steps. {way_on(loop)}"
@@ -416,8 +430,7 @@ def save(loop: Loop, step: int) -> None:
 def resume(loop: Loop, log: MetricsLog) -> int:
     """Resume from the newest intact checkpoint, or delete all without `train.resume_from_checkpoint`.
 
-    Returns the number of finished steps; notes if the run has become longer. DataError if the training data
-    have changed.
+    Returns the number of finished steps. DataError if the training data have changed.
     """
     output_dir = Path(loop.config.output_dir)
     if not loop.config.train.resume_from_checkpoint:
@@ -439,7 +452,17 @@ def resume(loop: Loop, log: MetricsLog) -> int:
             "continue, or choose another output_dir to start over."
         )
     loop.restore(progress)
-    if loop.best_step and not (best := checkpoint_of(output_dir, loop.best_step)).is_dir():
+    note_changes(loop, progress, log)
+    if loop.average:
+        load_average(found[-1], loop.average)
+    return progress["step"]
+
+
+def note_changes(loop: Loop, progress: dict[str, Any], log: MetricsLog) -> None:
+    """Tell what cannot go on as before the run was resumed: scores, the best step, the learning rate."""
+    if progress["scores"] and not loop.scores:
+        log.note("eval.* has changed: earlier scores are not compared with those from here on.")
+    if loop.best_step and not (best := checkpoint_of(Path(loop.config.output_dir), loop.best_step)).is_dir():
         log.note(f"{best.name}, the best so far, is gone: the best step from here on will be the result.")
         loop.best_step, loop.best_score = 0, -math.inf
     planned = progress.get("num_planned", loop.num_planned)
@@ -449,6 +472,3 @@ def resume(loop: Loop, log: MetricsLog) -> int:
             f"{planned} updates, the others follow one over {loop.num_planned}. The learning rate goes on at "
             f"{loop.scheduler.get_last_lr()[0]:.2g}; the weights will not be those of one run of this length."
         )
-    if loop.average:
-        load_average(found[-1], loop.average)
-    return progress["step"]

@@ -26,12 +26,18 @@ CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
 CHANGES_FILE = "changes.jsonl"
 """A line for every change of settings while the run went on: the step it was at, old and new values."""
+SELF_PROMPTS_FILE, PARTIAL_PROMPTS_FILE = "self_prompts.jsonl", "self_prompts.partial.jsonl"
+"""Prompts that the model has written itself: all of them, and those of an interrupted run."""
+OF_ONE_RUN = (CHANGES_FILE, SELF_PROMPTS_FILE, PARTIAL_PROMPTS_FILE)
+"""Files that a run which starts over must not inherit."""
 FREE_SETTINGS = (
     *("eval.", "output_dir", "train.save_every", "train.save_total_limit", "train.report_to"),
     *("train.resume_from_checkpoint", "train.micro_batch_rows", "train.gradient_checkpointing"),
     "train.time_limit",
 )
-"""Settings or prefixes of settings that may differ when a run resumes: they do not affect the weights."""
+"""Settings or prefixes of settings that may differ when a run resumes: they do not affect the weights, unless
+they change which prompts are held back (`num_held_back`).
+"""
 MAY_GROW = ("train.num_steps",)
 MAY_SHRINK = ("optimizer.learning_rate", "optimizer.max_grad_norm")
 """Settings that affect the weights, and may change in one direction when a run resumes."""
@@ -74,8 +80,10 @@ def read_run(folder: Path) -> RunState:
     settings = read_recipe(saved)
     rows = read_metrics(folder / "metrics.jsonl")
     step, num_steps = int(rows[-1]["step"]) if rows else 0, int(settings["train"]["num_steps"])
-    seconds, num_left = [row["seconds"] for row in rows[-RECENT:]], num_steps - step
-    is_finished = step >= num_steps and (folder / "model" / "all_results.json").is_file()
+    result = folder / "model" / "all_results.json"
+    is_finished = bool(rows) and result.is_file() and json.loads(result.read_text()).get("step") == step
+    seconds = [row["seconds"] for row in rows[-RECENT:]]
+    num_left = 0 if is_finished else num_steps - step  # a run may also end early (eval.patience)
     return RunState(
         folder=folder,
         verb="train" if "objective" in settings else "convert",
@@ -146,8 +154,11 @@ def prepare_output(config: RunConfig, *, writes: bool = True) -> Path:
     saved = output_dir / CONFIG_FILE
     changed: dict[str, tuple[Any, Any]] = {}
     if saved.is_file() and config.train.resume_from_checkpoint:
-        changed = changed_settings(read_recipe(saved), config.to_dict(), type(config)().to_dict())
+        old, new, defaults = read_recipe(saved), config.to_dict(), type(config)().to_dict()
+        changed = changed_settings(old, new, defaults)
         refused = [name for name, values in changed.items() if not may_change(name, *values)]
+        if num_held_back(flat(defaults) | flat(old)) != num_held_back(flat(new)):
+            refused += [name for name in ("eval.path", "eval.held_back") if name in changed]
         if refused:
             raise ConfigError(
                 f"output_dir ({output_dir}) holds a run with other settings ({', '.join(refused[:3])}; see "
@@ -156,6 +167,8 @@ def prepare_output(config: RunConfig, *, writes: bool = True) -> Path:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         if writes:
+            for name in () if config.train.resume_from_checkpoint else OF_ONE_RUN:
+                (output_dir / name).unlink(missing_ok=True)
             record_changes(output_dir, changed)
             write_atomic(saved, config.to_yaml())
     except OSError as error:
@@ -208,6 +221,11 @@ def changed_settings(
         for name, value in flat(new).items()
         if before.get(name) != value and name != "output_dir"
     }
+
+
+def num_held_back(settings: dict[str, Any]) -> int:
+    """How many prompts a run with these dotted settings was to keep from training."""
+    return 0 if settings["eval.path"] else int(settings.get("eval.held_back", 0))
 
 
 def may_change(name: str, old: Any, new: Any) -> bool:

@@ -21,6 +21,7 @@ from opdlm.config.rules import load_config
 from opdlm.config.schedules import (
     block_size_at,
     first_reused_step,
+    last_change,
     num_updates_of,
     selection_at,
 )
@@ -53,6 +54,13 @@ def test_a_schedule_holds_each_value_until_the_next_one_begins() -> None:
     pairs = [(0, "a"), (2, "b"), (3, "c")]
     assert [scheduled(pairs, step, "unused") for step in range(5)] == ["a", "a", "b", "c", "c"]
     assert scheduled([], 7, "only") == "only"
+
+
+def test_losses_are_compared_from_the_last_change_on() -> None:
+    config = config_with("loss.divergence_schedule=[[0,jsd],[5,forward_kl]]", "rollout.warm_start_steps=2")
+    assert [last_change(config, step) for step in range(8)] == [0, 0, 2, 2, 2, 5, 5, 5]
+    ramp = config_with("masking.ramp_steps=3", "loss.objective=off_policy")
+    assert [last_change(ramp, step) for step in range(5)] == [0, 1, 2, 3, 3]
 
 
 def test_blocks_grow_at_the_steps_that_the_schedule_names() -> None:

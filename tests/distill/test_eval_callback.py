@@ -18,6 +18,7 @@ from opdlm.decoding.rollout import Prompt
 from opdlm.distill.trainer import start_run
 from opdlm.training.checkpoint import find_checkpoints
 from opdlm.training.loop import has_stalled
+from opdlm.training.run_folder import read_run
 
 TIMES = {
     *("rollout_tokens_per_second", "rollout_wait_seconds", "rollout_share_of_time", "seconds"),
@@ -121,7 +122,19 @@ def test_training_stops_when_retention_does_not_rise_and_stays_stopped(
         assert main(stopping) == 0
         assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
         assert (tmp_path / "checkpoint-2").is_dir() and (tmp_path / "model" / "retention.json").is_file()
+        assert (read_run(tmp_path).state, read_run(tmp_path).seconds_left) == ("finished", None)
     assert "no improvement in 1 evaluations (eval.patience): stopped at step 2" in capsys.readouterr().out
+
+
+def test_scores_of_other_measurements_are_not_compared(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Patience counts anew from the step at which the measurement has changed."""
+    stopping = command(root, tmp_path, "eval.every=1", "eval.patience=1", "optimizer.learning_rate=1e-30")
+    assert main(stopping) == 0
+    assert main([*stopping, "eval.modes=[static]"]) == 0
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4]
+    assert "earlier scores are not compared" in capsys.readouterr().out
 
 
 def test_the_best_step_can_be_the_result(

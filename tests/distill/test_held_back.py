@@ -140,3 +140,19 @@ def test_an_update_without_enough_memory_is_repeated_with_smaller_micro_batches(
     always = True
     with pytest.raises(DataError, match=r"memory does not suffice for train\.micro_batch_rows \(1\): lower"):
         losses("hopeless")
+
+
+@pytest.mark.parametrize("change", ["eval.held_back=0", "eval.path={root}/prompts.jsonl"])
+def test_which_prompts_are_held_back_cannot_change_on_the_way(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    """They are not trained on; nothing of the run is touched."""
+    command = ["convert", str(root / "teacher"), *settings(root, tmp_path / "run", "train.num_steps=1")]
+    assert main(command) == 0
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    change = change.format(root=root)
+    assert main([*command, "train.num_steps=2", change]) == 2
+    assert f"holds a run with other settings ({change.partition('=')[0]};" in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    assert not (tmp_path / "run" / "changes.jsonl").exists()
+    assert main([*command, "train.num_steps=2"]) == 0

@@ -70,6 +70,16 @@ def test_little_memory_gives_smaller_micro_batches_and_then_recomputed_activatio
     assert rows[1][0] < 8
 
 
+def test_memory_is_estimated_for_what_the_user_gave(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile_module, "free_memory", lambda _: 1.0)
+    micro, recomputes = "train.micro_batch_rows", "train.gradient_checkpointing"
+    assert values_of(model, f"{micro}=8")[recomputes] is True
+    assert values_of(model, f"{recomputes}=false")[micro] == 1
+    monkeypatch.setattr(profile_module, "free_memory", lambda _: 1e12)
+    assert values_of(model, f"{recomputes}=true")[micro] == 8
+    assert not {micro, recomputes} & set(values_of(model, f"{recomputes}=true", f"{micro}=2"))
+
+
 def test_the_recipe_for_real_models_learns_as_the_profile_does(model: Path) -> None:
     chosen, recipe = values_of(model), load_config(bundled_recipes()["preserve_lora"]).flat()
     assert {key: recipe[key] for key in METHOD} == {key: chosen[key] for key in METHOD}

@@ -116,4 +116,11 @@ def test_a_conversion_needs_no_prompt_file(teacher_folder: Path, tmp_path: Path)
     ]
     folder = convert_checkpoint(load_config(None, overrides), Console(quiet=True))
     assert (folder / "config.json").is_file()
-    assert len((output / "self_prompts.jsonl").read_text().splitlines()) == 8
+    written = (output / "self_prompts.jsonl").read_text()
+    assert len(written.splitlines()) == 8
+    (output / "changes.jsonl").write_text("{}\n")
+    anew = ["train.resume_from_checkpoint=false", "data.self_prompts=5", "train.seed=7"]
+    convert_checkpoint(load_config(None, [*overrides, *anew]), Console(quiet=True))
+    others = (output / "self_prompts.jsonl").read_text()
+    assert len(others.splitlines()) == 5 and others.splitlines()[0] not in written
+    assert not (output / "changes.jsonl").exists()

@@ -393,8 +393,11 @@ def test_rows_of_nothing_but_prompts_teach_nothing() -> None:
     rows = PackedDataset([text], TextSection(sequence_length=LENGTH), seed=0)
     assert rows.at(0).is_given_R.all()
     block = block_batch([rows.at(0)], model.spec, ANY_RATE, [generator_for(0)], complementary=False)
+    two = [rows.at(0), rows.at(0)]
+    generators = [generator_for(0), generator_for(1)]
     for batch in (
         block,
+        block_batch(two, model.spec, ANY_RATE, generators, complementary=False),
         masked_batch([rows.at(0)], "same_position"),
         masked_batch([rows.at(0)], "next_position", 0, 1),
     ):

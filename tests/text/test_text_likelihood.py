@@ -375,7 +375,7 @@ def test_a_plain_checkpoint_is_masked_only_if_the_user_names_its_prediction(
 
 
 @pytest.mark.parametrize("fmt", ["preserve", "sdar"])
-def test_eval_text_of_converted_folders(tmp_path: Path, fmt: str) -> None:
+def test_eval_text_of_converted_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str], fmt: str) -> None:
     base = write_checkpoint(tmp_path / "base")
     write_data(tmp_path)
     overrides = tiny_overrides(base, tmp_path, tmp_path / "run")[1:]
@@ -384,6 +384,13 @@ def test_eval_text_of_converted_folders(tmp_path: Path, fmt: str) -> None:
     arguments = ["--text", text, "data.sequence_length=24", "--limit", "3"]
     converted, plain = evaluate(tmp_path / "run/model", base, *arguments, out=tmp_path / "out")
     assert set(converted["metrics"]) == ({"ar_nll", "md_bound"} if fmt == "preserve" else {"md_bound"})
+    turns = [{"role": "user", "content": "add 1 2 " * 20}, {"role": "assistant", "content": "3 4 " * 20}]
+    chat = write_rows(tmp_path / "chat.jsonl", [{"messages": turns}])  # its first rows are prompt only
+    command = [tmp_path / "run/model", "--text", chat, "data.sequence_length=24"]
+    (of_chat,) = evaluate(*command, out=tmp_path / "chat")
+    assert of_chat["metrics"]["md_bound"]["num_tokens"] > 0
+    assert main(["eval", *map(str, command), "--limit", "1"]) == 2
+    assert "hold prompts and no responses. Give a larger --limit" in capsys.readouterr().err
     if fmt == "preserve":
         ours, theirs = converted["metrics"]["ar_nll"], plain["metrics"]["ar_nll"]
         assert ours["num_tokens"] == theirs["num_tokens"]

@@ -392,6 +392,11 @@ def test_runs_are_listed_and_continued_without_the_long_command(
     assert main(["resume", "deep/stopped"]) == 0
     assert_same_run(place / "whole", stopped)
     assert read_run(stopped).state == "finished"
+    longer = stopped / "metrics.jsonl"
+    *lines, last = longer.read_text().splitlines(keepends=True)
+    longer.write_text("".join([*lines, last, last.replace('"step": 4', '"step": 5')]))
+    assert read_run(stopped).state == "stopped", "made longer, and killed before its result was written"
+    longer.write_text("".join([*lines, last]))
     assert main(["resume", "deep/stopped", "optimizer.learning_rate=1"]) == 2
     assert main(["resume", "nowhere"]) == 2
     assert "nowhere holds no run" in capsys.readouterr().err
