@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 
 from opdlm.checkpoints.load import load, load_causal_lm
 from opdlm.data.prompts import load_tasks
+from opdlm.data.rows import evenly_spaced
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.generate import generate
 from opdlm.evaluation.retention import versions
-from opdlm.evaluation.speed import hf_responses, spread
+from opdlm.evaluation.speed import hf_responses
 from opdlm.files import write_atomic
 from opdlm.training.metrics import PhaseProgress
 
@@ -50,7 +51,7 @@ def compare(folder: str, prompts: str, dtype: str, limit: int, max_new_tokens: i
     """Decode with both and explain every response that differs."""
     model, tokenizer = load(folder, dtype)
     plain = load_causal_lm(folder, dtype)
-    ids = spread(
+    ids = evenly_spaced(
         [task.prompt.ids for task in load_tasks(prompts, tokenizer, model.spec.mask_token_id)], limit
     )
     config = DecodeConfig(mode="lossless", max_new_tokens=max_new_tokens, batch_size=8)
