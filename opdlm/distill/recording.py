@@ -23,7 +23,7 @@ from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Prompt, Rollout, digest_of
-from opdlm.distill.rollout_file import decode_resumably, is_finished, write_rollouts
+from opdlm.distill.rollout_file import decode_resumably, is_finished, recorded_date, write_rollouts
 from opdlm.errors import ConfigError
 from opdlm.evaluation.generation_log import BATCHES_PER_PIECE, fingerprint
 from opdlm.modeling.compiled import compiled_decoding
@@ -51,6 +51,7 @@ def record_rollouts(
     if engine == "vllm":
         check_vllm_engine(config, compiles)
     section = data_section(prompts_path, limit, overrides)
+    section = replace(section, date=section.date or recorded_date(out))  # as before midnight
     model, tokenizer = load_decoder(model_path, dtype)
     check_decode(config, model.spec)
     if config.draft_sampling != "shared_noise":
@@ -65,7 +66,7 @@ def record_rollouts(
     check_fits(model, ids, config.max_new_tokens, "max_new_tokens")
     settings = {
         **identity_of(model_path, model.spec, prompts),
-        **{"engine": engine, "compile": compiles, "dtype": dtype, "seed": seed},
+        **{"engine": engine, "compile": compiles, "dtype": dtype, "seed": seed, "date": section.date},
         **asdict(config),
     }
     if is_finished(out, settings):

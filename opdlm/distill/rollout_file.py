@@ -9,6 +9,7 @@ does it).
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import time
@@ -61,20 +62,33 @@ def log_path_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
-def is_finished(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether `out` is complete. ConfigError if it, or its log, was written with other settings."""
+def recorded_settings(out: Path) -> dict[Path, dict[str, Any]]:
+    """The settings of `out` and of its log, of those that exist; empty for the file of another program."""
     if out.suffix != ".parquet" or out.is_dir():
         raise ConfigError(f"--out ({out}) must be the name of a .parquet file.")
+    found, log = dict[Path, dict[str, Any]](), log_path_of(out)
     if out.exists():
-        check_same_settings(out, record_of(read_table(out, "--out").schema), settings)
-    log = log_path_of(out)
+        found[out] = record_of(read_table(out, "--out").schema) or {}
     if log.exists() and (lines := log.read_bytes().splitlines()):
-        check_same_settings(log, json.loads(lines[0])["settings"], settings)
+        found[log] = json.loads(lines[0])["settings"]
+    return found
+
+
+def recorded_date(out: Path) -> str:
+    """The day that chat templates print in a file, finished or not; today for a new one."""
+    dates = [settings.get("date", "") for settings in recorded_settings(out).values()]
+    return next(filter(None, dates), datetime.date.today().isoformat())
+
+
+def is_finished(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether `out` is complete. ConfigError if it, or its log, was written with other settings."""
+    for path, old in recorded_settings(out).items():
+        check_same_settings(path, old, settings)
     return out.exists()
 
 
-def check_same_settings(path: Path, old: dict[str, Any] | None, new: dict[str, Any]) -> None:
-    changed = [name for name in new if (old or {}).get(name) != new[name]]
+def check_same_settings(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    changed = [name for name in new if old.get(name) != new[name]]
     if changed:
         raise ConfigError(
             f"{path} holds rollouts of other settings ({', '.join(changed[:3])}): choose another --out, or "

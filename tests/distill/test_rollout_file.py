@@ -26,7 +26,7 @@ from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout
 from opdlm.distill import recording
 from opdlm.distill import rollouts as rollout_sources
-from opdlm.distill.rollout_file import COLUMNS, RolloutFile, log_path_of, write_rollouts
+from opdlm.distill.rollout_file import COLUMNS, RolloutFile, log_path_of, recorded_date, write_rollouts
 from opdlm.objectives.mask_theory import ngram_signal_weights, optimal_t
 from opdlm.seeds import seed_of
 from opdlm.training import metrics as progress
@@ -178,6 +178,18 @@ def test_a_log_counts_responses_inside_a_piece(
         int(number) for number in re.findall(r"^rollout (\d+)/12 ", capsys.readouterr().out, re.MULTILINE)
     ]
     assert counted == sorted(counted) and {0, 1, 4, 11, 12} <= set(counted)
+
+
+def test_a_file_keeps_the_day_that_its_prompts_were_written_for(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r.parquet"
+    assert main([*rollout(place, out, *MODES["ar"]), "data.date=2020-01-01"]) == 0
+    assert main(rollout(place, out, *MODES["ar"])) == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert recorded_date(out) == "2020-01-01"
+    assert main([*rollout(place, out, *MODES["ar"]), "data.date=2021-01-01"]) == 2
+    assert "holds rollouts of other settings (date" in capsys.readouterr().err
 
 
 def test_another_model_does_not_continue_a_file(
