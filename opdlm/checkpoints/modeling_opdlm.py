@@ -225,7 +225,8 @@ class OpdlmForCausalLM(GenerationMixin):
             adapted = attach_adapter(self, self.adapter_folder, is_gated=spec.format == "preserve")
         elif spec.format == "preserve":
             subfolder = Path(options.pop("subfolder", ""), "student").as_posix()
-            options = {key: value for key, value in options.items() if key != "config"}
+            options = {key: value for key, value in options.items() if key not in ("config", "torch_dtype")}
+            options["dtype"] = self.dtype
             student = AutoModelForCausalLM.from_pretrained(name, subfolder=subfolder, **options)
         vars(self)["diffusion"] = DiffusionLM(
             self if student is None else student,
