@@ -20,7 +20,7 @@ from opdlm.checkpoints.folders import (
     check_is_converted,
     trust_remote_code,
 )
-from opdlm.config.loader import apply_override, build_section
+from opdlm.config.loader import apply_override, build_section, override_of
 from opdlm.config.recipes import resolve_target
 from opdlm.config.rules import check_config, load_config
 from opdlm.config.sections import Config, RunConfig, resolve_path
@@ -671,6 +671,8 @@ def on_this_machine(path: str | Path) -> str:
 
 def given(key: str, value: object) -> list[str]:
     """`key=value` where there is a value."""
+    if isinstance(value, str | Path):
+        return [override_of(key, str(value))]
     return [] if value is None else [f"{key}={value}"]
 
 

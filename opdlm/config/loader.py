@@ -11,6 +11,7 @@ import difflib
 import inspect
 import itertools
 import logging
+import math
 import re
 import types
 import typing
@@ -138,6 +139,14 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if key in OLD_KEYS:
         tell_renamed(f"{key} is now {OLD_KEYS[key]}")
     set_value(values, OLD_KEYS.get(key, key), value)
+
+
+def override_of(key: str, text: str) -> str:
+    """`key=value` that `apply_override` reads as this text, whatever YAML would make of it."""
+    if NO_TEXT.search(text):
+        raise ConfigError(f"{key} ({text!r}) has a character that is no text.")
+    quoted = yaml.safe_dump(text, default_style='"', width=math.inf, allow_unicode=True)
+    return f"{key}={quoted.rstrip()}"
 
 
 def set_value(values: dict[str, Any], key: str, value: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -201,6 +202,63 @@ def test_settings_can_be_changed_by_overrides_and_are_checked(root: Path) -> Non
     assert train_settings(text, ["data.path=a.jsonl"]).data.path == "a.jsonl"
     with pytest.raises(opdlm.ConfigError, match=r"model\.path is empty"):
         opdlm.train(text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "runs/exp #2",
+        "1.10",
+        "a: b",
+        "yes",
+        "{x}",
+        "'q'",
+        'a\\b"c',
+        "~",
+        " two  words ",
+        "é\N{GRINNING FACE}",
+        "-",
+    ],
+)
+def test_a_path_is_taken_as_it_is_and_not_as_yaml(
+    name: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opdlm.distill import pipeline
+    from opdlm.text import pipeline as text_pipeline
+
+    monkeypatch.setattr(pipeline, "convert_checkpoint", lambda config, console: config)
+    monkeypatch.setattr(text_pipeline, "train_text", lambda config, console: config)
+    teacher = root / name
+    if not teacher.exists():
+        teacher.parent.mkdir(exist_ok=True)
+        shutil.copytree(root / "teacher", teacher)
+    data = f"{name}.jsonl"
+    for verb in (opdlm.convert, opdlm.train):
+        found: Any = verb(str(teacher), data=data, output_dir=name, console=QUIET)
+        assert (found.model.path, found.data.path, found.output_dir) == (str(teacher), data, name)
+        if verb is opdlm.convert:
+            found = opdlm.convert(found, output_dir=Path(name, "b"), console=QUIET)
+            assert found.output_dir == str(Path(name, "b"))
+
+
+def test_a_run_in_a_folder_of_an_odd_name_is_resumed(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opdlm.distill import pipeline
+
+    monkeypatch.setattr(pipeline, "convert_checkpoint", lambda config, console: config)
+    folder = tmp_path / "exp #2"
+    folder.mkdir()
+    config = opdlm.load_config(None, [*tiny_overrides(root / "teacher", root, tmp_path)])
+    (folder / "config.yaml").write_text(replace(config, output_dir=str(folder)).to_yaml())
+    found: Any = opdlm.resume(folder, console=QUIET)
+    assert found.output_dir == str(folder)
+
+
+def test_a_path_with_a_character_that_is_no_text_is_refused(root: Path) -> None:
+    for name in ("a\0b", "a\udc80"):
+        with pytest.raises(opdlm.ConfigError, match="output_dir .* has a character that is no text"):
+            opdlm.convert(str(root / "teacher"), output_dir=name, console=QUIET)
 
 
 def test_training_on_text_gives_a_folder_that_loads(root: Path, tmp_path: Path) -> None:
