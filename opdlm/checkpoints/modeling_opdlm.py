@@ -346,6 +346,11 @@ class OpdlmForCausalLM(GenerationMixin):
         model.spec = replace(model.spec, stop_token_ids=tuple(eos))
         check_settings(config, model.spec)
         prompts = unpadded(input_ids, attention_mask)
+        if any(model.spec.mask_token_id in ids for ids in prompts):
+            raise ValueError(
+                f"input_ids hold the mask token ({model.spec.mask_token_id}), which stands for unknown text: "
+                "remove it, or fill gaps with opdlm.generate(model, prompts, infill=True)."
+            )
         if streamer is not None and len(prompts) > 1:
             raise ValueError(f"streamer takes one sequence, and {len(prompts)} are decoded: pass one prompt.")
         padding = next((i for i in (generation_config.pad_token_id, *eos) if i is not None), None)

@@ -166,7 +166,9 @@ def encode(
         ids: list[Any] = list(prompt)
         if not ids:
             raise ConfigError("PROMPT has no token: give at least one.")
-        if mask_token_id in ids and not infill:
+        if infill:
+            check_has_gap(ids, mask_token_id)
+        elif mask_token_id in ids:
             raise ConfigError(
                 f"PROMPT contains the mask token ({mask_token_id}), which stands for unknown text: fill it "
                 "with `infill=True`, or remove it."
@@ -192,12 +194,26 @@ def encode(
     return encode_prompt(tokenizer, conversation)
 
 
+def check_has_gap(ids: Sequence[int], mask_token_id: int) -> None:
+    """ConfigError for token ids that have no gap, or start with one."""
+    if mask_token_id not in ids:
+        raise ConfigError(
+            f"PROMPT has no gap to fill: put the mask token ({mask_token_id}) where a token is unknown, or "
+            "leave out `infill`."
+        )
+    if ids[0] == mask_token_id:
+        raise ConfigError(
+            "PROMPT starts with a gap, and the model needs a token to start from: put a token first."
+        )
+
+
 @contextmanager
 def filling_gaps(model: DiffusionLM, infill: bool) -> Iterator[None]:
-    """No gap is filled with a stop token, which would cut off the text after it."""
+    """No gap is filled with a stop token, and one of the template does not cut off the text after it."""
     spec = model.spec
     if infill:
-        model.spec = replace(spec, banned_token_ids=(*spec.banned_token_ids, *spec.stop_token_ids))
+        banned = (*spec.banned_token_ids, *spec.stop_token_ids)
+        model.spec = replace(spec, banned_token_ids=banned, stop_token_ids=())
     try:
         yield
     finally:

@@ -120,6 +120,24 @@ def test_gaps_are_filled_in_text_and_in_ids(loaded: tuple[Any, Any]) -> None:
     assert model.spec == spec
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_stop_token_of_a_template_does_not_cut_it_off(loaded: tuple[Any, Any], streams: bool) -> None:
+    model, tokenizer = loaded
+    screen = io.StringIO()
+    (rollout,) = opdlm.generate(
+        model,
+        ["add 4<gap:2><eos>then 7<gap:3> end"],
+        tokenizer=tokenizer,
+        infill=True,
+        mode="static",
+        stream=Console(file=screen, width=200) if streams else None,
+    )
+    assert rollout.text.startswith("add 4") and rollout.text.endswith(" end") and "then 7" in rollout.text
+    assert len(rollout.text) == len("add 4") + 2 + len("then 7") + 3 + len(" end")
+    assert rollout.text_ids.count(tokenizer.eos_token_id) == 1  # the template's own
+    assert not streams or screen.getvalue() == rollout.text + "\n"
+
+
 def test_a_stream_shows_what_is_returned(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     screen = io.StringIO()
@@ -139,6 +157,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no id": ({"prompts": [[]]}, "no token"),
     "an empty stop string": ({"stop": [""]}, "`stop` is empty"),
     "infill from left to right": ({"infill": True, "mode": "ar"}, "`infill` with `mode=ar`"),
+    "infill of ids without a gap": ({"infill": True, "prompts": [[5, 6]]}, r"no gap .* mask token \(46\)"),
+    "infill of ids that start with a gap": ({"infill": True, "prompts": [[46, 5]]}, "starts with a gap"),
     "infill and a stop string": ({"infill": True, "stop": ["a"]}, "choose one"),
     "infill and acceptance": ({"infill": True, "ar_accept_threshold": 0.2}, "`ar_accept_threshold=0.2`"),
     "a response past the context": ({"max_new_tokens": 500}, r"max_new_tokens \(500\)"),
@@ -257,7 +277,7 @@ def test_a_run_in_a_folder_of_an_odd_name_is_resumed(
 
 def test_a_path_with_a_character_that_is_no_text_is_refused(root: Path) -> None:
     for name in ("a\0b", "a\udc80"):
-        with pytest.raises(opdlm.ConfigError, match="output_dir .* has a character that is no text"):
+        with pytest.raises(opdlm.ConfigError, match=r"output_dir .* has a character that is no text"):
             opdlm.convert(str(root / "teacher"), output_dir=name, console=QUIET)
 
 
