@@ -534,13 +534,13 @@ def push(folder: str | Path, name: str, *, private: bool = False) -> str:
     Args:
         folder: written by `opdlm.convert`, `train`, `export` or `merge`.
         name: USER/NAME, which is created if it does not exist.
-        private: create it for its owner alone.
+        private: create it for its owner alone; a public one of that name is refused.
 
     Returns:
         The address of the repository; `opdlm.load(name)` loads the model.
 
     Raises:
-        ConfigError: a name that cannot be, or no token.
+        ConfigError: a name that cannot be, no token, or `private` where the repository is public.
         DataError: a folder that is damaged or no checkpoint, a Hub that refuses or cannot be reached.
 
     Example:

@@ -6,6 +6,7 @@ import argparse
 
 import opdlm
 from opdlm.cli.flags import Parser, Verbs, add_compile, add_decode_flags, add_dtype, add_verb, decode_config
+from opdlm.errors import ConfigError
 
 EXAMPLES = """  opdlm serve runs/tiny/model --mode lossless
   curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
@@ -71,6 +72,10 @@ def add_serve_flags(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if not all(options.api_key or ()):
+        raise ConfigError(
+            "--api-key is empty, which would protect nothing: give a key, or leave it out for $OPDLM_API_KEY."
+        )
     opdlm.serve(
         options.folder,
         decode_config(options),

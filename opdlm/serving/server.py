@@ -460,6 +460,11 @@ def check_cache_fits(thread: DecodeThread) -> int:
     return needed
 
 
+def accepted_keys(given: Sequence[str]) -> tuple[str, ...]:
+    """The keys of which a request must bring one: those given, else $OPDLM_API_KEY. An empty one is none."""
+    return tuple(filter(None, given)) or tuple(filter(None, [os.environ.get(API_KEY_VARIABLE)]))
+
+
 def serve_folder(
     folder: str,
     *,
@@ -481,13 +486,14 @@ def serve_folder(
         if value < 1:
             raise ConfigError(f"{key} ({value}) must be at least 1.")
     requests = open_request_log(request_log) if request_log else None
-    keys = tuple(api_key or filter(None, [os.environ.get(API_KEY_VARIABLE, "")]))
+    keys = accepted_keys(api_key)
     for package in ("fastapi", "uvicorn"):
         require_package(package, "serve", "opdlm serve")
     model, tokenizer = load_decoder(folder, dtype)
     check_decode(decode, model.spec)
     longest = max_total_tokens(model)
-    max_length = max_length or int(min(longest, DEFAULT_LENGTH))
+    if max_length is None:
+        max_length = int(min(longest, DEFAULT_LENGTH))
     if not decode.max_new_tokens < max_length <= longest:
         raise ConfigError(
             f"max_length ({max_length}) must be more than max_new_tokens ({decode.max_new_tokens}) "

@@ -361,6 +361,14 @@ def test_a_stop_always_ends_and_a_public_host_without_a_key_is_warned_of(
     assert "0.0.0.0 can be reached from other machines" in caplog.text
 
 
+def test_an_empty_key_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPDLM_API_KEY", raising=False)
+    assert server_module.accepted_keys([""]) == server_module.accepted_keys(()) == ()
+    monkeypatch.setenv("OPDLM_API_KEY", "secret")
+    assert server_module.accepted_keys([""]) == server_module.accepted_keys(()) == ("secret",)
+    assert server_module.accepted_keys(["", "other"]) == ("other",)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -368,6 +376,9 @@ def test_a_stop_always_ends_and_a_public_host_without_a_key_is_warned_of(
         (["--max-rows", "1000000000", "--max-new-tokens", "8"], "GiB are free: lower one of the two"),
         (["--max-waiting", "0"], "--max-waiting (0)"),
         (["--max-length", "10", "--max-new-tokens", "20"], "--max-length (10)"),
+        (["--max-length", "0", "--max-new-tokens", "8"], "--max-length (0)"),
+        (["--api-key", ""], "--api-key is empty"),
+        (["--api-key", "secret", "--api-key", ""], "--api-key is empty"),
         (["--max-length", "100000"], "--max-length (100000)"),
         (["--port", "70000", "--max-new-tokens", "8"], "--port (70000)"),
         (["--mode", "lossless"], "--mode lossless needs a preserve checkpoint"),
