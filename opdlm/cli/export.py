@@ -25,8 +25,6 @@ from opdlm.errors import ConfigError
 
 SERVED_MODES: tuple[Mode, ...] = ("static", "threshold", "left_to_right")
 FIXED_BY_REQUESTS = ("max_new_tokens", "batch_size", "logprobs")
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of vLLM's --max-lora-rank."""
 OF_OTHER_MODES = (
     *("entropy_bound", "ar_accept_threshold", "forward_overhead", "draft_sampling"),
     "prompt_lookup_num_tokens",
@@ -177,6 +175,7 @@ def run_export(options: argparse.Namespace) -> int:
 def uno_commands(folder: str, out: Path) -> str:
     """How SGLang, and vLLM with the proposed change, serve the folder with the exported adapter."""
     from opdlm.checkpoints.load import read_spec
+    from opdlm.checkpoints.uno import LORA_RANKS
 
     spec, rank = read_spec(folder), json.loads((out / "adapter_config.json").read_text())["r"]
     speculative = {
