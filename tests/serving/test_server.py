@@ -89,7 +89,7 @@ def test_completions_take_texts_and_token_ids_and_several_choices(lossless: Serv
     body = {"prompt": ["add 1 2", "copy ab"], "n": 2, "temperature": 1, "seed": 3}
     status, answer = lossless.post(TEXT, body)
     assert status == 200 and [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
-    assert answer["usage"]["prompt_tokens"] == 2 * len(ids) + 2 * len(lossless.tokenizer("copy ab").input_ids)
+    assert answer["usage"]["prompt_tokens"] == len(ids) + len(lossless.tokenizer("copy ab").input_ids)
     assert len({choice["text"] for choice in answer["choices"]}) > 1
     assert lossless.post(TEXT, body)[1]["choices"] == answer["choices"]  # a seed repeats its draws
     by_ids = lossless.post(TEXT, {"prompt": ids, "seed": 3, "temperature": 1})[1]["choices"]
@@ -117,6 +117,8 @@ def test_logprobs_are_those_of_generate(served: Served) -> None:
     *others, last = served.events(CHAT, body)
     entries, streamed = (choice["logprobs"]["content"] for choice in (in_chat, last["choices"][0]))
     assert "".join(entry["token"] for entry in entries) == in_chat["message"]["content"]
+    joined = bytes(byte for entry in entries for byte in entry["bytes"])
+    assert joined.decode() == in_chat["message"]["content"]
     assert [entry["token"] for entry in streamed] == [entry["token"] for entry in entries]
     values = [entry["logprob"] for entry in streamed]
     assert values == pytest.approx([entry["logprob"] for entry in entries], abs=1e-5)
