@@ -167,12 +167,14 @@ def read_settings(recipe: Path | None, overrides: Sequence[str]) -> dict[str, An
 
 
 def rename_old_keys(values: dict[str, Any]) -> None:
-    """Replace old names of settings, in place."""
-    found = []
+    """Replace old names of settings, in place. ConfigError where the new name is there too."""
+    found, given = [], flat(values)
     for old, new in OLD_KEYS.items():
         section, key = old.split(".")
         tree = values.get(section)
         if isinstance(tree, dict) and key in tree:
+            if new in given:
+                raise ConfigError(f"{old} is an old name of {new}, and both are given: leave {old} out.")
             set_value(values, new, tree.pop(key))
             found.append(f"{old} is now {new}")
     if found:
