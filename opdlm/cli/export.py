@@ -17,17 +17,17 @@ from opdlm.cli.flags import (
     add_dtype,
     add_trust,
     add_verb,
-    decode_config,
     given_decode,
+    one_mode_config,
 )
-from opdlm.decoding.decode_config import Mode
+from opdlm.decoding.decode_config import READ_BY, Mode
 from opdlm.errors import ConfigError
 
 SERVED_MODES: tuple[Mode, ...] = ("static", "threshold", "left_to_right")
 FIXED_BY_REQUESTS = ("max_new_tokens", "batch_size", "logprobs")
 OF_OTHER_MODES = (
-    *("entropy_bound", "ar_accept_threshold", "forward_overhead", "draft_sampling"),
-    "prompt_lookup_num_tokens",
+    "ar_accept_threshold",
+    *(name for name, modes in READ_BY.items() if not {*modes} & {*SERVED_MODES}),
 )
 
 EXPORT_EXAMPLES = """  opdlm export runs/sdar/model runs/sdar/vllm
@@ -159,7 +159,7 @@ def run_export(options: argparse.Namespace) -> int:
             f"--{given[0].replace('_', '-')} has no effect with --to {options.to}, whose engines decide how "
             "tokens are chosen: leave it out."
         )
-    config = decode_config(options) if given else None
+    config = one_mode_config(options) if given else None
     out = opdlm.export(options.folder, options.out, to=options.to, config=config)
     match options.to:
         case "sdar":

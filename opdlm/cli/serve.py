@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import opdlm
-from opdlm.cli.flags import Parser, Verbs, add_compile, add_decode_flags, add_dtype, add_verb, decode_config
+from opdlm.cli.flags import Parser, Verbs, add_compile, add_decode_flags, add_dtype, add_verb, one_mode_config
 from opdlm.errors import ConfigError
 
 EXAMPLES = """  opdlm serve runs/tiny/model --mode lossless
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         )
     opdlm.serve(
         options.folder,
-        decode_config(options),
+        one_mode_config(options, is_sampled=True),  # requests have temperatures of their own
         host=options.host,
         port=options.port,
         name=options.name,

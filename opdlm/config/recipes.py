@@ -6,7 +6,6 @@ import difflib
 from itertools import product
 from pathlib import Path
 
-from opdlm.config.loader import override_of
 from opdlm.errors import ConfigError
 
 QWEN3 = {f"qwen3_{size.lower()}": f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B")}
@@ -62,4 +61,6 @@ def resolve_target(target: str, folder: str = "") -> tuple[Path | None, list[str
             f"TARGET ({target}) is neither a bundled recipe, nor a recipe file, nor a checkpoint folder or "
             f"hub id.{nearest_recipes(target, folder)}"
         )
+    from opdlm.config.loader import override_of  # pydantic, which help and `opdlm recipes` do without
+
     return None, [override_of("model.path", target)]

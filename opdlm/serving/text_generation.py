@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from opdlm.checkpoints.load import check_decode, check_fits, vocabulary_rows
 from opdlm.data.chat_template import encode_prompt
 from opdlm.data.messages import Conversation, conversation_of
-from opdlm.decoding.decode_config import DecodeConfig, Mode
+from opdlm.decoding.decode_config import DecodeConfig, Mode, check_is_read
 from opdlm.decoding.generate import generate as generate_ids
 from opdlm.decoding.generate import grid_of
 from opdlm.decoding.rollout import Rollout
@@ -75,7 +75,8 @@ def generate(
         stop token), `unmask_step` (the step that revealed each token), `finish_reason`, `num_forwards`.
 
     Raises:
-        ConfigError: a setting outside its range, or one that this checkpoint cannot do.
+        ConfigError: a setting outside its range, one that this checkpoint cannot do, or a keyword that the
+            mode does not read.
         DataError: a prompt and `max_new_tokens` exceed the model's context.
 
     Example:
@@ -96,6 +97,7 @@ def generate(
         "logprobs": logprobs,
     }
     config = with_changes(config or DecodeConfig(), changes)
+    check_has_effect(config, [name for name, value in changes.items() if value is not None])
     check_decode(config, model.spec)
     has_mask = model.mask_embedding is not None or model.spec.noise_vocab_size is not None
     is_plain = not has_mask and model.spec.mask_token_id >= vocabulary_rows(model.student)
@@ -137,6 +139,14 @@ def with_changes(config: DecodeConfig, changes: Mapping[str, Any]) -> DecodeConf
     """The settings with those that are not None in their place; ConfigError where one is out of range."""
     try:
         return replace(config, **{name: value for name, value in changes.items() if value is not None})
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_has_effect(config: DecodeConfig, given: Sequence[str]) -> None:
+    """ConfigError for a setting that is given and that the mode does not read."""
+    try:
+        check_is_read(config, given)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

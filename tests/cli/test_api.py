@@ -150,6 +150,10 @@ def test_a_stream_shows_what_is_returned(loaded: tuple[Any, Any]) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a setting out of range": ({"temperature": -1.0}, r"temperature \(-1\) must lie between"),
     "more steps than tokens": ({"denoising_steps": 99}, r"denoising_steps \(99\) must lie between 1 and"),
+    "a setting of another mode": (
+        {"mode": "lossless", "confidence_threshold": 0.5},
+        r"confidence_threshold \(0.5\) has no effect with `mode=lossless`",
+    ),
     "text without a tokenizer": ({"tokenizer": None}, "tokenizer is missing"),
     "no prompt": ({"prompts": [" "]}, "PROMPT has an empty prompt"),
     "one text instead of a list": ({"prompts": "add 1 2"}, "give a list"),

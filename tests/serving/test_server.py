@@ -384,6 +384,7 @@ def test_an_empty_key_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--max-length", "100000"], "--max-length (100000)"),
         (["--port", "70000", "--max-new-tokens", "8"], "--port (70000)"),
         (["--mode", "lossless"], "--mode lossless needs a preserve checkpoint"),
+        (["--forward-overhead", "8"], "--forward-overhead (8) has no effect with --mode threshold"),
         (["--denoising-steps", "9"], "--denoising-steps (9)"),
     ],
 )
