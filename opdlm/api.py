@@ -20,7 +20,7 @@ from opdlm.checkpoints.folders import (
     check_is_converted,
     trust_remote_code,
 )
-from opdlm.config.loader import apply_override, build_section
+from opdlm.config.loader import apply_override, build_section, override_of
 from opdlm.config.recipes import resolve_target
 from opdlm.config.rules import check_config, load_config
 from opdlm.config.sections import Config, RunConfig, resolve_path
@@ -534,13 +534,13 @@ def push(folder: str | Path, name: str, *, private: bool = False) -> str:
     Args:
         folder: written by `opdlm.convert`, `train`, `export` or `merge`.
         name: USER/NAME, which is created if it does not exist.
-        private: create it for its owner alone.
+        private: create it for its owner alone; a public one of that name is refused.
 
     Returns:
         The address of the repository; `opdlm.load(name)` loads the model.
 
     Raises:
-        ConfigError: a name that cannot be, or no token.
+        ConfigError: a name that cannot be, no token, or `private` where the repository is public.
         DataError: a folder that is damaged or no checkpoint, a Hub that refuses or cannot be reached.
 
     Example:
@@ -671,6 +671,8 @@ def on_this_machine(path: str | Path) -> str:
 
 def given(key: str, value: object) -> list[str]:
     """`key=value` where there is a value."""
+    if isinstance(value, str | Path):
+        return [override_of(key, str(value))]
     return [] if value is None else [f"{key}={value}"]
 
 

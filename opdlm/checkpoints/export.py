@@ -29,8 +29,10 @@ from opdlm.checkpoints.load import (
     STUDENT_FOLDER,
     load,
     load_causal_lm,
+    read_architecture,
     read_spec,
     set_embedding_row,
+    stored_dtype,
     unpack_when_loaded,
 )
 from opdlm.checkpoints.lora import GATED, merge_adapter
@@ -203,8 +205,8 @@ def merge_folder(folder: Path, out: Path, *, full_copy: bool) -> None:
 
 
 def dtype_of(folder: Path) -> str:
-    """The dtype of the weights in a folder."""
-    return json.loads((folder / "config.json").read_text()).get("dtype", "float32")
+    """The dtype of the AR model's files in a folder; `auto` where its config.json does not say."""
+    return stored_dtype(read_architecture(str(folder))) or "auto"
 
 
 def without_adapter(model: DiffusionLM, teacher: PreTrainedModel | None = None) -> DiffusionLM:

@@ -63,6 +63,11 @@ def push_folder(folder: Path, name: str, *, private: bool) -> str:
     check_intact(folder)
     with hub_errors(f"{name} cannot be written"):
         repository = HfApi().create_repo(name, private=private or None, exist_ok=True)
+        if private and not HfApi().model_info(name).private:
+            raise ConfigError(
+                f"{name} exists and is public, and --private (private=True) does not change that: make it "
+                "private in its settings on the Hub, or choose another name."
+            )
         complete_card(folder / "README.md", name)
         write_manifest(folder)
         HfApi().upload_folder(

@@ -381,7 +381,7 @@ def load(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[
     elif spec.format == "sdar":  # the folder's weights are the student
         model = assemble(base, spec, lora=None)
     else:
-        student = load_causal_lm(str(folder / STUDENT_FOLDER), dtype)
+        student = load_causal_lm(str(folder / STUDENT_FOLDER), str(base.dtype).removeprefix("torch."))
         model = assemble(student, spec, lora=None, teacher=base, **own)
     return model.to(device).eval().requires_grad_(False), load_tokenizer(str(folder))
 

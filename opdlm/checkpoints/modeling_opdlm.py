@@ -36,7 +36,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, logging
 
 # transformers copies only the files that this one imports itself: those it does not use are named `x as x`.
-from ..decoding.decode_config import DecodeConfig
+from ..decoding.decode_config import DecodeConfig, check_is_read
 from ..decoding.decode_state import DecodeState as DecodeState
 from ..decoding.denoise import denoise_step as denoise_step
 from ..decoding.draft_policy import DraftPolicy as DraftPolicy
@@ -225,7 +225,8 @@ class OpdlmForCausalLM(GenerationMixin):
             adapted = attach_adapter(self, self.adapter_folder, is_gated=spec.format == "preserve")
         elif spec.format == "preserve":
             subfolder = Path(options.pop("subfolder", ""), "student").as_posix()
-            options = {key: value for key, value in options.items() if key != "config"}
+            options = {key: value for key, value in options.items() if key not in ("config", "torch_dtype")}
+            options["dtype"] = self.dtype
             student = AutoModelForCausalLM.from_pretrained(name, subfolder=subfolder, **options)
         vars(self)["diffusion"] = DiffusionLM(
             self if student is None else student,
@@ -304,7 +305,8 @@ class OpdlmForCausalLM(GenerationMixin):
         """Merge defaults and arguments as transformers does, and refuse what cannot be honoured."""
         parent: Any = super()
         merged, inputs = parent._prepare_generation_config(generation_config, **options)
-        for key in DECODE_SETTINGS & inputs.keys():
+        merged._given_settings = [key for key in inputs if key in DECODE_SETTINGS]
+        for key in merged._given_settings:
             setattr(merged, key, inputs.pop(key))
         given = {key: value for key, value in inputs.items() if value is not None}
         followed = (
@@ -345,6 +347,11 @@ class OpdlmForCausalLM(GenerationMixin):
         model.spec = replace(model.spec, stop_token_ids=tuple(eos))
         check_settings(config, model.spec)
         prompts = unpadded(input_ids, attention_mask)
+        if any(model.spec.mask_token_id in ids for ids in prompts):
+            raise ValueError(
+                f"input_ids hold the mask token ({model.spec.mask_token_id}), which stands for unknown text: "
+                "remove it, or fill gaps with opdlm.generate(model, prompts, infill=True)."
+            )
         if streamer is not None and len(prompts) > 1:
             raise ValueError(f"streamer takes one sequence, and {len(prompts)} are decoded: pass one prompt.")
         padding = next((i for i in (generation_config.pad_token_id, *eos) if i is not None), None)
@@ -403,15 +410,17 @@ def refuse(given: dict[str, Any]) -> None:
 
 
 def decode_config(generation: Any, max_new_tokens: int) -> DecodeConfig:
-    """The settings of the decode loop in a prepared generation config."""
+    """The settings of the decode loop in a prepared generation config. ValueError for one that this call
+    gives and that its mode does not read.
+    """
     settings = {key: getattr(generation, key) for key in DECODE_SETTINGS if hasattr(generation, key)}
-    copied = settings["prompt_lookup_num_tokens"] = generation._copied_tokens
-    if copied and settings.get("mode", DecodeConfig().mode) != "lossless":
-        refuse({"prompt_lookup_num_tokens": copied})
+    settings["prompt_lookup_num_tokens"] = generation._copied_tokens
     if generation.do_sample:
         settings["temperature"] = 1.0 if generation.temperature is None else generation.temperature
         settings |= {"top_k": generation.top_k or None, "top_p": generation.top_p}
-    return DecodeConfig(max_new_tokens=max_new_tokens, **settings)
+    config = DecodeConfig(max_new_tokens=max_new_tokens, **settings)
+    check_is_read(config, [*generation._given_settings, "prompt_lookup_num_tokens"], is_sampled=True)
+    return config
 
 
 def unpadded(input_ids_BP: Tensor, attention_mask_BP: Tensor | None) -> list[list[int]]:

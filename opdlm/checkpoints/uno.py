@@ -13,7 +13,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from opdlm.checkpoints.convert import make_student
 from opdlm.checkpoints.export import check_free, write_model
@@ -22,6 +24,7 @@ from opdlm.checkpoints.load import (
     DRAFT_HEAD_FILE,
     load_causal_lm,
     load_tokenizer,
+    one_line,
     read_architecture,
     read_spec,
 )
@@ -36,6 +39,8 @@ from opdlm.modeling.attention import layer_kinds
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 ATTENTION, FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 """Layers that SGLang adapts; it joins q, k and v, and gate and up."""
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's --max-lora-rank."""
 
 
 def export_to_uno(folder: Path, out: Path) -> None:
@@ -74,8 +79,7 @@ def export_to_uno(folder: Path, out: Path) -> None:
                 f"{folder} cannot be exported to Uno's engines: {name} is {found}, and {reason} ({needed} "
                 "only). Convert again with that, or serve it with `opdlm serve`."
             )
-    config = json.loads((folder / ADAPTER_FOLDER / CONFIG_FILE).read_text())
-    weights = load_file(folder / ADAPTER_FOLDER / WEIGHTS_FILE)
+    config, weights = read_adapter(folder / ADAPTER_FOLDER)
     names = Counter(key.split(".")[-3] for key in weights if key.endswith("lora_A.weight"))
     check_layers(folder, config, names, model_config.num_hidden_layers)
     if config.get("use_rslora"):  # SGLang divides by r in any case
@@ -90,7 +94,15 @@ def export_to_uno(folder: Path, out: Path) -> None:
 
 
 def check_layers(folder: Path, config: dict[str, Any], names: Counter[str], num_layers: int) -> None:
-    """ConfigError for an adapter that SGLang cannot load: DoRA, or layers that it does not join."""
+    """ConfigError for an adapter that the engines cannot load: a rank above those of vLLM, or for SGLang
+    DoRA, or layers that it does not join.
+    """
+    if config["r"] > LORA_RANKS[-1]:
+        raise ConfigError(
+            f"{folder} cannot be exported to Uno's engines: lora.r ({config['r']}) exceeds {LORA_RANKS[-1]}, "
+            "the largest rank that vLLM serves. Convert again with a smaller one, or serve it with `opdlm "
+            "serve`."
+        )
     unknown = sorted({*names} - {*ATTENTION, *FEED_FORWARD})
     partly = sorted(name for name, number in names.items() if number != num_layers)
     problem = ""
@@ -109,16 +121,36 @@ def check_layers(folder: Path, config: dict[str, Any], names: Counter[str], num_
         )
 
 
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and tensors of a PEFT folder; DataError where its files are missing or damaged."""
+    if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        raise DataError(f"{folder} holds no {CONFIG_FILE} and {WEIGHTS_FILE}: give the folder of an adapter.")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{folder}/{CONFIG_FILE} is damaged or cut off ({one_line(error)}). Download or copy it again."
+        ) from error
+    for key in ("r", "lora_alpha"):
+        value = config.get(key) if isinstance(config, dict) else None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DataError(
+                f"{folder}/{CONFIG_FILE}: {key} ({value}) must be a number. Download or copy it again."
+            )
+    try:
+        return config, load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{folder}/{WEIGHTS_FILE} is damaged or cut off ({one_line(error)}). Download or copy it again."
+        ) from error
+
+
 def import_uno(base: str, adapter: Path, out: Path, block_size: int, dtype: str = "auto") -> None:
     """Write a base model and an adapter of this layout as a folder that `opdlm convert` would have written.
 
     ConfigError or DataError if the adapter holds more than LoRA, or does not fit the base.
     """
-    if not (adapter / CONFIG_FILE).is_file() or not (adapter / WEIGHTS_FILE).is_file():
-        raise DataError(
-            f"{adapter} holds no {CONFIG_FILE} and {WEIGHTS_FILE}: give the folder of an adapter."
-        )
-    values = json.loads((adapter / CONFIG_FILE).read_text())
+    values, weights = read_adapter(adapter)
     for key, plain in {"peft_type": "LORA", "bias": "none"}.items():
         if values.get(key, plain) != plain:
             raise DataError(f"{adapter}/{CONFIG_FILE}: {key} ({values[key]}) must be {plain}.")
@@ -140,7 +172,7 @@ def import_uno(base: str, adapter: Path, out: Path, block_size: int, dtype: str 
     from peft import set_peft_model_state_dict
 
     try:
-        found: Any = set_peft_model_state_dict(vars(student)["peft_model"], load_file(adapter / WEIGHTS_FILE))
+        found: Any = set_peft_model_state_dict(vars(student)["peft_model"], weights)
     except RuntimeError as error:  # shapes
         raise DataError(f"{adapter} does not fit {base}: {str(error).splitlines()[-1].strip()}") from error
     wrong = [*found.unexpected_keys, *(key for key in found.missing_keys if "lora_" in key)]

@@ -17,19 +17,17 @@ from opdlm.cli.flags import (
     add_dtype,
     add_trust,
     add_verb,
-    decode_config,
     given_decode,
+    one_mode_config,
 )
-from opdlm.decoding.decode_config import Mode
+from opdlm.decoding.decode_config import READ_BY, Mode
 from opdlm.errors import ConfigError
 
 SERVED_MODES: tuple[Mode, ...] = ("static", "threshold", "left_to_right")
 FIXED_BY_REQUESTS = ("max_new_tokens", "batch_size", "logprobs")
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of vLLM's --max-lora-rank."""
 OF_OTHER_MODES = (
-    *("entropy_bound", "ar_accept_threshold", "forward_overhead", "draft_sampling"),
-    "prompt_lookup_num_tokens",
+    "ar_accept_threshold",
+    *(name for name, modes in READ_BY.items() if not {*modes} & {*SERVED_MODES}),
 )
 
 EXPORT_EXAMPLES = """  opdlm export runs/sdar/model runs/sdar/vllm
@@ -161,7 +159,7 @@ def run_export(options: argparse.Namespace) -> int:
             f"--{given[0].replace('_', '-')} has no effect with --to {options.to}, whose engines decide how "
             "tokens are chosen: leave it out."
         )
-    config = decode_config(options) if given else None
+    config = one_mode_config(options) if given else None
     out = opdlm.export(options.folder, options.out, to=options.to, config=config)
     match options.to:
         case "sdar":
@@ -177,6 +175,7 @@ def run_export(options: argparse.Namespace) -> int:
 def uno_commands(folder: str, out: Path) -> str:
     """How SGLang, and vLLM with the proposed change, serve the folder with the exported adapter."""
     from opdlm.checkpoints.load import read_spec
+    from opdlm.checkpoints.uno import LORA_RANKS
 
     spec, rank = read_spec(folder), json.loads((out / "adapter_config.json").read_text())["r"]
     speculative = {

@@ -23,7 +23,7 @@ from typing import (
 )
 
 import opdlm
-from opdlm.decoding.decode_config import DecodeConfig, Mode
+from opdlm.decoding.decode_config import DecodeConfig, Mode, check_is_read
 from opdlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -248,6 +248,18 @@ def decode_config(options: argparse.Namespace) -> DecodeConfig:
         return DecodeConfig(**{**options.decode_defaults, **given_decode(options)})
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def one_mode_config(options: argparse.Namespace, *, is_sampled: bool | None = None) -> DecodeConfig:
+    """As `decode_config`, for a verb that decodes in that mode alone: ConfigError also for a flag that the
+    mode does not read. `is_sampled`: whether tokens are drawn; None: as the temperature says.
+    """
+    config = decode_config(options)
+    try:
+        check_is_read(config, given_decode(options), is_sampled=is_sampled)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return config
 
 
 SETTING = re.compile(r"`(\w+)(?:=([^`]+))?`|(?<![\w.`-])([a-z]+(?:_[a-z]+)+)\b(?!=)|^(\w+)(?= \()")

@@ -17,8 +17,8 @@ from opdlm.cli.flags import (
     add_dtype,
     add_seed,
     add_verb,
-    decode_config,
     given_decode,
+    one_mode_config,
     with_flag_names,
 )
 from opdlm.errors import ConfigError, OpdlmError
@@ -95,7 +95,7 @@ def run_generate(options: argparse.Namespace) -> int:
         raise ConfigError("generate needs a PROMPT, or --prompts-file FILE. See: opdlm generate --help")
     if options.stream and options.json:
         raise ConfigError("--stream shows text as it comes, and --json whole answers: choose one.")
-    config = decode_config(options)
+    config = one_mode_config(options)
     model, tokenizer = opdlm.load(options.folder, options.dtype, mode=config.mode)
     from rich.console import Console
 
@@ -163,7 +163,7 @@ def show(
 
 def run_chat(options: argparse.Namespace) -> int:
     """One line at a time; a line that cannot be answered is forgotten."""
-    config = decode_config(options)
+    config = one_mode_config(options)
     model, tokenizer = opdlm.load(options.folder, options.dtype, mode=config.mode)
     from rich.console import Console
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 import opdlm
-from opdlm.cli.flags import Parser, Verbs, add_compile, add_decode_flags, add_dtype, add_verb, decode_config
+from opdlm.cli.flags import Parser, Verbs, add_compile, add_decode_flags, add_dtype, add_verb, one_mode_config
+from opdlm.errors import ConfigError
 
 EXAMPLES = """  opdlm serve runs/tiny/model --mode lossless
   curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
@@ -71,9 +72,13 @@ def add_serve_flags(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if not all(options.api_key or ()):
+        raise ConfigError(
+            "--api-key is empty, which would protect nothing: give a key, or leave it out for $OPDLM_API_KEY."
+        )
     opdlm.serve(
         options.folder,
-        decode_config(options),
+        one_mode_config(options, is_sampled=True),  # requests have temperatures of their own
         host=options.host,
         port=options.port,
         name=options.name,

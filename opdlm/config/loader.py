@@ -11,6 +11,7 @@ import difflib
 import inspect
 import itertools
 import logging
+import math
 import re
 import types
 import typing
@@ -140,6 +141,14 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     set_value(values, OLD_KEYS.get(key, key), value)
 
 
+def override_of(key: str, text: str) -> str:
+    """`key=value` that `apply_override` reads as this text, whatever YAML would make of it."""
+    if NO_TEXT.search(text):
+        raise ConfigError(f"{key} ({text!r}) has a character that is no text.")
+    quoted = yaml.safe_dump(text, default_style='"', width=math.inf, allow_unicode=True)
+    return f"{key}={quoted.rstrip()}"
+
+
 def set_value(values: dict[str, Any], key: str, value: Any) -> None:
     *sections, name = key.split(".")
     for section in sections:
@@ -158,12 +167,14 @@ def read_settings(recipe: Path | None, overrides: Sequence[str]) -> dict[str, An
 
 
 def rename_old_keys(values: dict[str, Any]) -> None:
-    """Replace old names of settings, in place."""
-    found = []
+    """Replace old names of settings, in place. ConfigError where the new name is there too."""
+    found, given = [], flat(values)
     for old, new in OLD_KEYS.items():
         section, key = old.split(".")
         tree = values.get(section)
         if isinstance(tree, dict) and key in tree:
+            if new in given:
+                raise ConfigError(f"{old} is an old name of {new}, and both are given: leave {old} out.")
             set_value(values, new, tree.pop(key))
             found.append(f"{old} is now {new}")
     if found:

@@ -61,4 +61,6 @@ def resolve_target(target: str, folder: str = "") -> tuple[Path | None, list[str
             f"TARGET ({target}) is neither a bundled recipe, nor a recipe file, nor a checkpoint folder or "
             f"hub id.{nearest_recipes(target, folder)}"
         )
-    return None, [f"model.path={target}"]
+    from opdlm.config.loader import override_of  # pydantic, which help and `opdlm recipes` do without
+
+    return None, [override_of("model.path", target)]

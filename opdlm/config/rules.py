@@ -14,6 +14,7 @@ from typing import Any
 from opdlm.config.loader import build_section, plain, read_settings
 from opdlm.config.schedules import FROM_TEACHER
 from opdlm.config.sections import Config, MaskSection, RunConfig
+from opdlm.decoding.decode_config import READ_BY
 from opdlm.errors import ConfigError
 
 
@@ -94,8 +95,7 @@ WITHOUT_EFFECT = {
         f"{name}.decode.entropy_bound": "mode entropy is for `opdlm generate`" for name in ("eval", "rollout")
     },
     **{f"{name}.decode.logprobs": "`opdlm generate --logprobs` shows them" for name in ("eval", "rollout")},
-    "rollout.decode.forward_overhead": ONLY_LOSSLESS,
-    "rollout.decode.prompt_lookup_num_tokens": ONLY_LOSSLESS,
+    **{f"rollout.decode.{key}": ONLY_LOSSLESS for key, modes in READ_BY.items() if modes == ("lossless",)},
 }
 """Settings of a decode group that the section does not read, and why."""
 

@@ -7,6 +7,7 @@ it. Its values are checked on creation, in Python as in a recipe.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -94,6 +95,45 @@ class DecodeConfig:
     def repeatable(self) -> DecodeConfig:
         """The same settings, with drafts that do not depend on the speed of the machine."""
         return self if self.forward_overhead is not None else replace(self, forward_overhead=FIXED_OVERHEAD)
+
+
+def modes_except(*others: Mode) -> tuple[Mode, ...]:
+    return tuple(mode for mode in get_args(Mode) if mode not in others)
+
+
+READ_BY: dict[str, tuple[Mode, ...]] = {
+    "denoising_steps": modes_except("ar", "entropy", "lossless"),
+    "confidence_threshold": ("threshold",),
+    "entropy_bound": ("entropy",),
+    "ar_accept_threshold": modes_except("ar", "lossless"),
+    "forward_overhead": ("lossless",),
+    "draft_sampling": ("lossless",),
+    "prompt_lookup_num_tokens": ("lossless",),
+}
+"""The modes that read a setting; all read the others."""
+OFF_AT_ZERO = ("ar_accept_threshold", "prompt_lookup_num_tokens")
+
+
+def check_is_read(config: DecodeConfig, names: Iterable[str], *, is_sampled: bool | None = None) -> None:
+    """ValueError for a setting among `names` that has no effect in the mode. Its default, or 0 where that
+    turns it off, is none. `is_sampled`: whether tokens are drawn; None: as the temperature says.
+    """
+    for name in names:
+        value, modes = getattr(config, name), READ_BY.get(name, (config.mode,))
+        is_neutral = value == getattr(DecodeConfig(), name) or (name in OFF_AT_ZERO and not value)
+        if is_neutral:
+            continue
+        shown = f"{value:g}" if isinstance(value, float) else value
+        if config.mode not in modes:
+            raise ValueError(
+                f"{name} ({shown}) has no effect with `mode={config.mode}`: leave it out, or use "
+                f"`mode={modes[0]}`."
+            )
+        if name == "draft_sampling" and not (config.temperature if is_sampled is None else is_sampled):
+            raise ValueError(
+                f"{name} ({shown}) has no effect with `temperature=0`, which draws nothing: leave it out, or "
+                "give a temperature."
+            )
 
 
 FIXED_OVERHEAD = 32.0

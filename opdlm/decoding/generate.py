@@ -23,7 +23,7 @@ from torch import Tensor
 from ..modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from ..modeling.kv_cache import DecodeCache, Packed, PrefixCache
 from ..modeling.slots import CLEAN, Format, Grid
-from .decode_config import DecodeConfig, Mode
+from .decode_config import DecodeConfig, Mode, check_is_read
 from .decode_state import DecodeState, LogitsProcessor, Processors, Request
 from .denoise import denoise_step
 from .draft_policy import DraftPolicy, ForwardCost, clock, measure_forward_cost
@@ -232,11 +232,7 @@ def check_settings(config: DecodeConfig, spec: DiffusionSpec) -> None:
         raise ValueError(
             "`mode=lossless` needs a preserve checkpoint; this one is sdar. Use static or threshold."
         )
-    if config.mode != "lossless" and config.draft_sampling != "shared_noise":
-        raise ValueError(
-            f"draft_sampling ({config.draft_sampling}) has no effect with `mode={config.mode}`, which "
-            "verifies no drafts: leave it out, or use `mode=lossless`."
-        )
+    check_is_read(config, ["draft_sampling"], is_sampled=True)
     if config.mode not in ("ar", "lossless") and not spec.can_denoise:
         raise ValueError(
             f"`mode={config.mode}` denoises blocks in part, and this student computes whole drafts only "

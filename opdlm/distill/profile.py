@@ -15,7 +15,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from opdlm.config.loader import build_section, flat, read_settings, set_value
+from opdlm.config.loader import build_section, flat, override_of, read_settings, set_value
 from opdlm.config.rules import check_config
 from opdlm.config.schedules import num_updates_of
 from opdlm.config.sections import Config, MaskSection, TrainSection
@@ -54,7 +54,7 @@ def profile(model_path: str, overrides: Sequence[str]) -> list[Choice]:
     those of the first, since the free memory of others differs.
     """
     join_launch()
-    values = read_settings(None, [f"model.path={model_path}", *overrides])
+    values = read_settings(None, [override_of("model.path", model_path), *overrides])
     given = set(flat(values))
     try:
         sizes = measure_sizes(build_section(Config, values))

@@ -35,7 +35,7 @@ class AnswerHead(BaseModel):
 
 
 class Usage(BaseModel):
-    """Token counts of a request, summed over its choices."""
+    """Token counts of a request, summed over its choices. A prompt counts once, however many it has."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -44,8 +44,10 @@ class Usage(BaseModel):
     """Forward passes of the model, prefill included. OpenAI's protocol does not have this field."""
 
     @classmethod
-    def of(cls, rollouts: Sequence[Rollout]) -> Usage:
-        stats, num_prompt = DecodeStats.of(rollouts), sum(len(rollout.prompt_ids) for rollout in rollouts)
+    def of(cls, rollouts: Sequence[Rollout], n: int) -> Usage:
+        """`n`: responses to each prompt, which follow each other."""
+        stats = DecodeStats.of(rollouts)
+        num_prompt = sum(len(rollout.prompt_ids) for rollout in rollouts[::n])
         return cls(
             prompt_tokens=num_prompt,
             completion_tokens=stats.num_tokens,
@@ -59,7 +61,8 @@ class TokenLogprob(BaseModel):
 
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None
+    """Of the text, also where the token is a part of a character; null where that is not known."""
     top_logprobs: list[TokenLogprob] = []
 
 
@@ -75,7 +78,9 @@ class TextLogprobs(BaseModel):
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]] | None
-    """The most likely tokens and the chosen one, where they are asked for."""
+    """The most likely tokens and the chosen one, where they are asked for. Of two with one text the second is
+    named `token_id:` and its id.
+    """
     text_offset: list[int]
     """Where the text of each token starts in the text of all."""
 
@@ -160,12 +165,21 @@ def error_answer(message: str, *, status: int) -> Values:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token with its log-probability."""
+
+    id: int
+    text: str
+    bytes: list[int] | None
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
 class TokenChoice:
     """A chosen token."""
 
-    text: str
-    logprob: float
-    alternatives: list[tuple[str, float]]
+    chosen: ScoredToken
+    alternatives: list[ScoredToken]
     """The most likely tokens."""
 
 
@@ -247,11 +261,11 @@ def written_call(call: ToolCall, place: int | None) -> Values:
 def chat_logprobs(tokens: Sequence[TokenChoice]) -> Values:
     """The field `logprobs` of a chat's choice."""
 
-    def written(text: str, logprob: float) -> Values:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    def written(token: ScoredToken) -> Values:
+        return {"token": token.text, "logprob": token.logprob, "bytes": token.bytes}
 
     content = [
-        {**written(token.text, token.logprob), "top_logprobs": [written(*one) for one in token.alternatives]}
+        {**written(token.chosen), "top_logprobs": [written(one) for one in token.alternatives]}
         for token in tokens
     ]
     return {"content": content}
@@ -259,14 +273,23 @@ def chat_logprobs(tokens: Sequence[TokenChoice]) -> Values:
 
 def text_logprobs(tokens: Sequence[TokenChoice]) -> Values:
     """The field `logprobs` of a completion's choice."""
-    top = [{**dict(token.alternatives), token.text: token.logprob} for token in tokens]
-    texts = [token.text for token in tokens]
+    top = [by_text(token) for token in tokens]
+    texts = [token.chosen.text for token in tokens]
     return {
         "tokens": texts,
-        "token_logprobs": [token.logprob for token in tokens],
+        "token_logprobs": [token.chosen.logprob for token in tokens],
         "top_logprobs": top if any(token.alternatives for token in tokens) else None,
         "text_offset": [*itertools.accumulate(map(len, texts), initial=0)][:-1],
     }
+
+
+def by_text(token: TokenChoice) -> dict[str, float]:
+    """The chosen token and the most likely ones by their text, which several may share."""
+    others = [one for one in token.alternatives if one.id != token.chosen.id]
+    named = {token.chosen.text: token.chosen.logprob}
+    for one in others:
+        named[f"token_id:{one.id}" if one.text in named else one.text] = one.logprob
+    return named
 
 
 def sse(event: Values) -> str:

@@ -28,6 +28,7 @@ from opdlm.checkpoints.convert import load_decoder
 from opdlm.checkpoints.load import check_decode, max_total_tokens, vocabulary_rows
 from opdlm.data.chat_template import encode_prompt, token_ids, unread_keys
 from opdlm.data.rows import check_text
+from opdlm.data.token_bytes import TokenBytes
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import PROCESSED_MODES, grid_of
 from opdlm.decoding.rollout import Rollout
@@ -39,6 +40,7 @@ from opdlm.seeds import seed_of
 from opdlm.serving.answers import (
     AnswerFormat,
     FinishedChoice,
+    ScoredToken,
     TokenChoice,
     Usage,
     Values,
@@ -93,9 +95,13 @@ class ParsedRequest:
     def is_chat(self) -> bool:
         return isinstance(self.request, ChatRequest)
 
+    def usage(self) -> Usage:
+        """Token counts of the responses that are complete."""
+        return Usage.of(self.rollouts, self.request.n or 1)
+
     def log_fields(self) -> Values:
         """What the request log tells of its decoding."""
-        usage, started = Usage.of(self.rollouts), self.choices[0].job.admitted
+        usage, started = self.usage(), self.choices[0].job.admitted
         return {
             "queue_seconds": round(started[0] - self.parsed_at, 4) if started else None,
             "prompt_tokens": usage.prompt_tokens,
@@ -381,8 +387,13 @@ class Server:
             stops = choice.stable_prefix.stop_token_ids
             rankings = choice.alternatives or [[]] * rollout.num_response
             tokens = [
-                TokenChoice(*self.scored_token(token, logprob), [self.scored_token(*one) for one in ranking])
-                for token, logprob, ranking in zip(rollout.text_ids, rollout.logprobs, rankings, strict=True)
+                TokenChoice(
+                    self.scored_token(token, logprob, is_first=place == 0),
+                    [self.scored_token(*one, is_first=place == 0) for one in ranking],
+                )
+                for place, (token, logprob, ranking) in enumerate(
+                    zip(rollout.text_ids, rollout.logprobs, rankings, strict=True)
+                )
                 if token not in stops
             ]
         text = choice.echo + choice.stable_prefix.whole(rollout.text_ids)
@@ -394,15 +405,21 @@ class Server:
         reason = "tool_calls" if calls else rollout.finish_reason
         return FinishedChoice(text=text, finish_reason=reason, tokens=tokens, tool_calls=calls)
 
-    def scored_token(self, token: int, logprob: float) -> tuple[str, float]:
-        """The text of a token and its log-probability as JSON can hold it."""
-        return str(self.tokenizer.decode([token])), max(logprob, SMALLEST_LOGPROB)
+    def scored_token(self, token: int, logprob: float, *, is_first: bool) -> ScoredToken:
+        """A token with its text and its log-probability as JSON can hold it. `is_first`: it starts a text."""
+        text, found = str(self.tokenizer.decode([token])), self.token_bytes.of(token, is_first=is_first)
+        return ScoredToken(token, text, found, max(logprob, SMALLEST_LOGPROB))
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes of tokens."""
+        return TokenBytes(self.tokenizer)
 
     async def answer(self, parsed: ParsedRequest) -> Values:
         """Answer when all choices of a submitted request are complete. Raises what decoding raises."""
         rollouts = [await choice.rollout() for choice in parsed.choices]
         finished = [self.finished(parsed, *pair) for pair in zip(parsed.choices, rollouts, strict=True)]
-        return AnswerFormat.new(self.name, is_chat=parsed.is_chat).whole(finished, Usage.of(rollouts))
+        return AnswerFormat.new(self.name, is_chat=parsed.is_chat).whole(finished, parsed.usage())
 
     async def stream(self, parsed: ParsedRequest) -> AsyncIterator[str]:
         """Answer a submitted request with server-sent events, the choices one after the other."""
@@ -427,7 +444,7 @@ class Server:
                     yield sse(answer.event([piece | extra]))
                     num_sent, names_role = max(num_sent, len(text)), False
         if parsed.request.wants_usage:
-            yield sse(answer.event([], usage=Usage.of(parsed.rollouts)))
+            yield sse(answer.event([], usage=parsed.usage()))
         yield "data: [DONE]\n\n"
 
 
@@ -460,6 +477,11 @@ def check_cache_fits(thread: DecodeThread) -> int:
     return needed
 
 
+def accepted_keys(given: Sequence[str]) -> tuple[str, ...]:
+    """The keys of which a request must bring one: those given, else $OPDLM_API_KEY. An empty one is none."""
+    return tuple(filter(None, given)) or tuple(filter(None, [os.environ.get(API_KEY_VARIABLE)]))
+
+
 def serve_folder(
     folder: str,
     *,
@@ -481,13 +503,14 @@ def serve_folder(
         if value < 1:
             raise ConfigError(f"{key} ({value}) must be at least 1.")
     requests = open_request_log(request_log) if request_log else None
-    keys = tuple(api_key or filter(None, [os.environ.get(API_KEY_VARIABLE, "")]))
+    keys = accepted_keys(api_key)
     for package in ("fastapi", "uvicorn"):
         require_package(package, "serve", "opdlm serve")
     model, tokenizer = load_decoder(folder, dtype)
     check_decode(decode, model.spec)
     longest = max_total_tokens(model)
-    max_length = max_length or int(min(longest, DEFAULT_LENGTH))
+    if max_length is None:
+        max_length = int(min(longest, DEFAULT_LENGTH))
     if not decode.max_new_tokens < max_length <= longest:
         raise ConfigError(
             f"max_length ({max_length}) must be more than max_new_tokens ({decode.max_new_tokens}) "

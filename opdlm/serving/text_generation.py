@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from opdlm.checkpoints.load import check_decode, check_fits, vocabulary_rows
 from opdlm.data.chat_template import encode_prompt
 from opdlm.data.messages import Conversation, conversation_of
-from opdlm.decoding.decode_config import DecodeConfig, Mode
+from opdlm.decoding.decode_config import DecodeConfig, Mode, check_is_read
 from opdlm.decoding.generate import generate as generate_ids
 from opdlm.decoding.generate import grid_of
 from opdlm.decoding.rollout import Rollout
@@ -75,7 +75,8 @@ def generate(
         stop token), `unmask_step` (the step that revealed each token), `finish_reason`, `num_forwards`.
 
     Raises:
-        ConfigError: a setting outside its range, or one that this checkpoint cannot do.
+        ConfigError: a setting outside its range, one that this checkpoint cannot do, or a keyword that the
+            mode does not read.
         DataError: a prompt and `max_new_tokens` exceed the model's context.
 
     Example:
@@ -96,6 +97,7 @@ def generate(
         "logprobs": logprobs,
     }
     config = with_changes(config or DecodeConfig(), changes)
+    check_has_effect(config, [name for name, value in changes.items() if value is not None])
     check_decode(config, model.spec)
     has_mask = model.mask_embedding is not None or model.spec.noise_vocab_size is not None
     is_plain = not has_mask and model.spec.mask_token_id >= vocabulary_rows(model.student)
@@ -141,6 +143,14 @@ def with_changes(config: DecodeConfig, changes: Mapping[str, Any]) -> DecodeConf
         raise ConfigError(str(error)) from error
 
 
+def check_has_effect(config: DecodeConfig, given: Sequence[str]) -> None:
+    """ConfigError for a setting that is given and that the mode does not read."""
+    try:
+        check_is_read(config, given)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def check_infill(config: DecodeConfig, stop: Sequence[str], ar_accept_threshold: float | None) -> None:
     """Raises ConfigError for what would lose the text after a gap."""
     if stop:
@@ -166,7 +176,9 @@ def encode(
         ids: list[Any] = list(prompt)
         if not ids:
             raise ConfigError("PROMPT has no token: give at least one.")
-        if mask_token_id in ids and not infill:
+        if infill:
+            check_has_gap(ids, mask_token_id)
+        elif mask_token_id in ids:
             raise ConfigError(
                 f"PROMPT contains the mask token ({mask_token_id}), which stands for unknown text: fill it "
                 "with `infill=True`, or remove it."
@@ -192,12 +204,26 @@ def encode(
     return encode_prompt(tokenizer, conversation)
 
 
+def check_has_gap(ids: Sequence[int], mask_token_id: int) -> None:
+    """ConfigError for token ids that have no gap, or start with one."""
+    if mask_token_id not in ids:
+        raise ConfigError(
+            f"PROMPT has no gap to fill: put the mask token ({mask_token_id}) where a token is unknown, or "
+            "leave out `infill`."
+        )
+    if ids[0] == mask_token_id:
+        raise ConfigError(
+            "PROMPT starts with a gap, and the model needs a token to start from: put a token first."
+        )
+
+
 @contextmanager
 def filling_gaps(model: DiffusionLM, infill: bool) -> Iterator[None]:
-    """No gap is filled with a stop token, which would cut off the text after it."""
+    """No gap is filled with a stop token, and one of the template does not cut off the text after it."""
     spec = model.spec
     if infill:
-        model.spec = replace(spec, banned_token_ids=(*spec.banned_token_ids, *spec.stop_token_ids))
+        banned = (*spec.banned_token_ids, *spec.stop_token_ids)
+        model.spec = replace(spec, banned_token_ids=banned, stop_token_ids=())
     try:
         yield
     finally:

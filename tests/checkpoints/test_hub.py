@@ -115,6 +115,19 @@ def test_what_the_hub_refuses_is_told_in_one_line(
     assert contents(folder) == before
 
 
+def test_private_is_refused_where_the_repository_is_public(
+    server: StandIn, folder: Path, tmp_path: Path
+) -> None:
+    server.repositories[NAME] = {"README.md": b"public"}
+    before = contents(folder)
+    pushed = server.command(tmp_path, "-m", "opdlm", "push", str(folder), NAME, "--private")
+    assert pushed.returncode == 2 and f"{NAME} exists and is public" in pushed.stderr, pushed.stderr
+    assert server.repositories[NAME] == {"README.md": b"public"} and contents(folder) == before
+    for _ in range(2):  # it is created, and then it exists
+        pushed = server.command(tmp_path, "-m", "opdlm", "push", str(folder), "ada/own", "--private")
+        assert pushed.returncode == 0 and "ada/own" in server.private, pushed.stderr
+
+
 def test_a_damaged_folder_and_a_hub_out_of_reach_are_told(
     server: StandIn, folder: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import tiny_model, tiny_overrides, tiny_tokenizer, write_checkpoint, write_data
 from tiny_models import CPU, MASK, make_lm, qwen3
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import opdlm
 from opdlm.checkpoints.convert import make_student
-from opdlm.checkpoints.load import assemble, load_causal_lm
+from opdlm.checkpoints.load import assemble, computing_dtype, load_causal_lm
 from opdlm.checkpoints.lora import adapted_layers, add_lora
 from opdlm.cli.main import main
 from opdlm.config.rules import load_config
@@ -302,6 +304,39 @@ def test_a_full_copy_keeps_the_ar_weights_beside_a_merged_student(
     torch.testing.assert_close(noised_logits(after), noised_logits(before), atol=1e-5, rtol=1e-5)
     for mode in ("ar", "static", "lossless"):
         assert decode(after, mode) == decode(before, mode)
+
+
+@pytest.mark.usefixtures("own_module_cache")
+def test_a_full_copy_has_the_dtype_of_its_base_whichever_transformers_wrote_it(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 4 wrote `torch_dtype`. A student in another dtype is loaded in that of the base."""
+    monkeypatch.setattr("opdlm.checkpoints.load.cpu_multiplies", lambda dtype: True)
+    computing_dtype.cache_clear()
+    folder, out = tmp_path / "old", tmp_path / "out"
+    shutil.copytree(runs / "preserve" / "model", folder)
+    (folder / "manifest.json").unlink()
+    weights = {name: value.bfloat16() for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    values = json.loads((folder / "config.json").read_text())
+    del values["dtype"]
+    (folder / "config.json").write_text(json.dumps(values | {"torch_dtype": "bfloat16"}))
+    assert main(["merge", str(folder), str(out), "--full-copy"]) == 0
+    student = out / "student" / "model.safetensors"
+    assert {value.dtype for value in load_file(student).values()} == {torch.bfloat16}
+    wide = {name: value.float() for name, value in load_file(student).items()}
+    save_file(wide, student, {"format": "pt"})
+    config = student.with_name("config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}))
+    (out / "manifest.json").unlink(missing_ok=True)
+    model, _ = opdlm.load(out)
+    remote = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    for found in (model, remote.diffusion):
+        assert found.teacher is not None
+        assert found.teacher.dtype == found.student.dtype == torch.bfloat16
+    assert decode(model, "static")
+    assert remote.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4).shape == (1, 7)
+    computing_dtype.cache_clear()
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

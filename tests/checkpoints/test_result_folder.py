@@ -122,6 +122,15 @@ def test_the_remote_code_class_generates_what_the_package_generates(name: str, r
             assert ids_BL[0].tolist() == prompt + list(rollout.text_ids), mode
 
 
+def test_the_remote_code_class_refuses_templates(runs: Path) -> None:
+    """`generate` of transformers continues a text: filled gaps have no place in what it returns."""
+    remote = AutoModelForCausalLM.from_pretrained(runs / "preserve-lora" / "model", trust_remote_code=True)
+    mask = remote.diffusion.spec.mask_token_id
+    for ids in ([5, mask, 6], [mask, 5]):
+        with pytest.raises(ValueError, match=rf"mask token \({mask}\).*infill=True"):
+            remote.generate(torch.tensor([ids]), mode="static", ar_accept_threshold=0.0, max_new_tokens=4)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training_reached_the_folder(name: str, runs: Path) -> None:
     """What is loaded decodes as the trained student, not as the teacher: [MASK] and weights were kept."""

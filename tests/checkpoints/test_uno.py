@@ -7,6 +7,7 @@ generation does, with the accepted lengths of our lossless decoding.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -282,3 +283,44 @@ def test_an_adapter_that_is_more_than_lora_or_of_another_model_is_refused(
     assert main(command) == 2
     printed = capsys.readouterr().err
     assert sentence in printed and not (tmp_path / "out").exists(), printed
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        ("cut-off weights", "adapter_model.safetensors is damaged or cut off"),
+        ("cut-off settings", "adapter_config.json is damaged or cut off"),
+        ("a list", "adapter_config.json: r (None) must be a number"),
+        ("no alpha", "adapter_config.json: lora_alpha (None) must be a number"),
+    ],
+)
+def test_a_damaged_adapter_is_told(
+    damage: str, sentence: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = Path(shutil.copytree(runs / "llama-uno", tmp_path / "adapter"))
+    settings, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    values = json.loads(settings.read_text())
+    match damage:
+        case "cut-off weights":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "cut-off settings":
+            settings.write_text(settings.read_text()[:-20])
+        case "a list":
+            settings.write_text("[]")
+        case _:
+            settings.write_text(json.dumps({key: values[key] for key in values if key != "lora_alpha"}))
+    assert main(["import", str(runs / "llama"), str(adapter), str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr().err
+    assert sentence in printed and not (tmp_path / "out").exists(), printed
+
+
+def test_a_rank_that_vllm_does_not_serve_is_refused(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(runs / "llama-run" / "model", tmp_path / "model"))
+    (folder / "manifest.json").unlink()
+    settings = folder / "adapter" / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"r": 513}))
+    assert main(["export", str(folder), str(tmp_path / "out"), "--to", "uno"]) == 2
+    printed = capsys.readouterr().err
+    assert "lora.r (513) exceeds 512" in printed and not (tmp_path / "out").exists(), printed

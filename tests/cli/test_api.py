@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -119,6 +120,24 @@ def test_gaps_are_filled_in_text_and_in_ids(loaded: tuple[Any, Any]) -> None:
     assert model.spec == spec
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_stop_token_of_a_template_does_not_cut_it_off(loaded: tuple[Any, Any], streams: bool) -> None:
+    model, tokenizer = loaded
+    screen = io.StringIO()
+    (rollout,) = opdlm.generate(
+        model,
+        ["add 4<gap:2><eos>then 7<gap:3> end"],
+        tokenizer=tokenizer,
+        infill=True,
+        mode="static",
+        stream=Console(file=screen, width=200) if streams else None,
+    )
+    assert rollout.text.startswith("add 4") and rollout.text.endswith(" end") and "then 7" in rollout.text
+    assert len(rollout.text) == len("add 4") + 2 + len("then 7") + 3 + len(" end")
+    assert rollout.text_ids.count(tokenizer.eos_token_id) == 1  # the template's own
+    assert not streams or screen.getvalue() == rollout.text + "\n"
+
+
 def test_a_stream_shows_what_is_returned(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     screen = io.StringIO()
@@ -131,6 +150,10 @@ def test_a_stream_shows_what_is_returned(loaded: tuple[Any, Any]) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a setting out of range": ({"temperature": -1.0}, r"temperature \(-1\) must lie between"),
     "more steps than tokens": ({"denoising_steps": 99}, r"denoising_steps \(99\) must lie between 1 and"),
+    "a setting of another mode": (
+        {"mode": "lossless", "confidence_threshold": 0.5},
+        r"confidence_threshold \(0.5\) has no effect with `mode=lossless`",
+    ),
     "text without a tokenizer": ({"tokenizer": None}, "tokenizer is missing"),
     "no prompt": ({"prompts": [" "]}, "PROMPT has an empty prompt"),
     "one text instead of a list": ({"prompts": "add 1 2"}, "give a list"),
@@ -138,6 +161,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no id": ({"prompts": [[]]}, "no token"),
     "an empty stop string": ({"stop": [""]}, "`stop` is empty"),
     "infill from left to right": ({"infill": True, "mode": "ar"}, "`infill` with `mode=ar`"),
+    "infill of ids without a gap": ({"infill": True, "prompts": [[5, 6]]}, r"no gap .* mask token \(46\)"),
+    "infill of ids that start with a gap": ({"infill": True, "prompts": [[46, 5]]}, "starts with a gap"),
     "infill and a stop string": ({"infill": True, "stop": ["a"]}, "choose one"),
     "infill and acceptance": ({"infill": True, "ar_accept_threshold": 0.2}, "`ar_accept_threshold=0.2`"),
     "a response past the context": ({"max_new_tokens": 500}, r"max_new_tokens \(500\)"),
@@ -201,6 +226,63 @@ def test_settings_can_be_changed_by_overrides_and_are_checked(root: Path) -> Non
     assert train_settings(text, ["data.path=a.jsonl"]).data.path == "a.jsonl"
     with pytest.raises(opdlm.ConfigError, match=r"model\.path is empty"):
         opdlm.train(text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "runs/exp #2",
+        "1.10",
+        "a: b",
+        "yes",
+        "{x}",
+        "'q'",
+        'a\\b"c',
+        "~",
+        " two  words ",
+        "é\N{GRINNING FACE}",
+        "-",
+    ],
+)
+def test_a_path_is_taken_as_it_is_and_not_as_yaml(
+    name: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opdlm.distill import pipeline
+    from opdlm.text import pipeline as text_pipeline
+
+    monkeypatch.setattr(pipeline, "convert_checkpoint", lambda config, console: config)
+    monkeypatch.setattr(text_pipeline, "train_text", lambda config, console: config)
+    teacher = root / name
+    if not teacher.exists():
+        teacher.parent.mkdir(exist_ok=True)
+        shutil.copytree(root / "teacher", teacher)
+    data = f"{name}.jsonl"
+    for verb in (opdlm.convert, opdlm.train):
+        found: Any = verb(str(teacher), data=data, output_dir=name, console=QUIET)
+        assert (found.model.path, found.data.path, found.output_dir) == (str(teacher), data, name)
+        if verb is opdlm.convert:
+            found = opdlm.convert(found, output_dir=Path(name, "b"), console=QUIET)
+            assert found.output_dir == str(Path(name, "b"))
+
+
+def test_a_run_in_a_folder_of_an_odd_name_is_resumed(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opdlm.distill import pipeline
+
+    monkeypatch.setattr(pipeline, "convert_checkpoint", lambda config, console: config)
+    folder = tmp_path / "exp #2"
+    folder.mkdir()
+    config = opdlm.load_config(None, [*tiny_overrides(root / "teacher", root, tmp_path)])
+    (folder / "config.yaml").write_text(replace(config, output_dir=str(folder)).to_yaml())
+    found: Any = opdlm.resume(folder, console=QUIET)
+    assert found.output_dir == str(folder)
+
+
+def test_a_path_with_a_character_that_is_no_text_is_refused(root: Path) -> None:
+    for name in ("a\0b", "a\udc80"):
+        with pytest.raises(opdlm.ConfigError, match=r"output_dir .* has a character that is no text"):
+            opdlm.convert(str(root / "teacher"), output_dir=name, console=QUIET)
 
 
 def test_training_on_text_gives_a_folder_that_loads(root: Path, tmp_path: Path) -> None:

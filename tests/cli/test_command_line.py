@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from opdlm import __version__
-from opdlm.cli.flags import MODES, decode_config, with_flag_names
+from opdlm.cli.flags import MODES, decode_config, one_mode_config, with_flag_names
 from opdlm.cli.main import build_parser, main, parse
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.errors import ConfigError
@@ -135,6 +136,41 @@ def test_decoding_flags_become_the_settings() -> None:
     )
     assert decode_config(parse(["generate", "DIR", "PROMPT"])) == DecodeConfig()
     assert set(MODES) >= {"lossless", "entropy"}
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "serve"])
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--forward-overhead 8", "forward_overhead (8) has no effect with `mode=threshold`"),
+        (
+            "--prompt-lookup-num-tokens 9 --mode static",
+            "prompt_lookup_num_tokens (9) has no effect with `mode=",
+        ),
+        ("--confidence-threshold 0.5 --mode lossless", "has no effect with `mode=lossless`"),
+        ("--denoising-steps 2 --mode lossless", "leave it out, or use `mode=static`"),
+        ("--denoising-steps 2 --mode entropy", "denoising_steps (2) has no effect"),
+        ("--entropy-bound 0.2 --mode ar", "use `mode=entropy`"),
+        ("--ar-accept-threshold 0.2 --mode lossless", "ar_accept_threshold (0.2) has no effect"),
+        ("--draft-sampling rejection --temperature 1", "has no effect with `mode=threshold`"),
+        ("--draft-sampling rejection --mode lossless", "has no effect with `temperature=0`"),
+        ("--draft-sampling rejection --mode lossless --temperature 1", None),
+        ("--forward-overhead 8 --prompt-lookup-num-tokens 9 --mode lossless", None),
+        ("--confidence-threshold 0.5 --denoising-steps 2", None),
+        ("--confidence-threshold 0.9 --entropy-bound 0.1 --draft-sampling shared_noise --mode ar", None),
+        ("--ar-accept-threshold 0 --mode lossless", None),
+        ("--prompt-lookup-num-tokens 0", None),
+    ],
+)
+def test_a_flag_that_the_mode_does_not_read_is_refused(verb: str, flags: str, told: str | None) -> None:
+    """A default, and what is off in any case, is none. Requests to a server have their own temperatures."""
+    options = parse([verb, *REQUIRED[verb], *flags.split()])
+    is_sampled = True if verb == "serve" else None
+    if told is None or (is_sampled and "temperature=0" in told):
+        assert one_mode_config(options, is_sampled=is_sampled) == decode_config(options)
+        return
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        one_mode_config(options, is_sampled=is_sampled)
 
 
 @pytest.mark.parametrize(

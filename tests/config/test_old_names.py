@@ -12,6 +12,7 @@ from opdlm.config import loader
 from opdlm.config.loader import OLD_KEYS, describe_fields
 from opdlm.config.rules import load_config
 from opdlm.config.sections import Config
+from opdlm.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,21 @@ def test_an_old_recipe_is_read_as_a_new_one_with_one_notice(
     assert (config.eval.decode.ar_accept_threshold, config.eval.decode.batch_size) == (0.2, 3)
     assert len(caplog.records) == 1
     assert "rollout.remasking is now rollout.decode.mode" in caplog.text and "3 more" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train: {passes_per_rollout: 2, epochs_per_rollout: 3}",
+        "rollout: {temperature: 0.5, decode: {temperature: 0.7}}",
+        "eval: {veto_below: 0.1, decode: {ar_accept_threshold: 0.1}}",
+    ],
+)
+def test_a_setting_by_both_of_its_names_is_refused(text: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "both.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match=r"is an old name of .*, and both are given"):
+        load_config(recipe)
 
 
 def test_an_old_name_on_the_command_line_is_read_with_a_notice(caplog: pytest.LogCaptureFixture) -> None:

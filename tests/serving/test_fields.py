@@ -10,6 +10,8 @@ import pytest
 import torch
 from loopback_server import CHAT, HELLO, TEXT, Served
 
+from opdlm.serving.answers import ScoredToken, TokenChoice, chat_logprobs, text_logprobs
+
 NEUTRAL: list[dict[str, Any]] = [
     {"response_format": {"type": "text"}},
     {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "min_p": 0},
@@ -126,6 +128,16 @@ def test_the_most_likely_tokens_are_those_of_the_ar_model(lossless: Served) -> N
         *(found[key] for key in ("tokens", "token_logprobs", "top_logprobs")), strict=True
     ):
         assert top[token] == logprob and 2 <= len(top) <= 3
+
+
+def test_tokens_of_one_text_stand_beside_each_other() -> None:
+    def scored(token: int, text: str, logprob: float) -> ScoredToken:
+        return ScoredToken(token, text, None, logprob)
+
+    part, other, a = scored(7, "\ufffd", -1.0), scored(8, "\ufffd", -0.5), scored(9, "a", -2.0)
+    written = text_logprobs([TokenChoice(part, [other, part, a])])
+    assert written["top_logprobs"] == [{"\ufffd": -1.0, "token_id:8": -0.5, "a": -2.0}]
+    assert chat_logprobs([TokenChoice(a, [])])["content"][0]["bytes"] is None
 
 
 def test_ignore_eos_decodes_to_the_limit(lossless: Served, monkeypatch: pytest.MonkeyPatch) -> None:

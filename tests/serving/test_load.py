@@ -279,7 +279,8 @@ def test_metrics_count_what_was_answered(lossless: Served) -> None:
         ("prompt_tokens", "prompt_tokens"),
         ("row_forwards", "num_forwards"),
     ):
-        assert after[f"opdlm_{name}_total"] == before[f"opdlm_{name}_total"] + usage[key]
+        rows = 2 if key == "prompt_tokens" else 1  # each row has its prompt, which usage counts once
+        assert after[f"opdlm_{name}_total"] == before[f"opdlm_{name}_total"] + rows * usage[key]
     counts = [value for name, value in after.items() if name.startswith("opdlm_request_seconds_bucket")]
     assert counts == sorted(counts) and counts[-1] == after["opdlm_request_seconds_count"]
     assert after["opdlm_responses_waiting"] == after["opdlm_responses_running"] == 0

@@ -73,6 +73,8 @@ SAMPLED = {"temperature": 1.0, "top_p": 0.95}
 def test_a_seed_repeats_the_answer_of_every_supported_field(client: Any, fields: dict[str, Any]) -> None:
     one, other = (client.chat.completions.create(**ASKED, **fields) for _ in range(2))
     assert len(one.choices) == fields.get("n", 1)
+    single = client.chat.completions.create(**ASKED, **fields | {"n": 1})
+    assert one.usage.prompt_tokens == single.usage.prompt_tokens
     for first, second in zip(one.choices, other.choices, strict=True):
         assert (first.message.content, first.finish_reason) == (second.message.content, second.finish_reason)
     if fields.get("logprobs"):
@@ -153,7 +155,7 @@ def test_a_gap_before_a_suffix_is_filled(folders: dict[str, Path]) -> None:
 
 def test_every_request_is_logged(client: Any, served_process: Any) -> None:
     answer = client.chat.completions.with_raw_response.create(
-        **ASKED, extra_headers={"X-Request-Id": "mine-7"}
+        **ASKED, n=2, extra_headers={"X-Request-Id": "mine-7"}
     )
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(**ASKED, extra_headers={"X-Request-Id": "mine-8"}, n=0)

@@ -89,7 +89,7 @@ def test_completions_take_texts_and_token_ids_and_several_choices(lossless: Serv
     body = {"prompt": ["add 1 2", "copy ab"], "n": 2, "temperature": 1, "seed": 3}
     status, answer = lossless.post(TEXT, body)
     assert status == 200 and [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
-    assert answer["usage"]["prompt_tokens"] == 2 * len(ids) + 2 * len(lossless.tokenizer("copy ab").input_ids)
+    assert answer["usage"]["prompt_tokens"] == len(ids) + len(lossless.tokenizer("copy ab").input_ids)
     assert len({choice["text"] for choice in answer["choices"]}) > 1
     assert lossless.post(TEXT, body)[1]["choices"] == answer["choices"]  # a seed repeats its draws
     by_ids = lossless.post(TEXT, {"prompt": ids, "seed": 3, "temperature": 1})[1]["choices"]
@@ -117,6 +117,8 @@ def test_logprobs_are_those_of_generate(served: Served) -> None:
     *others, last = served.events(CHAT, body)
     entries, streamed = (choice["logprobs"]["content"] for choice in (in_chat, last["choices"][0]))
     assert "".join(entry["token"] for entry in entries) == in_chat["message"]["content"]
+    joined = bytes(byte for entry in entries for byte in entry["bytes"])
+    assert joined.decode() == in_chat["message"]["content"]
     assert [entry["token"] for entry in streamed] == [entry["token"] for entry in entries]
     values = [entry["logprob"] for entry in streamed]
     assert values == pytest.approx([entry["logprob"] for entry in entries], abs=1e-5)
@@ -361,6 +363,14 @@ def test_a_stop_always_ends_and_a_public_host_without_a_key_is_warned_of(
     assert "0.0.0.0 can be reached from other machines" in caplog.text
 
 
+def test_an_empty_key_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPDLM_API_KEY", raising=False)
+    assert server_module.accepted_keys([""]) == server_module.accepted_keys(()) == ()
+    monkeypatch.setenv("OPDLM_API_KEY", "secret")
+    assert server_module.accepted_keys([""]) == server_module.accepted_keys(()) == ("secret",)
+    assert server_module.accepted_keys(["", "other"]) == ("other",)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -368,9 +378,13 @@ def test_a_stop_always_ends_and_a_public_host_without_a_key_is_warned_of(
         (["--max-rows", "1000000000", "--max-new-tokens", "8"], "GiB are free: lower one of the two"),
         (["--max-waiting", "0"], "--max-waiting (0)"),
         (["--max-length", "10", "--max-new-tokens", "20"], "--max-length (10)"),
+        (["--max-length", "0", "--max-new-tokens", "8"], "--max-length (0)"),
+        (["--api-key", ""], "--api-key is empty"),
+        (["--api-key", "secret", "--api-key", ""], "--api-key is empty"),
         (["--max-length", "100000"], "--max-length (100000)"),
         (["--port", "70000", "--max-new-tokens", "8"], "--port (70000)"),
         (["--mode", "lossless"], "--mode lossless needs a preserve checkpoint"),
+        (["--forward-overhead", "8"], "--forward-overhead (8) has no effect with --mode threshold"),
         (["--denoising-steps", "9"], "--denoising-steps (9)"),
     ],
 )

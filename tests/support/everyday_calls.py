@@ -411,6 +411,8 @@ def what_cannot_be_honoured_is_refused(our: Everyday) -> None:
         {"use_cache": False},
         {"cache_implementation": "static"},
         {"prompt_lookup_num_tokens": 3, "mode": "static"},
+        {"forward_overhead": 8.0, "mode": "threshold"},
+        {"denoising_steps": 2, "mode": "lossless"},
         {"assistant_model": our.plain},
         {"logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(3, 1)])},
         {"prefix_allowed_tokens_fn": lambda *_: [1]},

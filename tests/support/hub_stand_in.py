@@ -137,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{asked['organization']}/{asked['name']}"
         known = name in self.state.repositories
         self.state.repositories.setdefault(name, {".gitattributes": b"*.safetensors filter=lfs\n"})
-        if asked.get("private") or asked.get("visibility") == "private":
+        if not known and (asked.get("private") or asked.get("visibility") == "private"):
             self.state.private.add(name)
         self.answer(409 if known else 200, {"url": f"{self.state.url}/{name}"})
 
@@ -168,7 +168,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, name: str, files: dict[str, bytes]) -> dict[str, Any]:
         siblings = [{"rfilename": path} for path in sorted(files)]
-        return {"id": name, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings}
+        is_private = name in self.state.private
+        return {"id": name, "sha": COMMIT, "private": is_private, "tags": [], "siblings": siblings}
 
     def resolve(self, name: str, path: str) -> None:
         files = self.state.repositories.get(name)
