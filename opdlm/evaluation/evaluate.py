@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlm.config.sections import EvalSection
 from opdlm.data.prompts import Task
-from opdlm.decoding.decode_config import DecodeConfig, Mode
+from opdlm.decoding.decode_config import READ_BY, DecodeConfig, Mode
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.generate import generate
 from opdlm.decoding.rollout import Rollout, num_first_unknown
@@ -46,17 +46,6 @@ NUM_EXAMPLES = 3
 ALONE = ", alone"
 """Ends the name of a decoding in which the AR model replaces no token."""
 DENOISING_MODES = ("static", "threshold", "entropy", "left_to_right")
-MODES_OF_SETTING: dict[str, tuple[str, ...]] = {
-    "batch_size": (),
-    "denoising_steps": ("static", "threshold", "left_to_right"),
-    "confidence_threshold": ("threshold",),
-    "entropy_bound": ("entropy",),
-    "ar_accept_threshold": DENOISING_MODES,
-    "forward_overhead": ("lossless",),
-    "draft_sampling": ("lossless",),
-    "prompt_lookup_num_tokens": ("lossless",),
-}
-"""Modes whose responses or forwards a decode setting affects; all modes if it is not listed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +177,8 @@ def decoding_key(
     """Key of a response in the log; without a log, the index of the task."""
     if log is None:
         return str(task.prompt.index)
-    used = {k: v for k, v in asdict(config).items() if config.mode in MODES_OF_SETTING.get(k, (config.mode,))}
+    used = {k: v for k, v in asdict(config).items() if config.mode in READ_BY.get(k, (config.mode,))}
+    del used["batch_size"]
     sampling = {"seed": seed} if config.temperature else {}
     return log.key(used | {"name": name} | sampling, task.prompt.ids)
 
