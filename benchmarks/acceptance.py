@@ -67,6 +67,8 @@ def summarise(watched: Watched) -> list[dict[str, Any]]:
     """A row per place of the draft."""
     rows = []
     for place, (predicted, accepted) in enumerate(zip(watched.predicted, watched.accepted, strict=True)):
+        if not accepted:
+            continue  # no draft came so far
         interval = binomtest(sum(accepted), len(accepted)).proportion_ci(method="wilson")
         rows.append(
             {

@@ -21,6 +21,7 @@ import numpy as np
 
 import opdlm
 from opdlm.data.prompts import load_tasks
+from opdlm.data.rows import evenly_spaced
 from opdlm.decoding.decode_config import COPIED, DecodeConfig
 from opdlm.decoding.decode_state import DecodeStats
 from opdlm.decoding.draft_policy import MOST_DRAFTS
@@ -42,7 +43,7 @@ def prompts_of(data: Path, kind: str, limit: int, out: Path) -> str:
     name, text_of = KINDS[kind]
     rows = [json.loads(line) for line in (data / name).read_text(encoding="utf-8").splitlines()]
     path = out / f"{kind}.jsonl"
-    chosen = rows[:: len(rows) // limit][:limit]
+    chosen = evenly_spaced(rows, limit)
     write_atomic(path, "".join(json.dumps({"prompt": text_of(row)}) + "\n" for row in chosen))
     return str(path)
 

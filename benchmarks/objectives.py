@@ -23,6 +23,7 @@ from opdlm.distill.pipeline import Inputs, load_inputs
 from opdlm.distill.trainer import start_run, train_step
 from opdlm.evaluation.evaluate import evaluate
 from opdlm.evaluation.retention import versions
+from opdlm.files import write_atomic
 from opdlm.reporting.plots import new_figure
 
 OBJECTIVES = ("sft", "off_policy", "opd_random", "opd")
@@ -113,6 +114,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def is_finished(part: Path, settings: dict[str, Any]) -> bool:
+    """Whether this run was measured, with these settings."""
+    return part.is_file() and json.loads(part.read_text()).get("settings") == settings
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -126,18 +132,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: vars(args)[name] for name in ("steps", "every", "seed", "limit")}
     for fmt in args.formats:
         for objective in args.objectives:
             part = args.out / f"{fmt}-{objective}.json"
-            if not part.is_file():
+            if not is_finished(part, settings):
                 started = time.perf_counter()
                 points = measure_run(run_config(fmt, objective, args), args.every)
-                part.write_text(json.dumps({"points": points, "seconds": time.perf_counter() - started}))
+                run = {"settings": settings, "points": points, "seconds": time.perf_counter() - started}
+                write_atomic(part, json.dumps(run))
     parts = {f"{f}/{o}": args.out / f"{f}-{o}.json" for f in FORMATS for o in OBJECTIVES}
-    runs = {name: json.loads(path.read_text()) for name, path in parts.items() if path.is_file()}
-    settings = {"steps": args.steps, "seed": args.seed, "limit": args.limit, "versions": versions()}
-    results = {"settings": settings, "runs": runs}
-    (args.out / "results.json").write_text(json.dumps(results, indent=1))
+    runs = {name: json.loads(path.read_text()) for name, path in parts.items() if is_finished(path, settings)}
+    results = {"settings": settings | {"versions": versions()}, "runs": runs}
+    write_atomic(args.out / "results.json", json.dumps(results, indent=1))
     write_table(results, args.out / "table.md")
     plot(results, args.out / "objectives.png")
 

@@ -4,10 +4,10 @@
     python benchmarks/serve_load.py MODEL --over-ar --prompts MODEL/held_back.jsonl
 
 Prompts, lengths, temperatures, filters, stop strings, streaming and log-probabilities differ from request to
-request. `lost`: not answered with status 200. `wrong`: another text, finish reason or
-tokens than alone. `cost_ratio`: CPU seconds of the server per generated token, mixed, over the mean of
-parts of the same requests with each of the settings alone. `p50`, `p99`: seconds of a request. `memory_mb`:
-of the server, before, after each tenth of the mixed requests, and after the rest.
+request. `lost`: not answered with status 200. `wrong`: another text, finish reason or tokens than alone.
+`cost_ratio`: CPU seconds of the server per generated token, mixed, over the mean of requests with each of the
+settings alone, as many in all. `p50`, `p99`: seconds of a request. `memory_mb`: of the server, before, after
+each part of the mixed requests, and after the rest.
 
 `--beside` adds `at_once`: what becomes of 2,000 requests sent in the same moment (the queue takes 1,024), and
 `beside`: seconds of short requests one after the other, in turns alone and beside a client that asks too much
@@ -45,6 +45,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.2, "logprobs": True},
 ]
 TOPICS = ("rivers", "chess and its history", "bread", "the moon", "maps, glass and tea")
+PARTS = 10
+"""In which the mixed requests are sent, to see the memory between; fewer where one would have too few."""
 LEVELS = (1, 8, 32, 64)
 """Requests in flight of `--over-ar`."""
 
@@ -238,7 +240,7 @@ def measure(server: ServedProcess, num_requests: int, concurrency: int) -> dict[
     print(f"{num_requests} requests one by one", file=sys.stderr, flush=True)
     alone = [server.ask(body) for body in mixed]
     outcomes, spent = list[Outcome](), list[float]()
-    for part in parts(mixed, 10):
+    for part in parts(mixed, min(PARTS, max(1, num_requests // concurrency))):
         print(f"{len(outcomes)} of {num_requests} requests", file=sys.stderr, flush=True)
         found, cost = server.ask_all(part, concurrency)
         outcomes += found
@@ -251,11 +253,11 @@ def measure(server: ServedProcess, num_requests: int, concurrency: int) -> dict[
         costs.append(server.ask_all(bodies, concurrency)[1])
         memory.append(server.memory_mb())
     percentiles = statistics.quantiles([outcome.seconds for outcome in outcomes], n=100)
-    pairs = [pair for pair in zip(outcomes, alone, strict=True) if pair[0].answer is not None]
+    pairs = [(one, other) for one, other in zip(outcomes, alone, strict=True) if one.answer and other.answer]
     return {
         "requests": num_requests,
         "concurrency": concurrency,
-        "lost": sum(outcome.answer is None for outcome in outcomes),
+        "lost": sum(outcome.answer is None for outcome in (*outcomes, *alone)),
         "wrong": sum(not is_same(found.answer, expected.answer) for found, expected in pairs),
         "p50": round(percentiles[49], 3),
         "p99": round(percentiles[98], 3),
@@ -317,6 +319,8 @@ def main() -> None:
     parser.add_argument("--prompts", help="with --over-ar: JSON lines with a key `prompt`")
     parser.add_argument("--json")
     options = parser.parse_args()
+    if options.over_ar and options.beside:
+        parser.error("--beside and --over-ar measure different things: give one of them")
     modes = ("lossless", "ar") if options.over_ar else (options.mode,)
     flags = ["--dtype", "float32"]
     if options.over_ar:  # the memory of the keys and values is that of all rows at full length

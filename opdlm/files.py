@@ -37,7 +37,12 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             final.rename(old)
-        partial.rename(final)
+        try:
+            partial.rename(final)
+        except BaseException:
+            if old.exists():
+                old.rename(final)
+            raise
         sync(final.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:

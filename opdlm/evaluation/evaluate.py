@@ -54,7 +54,7 @@ class ModeReport:
 
     name: str
     accuracy: float
-    """Mean over skills of exact match."""
+    """Mean over skills of the share of right answers (`eval.scoring`)."""
     accuracy_interval: Interval
     accuracy_seen: float | None
     accuracy_seen_interval: Interval | None

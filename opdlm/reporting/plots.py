@@ -87,7 +87,7 @@ def plot_retention(report: Mapping[str, Any], path: Path) -> None:
         places = [i + 0.27 * (number - (len(groups) - 1) / 2) for i in range(len(modes))]
         limits = [mode[f"{key}_interval"] for mode in modes]
         draw_bars(axis, places, [mode[key] for mode in modes], limits, width=0.25, label=label)
-    axis.set_ylabel("exact match, %")
+    axis.set_ylabel("accuracy, %")
     axis.legend(loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.2), frameon=False)
     axis.set_xticks(range(len(modes)), ticks)
     axis.set_ylim(0, 112)
@@ -152,7 +152,7 @@ def plot_trade_off(report: Mapping[str, Any], path: Path) -> None:
     for mode, marker in zip(others, "s^vDP*", strict=False):
         x, y = mode["tokens_per_forward"], 100 * mode["accuracy"]
         axis.plot([x], [y], marker, label=mode["name"], linestyle="none")
-    finish_trade_off(axis, "exact match, %")
+    finish_trade_off(axis, "accuracy, %")
     figure.savefig(path, dpi=DPI)
 
 
@@ -233,7 +233,8 @@ def divergence_grid(profile: Sequence[Mapping[str, float]], size: int) -> Any:
 
     total, num = np.zeros((size, size)), np.zeros((size, size))
     for cell in profile:
-        row = min(size, max(1, math.ceil(cell["masked"] * size - 1e-2))) - 1  # shares have three decimals
+        rounding = 5e-4 * size + 1e-6  # shares have three decimals
+        row = min(size, max(1, math.ceil(cell["masked"] * size - rounding))) - 1
         total[row, int(cell["offset"])] += cell["kl"] * cell["num"]
         num[row, int(cell["offset"])] += cell["num"]
     return np.where(num > 0, total / np.maximum(num, 1), np.nan)

@@ -122,6 +122,12 @@ def measures(record: Values) -> dict[str, Measure]:
     return found
 
 
+def common_measures(records: Sequence[Values]) -> dict[str, Measure]:
+    """Those of modes that all runs were measured in."""
+    found = [measures(record) for record in records]
+    return {what: measure for what, measure in found[0].items() if all(what in other for other in found)}
+
+
 def of_variant(records: Sequence[Values], name: str) -> dict[int, Values]:
     return chosen(records, variant=name)
 
@@ -133,7 +139,7 @@ def conclude(records: Sequence[Values], grid: ConversionGrid, _: Path) -> Findin
     for name, other in pairs:
         runs, others = of_variant(records, name), of_variant(records, other)
         if others:
-            known = measures(next(iter(runs.values())))
+            known = common_measures([*runs.values(), *others.values()])
             claims += [is_better(records, name, other, what, measure) for what, measure in known.items()]
             claims += [
                 learns_faster(runs, others, name, other, cost) for cost in COSTS if has_curves(records)
@@ -197,21 +203,23 @@ def columns(record: Values, cost: str) -> tuple[list[float], list[float]]:
 
 def draw(records: Sequence[Values], grid: ConversionGrid, _: Path, path: Path) -> None:
     """A colour per variant: tokens per forward while training, where that was measured for all runs, else
-    accuracy against tokens per forward of threshold decoding at the end.
+    accuracy against tokens per forward at the end, of threshold decoding or a mode that all runs have.
     """
     costs = COSTS if has_curves(records) else ()
+    modes = set.intersection(*({*record["result"]["modes"]} for record in records))
+    mode = "threshold" if "threshold" in modes else min(modes, default="")
     figure, axes = new_figure(max(len(costs), 1), 9 if costs else 6.5, 4.5)
     for number, name in enumerate(grid.variants):
         runs = list(of_variant(records, name).values())
         for axis, cost in zip(axes[0], costs, strict=False):
             draw_curves(axis, runs, cost, f"C{number % 10}", name)
-        if not costs:
-            xs = [measure_of("threshold", "tokens_per_forward")(run) for run in runs]
-            ys = [100 * measure_of("threshold", "accuracy")(run) for run in runs]
+        if not costs and mode:
+            xs = [measure_of(mode, "tokens_per_forward")(run) for run in runs]
+            ys = [100 * measure_of(mode, "accuracy")(run) for run in runs]
             axes[0][0].plot(xs, ys, "o", color=f"C{number % 10}", label=name)
-    for axis, label in zip(axes[0], costs or ("tokens per forward, threshold",), strict=True):
+    for axis, label in zip(axes[0], costs or (f"tokens per forward, {mode}",), strict=True):
         axis.set_xlabel(label)
-        axis.set_ylabel("tokens per forward" if costs else "exact match, %")
+        axis.set_ylabel("tokens per forward" if costs else "accuracy, %")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=DPI)

@@ -123,7 +123,10 @@ def make_data(task: Task, seed: int) -> ParityData:
     if n <= 16:
         number_N = torch.randperm(2**n, generator=rng)
     else:
-        number_N = torch.randint(2**n, (num_train + NUM_TESTED,), generator=rng).unique()
+        wanted = min(num_train + NUM_TESTED, 2**n)
+        number_N = torch.empty(0, dtype=torch.long)
+        while len(number_N) < wanted:  # some are drawn twice
+            number_N = torch.cat([number_N, torch.randint(2**n, (wanted,), generator=rng)]).unique()
         number_N = number_N[torch.randperm(len(number_N), generator=rng)]
     x_NL = number_N[: num_train + NUM_TESTED, None] >> torch.arange(n) & 1
     y_N1 = (x_NL[:, secret] == MINUS).sum(1, keepdim=True) % 2 == 0  # a product of signs

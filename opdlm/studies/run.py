@@ -8,6 +8,7 @@ study is a module with the same functions: `make_cells`, `conclude`, `draw`.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,7 +91,10 @@ def read_plan(recipe: Path, overrides: Sequence[str], num_seeds: int | None = No
     grid: Any = build_section(study.grid, values.get("grid", {}), "grid.")
     seeds = tuple(range(num_seeds)) if num_seeds is not None else read_seeds(values.get("seeds", [0, 1, 2]))
     run = values.get("run", {})
-    cells = study.module.make_cells(grid, run, seeds)
+    cells: list[Cell] = study.module.make_cells(grid, run, seeds)
+    (most_frequent, number), *_ = Counter(cell.name for cell in cells).most_common(1)
+    if number > 1:
+        raise ConfigError(f"{number} runs are called {most_frequent}: give each value once.")
     title = recipe.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
     return StudyPlan(name=name, title=title, study=study, grid=grid, run=run, seeds=seeds, cells=cells)
 
@@ -116,7 +120,6 @@ def run_study(plan: StudyPlan, out: Path, console: Console, processes: int | Non
 def write_study(plan: StudyPlan, result: GridResult, out: Path) -> None:
     records = list(result.records.values())
     findings = plan.study.module.conclude(records, plan.grid, out)
-    plan.study.module.draw(records, plan.grid, out, out / PICTURE_FILE)
     write_atomic(out / TABLE_FILE, study_text(plan, result, findings))
     results = {
         "study": plan.name,
@@ -129,6 +132,7 @@ def write_study(plan: StudyPlan, result: GridResult, out: Path) -> None:
         "cells": result.records,
     }
     write_atomic(out / RESULTS_FILE, json.dumps(plain(results), indent=1))
+    plan.study.module.draw(records, plan.grid, out, out / PICTURE_FILE)
 
 
 def study_text(plan: StudyPlan, result: GridResult, findings: Findings) -> str:

@@ -47,7 +47,7 @@ def short(value: Any) -> str:
     """A coordinate for a file name."""
     if isinstance(value, list | tuple):
         return "_".join(map(short, value))
-    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def text_config(values: Values, data: Path, output_dir: Path) -> TextConfig:

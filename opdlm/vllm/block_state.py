@@ -133,7 +133,8 @@ class BlockStates:
         """The blocks after one denoising step; blocks without masks are unchanged."""
         row_M, offset_M = masked_DT.nonzero(as_tuple=True)
         logits_MV = logits_NV[first_D[row_M] + offset_M].float()
-        logits_MV[:, list(self.spec.banned_token_ids)] = -torch.inf
+        banned = [token for token in self.spec.banned_token_ids if token < logits_MV.shape[1]]
+        logits_MV[:, banned] = -torch.inf
         step_D = self.num_steps_R[place_D]
         key_M = noise_keys(self.seed_R[place_D][row_M], position_DT[row_M, offset_M], step_D[row_M])
         decode, size = self.decode, ids_DT.shape[1]

@@ -25,7 +25,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from opdlm.checkpoints.load import MASK_EMBEDDING_FILE
+from opdlm.checkpoints.load import MASK_EMBEDDING_FILE, vocabulary_rows
 from opdlm.checkpoints.lora import ADAPTER
 from opdlm.config.sections import resolve_path
 from opdlm.decoding.decode_config import DecodeConfig
@@ -358,6 +358,11 @@ def check_student(model: DiffusionLM, decode: DecodeConfig, prompts: Sequence[Pr
     if model.spec.format == "sdar":
         return
     check_adapter(model)
+    if model.spec.mask_token_id >= (rows := vocabulary_rows(model.student)):
+        raise ConfigError(
+            "preserve students run in vLLM where the embedding has a row for [MASK]; this one has only "
+            f"{rows}, of the tokens: use rollout.engine=own."
+        )
     shortest = min((len(prompt.ids) for prompt in prompts), default=model.spec.block_size)
     if model.spec.grid == "absolute" and shortest < model.spec.block_size:
         raise ConfigError(

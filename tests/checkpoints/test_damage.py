@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import opdlm
 from opdlm.cli.main import main
 from opdlm.errors import ConfigError, DataError
+from opdlm.files import atomic_folder
 
 pytestmark = pytest.mark.usefixtures("own_module_cache")
 
@@ -144,3 +145,23 @@ def test_a_folder_that_transformers_has_written_again_loads(model: Path) -> None
 def test_verify_says_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path)]) == 2
     assert "holds no manifest.json, no checkpoint-N and no model" in capsys.readouterr().err
+
+
+def test_a_folder_stays_where_it_was_if_it_cannot_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between the two renames."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a").write_text("old")
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.name == ".model.partial":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "model") as partial:
+        (partial / "a").write_text("new")
+    assert (tmp_path / "model" / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

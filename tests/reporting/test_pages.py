@@ -367,3 +367,7 @@ def test_the_heat_map_weights_cells_by_what_was_seen() -> None:
     grid = divergence_grid(profile, 4)
     assert grid[0, 3] == 1.0 and grid[1, 3] == 3.0 and grid[3, 0] == 5.0
     assert (grid == grid).sum() == 3  # the others are NaN
+    for size in (4, 8, 16, 32, 64):
+        shares = [round(masked / size, 3) for masked in range(1, size + 1)]
+        cells = [{"masked": share, "offset": 0, "kl": 1.0, "num": 1} for share in shares]
+        assert (divergence_grid(cells, size)[:, 0] == 1).all()

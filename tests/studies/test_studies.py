@@ -201,6 +201,35 @@ def check_outputs(name: str, overrides: list[str], out: Path) -> str:
     return text
 
 
+def test_every_run_has_a_name_of_its_own() -> None:
+    plan = read_plan(RECIPES / "crossover.yaml", ["seeds=20240101,20240102"])
+    assert len({cell.name for cell in plan.cells}) == len(plan.cells)
+    with pytest.raises(ConfigError, match=r"2 runs are called .*: give each value once"):
+        read_plan(RECIPES / "parity.yaml", ["seeds=0,0"])
+
+
+def test_conversions_measured_in_different_modes_are_compared_by_those_they_share(tmp_path: Path) -> None:
+    mode = {"accuracy": 0.5, "tokens_per_forward": 1.5}
+    measured: list[tuple[str, dict[str, Any]]] = [
+        ("a", {"lossless": mode, "static": mode}),
+        ("b", {"lossless": mode}),
+    ]
+    records = [
+        {
+            "settings": {"variant": name, "seed": seed},
+            "result": {"modes": modes, "rollout_tokens": 10, "curve": []},
+            "seconds": 1.0,
+        }
+        for name, modes in measured
+        for seed in (0, 1)
+    ]
+    grid = study_conversion.ConversionGrid(variants={"a": (), "b": ()})
+    (claim,) = study_conversion.conclude(records, grid, tmp_path).claims
+    assert "b is better than a in lossless tokens per forward" in claim.claim
+    study_conversion.draw(records, grid, tmp_path, tmp_path / "study.png")
+    assert (tmp_path / "study.png").read_bytes().startswith(PNG)
+
+
 def test_without_a_name_the_studies_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -225,7 +254,9 @@ def test_parity_sequences_hold_the_product_of_a_secret_set_and_tests_are_new() -
 def test_long_parity_sequences_are_drawn_without_listing_all() -> None:
     data = study_parity.make_data((40, 2, 50), 0)
     both = torch.cat([data.train_NL, data.test_NL])
-    assert len(both.unique(dim=0)) == len(both) and len(data.test_NL) > 900
+    assert len(both.unique(dim=0)) == len(both) == 50 + 1024
+    crowded = study_parity.make_data((17, 3, 80_000), 0)
+    assert (len(crowded.train_NL), len(crowded.test_NL)) == (80_000, 1024)
 
 
 def test_a_uniform_predictor_has_log_of_the_vocabulary_under_every_mask() -> None:
