@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -222,6 +222,7 @@ def evaluate(
             outputs[mode + ALONE] = decode_tasks(
                 model, tasks, mode, student_alone(section), log, seed=seed, console=console, doing=doing
             )
+    run_tests(outputs.values(), tasks, tokenizer, console, doing)
     reports = {
         name: report_mode(
             name, output, teacher, tasks, tokenizer, is_replacing=name in replacing, fmt=model.spec.format
@@ -235,6 +236,23 @@ def evaluate(
         num_answered=sum(bool(task.answers) for task in tasks),
     )
     return report, outputs
+
+
+def run_tests(
+    outputs: Collection[Outputs],
+    tasks: Sequence[Task],
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console | None,
+    doing: Doing | None,
+) -> None:
+    """Where responses are programs, run them all, which may take minutes; the scores are found again."""
+    if not any(task.scoring == "code" for task in tasks):
+        return
+    with PhaseProgress("run tests", len(outputs) * len(tasks), console, doing) as progress:
+        for output in outputs:
+            for task, rollout in zip(tasks, output.rollouts, strict=True):
+                score_responses([task], [response_text(rollout, tokenizer)], [""])
+                progress.advance(1)
 
 
 def can_replace(spec: DiffusionSpec, mode: Mode, section: EvalSection) -> bool:

@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from opdlm.data.prompts import Scoring
@@ -62,7 +62,7 @@ def is_right(response: str, answer: str, scoring: Scoring) -> bool:
         case "choice":
             return chosen_letter(response) == answer.strip().upper()
         case "code":
-            return passes(response, answer)
+            return passes_once(response, answer)
 
 
 def chosen_letter(response: str) -> str:
@@ -104,6 +104,12 @@ def code_of(response: str) -> str:
     """The last fenced code block of a response, else the whole response."""
     found = FENCE.findall(response)
     return found[-1] if found else response
+
+
+@lru_cache(maxsize=100_000)
+def passes_once(response: str, tests: str) -> bool:
+    """`passes`, run once for the same texts: a report names a response several times."""
+    return passes(response, tests)
 
 
 def passes(response: str, tests: str, *, seconds: int = 10, megabytes: int = 512) -> bool:

@@ -21,6 +21,7 @@ from opdlm.checkpoints.load import load
 from opdlm.cli.main import main
 from opdlm.config.sections import CONFIG_COPY
 from opdlm.evaluation import evaluate as evaluation
+from opdlm.evaluation import scoring
 from opdlm.evaluation.generation_log import GenerationLog
 from opdlm.evaluation.retention import eval_config, load_eval_tasks
 
@@ -324,3 +325,16 @@ def test_what_tasks_do_not_read_is_refused(
 ) -> None:
     assert main(["eval", str(folder), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_program_runs_once_and_shows_progress(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The report, the examples and the log name a response several times; lossless ones are the teacher's."""
+    rows = [{"prompt": f"add {i} 2", "answer": f"assert {i} >= 0  # of this test"} for i in range(3)]
+    path = str(write_rows(tmp_path / "code.jsonl", rows))
+    command = ["eval", str(folder), f"eval.path={path}", "eval.scoring=code", "eval.run_code=true"]
+    before = scoring.passes_once.cache_info().misses
+    assert main([*command, "--modes", "lossless", "--max-new-tokens", "4", "--out", str(tmp_path)]) == 0
+    assert scoring.passes_once.cache_info().misses - before == len(rows)
+    assert "run tests 6/6" in capsys.readouterr().err
