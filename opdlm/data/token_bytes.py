@@ -9,12 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
-"""Bytes that byte-level vocabularies write as the character of the same number."""
-BYTE_OF = {chr(byte): byte for byte in PRINTED} | {
-    chr(256 + place): byte for place, byte in enumerate(byte for byte in range(256) if byte not in PRINTED)
-}
+BYTE_OF: dict[str, int] = {character: byte for byte, character in bytes_to_unicode().items()}
 """By character of a byte-level vocabulary."""
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 SPACE = "▁"
