@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--results", type=Path, default=Path("docs/results/real"))
     options = parser.parse_args()
+    options.results.mkdir(parents=True, exist_ok=True)
     plan, run = PLANS[options.name], options.out / options.name
     prompts = write_rows(run.with_suffix(".prompts.jsonl"), make(options.data, plan.prompts))
     folder = opdlm.convert(options.models / options.name, data=prompts, output_dir=run)
