@@ -45,7 +45,7 @@ NUM_EXAMPLES = 3
 
 ALONE = ", alone"
 """Ends the name of a decoding in which the AR model replaces no token."""
-DENOISING_MODES = ("static", "threshold", "entropy", "left_to_right")
+DENOISING_MODES = READ_BY["ar_accept_threshold"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
