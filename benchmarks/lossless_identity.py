@@ -2,9 +2,10 @@
 
     python benchmarks/lossless_identity.py runs/smollm2/model prompts.jsonl --dtype float32 --out result.json
 
-Both decode the same prompts in the same precision. Where two responses part, the plain model is run once over
-the text up to there, without a cache, and the logits of the two tokens are compared. `spacings` is their
-difference in units of the precision's spacing at that size: a few are a rounding tie, more would be a bug.
+Both decode the same prompts in the same precision. A forward costs what `--forward-overhead` says, as in
+reports, so that drafts are made whether or not they pay here. Where two responses part, the plain model is run
+once over the text up to there, without a cache, and the logits of the two tokens are compared. `spacings` is
+their difference in units of the precision's spacing at that size: a few are a rounding tie, more would be a bug.
 """
 
 from __future__ import annotations
@@ -47,14 +48,18 @@ def difference(model: PreTrainedModel, text: list[int], ours: int, theirs: int) 
     }
 
 
-def compare(folder: str, prompts: str, dtype: str, limit: int, max_new_tokens: int) -> dict[str, Any]:
+def compare(
+    folder: str, prompts: str, dtype: str, limit: int, max_new_tokens: int, forward_overhead: float
+) -> dict[str, Any]:
     """Decode with both and explain every response that differs."""
     model, tokenizer = load(folder, dtype)
     plain = load_causal_lm(folder, dtype)
     ids = evenly_spaced(
         [task.prompt.ids for task in load_tasks(prompts, tokenizer, model.spec.mask_token_id)], limit
     )
-    config = DecodeConfig(mode="lossless", max_new_tokens=max_new_tokens, batch_size=8)
+    config = DecodeConfig(
+        mode="lossless", max_new_tokens=max_new_tokens, batch_size=8, forward_overhead=forward_overhead
+    )
     with PhaseProgress(f"lossless and generate, {dtype}", len(ids), Console(stderr=True)) as progress:
         differences, rollouts = [], []
         for first in range(0, len(ids), config.batch_size):
@@ -77,6 +82,7 @@ def compare(folder: str, prompts: str, dtype: str, limit: int, max_new_tokens: i
         "num_prompts": len(ids),
         "num_identical": len(ids) - len(differences),
         "max_new_tokens": max_new_tokens,
+        "forward_overhead": forward_overhead,
         "tokens_per_forward": DecodeStats.of(rollouts).tokens_per_forward,
         "most_spacings": max((found["spacings"] for found in differences), default=0.0),
         "differences": differences,
@@ -93,9 +99,17 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--forward-overhead", type=float, default=32.0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    result = compare(options.folder, options.prompts, options.dtype, options.limit, options.max_new_tokens)
+    result = compare(
+        options.folder,
+        options.prompts,
+        options.dtype,
+        options.limit,
+        options.max_new_tokens,
+        options.forward_overhead,
+    )
     print({key: value for key, value in result.items() if key not in ("differences", "versions")})
     if options.out is not None:
         write_atomic(options.out, json.dumps(result, indent=1))
