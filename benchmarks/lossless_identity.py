@@ -3,9 +3,10 @@
     python benchmarks/lossless_identity.py runs/smollm2/model prompts.jsonl --dtype float32 --out result.json
 
 Both decode the same prompts in the same precision. A forward costs what `--forward-overhead` says, as in
-reports, so that drafts are made whether or not they pay here. Where two responses part, the plain model is run
-once over the text up to there, without a cache, and the logits of the two tokens are compared. `spacings` is
-their difference in units of the precision's spacing at that size: a few are a rounding tie, more would be a bug.
+reports, so that drafts are made whether or not they pay here. Where two responses part, the plain model is
+run once over the text up to there, without a cache, and the logits of the two tokens are compared. `spacings`
+is their difference in units of the precision's spacing at that size: a few are a rounding tie, more would be
+a bug.
 """
 
 from __future__ import annotations
