@@ -238,7 +238,7 @@ def ids_of(rollout: Rollout) -> tuple[int, ...]:
 
 def train_step(run: Run, step: int) -> dict[str, float]:
     """Step `step` (0-based): decode rollouts, then update for `epochs_per_rollout` epochs; its metrics."""
-    config, started = run.config, time.perf_counter()
+    config, started, cpu_started = run.config, time.perf_counter(), time.process_time()
     run.model.spec = replace(run.model.spec, block_size=block_size_at(config.format, step))
     rollouts = run.pool.get(step) or run.source.rollouts_at(step, run.doing)  # in the pool if asynchronous
     waited = time.perf_counter() - started
@@ -257,7 +257,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         if pending.future:
             run.pool[step + 1] = run.source.gather(pending.future.result())
         waited += time.perf_counter() - ready
-    return step_metrics(run, rollouts, sums, waited, time.perf_counter() - started)
+    seconds = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
+    return step_metrics(run, rollouts, sums, waited, seconds)
 
 
 def reusable(run: Run, step: int) -> dict[int, list[Rollout]]:
@@ -356,9 +357,11 @@ def step_metrics(
     rollouts: Sequence[Rollout],
     sums: UpdateSums,
     waited: float,
-    seconds: float,
+    seconds: dict[str, float],
 ) -> dict[str, float]:
-    """Metrics of a step; adds to `run.totals`. `waited`: seconds spent waiting for rollouts."""
+    """Metrics of a step; adds to `run.totals`. `waited`: seconds spent waiting for rollouts. `seconds`: by
+    the clock, and of processor time of this process.
+    """
     decoding = DecodeStats.of(rollouts)
     run.totals["rollout_tokens"] += decoding.num_tokens
     run.totals["loss_tokens"] += sums.positions
@@ -374,8 +377,8 @@ def step_metrics(
         "stop_rate": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
         "rollout_tokens_per_second": run.source.tokens_per_second,
         "rollout_wait_seconds": waited,
-        "rollout_share_of_time": waited / seconds,
-        "seconds": seconds,
+        "rollout_share_of_time": waited / seconds["seconds"],
+        **seconds,
         **(run.acceptance.metrics() if run.config.loss.objective == "draft" else {}),
         **run.totals,
     }

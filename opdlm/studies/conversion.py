@@ -39,7 +39,8 @@ from opdlm.studies.grid import Cell, Values, chosen
 from opdlm.training.metrics import read_metrics
 
 COSTS = ("thousand tokens", "minutes")
-"""What a learning curve is drawn over: response tokens, and time of training."""
+"""What a learning curve is drawn over: response tokens, and processor time of training (a cell has one
+thread), which other work on the machine hardly changes."""
 Measure = Callable[[Values], float]
 
 
@@ -97,7 +98,7 @@ def run_cell(settings: Values, folder: Path) -> Values:
 def learning_curve(metrics: Sequence[Values], *, lossless: bool) -> list[Values]:
     """Costs and tokens per forward at every measurement of a run; none if `eval.every` was 0."""
     key = f"tokens_per_forward_{'lossless' if lossless else 'threshold'}"
-    seconds = itertools.accumulate(row["seconds"] for row in metrics)
+    seconds = itertools.accumulate(row["cpu_seconds"] for row in metrics)
     return [
         {COSTS[0]: row["rollout_tokens"] / 1000, COSTS[1]: spent / 60, "tokens per forward": row[key]}
         for row, spent in zip(metrics, seconds, strict=True)

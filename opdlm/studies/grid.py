@@ -44,6 +44,9 @@ ENVIRONMENT = {
 """Environment of the processes: one thread each; glibc keeps freed memory, because new memory is slow on some
 virtual machines (docs/lab/cpu.md)."""
 LOG_FILE = "log.txt"
+CPU_SECONDS_FILE = "cpu_seconds.txt"
+NOTE_SECONDS = 2.0
+"""Time between notes of the CPU seconds of a running cell."""
 TAIL_BYTES = 4096
 """Of a log, where its last line is looked for."""
 
@@ -198,26 +201,39 @@ def environment() -> Iterator[None]:
 def work(run_cell: RunCell, cell: Cell, out: Path) -> None:
     """Main function of a process: run a cell, and write its output to its log and its record to OUT/cells."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its processes
-    threading.Thread(target=end_with_parent, daemon=True).start()
     folder = work_folder(cell, out)
     folder.mkdir(parents=True, exist_ok=True)
+    before, noting = cpu_seconds_before(folder), threading.Lock()
+    threading.Thread(target=end_with_parent, args=(folder, before, noting), daemon=True).start()
     with (folder / LOG_FILE).open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    started = time.process_time()  # CPU time, independent of other load
     result = run_cell(cell.settings, folder)
-    record = {"settings": cell.settings, "result": result, "seconds": round(time.process_time() - started, 1)}
+    seconds = before + time.process_time()  # CPU time, independent of other load
+    record = {"settings": cell.settings, "result": result, "seconds": round(seconds, 1)}
     path = cell_file(cell, out)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(plain(record), indent=1))
-    shutil.rmtree(folder)
+    with noting:
+        shutil.rmtree(folder)
 
 
-def end_with_parent() -> None:
-    """End with the parent: an orphan would compute a cell that the restarted command computes again."""
+def cpu_seconds_before(folder: Path) -> float:
+    """What earlier processes of an unfinished cell have spent, to within `NOTE_SECONDS` each."""
+    path = folder / CPU_SECONDS_FILE
+    return float(path.read_text()) if path.is_file() else 0.0
+
+
+def end_with_parent(folder: Path, before: float, noting: threading.Lock) -> None:
+    """End with the parent: an orphan would compute a cell that the restarted command computes again. Until
+    then, note the CPU seconds of the cell, since this process may be killed; not while `noting` is held.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
-    connection.wait([parent.sentinel])
+    while not connection.wait([parent.sentinel], NOTE_SECONDS):
+        with noting:
+            if folder.is_dir():
+                write_atomic(folder / CPU_SECONDS_FILE, str(before + time.process_time()))
     os._exit(1)
 
 

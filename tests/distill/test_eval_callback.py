@@ -22,7 +22,7 @@ from opdlm.training.run_folder import read_run
 
 TIMES = {
     *("rollout_tokens_per_second", "rollout_wait_seconds", "rollout_share_of_time", "seconds"),
-    "eval_seconds",
+    *("cpu_seconds", "eval_seconds"),
 }
 WEIGHTS = ("adapter/adapter_model.safetensors", "mask_embedding.safetensors")
 AVERAGED = "train.ema_decay=0.9"

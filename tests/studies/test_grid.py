@@ -92,6 +92,13 @@ def test_what_an_unfinished_cell_has_written_is_there_when_it_runs_again(tmp_pat
     assert "a" in result.records and not (tmp_path / "work" / "a").exists()
 
 
+def test_the_time_of_a_killed_process_is_counted(tmp_path: Path) -> None:
+    killed = Cell(name="a", settings={"trouble": "killed", "busy": 2 * grid_module.NOTE_SECONDS})
+    assert "signal 9" in run([killed], tmp_path)[0].errors["a"]
+    result, _ = run([Cell(name="a", settings={"rate": 0.1, "steps": 1})], tmp_path)
+    assert result.records["a"]["seconds"] >= grid_module.NOTE_SECONDS / 2
+
+
 @pytest.mark.parametrize("ending", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_killed_grid_continues_without_repeating_a_finished_cell(tmp_path: Path, ending: int) -> None:
     command = [sys.executable, str(CELLS), str(tmp_path), "4", "0.5"]

@@ -82,7 +82,7 @@ def test_learning_curves_are_compared_at_equal_tokens_and_at_equal_time(tmp_path
     records = []
     for (name, gain, minutes), seed in itertools.product((("fast", 0.1, 1), ("slow", 0.15, 2)), SEEDS):
         metrics = [
-            {"rollout_tokens": 1000.0 * step, "seconds": 60.0 * minutes}
+            {"rollout_tokens": 1000.0 * step, "cpu_seconds": 60.0 * minutes}
             | ({} if step % 2 else {"tokens_per_forward_lossless": 1 + gain * step + 0.001 * seed * step})
             for step in range(1, 9)
         ]

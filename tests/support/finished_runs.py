@@ -7,7 +7,10 @@ from typing import Any
 
 from opdlm.training.metrics import read_metrics
 
-TIMES = {"rollout_tokens_per_second", "rollout_wait_seconds", "rollout_share_of_time", "seconds"}
+TIMES = {
+    *("rollout_tokens_per_second", "rollout_wait_seconds", "rollout_share_of_time", "seconds"),
+    "cpu_seconds",
+}
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

@@ -40,6 +40,8 @@ def fit_or_fail(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         case "error":
             raise ValueError("the matrix is singular")
         case "killed":
+            while time.process_time() < settings.get("busy", 0):
+                pass
             os.kill(os.getpid(), signal.SIGKILL)
         case "interrupted":
             (folder / "checkpoint").write_text("half of it")
