@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 EXTRAS = ("vllm", "flash-attn", "bitsandbytes", "deepspeed")
 
-LOW_PRECISIONS = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
-"""And torch's own question to oneDNN whether the CPU has instructions for it."""
-
 
 def describe_environment() -> dict[str, str]:
     """Versions and hardware by name, in the order in which they are printed; extras only where installed."""
@@ -39,10 +36,11 @@ def version_of(package: str) -> str | None:
 
 
 def describe_hardware() -> dict[str, str]:
-    """CPU, its cores, memory, oneDNN, GPUs and CUDA; imports torch."""
+    """CPU, its cores, memory, oneDNN, our kernel, GPUs and CUDA; imports torch."""
     import torch
 
-    from opdlm.modeling.cpu_linear import ENABLED
+    from opdlm.modeling.cpu_linear import ENABLED, LOW_PRECISIONS, cpu_multiplies
+    from opdlm.modeling.skinny_gemm import why_not
 
     found = {"cpu": cpu_name(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
     if memory := total_memory():
@@ -50,6 +48,9 @@ def describe_hardware() -> dict[str, str]:
     fast = [dtype for dtype in LOW_PRECISIONS if cpu_multiplies(dtype)]
     found["cpu precisions"] = ", ".join(["float32", *fast])
     found["onednn"] = "on" if ENABLED else "off (OPDLM_ONEDNN=1 turns it on)"
+    found["skinny gemm"] = (
+        f"off ({reason})" if (reason := why_not()) else "on (OPDLM_SKINNY_GEMM=0 turns it off)"
+    )
     if not torch.cuda.is_available():
         return found | {"gpu": "none", "cuda": torch.version.cuda or "not in this build of torch"}
     for index in range(torch.cuda.device_count()):
@@ -66,17 +67,6 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     return float(psutil.virtual_memory().available)
-
-
-def cpu_multiplies(dtype: str) -> bool:
-    """Whether this CPU has instructions for matrix products in this precision. Without them a product of 16
-    rows or more takes 5 to 9 times as long as in float32 (docs/lab/cpu.md). True where torch cannot say.
-    """
-    import torch
-
-    if dtype not in LOW_PRECISIONS or not torch.backends.mkldnn.is_available():
-        return True
-    return bool(getattr(torch.ops.mkldnn, LOW_PRECISIONS[dtype])())
 
 
 def cpu_name() -> str:

@@ -46,9 +46,8 @@ from opdlm.checkpoints.lora import adapted_layers, add_lora, load_lora
 from opdlm.config.sections import LoraSection, RunConfig, resolve_path
 from opdlm.decoding.decode_config import DecodeConfig
 from opdlm.decoding.generate import check_settings
-from opdlm.environment import cpu_multiplies
 from opdlm.errors import ConfigError, DataError
-from opdlm.modeling.cpu_linear import use_faster_linear
+from opdlm.modeling.cpu_linear import cpu_multiplies, use_faster_linear
 from opdlm.modeling.diffusion_lm import DiffusionLM, DiffusionSpec
 from opdlm.modeling.draft_head import DraftHead
 

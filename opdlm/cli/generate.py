@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import signal
 import sys
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import opdlm
@@ -21,6 +24,7 @@ from opdlm.cli.flags import (
     one_mode_config,
     with_flag_names,
 )
+from opdlm.config.sections import Config
 from opdlm.errors import ConfigError, OpdlmError
 
 if TYPE_CHECKING:
@@ -90,9 +94,23 @@ def add_chat_flags(parser: Parser) -> None:
     add_decode_flags(parser, leave_out=("batch_size", "logprobs"))
 
 
+def refuse_settings(prompts: Sequence[str]) -> None:
+    """ConfigError for a prompt that is a setting of a run, as `opdlm convert` and `eval` take it."""
+    sections = "|".join(field.name for field in fields(Config))
+    for prompt in prompts:
+        if setting := re.fullmatch(rf"(?:decode|{sections})(?:\.\w+)*\.(\w+)=(.*)", prompt):
+            name = setting[1].replace("_", "-")
+            raise ConfigError(
+                f"{prompt} is a setting, and generate would answer it as a prompt: it takes flags, as "
+                f"--{name} {setting[2]} (opdlm generate --help). To ask just that, write it into a file for "
+                "--prompts-file."
+            )
+
+
 def run_generate(options: argparse.Namespace) -> int:
     if not options.prompts and not options.prompts_file:
         raise ConfigError("generate needs a PROMPT, or --prompts-file FILE. See: opdlm generate --help")
+    refuse_settings(options.prompts)
     if options.stream and options.json:
         raise ConfigError("--stream shows text as it comes, and --json whole answers: choose one.")
     config = one_mode_config(options)

@@ -781,6 +781,10 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
         lambda p: ["generate", "/no/folder", "hi"],
         ("/no/folder does not exist", "Give a checkpoint folder"),
     ),
+    "generate with a setting of a run": (
+        lambda p: ["generate", str(p.root / "sdar" / "model"), "hi", "decode.max_new_tokens=20"],
+        ("decode.max_new_tokens=20", "--max-new-tokens 20", "--prompts-file"),
+    ),
     "generate without a prompt": (lambda p: ["generate", str(p.model)], ("PROMPT", "--help")),
     "generate with the mask token": (
         lambda p: ["generate", str(p.root / "sdar" / "model"), "a <|mask|> b"],

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from opdlm.modeling.cpu_linear import (
     Linear,
     linear,
     product,
+    upcasts,
     use_faster_linear,
 )
 
@@ -82,7 +84,7 @@ def test_a_checkpointed_layer_has_the_same_gradients() -> None:
 
 
 @pytest.mark.usefixtures("faster")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float32])
 def test_other_dtypes_small_products_and_autocast_stay_as_they_are(dtype: torch.dtype) -> None:
     num_rows = 8 if dtype == torch.float32 else 2 * SMALL // 128**2
     inputs, weight = torch.randn(num_rows, 128, dtype=dtype), torch.randn(128, 128, dtype=dtype)
@@ -138,9 +140,52 @@ def test_the_environment_variable_decides() -> None:
         assert done.stdout.strip() == str(enabled and torch.backends.mkldnn.is_available())
 
 
-def test_disabled_it_changes_no_layer_and_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disabled_it_changes_no_bit_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_linear, "ENABLED", False)
     layer, inputs = nn.Linear(512, 640), torch.randn(300, 512)
+    wanted = layer(inputs)
     use_faster_linear(layer)
-    assert type(layer) is nn.Linear
-    assert torch.equal(linear(inputs, layer.weight, layer.bias), F.linear(inputs, layer.weight, layer.bias))
+    assert torch.equal(layer(inputs), wanted)
+
+
+@pytest.fixture(params=[True, False], ids=["upcast", "bfloat16"])
+def upcast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """On a CPU without instructions for bfloat16, and on one with them."""
+    monkeypatch.setattr(cpu_linear, "upcasts", lambda: request.param)
+    return bool(request.param)
+
+
+def test_bfloat16_has_the_value_and_gradients_of_float64_up_to_its_rounding(upcast: bool) -> None:
+    leaves = [x.detach().bfloat16().requires_grad_() for x in tensors((300, 64), 96, bias=True)]
+    output = linear(*leaves)
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = [output, *torch.autograd.grad(output, leaves, direction)]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    wanted_output = F.linear(*exact)
+    wanted = [wanted_output, *torch.autograd.grad(wanted_output, exact, direction.double())]
+    for value, reference in zip(found, wanted, strict=True):
+        assert value.dtype == torch.bfloat16
+        one_rounding = torch.finfo(torch.bfloat16).eps / 2 if upcast else 0.02
+        torch.testing.assert_close(value.double(), reference, rtol=1.01 * one_rounding, atol=1e-3)
+
+
+def test_between_passes_only_the_bfloat16_weight_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "upcasts", lambda: True)
+    weight, inputs = torch.randn(64, 64).bfloat16(), torch.randn(300, 64).bfloat16().requires_grad_()
+    kept = list[Tensor]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        linear(inputs, weight).sum().backward()
+    assert {tensor.dtype for tensor in kept} == {torch.bfloat16}
+
+
+def test_this_cpu_is_asked() -> None:
+    flags = cpu_flags()
+    if not flags:
+        pytest.skip("this system does not list the instructions of its CPU")
+    assert upcasts() == (not flags & {"avx512bw", "avx512_bf16", "amx_bf16"})
+
+
+def cpu_flags() -> set[str]:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return {flag for line in lines if line.startswith("flags") for flag in line.split(":")[1].split()}
