@@ -37,8 +37,8 @@ PLAIN = (Tensor, nn.Parameter)
 
 
 def cpu_multiplies(dtype: str) -> bool:
-    """Whether this CPU has instructions for matrix products in this precision. Without them a product of 16
-    rows or more by torch takes 5 to 9 times as long as in float32 (docs/lab/cpu.md). True where torch cannot say.
+    """Whether this CPU has instructions for matrix products in this precision. Without them torch takes 5 to
+    9 times as long for 16 rows or more as in float32 (docs/lab/cpu.md). True where torch cannot say.
     """
     if dtype not in LOW_PRECISIONS or not torch.backends.mkldnn.is_available():
         return True
