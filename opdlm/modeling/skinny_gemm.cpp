@@ -16,16 +16,18 @@ constexpr int LANES = 16;
 constexpr int LANES = 8;
 #endif
 
-using Floats = float __attribute__((vector_size(4 * LANES), aligned(4)));
+using Floats = float __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
-using Halves = uint16_t __attribute__((vector_size(2 * LANES), aligned(2)));
+using Halves = uint16_t __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 static inline Floats load(const float* at) { return *reinterpret_cast<const Floats*>(at); }
 
 // bfloat16 is the upper half of float32.
 static inline Floats load(const uint16_t* at) {
     const Words words = __builtin_convertvector(*reinterpret_cast<const Halves*>(at), Words) << 16;
-    return reinterpret_cast<const Floats&>(words);
+    Floats found;
+    std::memcpy(&found, &words, sizeof found);
+    return found;
 }
 
 // sum + a * b with one rounding, whatever the compiler makes of the code around it.
