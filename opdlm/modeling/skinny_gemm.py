@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -94,11 +95,11 @@ def compiled() -> Path:
     """The compiled library in the user's cache. Its name holds what its code depends on. OSError without a
     compiler, SubprocessError if it fails.
     """
-    compiler = shutil.which(os.environ.get("CXX") or "c++")
-    if not compiler:
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    if not shutil.which(compiler[0]):
         raise FileNotFoundError("no C++ compiler (CXX or c++)")
     runtime = openmp()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     parts = (SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), version, processor(), str(runtime))
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
     cached = cache_folder() / f"skinny_gemm-{name}.so"
@@ -106,7 +107,7 @@ def compiled() -> Path:
         cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
             unlinked, library = Path(folder, "kernel.o"), Path(folder, "kernel.so")
-            run_compiler([compiler, *FLAGS, str(SOURCE), "-o", str(unlinked)])
+            run_compiler([*compiler, *FLAGS, str(SOURCE), "-o", str(unlinked)])
             run_compiler(
                 [compiler, "-shared", str(unlinked), "-o", str(library)]
             )  # without an OpenMP library
