@@ -16,7 +16,6 @@ from rich.console import Console
 from smollm2 import FetchError, fetch
 
 import opdlm
-from opdlm.environment import cpu_multiplies
 from opdlm.serving.text_generation import Messages
 
 FORMS = (
@@ -57,6 +56,8 @@ def main(output_dir: str) -> None:
     prompts = out / "prompts.jsonl"
     texts = [form.format(topic) for topic, form in itertools.product(TOPICS, FORMS)]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    from opdlm.modeling.cpu_linear import cpu_multiplies  # imports torch, which takes seconds
+
     settings = [*SETTINGS, *(() if cpu_multiplies("bfloat16") else SMALL_STEPS)]
     folder = opdlm.convert(model_path, data=prompts, output_dir=out / "smollm2_run", overrides=settings)
     return talk(folder, TURNS, console, is_chat=True)

@@ -108,9 +108,8 @@ def compiled() -> Path:
         with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
             unlinked, library = Path(folder, "kernel.o"), Path(folder, "kernel.so")
             run_compiler([*compiler, *FLAGS, str(SOURCE), "-o", str(unlinked)])
-            run_compiler(
-                [compiler, "-shared", str(unlinked), "-o", str(library)]
-            )  # without an OpenMP library
+            # Not linked with an OpenMP library: it finds torch's.
+            run_compiler([*compiler, "-shared", str(unlinked), "-o", str(library)])
             library.replace(cached)
     return cached
 
