@@ -24,7 +24,6 @@ from opdlm.cli.flags import (
     one_mode_config,
     with_flag_names,
 )
-from opdlm.config.sections import Config
 from opdlm.errors import ConfigError, OpdlmError
 
 if TYPE_CHECKING:
@@ -96,6 +95,8 @@ def add_chat_flags(parser: Parser) -> None:
 
 def refuse_settings(prompts: Sequence[str]) -> None:
     """ConfigError for a prompt that is a setting of a run, as `opdlm convert` and `eval` take it."""
+    from opdlm.config.sections import Config  # imports pydantic, which --help does without
+
     sections = "|".join(field.name for field in fields(Config))
     for prompt in prompts:
         if setting := re.fullmatch(rf"(?:decode|{sections})(?:\.\w+)*\.(\w+)=(.*)", prompt):
