@@ -39,7 +39,7 @@ def describe_hardware() -> dict[str, str]:
     """CPU, its cores, memory, oneDNN, our kernel, GPUs and CUDA; imports torch."""
     import torch
 
-    from opdlm.modeling.cpu_linear import ENABLED, LOW_PRECISIONS, cpu_multiplies
+    from opdlm.modeling.cpu_linear import LOW_PRECISIONS, ONEDNN, cpu_multiplies
     from opdlm.modeling.skinny_gemm import why_not
 
     found = {"cpu": cpu_name(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
@@ -47,7 +47,7 @@ def describe_hardware() -> dict[str, str]:
         found["memory"] = f"{memory / 2**30:.1f} GiB"
     fast = [dtype for dtype in LOW_PRECISIONS if cpu_multiplies(dtype)]
     found["cpu precisions"] = ", ".join(["float32", *fast])
-    found["onednn"] = "on" if ENABLED else "off (OPDLM_ONEDNN=1 turns it on)"
+    found["onednn"] = "on" if ONEDNN else "off (OPDLM_ONEDNN=1 turns it on)"
     found["skinny gemm"] = (
         f"off ({reason})" if (reason := why_not()) else "on (OPDLM_SKINNY_GEMM=0 turns it off)"
     )

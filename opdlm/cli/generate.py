@@ -99,11 +99,10 @@ def refuse_settings(prompts: Sequence[str]) -> None:
 
     sections = "|".join(field.name for field in fields(Config))
     for prompt in prompts:
-        if setting := re.fullmatch(rf"(?:decode|{sections})(?:\.\w+)*\.(\w+)=(.*)", prompt):
-            name = setting[1].replace("_", "-")
+        if re.fullmatch(rf"(?:decode|{sections})(?:\.\w+)+=.*", prompt):
             raise ConfigError(
-                f"{prompt} is a setting, and generate would answer it as a prompt: it takes flags, as "
-                f"--{name} {setting[2]} (opdlm generate --help). To ask just that, write it into a file for "
+                f"{prompt} is a setting of a run, and generate would answer it as a prompt: it takes flags, "
+                "such as --max-new-tokens 20 (opdlm generate --help). To ask just that, write it into a file for "
                 "--prompts-file."
             )
 

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from opdlm.modeling.skinny_gemm import is_skinny, skinny_product
 
-ENABLED = os.environ.get("OPDLM_ONEDNN") == "1" and torch.backends.mkldnn.is_available()
+ONEDNN = os.environ.get("OPDLM_ONEDNN") == "1" and torch.backends.mkldnn.is_available()
 LARGE = 2**18
 """Numbers in a weight from which oneDNN is faster even for one row: 512 x 512, measured."""
 SMALL = 2**22
@@ -62,7 +62,7 @@ def linear(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> T
         return skinny_product(inputs, weight_OI, bias_O)
     if inputs.dtype == torch.float32:
         is_small = weight_OI.numel() < LARGE and inputs.numel() * weight_OI.shape[0] <= SMALL
-        if is_small or not ENABLED:
+        if is_small or not ONEDNN:
             return F.linear(inputs, weight_OI, bias_O)
     if needs_gradient:
         output: Tensor = Linear.apply(inputs, weight_OI, bias_O)
@@ -100,7 +100,7 @@ def onednn_product(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> 
 def traced_linear(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """`linear` for a compiled forward, where no choice may depend on the number of rows."""
     is_float32 = weight_OI.dtype == torch.float32 and inputs.device.type == "cpu"
-    if ENABLED and weight_OI.numel() >= LARGE and is_float32:
+    if ONEDNN and weight_OI.numel() >= LARGE and is_float32:
         return onednn_product(inputs, weight_OI, bias_O)
     return F.linear(inputs, weight_OI, bias_O)
 

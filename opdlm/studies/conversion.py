@@ -40,7 +40,7 @@ from opdlm.training.metrics import read_metrics
 
 COSTS = ("thousand tokens", "minutes")
 """What a learning curve is drawn over: response tokens, and processor time of training (a cell has one
-thread), which other work on the machine hardly changes."""
+thread), which other work on the machine changes less than the time of the clock."""
 Measure = Callable[[Values], float]
 
 

@@ -300,7 +300,7 @@ def test_the_memory_estimate_of_rollouts_holds_for_real_decoding(
 def test_the_flops_of_training_hold_for_a_real_update(
     kind: str, objective: str, checkpointing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_linear, "ENABLED", False)  # the counter does not know oneDNN's kernel
+    monkeypatch.setattr(cpu_linear, "ONEDNN", False)  # the counter does not know oneDNN's kernel
     options = (f"train.gradient_checkpointing={checkpointing}", "train.micro_batch_rows=1")
     options += (f"loss.objective={objective}",)
     run, rollouts, plan = one_step(tmp_path, kind, *options)  # short packed rows read each other's keys

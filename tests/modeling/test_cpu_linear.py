@@ -30,7 +30,7 @@ SHAPES = [((1, 8), 4), ((300, 64), 96), ((2, 5, 32), 48), ((7,), 3), ((3, 1, 4, 
 @pytest.fixture
 def faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with OPDLM_ONEDNN=1."""
-    monkeypatch.setattr(cpu_linear, "ENABLED", True)
+    monkeypatch.setattr(cpu_linear, "ONEDNN", True)
 
 
 def tensors(shape: tuple[int, ...], num_out: int, *, bias: bool) -> list[Tensor]:
@@ -127,7 +127,7 @@ def test_traced_tensors_stay_with_torch() -> None:
 
 
 def test_the_environment_variable_decides() -> None:
-    code = "from opdlm.modeling import cpu_linear; print(cpu_linear.ENABLED)"
+    code = "from opdlm.modeling import cpu_linear; print(cpu_linear.ONEDNN)"
     environment = {name: value for name, value in os.environ.items() if name != "OPDLM_ONEDNN"}
     for setting, enabled in (({}, False), ({"OPDLM_ONEDNN": "0"}, False), ({"OPDLM_ONEDNN": "1"}, True)):
         done = subprocess.run(
@@ -141,7 +141,7 @@ def test_the_environment_variable_decides() -> None:
 
 
 def test_disabled_it_changes_no_bit_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_linear, "ENABLED", False)
+    monkeypatch.setattr(cpu_linear, "ONEDNN", False)
     layer, inputs = nn.Linear(512, 640), torch.randn(300, 512)
     wanted = layer(inputs)
     use_faster_linear(layer)
