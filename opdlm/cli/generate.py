@@ -102,8 +102,8 @@ def refuse_settings(prompts: Sequence[str]) -> None:
         if re.fullmatch(rf"(?:decode|{sections})(?:\.\w+)+=.*", prompt):
             raise ConfigError(
                 f"{prompt} is a setting of a run, and generate would answer it as a prompt: it takes flags, "
-                "such as --max-new-tokens 20 (opdlm generate --help). To ask just that, write it into a file for "
-                "--prompts-file."
+                "such as --max-new-tokens 20 (opdlm generate --help). To ask just that, write it into a file "
+                "for --prompts-file."
             )
 
 
